@@ -1,0 +1,54 @@
+# make demo    install if needed, then build, serve, load and compare three variants of a real model
+# make test    lint, types, unit tests, and end-to-end tests against a real vLLM engine
+# make lock    resolve requirements/cpu.lock anew (needs uv, and UV_FIND_LINKS or UV_INDEX for torch+cpu)
+# make bench-launch    this project's launch of vLLM against vLLM's own, alternating
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+LOCK   := requirements/cpu.lock
+TORCH  := $(shell sed -n 's/^\(torch==[^ ]*\).*/\1/p' $(LOCK))
+SOURCES := slimserve.py contracts workloads compress serve loadtest compare benches tests
+
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: demo test install lock lint types unit bench-launch clean
+
+demo: install
+	$(BIN)/slimserve compare --model smollm2-135m-instruct --recipes dense,w8a8,prune25-w8a8 \
+	    --workloads recommendation,reasoning --quick
+
+test: install lint types unit
+
+lint:
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/hadolint Dockerfile
+
+types:
+	$(BIN)/mypy
+
+unit: $(VENV)/.test-system
+	$(BIN)/pytest
+
+bench-launch: install
+	$(BIN)/python -m benches.launch
+
+# A stamp per environment: a second `make install` has nothing to do.
+install: $(VENV)/.installed
+
+$(VENV)/.installed: $(LOCK) pyproject.toml
+	@sh requirements/install.sh $(PYTHON) $(VENV) $(LOCK) $(TORCH)
+	@touch $@
+
+# The browser in which a test opens the report.
+$(VENV)/.test-system: $(VENV)/.installed
+	@sh requirements/system.sh chromium chromium "the test that opens the report in a browser"
+	@touch $@
+
+lock:
+	uv pip compile pyproject.toml --extra cpu --extra data --extra dev --overrides requirements/overrides.txt \
+	    --python-version 3.11 --no-annotate --no-header --output-file $(LOCK)
+
+clean:
+	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache

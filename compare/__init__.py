@@ -1,0 +1,1 @@
+"""Put variants side by side: build, serve, judge and load each one, then one report."""

@@ -1,0 +1,96 @@
+"""Safetensors in and out, one decoder block at a time, so that memory holds a block and a shard."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from contracts.errors import UserError
+from contracts.model import weight_files
+
+_SHARD_BYTES = 4 * 2**30
+
+
+class CheckpointReader:
+    """Tensors of a model directory by name, read from disk when asked for."""
+
+    def __init__(self, directory: Path) -> None:
+        self._file_of: dict[str, Path] = {}
+        for file in weight_files(directory):
+            with safe_open(file, framework="pt") as tensors:
+                self._file_of.update(dict.fromkeys(tensors.keys(), file))
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._file_of)
+
+    def read(self, name: str) -> Tensor:
+        """One tensor; UserError names it where a weight is NaN or infinite."""
+        with safe_open(self._file_of[name], framework="pt") as tensors:
+            tensor: Tensor = tensors.get_tensor(name)
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise UserError("weights", name, "holds NaN or infinity", "repair the model before compressing it")
+        return tensor
+
+    def read_prefix(self, prefix: str) -> dict[str, Tensor]:
+        """All tensors under `prefix`, by the rest of their names."""
+        return {name.removeprefix(prefix): self.read(name) for name in self._file_of if name.startswith(prefix)}
+
+
+class CheckpointWriter:
+    """Collects tensors and writes them as safetensors shards of at most about 4 GiB, with an index if several."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._pending: dict[str, Tensor] = {}
+        self._pending_bytes = 0
+        self._shards: list[tuple[Path, list[str]]] = []
+        self._total_bytes = 0
+
+    def add(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            size = tensor.numel() * tensor.element_size()
+            if self._pending and self._pending_bytes + size > _SHARD_BYTES:
+                self._flush()
+            self._pending[name] = tensor.contiguous()
+            self._pending_bytes += size
+
+    def close(self) -> None:
+        """Write what is pending and, for several shards, their final names and the index."""
+        self._flush()
+        if len(self._shards) == 1:
+            self._shards[0][0].rename(self._directory / "model.safetensors")
+            return
+        weight_map = {}
+        for number, (shard, names) in enumerate(self._shards, start=1):
+            final = f"model-{number:05d}-of-{len(self._shards):05d}.safetensors"
+            shard.rename(self._directory / final)
+            weight_map.update(dict.fromkeys(names, final))
+        index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
+        text = json.dumps(index, indent=2)
+        (self._directory / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+
+    def _flush(self) -> None:
+        if not self._pending:
+            return
+        shard = self._directory / f"shard-{len(self._shards)}.safetensors"
+        save_file(self._pending, shard, metadata={"format": "pt"})
+        self._shards.append((shard, list(self._pending)))
+        self._total_bytes += self._pending_bytes
+        self._pending, self._pending_bytes = {}, 0
+
+
+def iterate_blocks(reader: CheckpointReader, prefix_template: str, num_blocks: int) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Prefix and tensors of each decoder block in order; UserError where the checkpoint lacks one."""
+    for index in range(num_blocks):
+        prefix = prefix_template.format(index=index)
+        block = reader.read_prefix(prefix)
+        if not block:
+            raise UserError("weights", prefix, "is missing from the checkpoint", "check num_hidden_layers in config.json")
+        yield prefix, block

@@ -1,0 +1,19 @@
+"""The one error that a user sees: which field, which value, what to do about it."""
+
+
+class UserError(Exception):
+    """A mistake that the user can mend; the front door prints it in one line and exits with 2.
+
+    `field` is the option, key or file as the user wrote it, `value` what it held,
+    `problem` what is wrong with it and `remedy` the next thing to type or check.
+    """
+
+    def __init__(self, field: str, value: object, problem: str, remedy: str) -> None:
+        self.field = field
+        self.value = value
+        self.problem = problem
+        self.remedy = remedy
+        super().__init__(f"{field}: {str(value)!r} {problem}; {remedy}")
+
+    def __str__(self) -> str:
+        return " ".join(super().__str__().split())

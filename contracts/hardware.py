@@ -1,0 +1,66 @@
+"""What this machine is: the cores, memory, instruction sets and GPUs that plans and reports name."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+
+import psutil
+
+_ISA_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "asimd", "bf16")
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """One machine as a launch plan or a reader of a report needs it."""
+
+    cpu: str
+    cores: tuple[int, ...]
+    """Logical cores that this process may use (its affinity mask), ascending."""
+    memory_gib: float
+    isa: tuple[str, ...]
+    gpus: tuple[str, ...]
+    """Name and memory of each NVIDIA GPU; empty where there is none."""
+
+    def as_dict(self) -> dict[str, object]:
+        """The facts as JSON knows them: lists for tuples."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+
+@cache
+def probe_hardware() -> Hardware:
+    """Read the machine's facts once per process; imports no torch and starts at most `nvidia-smi`."""
+    cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
+    facts = dict(
+        (part.strip() for part in line.split(":", 1)) for line in cpuinfo.splitlines() if ":" in line
+    )
+    flags = set((facts.get("flags") or facts.get("Features") or "").split())
+    if hasattr(os, "sched_getaffinity"):
+        cores = tuple(sorted(os.sched_getaffinity(0)))
+    else:
+        cores = tuple(range(os.cpu_count() or 1))
+    return Hardware(
+        cpu=facts.get("model name") or platform.processor() or platform.machine(),
+        cores=cores,
+        memory_gib=round(psutil.virtual_memory().total / 2**30, 1),
+        isa=tuple(flag for flag in _ISA_FLAGS if flag in flags),
+        gpus=_probe_gpus(),
+    )
+
+
+def _probe_gpus() -> tuple[str, ...]:
+    try:
+        listing = subprocess.run(
+            ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ()
+    return tuple(line.strip() for line in listing.stdout.splitlines() if line.strip())

@@ -1,0 +1,74 @@
+"""Progress for people: a bar with rate and time left on a terminal, plain lines anywhere else."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+_PLAIN_EVERY_S = 10.0
+
+
+class Tick(Protocol):
+    """Call it with the number of units done so far and, if it helps, a word on the current one."""
+
+    def __call__(self, done: float, note: str = "") -> None: ...
+
+
+def say(message: str) -> None:
+    """Print one line of progress to standard error, at once."""
+    print(message, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def progress(title: str, total: float | None, unit: str) -> Iterator[Tick]:
+    """Show progress of a task of `total` units (None: unknown, so only the time runs).
+
+    On a terminal a live bar with rate and time left; otherwise a plain line at most
+    every ten seconds. Ends with one line that says what it took.
+    """
+    start = time.monotonic()
+    if sys.stderr.isatty():
+        with _live_bar(title, total, unit) as tick:
+            yield tick
+    else:
+        say(f"{title} …")
+        yield _PlainTick(title, total, unit)
+    say(f"{title}: done in {time.monotonic() - start:.1f} s")
+
+
+@contextmanager
+def _live_bar(title: str, total: float | None, unit: str) -> Iterator[Tick]:
+    from tqdm import tqdm
+
+    layout = (
+        "{desc} {n:.0f}/{total:.0f} {unit} |{bar:20}| {rate_fmt}, {remaining} left {postfix}"
+        if total
+        else "{desc} {elapsed} {postfix}"
+    )
+    with tqdm(total=total, desc=title, unit=unit, leave=False, bar_format=layout) as bar:
+
+        def tick(done: float, note: str = "") -> None:
+            bar.set_postfix_str(note, refresh=False)
+            bar.update(done - bar.n)
+            bar.refresh()
+
+        yield tick
+
+
+class _PlainTick:
+    def __init__(self, title: str, total: float | None, unit: str) -> None:
+        self._title, self._total, self._unit = title, total, unit
+        self._start = self._printed = time.monotonic()
+
+    def __call__(self, done: float, note: str = "") -> None:
+        now = time.monotonic()
+        if now - self._printed < _PLAIN_EVERY_S:
+            return
+        self._printed = now
+        elapsed = now - self._start
+        counted = f" {done:.0f}/{self._total:.0f} {self._unit}" if self._total else ""
+        left = f", about {elapsed * (self._total - done) / done:.0f} s left" if self._total and done else ""
+        say(f"{self._title}:{counted} after {elapsed:.0f} s{left}{' (' + note + ')' if note else ''}")

@@ -1,0 +1,236 @@
+"""One vLLM engine as a child process: start, wait until ready with progress, measure, stop without a trace."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import psutil
+
+from contracts.errors import UserError
+from contracts.progress import progress
+from contracts.storage import cache_dir
+from contracts.variant import read_manifest
+from serve.plan import LaunchPlan
+
+_READY_TIMEOUT_S = 1800
+_STOP_TIMEOUT_S = 20
+_POLL_S = 0.2
+STOCK_COMMAND = (sys.executable, "-m", "vllm.entrypoints.openai.api_server")
+"""vLLM's server with none of our code on the path, for benchmarks and proofs."""
+_OUR_COMMAND = (sys.executable, "-m", "serve.entry")
+_PHASES = (
+    ("Initializing a V1 LLM engine", "starting the engine"),
+    ("Starting to load model", "loading weights"),
+    ("Warming up model", "compiling, or reading the compile cache"),
+    ("Warming up done", "reserving the KV cache"),
+    ("Starting vLLM server", "opening the port"),
+)
+"""A text in vLLM's log, and what the engine does from that line on."""
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """What to start and where."""
+
+    directory: Path
+    name: str
+    """Model name on the API."""
+    plan: LaunchPlan
+    log: Path
+    port: int
+    host: str = "127.0.0.1"
+    extra: tuple[str, ...] = ()
+    """vLLM arguments of the user, which win over the plan's."""
+    command: tuple[str, ...] = _OUR_COMMAND
+
+    @property
+    def url(self) -> str:
+        """Base URL to reach the engine from this machine."""
+        host = "127.0.0.1" if self.host in {"0.0.0.0", "::"} else self.host  # noqa: S104
+        return f"http://{host}:{self.port}"
+
+
+class Engine:
+    """A running vLLM server; use it as a context manager, which stops it on the way out.
+
+    Raises UserError from `__enter__` where the port is taken or the engine ends before
+    it is ready, with the last error of its log.
+    """
+
+    def __init__(self, spec: EngineSpec) -> None:
+        self.spec = spec
+        self.ready_s = 0.0
+        """Seconds from the start of the process until /health answered."""
+        self._peak_rss: dict[int, int] = {}
+
+    def __enter__(self) -> Engine:
+        check_port_is_free(self.spec.host, self.spec.port)
+        environment = os.environ | {choice.name: choice.value for choice in self.spec.plan.environment}
+        command = [
+            *self.spec.command,
+            *("--model", str(self.spec.directory), "--served-model-name", self.spec.name),
+            *("--host", self.spec.host, "--port", str(self.spec.port)),
+            *self.spec.plan.command_line(self.spec.extra),
+        ]
+        self.spec.log.parent.mkdir(parents=True, exist_ok=True)
+        start = time.monotonic()
+        with self.spec.log.open("wb") as log:
+            self._process = subprocess.Popen(
+                command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            )
+        try:
+            self._wait_until_ready(start)
+        except BaseException:
+            self.stop()
+            raise
+        self.ready_s = time.monotonic() - start
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def wait(self) -> int:
+        """Block until the engine ends by itself and return its exit status."""
+        return self._process.wait()
+
+    def peak_rss_bytes(self) -> int:
+        """Sum over the engine's processes of each one's largest resident set so far (VmHWM)."""
+        for pid in self._pids():
+            with contextlib.suppress(OSError, StopIteration):
+                status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
+                line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
+                self._peak_rss[pid] = max(self._peak_rss.get(pid, 0), int(line.split()[1]) * 1024)
+        return sum(self._peak_rss.values())
+
+    def stop(self) -> None:
+        """End every process of the engine: SIGTERM, then SIGKILL after 20 s or on a second Ctrl-C."""
+        self.peak_rss_bytes()
+        with contextlib.suppress(ProcessLookupError):
+            self._process.send_signal(signal.SIGTERM)
+        try:
+            deadline = time.monotonic() + _STOP_TIMEOUT_S
+            while self._group_is_alive() and time.monotonic() < deadline:
+                self._process.poll()
+                time.sleep(_POLL_S)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+
+    def _pids(self) -> list[int]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            root = psutil.Process(self._process.pid)
+            return [root.pid, *(child.pid for child in root.children(recursive=True))]
+        return []
+
+    def _group_is_alive(self) -> bool:
+        try:
+            os.killpg(self._process.pid, 0)
+        except ProcessLookupError:
+            return False
+        return True
+
+    def _wait_until_ready(self, start: float) -> None:
+        with progress(f"starting {self.spec.name} on vLLM", None, "s") as tick:
+            while not answers(f"{self.spec.url}/health"):
+                elapsed = time.monotonic() - start
+                status = self._process.poll()
+                if status is not None:
+                    raise UserError(
+                        "engine",
+                        self.spec.name,
+                        f"ended before it was ready (exit status {status}: {_last_error(self.spec.log)})",
+                        f"read {self.spec.log}",
+                    )
+                if elapsed > _READY_TIMEOUT_S:
+                    raise UserError(
+                        "engine", self.spec.name, f"was not ready after {elapsed:.0f} s", f"read {self.spec.log}"
+                    )
+                tick(elapsed, note=_phase(self.spec.log))
+                time.sleep(_POLL_S)
+
+
+def model_name(argument: str, directory: Path) -> str:
+    """The name under which a model is served: its manifest's, else the argument's last part."""
+    manifest = read_manifest(directory)
+    return manifest.name if manifest else argument.rstrip("/").rsplit("/", 1)[-1]
+
+
+def serve_foreground(
+    argument: str, directory: Path, plan: LaunchPlan, host: str, port: int, extra: Sequence[str]
+) -> Iterator[str]:
+    """Serve until Ctrl-C or SIGTERM; yields lines for the user. UserError if the engine ends by itself."""
+    name = model_name(argument, directory)
+    log = cache_dir("logs") / f"serve-{name}-{port}.log"
+    yield f"engine log: {log}"
+    spec = EngineSpec(directory, name, plan, log, port, host, tuple(extra))
+    with Engine(spec) as engine:
+        key = '-H "Authorization: Bearer $VLLM_API_KEY" ' if os.environ.get("VLLM_API_KEY") else ""
+        yield f"ready in {engine.ready_s:.1f} s: {name} at {spec.url}/v1, metrics at {spec.url}/metrics"
+        yield (
+            f"try: curl {spec.url}/v1/chat/completions {key}-H 'Content-Type: application/json' "
+            f"""-d '{{"model": "{name}", "messages": [{{"role": "user", "content": "What is the capital of France?"}}]}}'"""
+        )
+        yield "stop with Ctrl-C"
+        status = engine.wait()
+        raise UserError("engine", name, f"ended by itself (exit status {status}: {_last_error(log)})", f"read {log}")
+
+
+def check_port_is_free(host: str, port: int) -> None:
+    """Raise UserError where nothing can listen on host:port."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except (OSError, OverflowError) as error:
+            raise UserError(
+                "port", f"{host}:{port}", f"cannot be listened on ({error})", "give another --port, or stop its owner"
+            ) from error
+
+
+def free_port() -> int:
+    """A port of the loopback interface that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def answers(url: str) -> bool:
+    """Whether a GET of `url` is answered with success within two seconds."""
+    try:
+        with urllib.request.urlopen(url, timeout=2) as response:  # noqa: S310
+            return bool(response.status == 200)
+    except (OSError, urllib.error.URLError):
+        return False
+
+
+def _phase(log: Path) -> str:
+    text = log.read_text(encoding="utf-8", errors="replace")
+    reached = [phase for marker, phase in _PHASES if marker in text]
+    return reached[-1] if reached else "importing"
+
+
+def _last_error(log: Path) -> str:
+    """The line of the log that names the first exception, or the last line."""
+    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    named = [line for line in lines if any(word in line for word in ("Error:", "error:", "Exception:"))]
+    return (named or lines or ["no output"])[-1 if not named else 0][-300:]

@@ -1,0 +1,81 @@
+import math
+import random
+
+import numpy as np
+import pytest
+
+from workloads import estimates
+
+
+def brute_force_auc(truth: list[bool], scores: list[float]) -> float:
+    pairs = [(p, n) for p, yes in zip(scores, truth, strict=True) if yes for n, no in zip(scores, truth, strict=True) if not no]
+    return sum(1.0 if p > n else 0.5 if p == n else 0.0 for p, n in pairs) / len(pairs)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_auc_counts_ordered_pairs_and_halves_ties(seed: int) -> None:
+    draw = random.Random(seed)
+    truth = [draw.random() < 0.4 for _ in range(37)] + [True, False]
+    scores = [draw.randint(0, 9) / 10 for _ in truth]
+    assert estimates.roc_auc(truth, scores) == pytest.approx(brute_force_auc(truth, scores))
+
+
+def test_auc_of_one_class_is_undefined() -> None:
+    assert math.isnan(estimates.roc_auc([True, True], [0.1, 0.2]))
+
+
+def test_ndcg_follows_its_definition() -> None:
+    truth = [False, True, False, True, True]
+    scores = [0.9, 0.8, 0.7, 0.6, 0.1]
+    gain = 1 / math.log2(3) + 1 / math.log2(5) + 1 / math.log2(6)
+    ideal = 1 + 1 / math.log2(3) + 1 / math.log2(4)
+    assert estimates.ndcg_at_10(truth, scores) == pytest.approx(gain / ideal)
+    assert math.isnan(estimates.ndcg_at_10([False, False], [0.1, 0.2]))
+
+
+def test_ndcg_looks_at_ten_items_only() -> None:
+    scores = [1 - position / 20 for position in range(12)]
+    truth = [False] * 10 + [True, False]
+    assert estimates.ndcg_at_10(truth, scores) == 0.0
+
+
+def test_calibration_error_by_hand() -> None:
+    truth = [True, False, True, True]
+    scores = [0.15, 0.11, 0.95, 1.0]
+    assert estimates.calibration_error(truth, scores) == pytest.approx((2 * abs(0.5 - 0.13) + 2 * abs(1 - 0.975)) / 4)
+
+
+@pytest.mark.parametrize(("right", "n"), [(0, 10), (3, 10), (45, 120), (120, 120)])
+def test_a_proportion_has_wilsons_interval(right: int, n: int) -> None:
+    z = 1.959963984540054
+    share = right / n
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    estimate = estimates.proportion(right, n)
+    assert estimate.value == share
+    assert estimate.low == pytest.approx(centre - half, abs=1e-12)
+    assert estimate.high == pytest.approx(centre + half, abs=1e-12)
+
+
+def test_resampling_groups_is_wider_than_resampling_rows_that_are_alike() -> None:
+    values = [float(group % 2) for group in range(20) for _ in range(50)]
+
+    def mean(rows: list[int]) -> float:
+        return float(np.mean([values[row] for row in rows]))
+
+    by_group = estimates.grouped(mean, [row // 50 for row in range(1000)], 1000)
+    by_row = estimates.grouped(mean, list(range(1000)), 1000)
+    assert by_group.value == by_row.value == 0.5
+    normal = 2 * 1.96 * 0.5 / math.sqrt(20)
+    assert by_group.high - by_group.low == pytest.approx(normal, rel=0.25)
+    assert by_row.high - by_row.low == pytest.approx(normal * math.sqrt(20 / 1000), rel=0.25)
+
+
+def test_undefined_resamples_are_left_out() -> None:
+    truth, scores = [True, False, True], [0.9, 0.1, 0.8]
+
+    def auc(rows: list[int]) -> float:
+        return estimates.roc_auc([truth[row] for row in rows], [scores[row] for row in rows])
+
+    estimate = estimates.grouped(auc, [0, 1, 2], 3)
+    assert (estimate.value, estimate.low, estimate.high) == (1.0, 1.0, 1.0)

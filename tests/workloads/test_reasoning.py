@@ -1,0 +1,77 @@
+import pytest
+
+from workloads.interface import ChatAnswer, ChatPrompt, Split
+from workloads.reasoning import KINDS, Reasoning, is_right
+
+SPLITS: tuple[Split, ...] = ("calibration", "quality", "load")
+
+
+def problems(split: Split, num: int, seed: int = 0) -> list[ChatPrompt]:
+    return [prompt for prompt in Reasoning().make_prompts(split, num, seed) if isinstance(prompt, ChatPrompt)]
+
+
+def test_kinds_take_turns_and_questions_are_unique_across_splits() -> None:
+    asked: list[str] = []
+    for split in SPLITS:
+        found = problems(split, 60)
+        assert [problem.kind for problem in found[:4]] == [*KINDS, *KINDS]
+        asked += [problem.messages[-1]["content"] for problem in found]
+    assert len(asked) == len(set(asked)) == 180
+
+
+def test_examples_are_never_the_question() -> None:
+    for problem in problems("calibration", 40):
+        shown = [message["content"] for message in problem.messages[:-1] if message["role"] == "user"]
+        assert len(shown) == 2
+        assert problem.messages[-1]["content"] not in shown
+
+
+def test_the_worked_chain_ends_in_the_answer_that_the_verifier_takes() -> None:
+    for problem in problems("quality", 60):
+        assert is_right(problem, f"<think>\n{problem.chain_of_thought}\n</think>\n{problem.answer}")
+
+
+def test_a_worked_sum_adds_up() -> None:
+    for problem in problems("quality", 30):
+        if problem.kind == "chain_sum":
+            for step in problem.chain_of_thought.rstrip(".").split(". "):
+                left, result = step.split(" = ")
+                first, sign, second = left.split(" ")
+                assert int(first) + (int(second) if sign == "+" else -int(second)) == int(result)
+
+
+@pytest.mark.parametrize(
+    ("template", "right"),
+    [
+        ("{answer}", True),
+        ("<think>1 2 3</think>\nThe answer is {answer}.", True),
+        ("<think>no</think> {wrong} <think>again</think> {answer}", True),
+        ("<think>{answer}", True),
+        ("<think>{answer}</think> {wrong}", False),
+        ("<think>{answer}</think> none", False),
+        ("", False),
+    ],
+)
+def test_the_last_number_after_the_think_tags_counts(template: str, right: bool) -> None:
+    problem = next(problem for problem in problems("quality", 10) if problem.kind == "chain_sum")
+    text = template.format(answer=problem.answer, wrong=int(problem.answer) + 1)
+    assert is_right(problem, text) is right
+
+
+def test_judging_counts_right_answers_by_kind_and_tokens() -> None:
+    asked = problems("quality", 8)
+    answers = [
+        ChatAnswer(problem.answer if problem.kind == "chain_sum" else "", num_tokens=10 * (index % 2))
+        for index, problem in enumerate(asked)
+    ]
+    figures = Reasoning().judge(asked, answers)
+    assert figures["accuracy"].value == 0.5
+    assert figures["accuracy_chain_sum"].value == 1.0
+    assert figures["accuracy_gsm_symbolic"].value == 0.0
+    assert figures["accuracy_gsm_symbolic"].n == 4
+    assert figures["tokens_per_answer"].value == 5.0
+
+
+def test_the_seed_orders() -> None:
+    assert problems("load", 20, seed=1) == problems("load", 20, seed=1)
+    assert problems("load", 20, seed=1) != problems("load", 20, seed=2)

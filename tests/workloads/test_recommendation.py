@@ -1,0 +1,117 @@
+from pathlib import Path
+
+import pytest
+
+from contracts.errors import UserError
+from workloads import load_workload
+from workloads.interface import ScoringPrompt, Split, split_of
+from workloads.recommendation import Recommendation, load_ratings, movielens_directory
+
+SPLITS: tuple[Split, ...] = ("calibration", "quality", "load")
+
+
+def write_atomic_files(directory: Path, member: str, num_films: int) -> Path:
+    films = [f"{item}\tFilm {item}\t{1980 + item}" for item in range(num_films)]
+    items = ["item_id:token\tmovie_title:token_seq\trelease_year:token", *films]
+    # Written in the wrong order on purpose: time decides.
+    ratings = [f"{member}\t{item}\t{4 if item % 2 else 3}\t{100 + item}" for item in reversed(range(num_films))]
+    inter = ["user_id:token\titem_id:token\trating:float\ttimestamp:float", *ratings]
+    (directory / "own.item").write_text("\n".join(items) + "\n", encoding="utf-8")
+    (directory / "own.inter").write_text("\n".join(inter) + "\n", encoding="utf-8")
+    return directory
+
+
+def member_of(split: Split) -> str:
+    return next(str(number) for number in range(1000) if split_of(str(number)) == split)
+
+
+def slates(workload: Recommendation, split: Split, num: int = 10_000) -> list[ScoringPrompt]:
+    prompts = workload.make_prompts(split, num)
+    assert all(isinstance(prompt, ScoringPrompt) for prompt in prompts)
+    return [prompt for prompt in prompts if isinstance(prompt, ScoringPrompt)]
+
+
+def test_a_slate_is_the_history_in_time_and_then_the_candidates(tmp_path: Path) -> None:
+    data = write_atomic_files(tmp_path, member_of("quality"), 5)
+    (slate,) = slates(Recommendation(data, history_len=3, num_candidates=2), "quality")
+    assert slate.query == "Film 0 (1980): no\nFilm 1 (1981): yes\nFilm 2 (1982): no\n"
+    assert slate.items == ("Film 3 (1983):", "Film 4 (1984):")
+    assert slate.truth == (True, False)
+    assert slate.labels == (" yes", " no")
+
+
+def test_windows_of_a_member_do_not_overlap(tmp_path: Path) -> None:
+    data = write_atomic_files(tmp_path, member_of("load"), 11)
+    found = slates(Recommendation(data, history_len=3, num_candidates=2), "load")
+    films = [line for slate in found for line in (*slate.query.splitlines(), *slate.items)]
+    titles = [line.split(":")[0] for line in films]
+    assert len(found) == 2
+    assert len(titles) == len(set(titles)) == 10
+
+
+def test_members_of_movielens_stay_in_their_split() -> None:
+    groups = {split: {slate.group for slate in slates(Recommendation(), split)} for split in SPLITS}
+    assert all(groups.values())
+    assert not groups["calibration"] & groups["quality"]
+    assert not groups["calibration"] & groups["load"]
+    assert not groups["quality"] & groups["load"]
+
+
+def test_movielens_is_whole() -> None:
+    ratings = load_ratings(movielens_directory())
+    assert len(ratings) == 943
+    assert sum(map(len, ratings.values())) == 100_000
+    assert all(
+        earlier.timestamp <= later.timestamp
+        for history in ratings.values()
+        for earlier, later in zip(history, history[1:], strict=False)
+    )
+
+
+def test_the_seed_orders_and_the_number_cuts() -> None:
+    workload = load_workload("recommendation")
+    assert workload.make_prompts("quality", 7, seed=1) == workload.make_prompts("quality", 9, seed=1)[:7]
+    assert workload.make_prompts("quality", 7, seed=1) != workload.make_prompts("quality", 7, seed=2)
+
+
+def test_judging_knows_perfect_useless_and_reversed_scores() -> None:
+    workload = Recommendation()
+    prompts = slates(workload, "quality", 40)
+    perfect = [[float(label) for label in slate.truth] for slate in prompts]
+    figures = workload.judge(prompts, perfect)
+    assert figures["auc"].value == figures["within_member_auc"].value == 1.0
+    assert figures["ndcg_at_10"].value == pytest.approx(1.0)
+    assert figures["calibration_error"].value == pytest.approx(0.0)
+    assert figures["auc"].n == 40 * 16
+    assert workload.judge(prompts, [[0.5] * 16] * 40)["auc"].value == 0.5
+    reversed_scores = [[1 - score for score in row] for row in perfect]
+    assert workload.judge(prompts, reversed_scores)["within_member_auc"].value == 0.0
+
+
+def test_taste_per_member_lifts_the_pooled_figure_only() -> None:
+    workload = Recommendation()
+    prompts = slates(workload, "quality", 60)
+    base_rate = [[sum(slate.truth) / len(slate.truth)] * len(slate.truth) for slate in prompts]
+    figures = workload.judge(prompts, base_rate)
+    assert figures["auc"].value > 0.6
+    assert figures["within_member_auc"].value == 0.5
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "has no .item file"),
+        ({"a.item": "title:token\nx\n"}, "lacks the column item_id"),
+        ({"a.item": "item_id:token\n1\n", "a.inter": "user_id:token\n1\n"}, "lacks the column item_id, rating, timestamp"),
+    ],
+)
+def test_data_of_another_form_is_refused(tmp_path: Path, files: dict[str, str], message: str) -> None:
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=message):
+        Recommendation(tmp_path).make_prompts("quality", 1)
+
+
+def test_an_unknown_workload_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(UserError, match="'shopping' is unknown; choose from recommendation, reasoning"):
+        load_workload("shopping")
