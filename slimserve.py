@@ -52,7 +52,9 @@ def serve(
     model: Model,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 opens it to the network")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
-    explain: Annotated[bool, typer.Option("--explain", help="Print each launch choice and its reason, and stop")] = False,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Print each launch choice and its reason, and stop")
+    ] = False,
 ) -> None:
     """Serve a model on vLLM with the launch tuned to this machine, until Ctrl-C.
 

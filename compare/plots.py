@@ -1,4 +1,4 @@
-"""The report's plots, as inline SVG: readable at a phone's width, in colours that colour-blind readers can tell apart."""
+"""The report's plots as inline SVG: readable at a phone's width, in colours that the colour-blind tell apart."""
 
 from __future__ import annotations
 
@@ -106,4 +106,9 @@ def _svg(draw: Callable[[Axes], None]) -> str:
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     svg = buffer.getvalue()
-    return re.sub(r'<svg [^>]*?viewBox="([^"]+)"[^>]*>', r'<svg viewBox="\1" aria-hidden="true">', svg[svg.index("<svg") :], count=1)
+    return re.sub(
+        r'<svg [^>]*?viewBox="([^"]+)"[^>]*>',
+        r'<svg viewBox="\1" aria-hidden="true">',
+        svg[svg.index("<svg") :],
+        count=1,
+    )

@@ -175,13 +175,16 @@ def _plots(comparison: Comparison, directory: Path) -> list[_Plot]:
             )
         )
         samples = [
-            (variant.recipe, view.latency(_window_rows(comparison, directory / variant.name / f"{workload}.rows.jsonl")))
+            (
+                variant.recipe,
+                view.latency(_window_rows(comparison, directory / variant.name / f"{workload}.rows.jsonl")),
+            )
             for variant in comparison.variants
         ]
         plots.append(
             _Plot(
                 f"{workload}: latency distribution",
-                "Further left is better. Share of samples that took at most so long, up to the largest 99th percentile.",
+                "Further left is better. Share of samples that took at most so long, up to the largest p99.",
                 plot_latency(samples, view.latency_label),
             )
         )

@@ -107,9 +107,7 @@ def _num_parameters(directory: Path) -> int:
     return sum(math.prod(shape) for file in weight_files(directory) for shape in read_tensor_shapes(file).values())
 
 
-def _serve_and_measure(
-    variant: VariantResult, workloads: Sequence[Workload], effort: Effort, output: Path
-) -> None:
+def _serve_and_measure(variant: VariantResult, workloads: Sequence[Workload], effort: Effort, output: Path) -> None:
     directory = Path(variant.directory)
     folder = output / variant.name
     spec = EngineSpec(
@@ -123,9 +121,7 @@ def _serve_and_measure(
         variant.ready_s = engine.ready_s
         target = Target(spec.url, spec.name)
         for workload in workloads:
-            variant.quality[workload.name] = measure_quality(
-                target, workload, effort.quality_prompts[workload.name]
-            )
+            variant.quality[workload.name] = measure_quality(target, workload, effort.quality_prompts[workload.name])
         for workload in workloads:
             settings = LoadSettings(
                 users=effort.users[workload.name], duration_s=effort.duration_s, warmup_s=effort.warmup_s

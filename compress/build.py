@@ -72,7 +72,7 @@ def build_variant(model: str, directory: Path, recipe_name: str, recipe: Recipe,
     num_blocks = config["num_hidden_layers"]
     with atomic_directory(target) as output:
         writer = CheckpointWriter(output)
-        in_blocks = set()
+        in_blocks: set[str] = set()
         with progress(f"building {name}", num_blocks, "blocks") as tick:
             for index, (prefix, block) in enumerate(iterate_blocks(reader, roles.block, num_blocks)):
                 in_blocks.update(prefix + layer for layer in block)

@@ -86,11 +86,15 @@ class CheckpointWriter:
         self._pending, self._pending_bytes = {}, 0
 
 
-def iterate_blocks(reader: CheckpointReader, prefix_template: str, num_blocks: int) -> Iterator[tuple[str, dict[str, Tensor]]]:
+def iterate_blocks(
+    reader: CheckpointReader, prefix_template: str, num_blocks: int
+) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """Prefix and tensors of each decoder block in order; UserError where the checkpoint lacks one."""
     for index in range(num_blocks):
         prefix = prefix_template.format(index=index)
         block = reader.read_prefix(prefix)
         if not block:
-            raise UserError("weights", prefix, "is missing from the checkpoint", "check num_hidden_layers in config.json")
+            raise UserError(
+                "weights", prefix, "is missing from the checkpoint", "check num_hidden_layers in config.json"
+            )
         yield prefix, block

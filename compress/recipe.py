@@ -1,14 +1,14 @@
 """Recipes: what to do to a model, as small TOML files with strict keys.
 
-    summary = "A quarter of the MLP neurons cut, then W8A8 INT8"
+summary = "A quarter of the MLP neurons cut, then W8A8 INT8"
 
-    [[steps]]
-    step = "prune_mlp"
-    remove_frac = 0.25
+[[steps]]
+step = "prune_mlp"
+remove_frac = 0.25
 
-    [[steps]]
-    step = "quantize"
-    format = "w8a8"
+[[steps]]
+step = "quantize"
+format = "w8a8"
 """
 
 from __future__ import annotations

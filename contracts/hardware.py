@@ -35,9 +35,10 @@ class Hardware:
 def probe_hardware() -> Hardware:
     """Read the machine's facts once per process; imports no torch and starts at most `nvidia-smi`."""
     cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
-    facts = dict(
-        (part.strip() for part in line.split(":", 1)) for line in cpuinfo.splitlines() if ":" in line
-    )
+    facts: dict[str, str] = {}
+    for line in cpuinfo.splitlines():
+        key, _, value = line.partition(":")
+        facts[key.strip()] = value.strip()
     flags = set((facts.get("flags") or facts.get("Features") or "").split())
     if hasattr(os, "sched_getaffinity"):
         cores = tuple(sorted(os.sched_getaffinity(0)))

@@ -14,7 +14,11 @@ def print_summary(suite: str, target: Target, summary: LoadSummary) -> None:
     table = Table(title=f"{suite} on {target.model} at {target.url}, {summary.window_s:.0f} s")
     for heading in ("", "p50", "p90", "p99", "n"):
         table.add_column(heading, justify="right" if heading else "left")
-    latencies = {"end to end, ms": summary.e2e_s, "first token, ms": summary.ttft_s, "between tokens, ms": summary.itl_s}
+    latencies = {
+        "end to end, ms": summary.e2e_s,
+        "first token, ms": summary.ttft_s,
+        "between tokens, ms": summary.itl_s,
+    }
     for label, figure in latencies.items():
         if figure.p50 is not None and figure.p90 is not None and figure.p99 is not None:
             values = [f"{value * 1000:.1f}" for value in (figure.p50, figure.p90, figure.p99)]

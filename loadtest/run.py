@@ -75,7 +75,7 @@ def _run_locust(suite: str, target: Target, settings: LoadSettings, rows_file: P
         *("--locustfile", str(Path(__file__).parent / "suites" / f"{suite}.py")),
         *("--host", target.url, "--model", target.model),
         *("--users", str(settings.users), "--spawn-rate", str(settings.users)),
-        *("--run-time", f"{total_s:.0f}s", "--stop-timeout", str(_GRACE_S), "--exit-code-on-error", "0"),
+        *("--load-seconds", str(total_s), "--stop-timeout", str(_GRACE_S), "--exit-code-on-error", "0"),
         *("--rows", str(rows_file), "--prompt-seed", str(settings.prompt_seed)),
     ]
     title = f"load {suite}, {settings.users} user{'s' if settings.users > 1 else ''}, {target.model}"

@@ -101,7 +101,7 @@ class TimedClient:
 
     def _post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
         response = self._send(path, body)
-        with _failures_named():
+        with _FailuresNamed():
             answer = json.loads(bytes(response.read()))
         if not isinstance(answer, dict):
             raise RequestFailedError("answer is no JSON object")
@@ -109,7 +109,7 @@ class TimedClient:
 
     def _events(self, path: str, body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         response = self._send(path, body)
-        with _failures_named():
+        with _FailuresNamed():
             while line := bytes(response.readline(b"\n")):
                 if not line.startswith(b"data:"):
                     continue
@@ -125,10 +125,10 @@ class TimedClient:
 
     def _send(self, path: str, body: Mapping[str, Any]) -> HTTPSocketPoolResponse:
         full_path = f"/{self._prefix}{path}" if self._prefix else path
-        with _failures_named():
+        with _FailuresNamed():
             response = self._http.request("POST", full_path, body=json.dumps(body), headers=self._headers)
         if response.get_code() != 200:
-            with _failures_named():
+            with _FailuresNamed():
                 response.read()
             raise RequestFailedError(f"http {response.get_code()}")
         return response
@@ -137,7 +137,7 @@ class TimedClient:
         return time.perf_counter() - self._epoch
 
 
-class _failures_named:
+class _FailuresNamed:
     """Turns what the socket, HTTP and JSON layers raise into RequestFailedError under one name each."""
 
     def __enter__(self) -> None:

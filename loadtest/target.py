@@ -48,7 +48,7 @@ def find_target(url: str, model: str | None) -> Target:
         raise UserError("url", url, "answers /v1/models with something else", "check the address") from error
     if model is None and len(served) == 1:
         return Target(base, served[0])
-    if model not in served:
+    if model is None or model not in served:
         raise UserError("model", model, f"is not served at {base}", f"give --model {' or '.join(served)}")
     return Target(base, model)
 

@@ -32,7 +32,7 @@ class WorkloadUser(User):
     environment: Environment
 
     def on_start(self) -> None:
-        run: LoadRun = self.environment.slimserve_run  # type: ignore[attr-defined]
+        run: LoadRun = self.environment.slimserve_run
         self.run_state = run
         self.client = run.make_client()
 
@@ -87,12 +87,17 @@ def register(user: type[WorkloadUser]) -> None:
     def _add_options(parser: LocustArgumentParser) -> None:
         parser.add_argument("--model", required=True, help="model name on the server's API")
         parser.add_argument("--rows", default="", help="write one JSON line per request to this file")
+        parser.add_argument("--load-seconds", type=float, default=0.0, help="stop so long after the first request")
         parser.add_argument("--prompt-seed", type=int, default=0, help="order of the workload's load prompts")
 
     @events.init.add_listener
     def _make_run(environment: Environment, **_: object) -> None:
-        environment.slimserve_run = LoadRun(environment, user.workload)  # type: ignore[attr-defined]
+        environment.slimserve_run = LoadRun(environment, user.workload)
 
     @events.test_start.add_listener
     def _start(environment: Environment, **_: object) -> None:
-        environment.slimserve_run.start()  # type: ignore[attr-defined]
+        environment.slimserve_run.start()
+        # Locust's own --run-time counts from before the users start, by up to a second.
+        seconds = environment.parsed_options.load_seconds
+        if seconds:
+            gevent.spawn_later(seconds, environment.runner.quit)

@@ -1,1 +1,1 @@
-"""Serve a variant on vLLM: `plan` chooses the launch, `engine` runs and watches the process, `entry` is that process."""
+"""Serve a variant on vLLM: `plan` chooses the launch, `engine` runs the process, `entry` is that process."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -25,7 +27,8 @@ from contracts.variant import read_manifest
 from serve.plan import LaunchPlan
 
 _READY_TIMEOUT_S = 1800
-_STOP_TIMEOUT_S = 20
+_STOP_TIMEOUT_S = 20.0
+_KILL_TIMEOUT_S = 2.0
 _POLL_S = 0.2
 STOCK_COMMAND = (sys.executable, "-m", "vllm.entrypoints.openai.api_server")
 """vLLM's server with none of our code on the path, for benchmarks and proofs."""
@@ -126,14 +129,12 @@ class Engine:
         with contextlib.suppress(ProcessLookupError):
             self._process.send_signal(signal.SIGTERM)
         try:
-            deadline = time.monotonic() + _STOP_TIMEOUT_S
-            while self._group_is_alive() and time.monotonic() < deadline:
-                self._process.poll()
-                time.sleep(_POLL_S)
+            self._wait_for_group(_STOP_TIMEOUT_S)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
+            self._wait_for_group(_KILL_TIMEOUT_S)
 
     def _pids(self) -> list[int]:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -141,12 +142,14 @@ class Engine:
             return [root.pid, *(child.pid for child in root.children(recursive=True))]
         return []
 
-    def _group_is_alive(self) -> bool:
-        try:
-            os.killpg(self._process.pid, 0)
-        except ProcessLookupError:
-            return False
-        return True
+    def _wait_for_group(self, timeout_s: float) -> None:
+        """Wait until no process of the engine's group is left, for at most so long."""
+        deadline = time.monotonic() + timeout_s
+        with contextlib.suppress(ProcessLookupError):
+            while time.monotonic() < deadline:
+                self._process.poll()
+                os.killpg(self._process.pid, 0)
+                time.sleep(_POLL_S / 4)
 
     def _wait_until_ready(self, start: float) -> None:
         with progress(f"starting {self.spec.name} on vLLM", None, "s") as tick:
@@ -185,10 +188,9 @@ def serve_foreground(
     with Engine(spec) as engine:
         key = '-H "Authorization: Bearer $VLLM_API_KEY" ' if os.environ.get("VLLM_API_KEY") else ""
         yield f"ready in {engine.ready_s:.1f} s: {name} at {spec.url}/v1, metrics at {spec.url}/metrics"
-        yield (
-            f"try: curl {spec.url}/v1/chat/completions {key}-H 'Content-Type: application/json' "
-            f"""-d '{{"model": "{name}", "messages": [{{"role": "user", "content": "What is the capital of France?"}}]}}'"""
-        )
+        question = {"model": name, "messages": [{"role": "user", "content": "What is the capital of France?"}]}
+        header = f"{key}-H 'Content-Type: application/json'"
+        yield f"try: curl {spec.url}/v1/chat/completions {header} -d {shlex.quote(json.dumps(question))}"
         yield "stop with Ctrl-C"
         status = engine.wait()
         raise UserError("engine", name, f"ended by itself (exit status {status}: {_last_error(log)})", f"read {log}")

@@ -78,7 +78,9 @@ def plan_launch(directory: Path, hardware: Hardware) -> LaunchPlan:
     preload = [library for library in (_find_tcmalloc(), _find_iomp()) if library]
     if preload:
         environment.append(
-            Choice("LD_PRELOAD", ":".join(preload), "a faster allocator and Intel's OpenMP, as vLLM's CPU guide advises")
+            Choice(
+                "LD_PRELOAD", ":".join(preload), "a faster allocator and Intel's OpenMP, as vLLM's CPU guide advises"
+            )
         )
     kv_bytes = int(hardware.memory_gib * 2**30 * _KV_MEMORY_FRAC)
     arguments = [

@@ -1,18 +1,22 @@
-"""Fixtures that several parts' tests share: tiny models of each family, and the real one."""
+"""Fixtures that several parts' tests share: the real model, the command line, a server with a known clock."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from serve.engine import answers, free_port
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 SMOLLM2 = "smollm2-135m-instruct"
+FAKE_SERVER = Path(__file__).parent / "fake_server.py"
 
 
 @pytest.fixture(autouse=True)
@@ -38,3 +42,19 @@ def run_cli() -> Callable[..., subprocess.CompletedProcess[str]]:
         )
 
     return run
+
+
+@pytest.fixture(scope="session")
+def fake_url() -> Iterator[str]:
+    """Base URL of a fake_server in a process of its own."""
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    server = subprocess.Popen([sys.executable, str(FAKE_SERVER), "--port", str(port)])
+    try:
+        while not answers(f"{url}/health"):
+            assert server.poll() is None
+            time.sleep(0.05)
+        yield url
+    finally:
+        server.kill()
+        server.wait()

@@ -21,9 +21,7 @@ def proportion(successes: int, n: int) -> Estimate:
     return Estimate(successes / n, float(interval.low), float(interval.high), n)
 
 
-def grouped(
-    statistic: Callable[[list[int]], float], groups: Sequence[int], n: int, seed: int = 0
-) -> Estimate:
+def grouped(statistic: Callable[[list[int]], float], groups: Sequence[int], n: int, seed: int = 0) -> Estimate:
     """`statistic` of all rows with a percentile bootstrap interval that resamples whole groups.
 
     `groups[i]` is the group of row i and `statistic` takes row numbers (with repeats).

@@ -76,9 +76,13 @@ class Estimate:
 class Workload(Protocol):
     """Makes prompts and judges answers."""
 
-    name: str
-    headline: str
-    """The figure of `judge` that stands for quality in one number; more is better."""
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def headline(self) -> str:
+        """The figure of `judge` that stands for quality in one number; more is better."""
+        ...
 
     def make_prompts(self, split: Split, num_prompts: int, seed: int = 0) -> list[Prompt]:
         """The first `num_prompts` of a split in the order of `seed`; fewer where the split has no more."""

@@ -34,6 +34,7 @@ from workloads.interface import Answer, Estimate, Prompt, ScoringPrompt, Split, 
 
 LABELS = (" yes", " no")
 _LIKED_FROM = 4.0
+_Metric = Callable[[Sequence[bool], Sequence[float]], float]
 
 
 @dataclass(frozen=True)
@@ -85,23 +86,23 @@ class Recommendation:
         members = [slate.group for slate in slates]
         num_items = sum(len(slate.items) for slate in slates)
 
-        def pooled(metric: Callable[[list[bool], list[float]], float], rows: list[int]) -> float:
+        def pooled(metric: _Metric, rows: list[int]) -> float:
             return metric(
                 [label for row in rows for label in slates[row].truth],
                 [score for row in rows for score in scores[row]],
             )
 
-        per_slate = {
+        per_slate: dict[_Metric, list[float]] = {
             metric: [metric(slate.truth, given) for slate, given in zip(slates, scores, strict=True)]
             for metric in (estimates.roc_auc, estimates.ndcg_at_10)
         }
 
-        def mean(metric: Callable[[Sequence[bool], Sequence[float]], float], rows: list[int]) -> float:
+        def mean(metric: _Metric, rows: list[int]) -> float:
             values = [per_slate[metric][row] for row in rows]
             known = [value for value in values if value == value]
             return sum(known) / len(known) if known else float("nan")
 
-        def defined(metric: Callable[[Sequence[bool], Sequence[float]], float]) -> int:
+        def defined(metric: _Metric) -> int:
             return sum(value == value for value in per_slate[metric])
 
         return {
@@ -112,9 +113,7 @@ class Recommendation:
             "ndcg_at_10": estimates.grouped(
                 partial(mean, estimates.ndcg_at_10), members, defined(estimates.ndcg_at_10)
             ),
-            "calibration_error": estimates.grouped(
-                partial(pooled, estimates.calibration_error), members, num_items
-            ),
+            "calibration_error": estimates.grouped(partial(pooled, estimates.calibration_error), members, num_items),
         }
 
 
@@ -169,4 +168,3 @@ def _slate(member: str, history: list[Rating], candidates: list[Rating]) -> Scor
         truth=tuple(rating.liked for rating in candidates),
         group=hash_number(member),
     )
-

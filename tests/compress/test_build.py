@@ -50,7 +50,7 @@ def quantize_linears(model: torch.nn.Module) -> None:
 
 @torch.no_grad()
 def logits(model: torch.nn.Module) -> torch.Tensor:
-    return model(INPUT_IDS).logits  # type: ignore[no-any-return]
+    return model(INPUT_IDS).logits
 
 
 def test_a_pruned_model_of_every_family_equals_the_masked_one_in_stock_transformers(
@@ -89,9 +89,7 @@ def test_the_manifest_counts_what_the_files_hold(tiny_llama: TinyModel, tmp_path
     assert manifest.peak_rss_bytes is not None
 
 
-def test_shards_are_read_and_written(
-    tiny_llama: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_shards_are_read_and_written(tiny_llama: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = load_file(build(tiny_llama, PRUNE, target=tmp_path / "whole") / "model.safetensors")
     sharded = TinyModel(tmp_path / "sharded", tiny_llama.model)
     tiny_llama.model.save_pretrained(sharded.directory, max_shard_size="20KB")

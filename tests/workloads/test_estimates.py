@@ -8,7 +8,13 @@ from workloads import estimates
 
 
 def brute_force_auc(truth: list[bool], scores: list[float]) -> float:
-    pairs = [(p, n) for p, yes in zip(scores, truth, strict=True) if yes for n, no in zip(scores, truth, strict=True) if not no]
+    pairs = [
+        (p, n)
+        for p, yes in zip(scores, truth, strict=True)
+        if yes
+        for n, no in zip(scores, truth, strict=True)
+        if not no
+    ]
     return sum(1.0 if p > n else 0.5 if p == n else 0.0 for p, n in pairs) / len(pairs)
 
 

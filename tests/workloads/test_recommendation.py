@@ -1,3 +1,4 @@
+import itertools
 from pathlib import Path
 
 import pytest
@@ -64,7 +65,7 @@ def test_movielens_is_whole() -> None:
     assert all(
         earlier.timestamp <= later.timestamp
         for history in ratings.values()
-        for earlier, later in zip(history, history[1:], strict=False)
+        for earlier, later in itertools.pairwise(history)
     )
 
 
@@ -102,7 +103,10 @@ def test_taste_per_member_lifts_the_pooled_figure_only() -> None:
     [
         ({}, "has no .item file"),
         ({"a.item": "title:token\nx\n"}, "lacks the column item_id"),
-        ({"a.item": "item_id:token\n1\n", "a.inter": "user_id:token\n1\n"}, "lacks the column item_id, rating, timestamp"),
+        (
+            {"a.item": "item_id:token\n1\n", "a.inter": "user_id:token\n1\n"},
+            "lacks the column item_id, rating, timestamp",
+        ),
     ],
 )
 def test_data_of_another_form_is_refused(tmp_path: Path, files: dict[str, str], message: str) -> None:

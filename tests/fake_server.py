@@ -1,0 +1,120 @@
+"""A stand-in for vLLM's server with a known clock and faults on demand; the model's name asks for the fault.
+
+Streams `_TOKENS` chunks, the first after TTFT_S, then one each GAP_S, of two tokens every
+fourth time; scores every item 0.25. Takes vLLM's command line, so that an Engine can start it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+TTFT_S = 0.050
+GAP_S = 0.020
+SCORE_S = 0.040
+CHUNKS = (1, 1, 1, 2, 1, 1, 1, 2, 1, 1)
+"""Tokens per streamed chunk."""
+MODELS = ("good", "http-500", "broken-json", "cut", "empty", "error-event", "no-usage", "few-scores", "split-label")
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def setup(self) -> None:
+        super().setup()
+        self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def log_message(self, format: str, *arguments: Any) -> None:  # noqa: A002
+        pass
+
+    def do_GET(self) -> None:
+        if self.path == "/health":
+            return self._answer(200, {})
+        if os.environ.get("FAKE_KEY") and self.headers["Authorization"] != f"Bearer {os.environ['FAKE_KEY']}":
+            return self._answer(401, {})
+        if self.path == "/v1/models":
+            names = os.environ.get("FAKE_MODELS", ",".join(MODELS)).split(",")
+            return self._answer(200, {"data": [{"id": name} for name in names]})
+        return self._answer(404, {})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if body["model"] == "http-500":
+            return self._answer(500, {"error": {"message": "as asked"}})
+        if self.path == "/tokenize":
+            return self._answer(200, {"tokens": [1, 2] if body["model"] == "split-label" else [len(body["prompt"])]})
+        if self.path == "/generative_scoring":
+            time.sleep(SCORE_S)
+            num_items = len(body["items"]) - (body["model"] == "few-scores")
+            scores = [{"index": index, "score": 0.25} for index in reversed(range(num_items))]
+            return self._answer(200, {"data": scores, "usage": {"prompt_tokens": 100}})
+        if not body.get("stream"):
+            choice = {"message": {"content": "<think>\n1\n</think>\n42"}}
+            return self._answer(200, {"choices": [choice], "usage": {"completion_tokens": 7}})
+        return self._stream(body["model"])
+
+    def _answer(self, code: int, document: dict[str, Any]) -> None:
+        text = json.dumps(document).encode()
+        self.send_response(code)
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    def _stream(self, model: str) -> None:
+        due = time.perf_counter()
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        self._event({"choices": [{"delta": {"role": "assistant", "content": ""}}], "usage": self._usage(model, 0)})
+        told = 0
+        for index, count in enumerate(() if model == "empty" else CHUNKS):
+            due += GAP_S if index else TTFT_S
+            time.sleep(max(0.0, due - time.perf_counter()))
+            told += count
+            if model == "broken-json" and index == 3:
+                self._chunk(b"data: {not json\n\n")
+            elif model == "error-event" and index == 3:
+                self._event({"error": {"message": "as asked"}})
+            elif model == "cut" and index == 3:
+                self.close_connection = True
+                self.connection.shutdown(socket.SHUT_RDWR)
+                return
+            else:
+                self._event({"choices": [{"delta": {"content": "x"}}], "usage": self._usage(model, told)})
+        self._chunk(b"data: [DONE]\n\n")
+        self.wfile.write(b"0\r\n\r\n")
+
+    def _usage(self, model: str, told: int) -> dict[str, int] | None:
+        return None if model == "no-usage" else {"prompt_tokens": 11, "completion_tokens": told}
+
+    def _event(self, document: dict[str, Any]) -> None:
+        self._chunk(b"data: " + json.dumps(document).encode() + b"\n\n")
+
+    def _chunk(self, data: bytes) -> None:
+        self.wfile.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
+        self.wfile.flush()
+
+
+def main() -> None:
+    if os.environ.get("FAKE_DIES"):
+        print("some noise\nValueError: the head size is odd\nRuntimeError: engine failed")
+        sys.exit(3)
+    if os.environ.get("FAKE_STUBBORN"):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if os.environ.get("FAKE_CHILD"):
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+        print(f"child {child.pid}", flush=True)
+    port = int(sys.argv[sys.argv.index("--port") + 1])
+    ThreadingHTTPServer(("127.0.0.1", port), _Handler).serve_forever()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from contracts.errors import UserError
+from loadtest.target import Target, find_target, prefix_cache_hit_frac, read_counters
+from serve.engine import answers, free_port
+from tests.conftest import FAKE_SERVER
+
+
+@pytest.fixture
+def locked_url(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A server with one model that asks for a key."""
+    monkeypatch.setenv("FAKE_KEY", "secret")
+    monkeypatch.setenv("FAKE_MODELS", "only")
+    port = free_port()
+    server = subprocess.Popen([sys.executable, str(FAKE_SERVER), "--port", str(port)])
+    while not answers(f"http://127.0.0.1:{port}/health"):
+        time.sleep(0.05)
+    yield f"http://127.0.0.1:{port}"
+    server.kill()
+    server.wait()
+
+
+def test_the_only_model_needs_no_name(locked_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="answers 401 to /v1/models; set VLLM_API_KEY"):
+        find_target(locked_url, None)
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    assert find_target(f"{locked_url}/v1/", None) == Target(locked_url, "only")
+
+
+@pytest.mark.parametrize("model", [None, "unknown"])
+def test_a_model_that_is_not_served_is_refused_with_those_that_are(fake_url: str, model: str | None) -> None:
+    with pytest.raises(UserError, match="is not served .* give --model good or http-500"):
+        find_target(fake_url, model)
+
+
+def test_nobody_there_is_said_with_what_to_do() -> None:
+    with pytest.raises(UserError, match="is not answered .*slimserve serve MODEL"):
+        find_target(f"http://127.0.0.1:{free_port()}", None)
+
+
+@pytest.mark.parametrize("url", ["localhost:8000", "127.0.0.1", ""])
+def test_a_url_without_scheme_is_refused(url: str) -> None:
+    with pytest.raises(UserError, match="has no scheme"):
+        find_target(url, None)
+
+
+def test_a_server_without_metrics_has_no_counters(fake_url: str) -> None:
+    assert read_counters(Target(fake_url, "good")) == {}
+    assert prefix_cache_hit_frac({}, {}) is None
+
+
+def test_the_hit_rate_is_of_what_came_between() -> None:
+    before = {"vllm:prefix_cache_queries_total": 100.0, "vllm:prefix_cache_hits_total": 90.0}
+    after = {"vllm:prefix_cache_queries_total": 300.0, "vllm:prefix_cache_hits_total": 140.0}
+    assert prefix_cache_hit_frac(before, after) == 0.25

@@ -1,0 +1,37 @@
+"""The environment is the lock's, and its contradictions are those that we accept."""
+
+import re
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def lines_of(file: str) -> list[str]:
+    lines = (ROOT / "requirements" / file).read_text().splitlines()
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def test_installed_versions_are_the_locks() -> None:
+    for line in lines_of("cpu.lock"):
+        name, version = line.split(";")[0].strip().split("==")
+        assert metadata.version(name) == version
+
+
+def test_pip_check_says_what_we_accept_and_no_more() -> None:
+    done = subprocess.run([sys.executable, "-m", "pip", "check"], capture_output=True, text=True)
+    assert sorted(done.stdout.splitlines()) == sorted(lines_of("accepted-conflicts.txt"))
+
+
+def test_what_would_break_transformers_is_absent() -> None:
+    for name in ("torchvision", "torchaudio", "torchcodec"):
+        assert name not in {found.metadata["Name"] for found in metadata.distributions()}
+
+
+def test_each_left_out_package_is_reasoned() -> None:
+    text = (ROOT / "requirements" / "overrides.txt").read_text()
+    left_out = set(re.findall(r"^([\w-]+); ", text, flags=re.MULTILINE))
+    missing = {re.search(r"requires ([\w-]+),", line).group(1) for line in lines_of("accepted-conflicts.txt")}  # type: ignore[union-attr]
+    assert missing == left_out
