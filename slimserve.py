@@ -46,7 +46,7 @@ def compress(
     typer.echo(build_variant(model, resolve_model(model), name, loaded, output))
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command(context_settings={"allow_extra_args": True})
 def serve(
     context: typer.Context,
     model: Model,

@@ -2,9 +2,10 @@
 
     make bench-launch
 
-Both sides get the same KV cache; all else of the stock side is vLLM's default. Each of three rounds starts both servers in turn (the order swaps), sends prompts of fresh
-random tokens, and takes the ratio within the round. Last line: one JSON object.
-Takes about a quarter of an hour on 2 cores.
+Each of three rounds starts both servers in turn (the order swaps), sends prompts of fresh
+random tokens, and takes the ratio within the round. Both sides get the same KV cache; all
+else of the stock side is vLLM's default. Last line: one JSON object. Takes about a quarter
+of an hour on 2 cores.
 """
 
 from __future__ import annotations

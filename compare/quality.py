@@ -45,9 +45,7 @@ async def _ask_all(target: Target, prompts: Sequence[Prompt], tick: Tick) -> lis
                 answers[index] = await asker.ask(prompt)
             tick(len(answers))
 
-        async with asyncio.TaskGroup() as group:
-            for index, prompt in enumerate(prompts):
-                group.create_task(ask(index, prompt))
+        await asyncio.gather(*(ask(index, prompt) for index, prompt in enumerate(prompts)))
     return [answers[index] for index in range(len(prompts))]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,5 +61,14 @@ class Comparison:
         origin = described.pop("origin")
         document = {"command": "compare", **origin, **described}
         path = directory / RESULTS_FILE
-        write_atomically(path, json.dumps(document, indent=2) + "\n")
+        write_atomically(path, json.dumps(_without_nan(document), indent=2, allow_nan=False) + "\n")
         return path
+
+
+def _without_nan(value: Any) -> Any:
+    """The same document with null for undefined figures, which JSON cannot hold."""
+    if isinstance(value, dict):
+        return {key: _without_nan(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(entry) for entry in value]
+    return None if isinstance(value, float) and math.isnan(value) else value

@@ -49,7 +49,7 @@ def compare(model: str, recipes: Sequence[str], workload_names: Sequence[str], e
     variant, the engine's log and the load's raw rows. Raises UserError before any work
     where a name is unknown.
     """
-    start = time.monotonic()
+    start, started = time.monotonic(), datetime.now(UTC).replace(microsecond=0)
     if not recipes or not workload_names:
         raise UserError("recipes or workloads", "", "name nothing", "give at least one of each")
     for recipe in recipes:
@@ -61,9 +61,9 @@ def compare(model: str, recipes: Sequence[str], workload_names: Sequence[str], e
         model=model,
         workloads={workload.name: workload.headline for workload in workloads},
         settings=effort.__dict__,
-        started=datetime.now(UTC).isoformat(timespec="seconds"),
+        started=started.isoformat(),
     )
-    built = [_build(model, base, recipe) for recipe in recipes]
+    built = [build(model, base, recipe, started) for recipe in recipes]
     for number, variant in enumerate(built, start=1):
         say(f"--- variant {number} of {len(built)}: {variant.name} ---")
         _serve_and_measure(variant, workloads, effort, output)
@@ -77,19 +77,16 @@ def compare(model: str, recipes: Sequence[str], workload_names: Sequence[str], e
     return report
 
 
-def _build(model: str, base: Path, recipe_name: str) -> VariantResult:
+def build(model: str, base: Path, recipe_name: str, started: datetime) -> VariantResult:
     """Build in a process of its own, so that neither its memory nor its torch stays with the measuring."""
     name, recipe = load_recipe(recipe_name)
-    directory, reused = base, True
+    directory = base
     if recipe.steps:
-        began = datetime.now(UTC)
         command = [sys.executable, "-m", "slimserve", "compress", model, "--recipe", recipe_name]
         finished = subprocess.run(command, stdout=subprocess.PIPE, text=True)
         if finished.returncode != 0:
             raise UserError("recipe", recipe_name, "could not be built", "see the message above")
         directory = Path(finished.stdout.strip().splitlines()[-1])
-        manifest = read_manifest(directory)
-        reused = manifest is not None and datetime.fromisoformat(manifest.created) < began.replace(microsecond=0)
     manifest = read_manifest(directory)
     return VariantResult(
         name=name,
@@ -99,7 +96,7 @@ def _build(model: str, base: Path, recipe_name: str) -> VariantResult:
         disk_bytes=disk_bytes(directory),
         num_parameters=manifest.num_parameters if manifest else _num_parameters(directory),
         build_s=manifest.build_s if manifest else 0.0,
-        build_reused=reused,
+        build_reused=manifest is None or datetime.fromisoformat(manifest.created) < started,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from loadtest.target import Target, prefix_cache_hit_frac, read_counters
 
 SUITES = ("recommendation", "reasoning")
 _GRACE_S = 120
+_TERMINATE_S = 10
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,9 @@ def _run_locust(suite: str, target: Target, settings: LoadSettings, rows_file: P
         finally:
             if locust.poll() is None:
                 locust.terminate()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    locust.wait(_TERMINATE_S)
+                locust.kill()
                 locust.wait()
     if locust.returncode != 0 or not rows_file.exists():
         lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()

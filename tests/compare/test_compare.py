@@ -6,12 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import psutil
 import pytest
 
-from compare.run import Effort, compare
+from compare.run import Effort, build, compare
 from contracts.errors import UserError
 from tests.conftest import SMOLLM2
 
@@ -59,6 +60,19 @@ def test_an_interrupt_leaves_no_process_and_no_half_variant(tmp_path: Path) -> N
     assert not [child for child in family if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
     left = [path.name for path in (tmp_path / "cache" / "variants").iterdir()]
     assert not [name for name in left if name.startswith(".")]
+
+
+def test_a_variant_says_whether_this_run_built_it(
+    smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLIMSERVE_CACHE", str(tmp_path))
+    before = datetime.now(UTC).replace(microsecond=0)
+    first = build(str(smollm2), smollm2, "prune25", before)
+    second = build(str(smollm2), smollm2, "prune25", before + timedelta(hours=1))
+    assert (first.build_reused, second.build_reused) == (False, True)
+    assert first.directory == second.directory
+    assert first.build_s == second.build_s > 0
+    assert first.num_parameters == 134_515_008 - 30 * 3 * 576 * 384
 
 
 @pytest.mark.parametrize(

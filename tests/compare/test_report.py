@@ -98,6 +98,7 @@ def test_results_are_json_with_origin(tmp_path: Path) -> None:
     assert [variant["recipe"] for variant in document["variants"]] == list(RECIPES)
     assert document["hardware"]["cpu"]
     assert document["variants"][0]["quality"]["recommendation"]["auc"]["n"] == 100
+    assert document["variants"][0]["quality"]["recommendation"]["undefined"]["value"] is None
     assert document["variants"][0]["load"]["reasoning"]["ttft_s"]["p50"] > 0
 
 
