@@ -97,7 +97,7 @@ def inter_token(rows: Sequence[Row]) -> list[float]:
 def _svg(draw: Callable[[Axes], None]) -> str:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.4, 4.2), layout="constrained")
+    figure = Figure(figsize=(4.4, 3.7), layout="constrained")
     axes = figure.subplots()
     draw(axes)
     axes.grid(alpha=0.3)
