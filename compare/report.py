@@ -104,40 +104,36 @@ def print_table(comparison: Comparison) -> None:
 
 def _sections(comparison: Comparison) -> list[tuple[str, list[_Line]]]:
     variants = comparison.variants
-
-    def line(label: str, text: Callable[[VariantResult], str]) -> _Line:
-        return _Line(label, [text(variant) for variant in variants])
-
-    sections = [
-        (
-            "size and start",
-            [
-                line("size on disk, MiB", lambda variant: f"{variant.disk_bytes / 2**20:.0f}"),
-                line("parameters, millions", lambda variant: f"{variant.num_parameters / 1e6:.1f}"),
-                line("engine memory, peak, GiB", lambda variant: f"{(variant.peak_rss_bytes or 0) / 2**30:.2f}"),
-                line("time to build, s", _build_text),
-                line("time until ready, s", lambda variant: f"{variant.ready_s or 0:.0f}"),
-            ],
-        )
+    size = [
+        _Line("size on disk, MiB", [f"{variant.disk_bytes / 2**20:.0f}" for variant in variants]),
+        _Line("parameters, millions", [f"{variant.num_parameters / 1e6:.1f}" for variant in variants]),
+        _Line("engine memory, peak, GiB", [f"{(variant.peak_rss_bytes or 0) / 2**30:.2f}" for variant in variants]),
+        _Line("time to build, s", [_build_text(variant) for variant in variants]),
+        _Line("time until ready, s", [f"{variant.ready_s or 0:.0f}" for variant in variants]),
     ]
-    for workload in comparison.workloads:
-        view = _VIEWS[workload]
-        names = list(variants[0].quality[workload])
-        lines = [
-            line(f"{name.replace('_', ' ')}", lambda variant, w=workload, n=name: _estimate_text(variant.quality[w][n]))  # type: ignore[misc]
-            for name in names
-        ]
-        lines.append(line(view.speed_label, lambda variant, w=workload, v=view: f"{v.speed(variant.load[w]):.1f}"))  # type: ignore[misc]
-        for label, pick in view.latencies:
-            lines.append(
-                line(
-                    f"{label}, p50 / p90 / p99, ms",
-                    lambda variant, w=workload, p=pick: _percentiles_text(p(variant.load[w])),  # type: ignore[misc]
-                )
-            )
-        lines.append(line("requests, errors", lambda variant, w=workload: _requests_text(variant.load[w])))  # type: ignore[misc]
-        sections.append((workload, lines))
-    return sections
+    return [
+        ("size and start", size),
+        *((workload, _workload_lines(variants, workload)) for workload in comparison.workloads),
+    ]
+
+
+def _workload_lines(variants: Sequence[VariantResult], workload: str) -> list[_Line]:
+    view = _VIEWS[workload]
+    qualities = [variant.quality[workload] for variant in variants]
+    loads = [variant.load[workload] for variant in variants]
+    return [
+        *(
+            _Line(name.replace("_", " "), [_estimate_text(quality[name]) for quality in qualities])
+            for name in qualities[0]
+        ),
+        _Line(view.speed_label, [f"{view.speed(load):.1f}" for load in loads]),
+        *(
+            _Line(f"{label}, p50 / p90 / p99, ms", [_percentiles_text(pick(load)) for load in loads])
+            for label, pick in view.latencies
+        ),
+        _Line("prompt tokens from the prefix cache", [_share_text(load) for load in loads]),
+        _Line("requests, errors", [_requests_text(load) for load in loads]),
+    ]
 
 
 def _statements(comparison: Comparison) -> list[str]:
@@ -212,6 +208,10 @@ def _percentiles_text(figure: Percentiles) -> str:
         return "no answer"
     values = [f"{(value or 0) * 1000:.0f}" for value in (figure.p50, figure.p90, figure.p99)]
     return f"{' / '.join(values)} n={figure.n}"
+
+
+def _share_text(load: LoadSummary) -> str:
+    return "unknown" if load.prefix_cache_hit_frac is None else f"{load.prefix_cache_hit_frac:.0%}"
 
 
 def _requests_text(load: LoadSummary) -> str:

@@ -17,12 +17,12 @@ from compare.results import Comparison, VariantResult
 from compress.recipe import load_recipe
 from contracts.errors import UserError
 from contracts.hardware import probe_hardware
-from contracts.model import read_tensor_shapes, resolve_model, weight_files
+from contracts.model import model_name, read_tensor_shapes, resolve_model, weight_files
 from contracts.progress import say
 from contracts.variant import disk_bytes, read_manifest
 from loadtest.run import LoadSettings, run_suite
 from loadtest.target import Target
-from serve.engine import Engine, EngineSpec, free_port, model_name
+from serve.engine import Engine, EngineSpec, free_port
 from serve.plan import plan_launch
 from workloads import load_workload
 from workloads.interface import Workload
@@ -52,8 +52,10 @@ def compare(model: str, recipes: Sequence[str], workload_names: Sequence[str], e
     start, started = time.monotonic(), datetime.now(UTC).replace(microsecond=0)
     if not recipes or not workload_names:
         raise UserError("recipes or workloads", "", "name nothing", "give at least one of each")
-    for recipe in recipes:
-        load_recipe(recipe)
+    names = [load_recipe(recipe)[0] for recipe in recipes]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise UserError("recipes", twice[0], "stands twice", "name each recipe once, under a name of its own")
     workloads = [load_workload(name) for name in workload_names]
     base = resolve_model(model)
     output.mkdir(parents=True, exist_ok=True)
@@ -66,7 +68,7 @@ def compare(model: str, recipes: Sequence[str], workload_names: Sequence[str], e
     built = [build(model, base, recipe, started) for recipe in recipes]
     for number, variant in enumerate(built, start=1):
         say(f"--- variant {number} of {len(built)}: {variant.name} ---")
-        _serve_and_measure(variant, workloads, effort, output)
+        _serve_and_measure(model_name(model, Path(variant.directory)), variant, workloads, effort, output)
         comparison.variants.append(variant)
         comparison.seconds = time.monotonic() - start
         results = comparison.write(output)
@@ -90,7 +92,7 @@ def build(model: str, base: Path, recipe_name: str, started: datetime) -> Varian
     manifest = read_manifest(directory)
     return VariantResult(
         name=name,
-        recipe=recipe_name,
+        recipe=name,
         summary=recipe.summary,
         directory=str(directory),
         disk_bytes=disk_bytes(directory),
@@ -104,12 +106,14 @@ def _num_parameters(directory: Path) -> int:
     return sum(math.prod(shape) for file in weight_files(directory) for shape in read_tensor_shapes(file).values())
 
 
-def _serve_and_measure(variant: VariantResult, workloads: Sequence[Workload], effort: Effort, output: Path) -> None:
+def _serve_and_measure(
+    served_name: str, variant: VariantResult, workloads: Sequence[Workload], effort: Effort, output: Path
+) -> None:
     directory = Path(variant.directory)
     folder = output / variant.name
     spec = EngineSpec(
         directory=directory,
-        name=model_name(variant.directory, directory),
+        name=served_name,
         plan=plan_launch(directory, probe_hardware()),
         log=folder / "engine.log",
         port=free_port(),

@@ -20,7 +20,7 @@ from compress.checkpoint import CheckpointReader, CheckpointWriter, iterate_bloc
 from compress.families import LayerRoles, roles_of
 from compress.recipe import PruneMlp, Quantize, Recipe
 from contracts.errors import UserError
-from contracts.model import model_hash, read_tensor_shapes, weight_files
+from contracts.model import model_hash, model_name, read_tensor_shapes, weight_files
 from contracts.progress import progress, say
 from contracts.storage import atomic_directory, cache_dir
 from contracts.variant import MANIFEST_FILE, Manifest, Source, Step, disk_bytes, read_manifest, write_manifest
@@ -56,8 +56,7 @@ def build_variant(model: str, directory: Path, recipe_name: str, recipe: Recipe,
     resolved = recipe.model_dump(mode="json")
     identity = json.dumps([_BUILD_FORMAT, base.sha256, resolved["steps"]], sort_keys=True)
     key = hashlib.sha256(identity.encode()).hexdigest()[:12]
-    base_name = (read_manifest(directory) or directory).name
-    name = f"{base_name}-{recipe_name}"
+    name = f"{model_name(model, directory)}-{recipe_name}"
     if target is None:
         target = cache_dir("variants") / f"{name}-{key}"
     if target.exists():

@@ -19,7 +19,7 @@ from pathlib import Path
 from contracts.errors import UserError
 from contracts.progress import say
 from contracts.storage import atomic_directory, cache_dir, sha256_of_files
-from contracts.variant import Manifest, Source, Step, write_manifest
+from contracts.variant import Manifest, Source, Step, read_manifest, write_manifest
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _UNPACKED_FORMAT = "1"
@@ -62,6 +62,14 @@ def resolve_model(argument: str) -> Path:
         "does not exist",
         f"give a Hugging Face directory, a Hugging Face id, a .gguf file or one of {', '.join(BUILTIN_MODELS)}",
     )
+
+
+def model_name(argument: str, directory: Path) -> str:
+    """What to call the model of a resolved argument: its manifest's name, else the argument's last part."""
+    manifest = read_manifest(directory)
+    if manifest:
+        return manifest.name
+    return directory.resolve().name if Path(argument).is_dir() else argument.rsplit("/", 1)[-1]
 
 
 def check_model_directory(directory: Path) -> None:

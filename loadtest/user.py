@@ -57,14 +57,16 @@ class LoadRun:
     def __init__(self, environment: Environment, workload: str) -> None:
         options: Any = environment.parsed_options
         self.model: str = options.model
-        self._url: str = environment.host or options.host
         self._rows: IO[str] | None = open(options.rows, "w", encoding="utf-8") if options.rows else None  # noqa: SIM115
         self._prompts: Iterator[Prompt] = itertools.cycle(
             load_workload(workload).make_prompts("load", _MAX_PROMPTS, seed=options.prompt_seed)
         )
+        self._url = ""
         self._epoch = 0.0
 
-    def start(self) -> None:
+    def start(self, url: str) -> None:
+        """Begin to load `url`, which under Locust's web page is known only now."""
+        self._url = url
         self._epoch = time.perf_counter()
 
     def next_prompt(self) -> Prompt:
@@ -96,7 +98,7 @@ def register(user: type[WorkloadUser]) -> None:
 
     @events.test_start.add_listener
     def _start(environment: Environment, **_: object) -> None:
-        environment.slimserve_run.start()
+        environment.slimserve_run.start(environment.host)
         # Locust's own --run-time counts from before the users start, by up to a second.
         seconds = environment.parsed_options.load_seconds
         if seconds:

@@ -21,9 +21,9 @@ from types import TracebackType
 import psutil
 
 from contracts.errors import UserError
+from contracts.model import model_name
 from contracts.progress import progress
 from contracts.storage import cache_dir
-from contracts.variant import read_manifest
 from serve.plan import LaunchPlan
 
 _READY_TIMEOUT_S = 1800
@@ -169,12 +169,6 @@ class Engine:
                     )
                 tick(elapsed, note=_phase(self.spec.log))
                 time.sleep(_POLL_S)
-
-
-def model_name(argument: str, directory: Path) -> str:
-    """The name under which a model is served: its manifest's, else the argument's last part."""
-    manifest = read_manifest(directory)
-    return manifest.name if manifest else argument.rstrip("/").rsplit("/", 1)[-1]
 
 
 def serve_foreground(

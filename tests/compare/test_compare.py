@@ -81,6 +81,7 @@ def test_a_variant_says_whether_this_run_built_it(
         (["w9"], ["reasoning"], "recipe: 'w9' is unknown"),
         (["dense"], ["chess"], "workload: 'chess' is unknown"),
         ([], ["reasoning"], "name nothing"),
+        (["dense", "w8a8", "dense"], ["reasoning"], "recipes: 'dense' stands twice"),
     ],
 )
 def test_unknown_names_are_refused_before_any_work(

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from contracts.errors import UserError
-from contracts.model import model_hash, read_tensor_shapes, resolve_model, weight_files
+from contracts.model import model_hash, model_name, read_tensor_shapes, resolve_model, weight_files
 from contracts.variant import read_manifest
 
 
@@ -25,6 +25,13 @@ def test_the_builtin_model_is_unpacked_and_says_that_it_was_dequantized(smollm2:
 
 def test_a_directory_is_taken_as_it_is(copied: Path) -> None:
     assert resolve_model(str(copied)) == copied
+
+
+def test_a_model_is_called_by_its_manifest_or_the_last_part_of_its_name(copied: Path, smollm2: Path) -> None:
+    assert model_name("whatever", smollm2) == "smollm2-135m-instruct"
+    (copied / "slimserve.json").unlink()
+    assert model_name(f"{copied}/", copied) == "model"
+    assert model_name("org/model-1b", copied) == "model-1b"
 
 
 def test_the_hash_follows_the_content_not_the_place(copied: Path, smollm2: Path) -> None:

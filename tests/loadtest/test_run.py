@@ -1,5 +1,7 @@
 import json
+import re
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -48,6 +50,29 @@ def test_failures_are_counted_and_do_not_spin(fake_url: str, tmp_path: Path) -> 
 def test_settings_that_make_no_load_are_refused(settings: LoadSettings, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="make no load"):
         run_suite("reasoning", Target("http://127.0.0.1:1", "m"), settings, tmp_path)
+
+
+@pytest.mark.parametrize(("suite", "shown"), [("reasoning", ("TTFT", "ITL", "POST")), ("recommendation", ("POST",))])
+def test_a_suite_is_a_plain_locustfile_with_token_statistics(fake_url: str, suite: str, shown: tuple[str, ...]) -> None:
+    locustfile = Path(__file__).parents[2] / "loadtest" / "suites" / f"{suite}.py"
+    options = [
+        "--host",
+        fake_url,
+        "--model",
+        "good",
+        "--users",
+        "2",
+        "--run-time",
+        "3s",
+        "--headless",
+        "--only-summary",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "locust", "-f", str(locustfile), *options], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    for kind in shown:
+        assert re.search(rf"^{kind} +/", done.stdout, flags=re.MULTILINE), done.stdout
 
 
 def test_the_command_prints_a_table(

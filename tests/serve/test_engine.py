@@ -13,7 +13,7 @@ import pytest
 
 from contracts.errors import UserError
 from serve import engine as module
-from serve.engine import Engine, EngineSpec, answers, check_port_is_free, free_port, model_name
+from serve.engine import Engine, EngineSpec, answers, check_port_is_free, free_port
 from serve.plan import LaunchPlan
 from tests.conftest import FAKE_SERVER
 
@@ -97,11 +97,6 @@ def test_the_engine_process_ends_when_its_parent_is_killed() -> None:
     while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < deadline
         time.sleep(0.05)
-
-
-def test_a_model_is_served_under_its_last_name(tmp_path: Path) -> None:
-    assert model_name("org/model-1b", tmp_path) == "model-1b"
-    assert model_name("/models/own/", tmp_path) == "own"
 
 
 def test_the_environment_of_the_plan_reaches_the_engine(tmp_path: Path) -> None:
