@@ -19,10 +19,10 @@ def test_locust_reports_the_latency_that_the_server_has(fake_url: str, tmp_path:
     settings = LoadSettings(users=3, duration_s=4, warmup_s=1)
     summary, rows = run_suite("reasoning", Target(fake_url, "good"), settings, tmp_path)
     assert summary.errors == {}
-    assert summary.e2e_s.p50 == pytest.approx(_E2E_S, abs=0.015)
-    assert summary.ttft_s.p50 == pytest.approx(TTFT_S, abs=0.010)
+    assert summary.e2e_s.p50 == pytest.approx(_E2E_S, abs=0.025)
+    assert summary.ttft_s.p50 == pytest.approx(TTFT_S, abs=0.020)
     assert summary.itl_s.p50 == pytest.approx(GAP_S, abs=0.005)
-    assert summary.output_tokens_per_s == pytest.approx(3 * sum(CHUNKS) / _E2E_S, rel=0.15)
+    assert summary.output_tokens_per_s == pytest.approx(3 * sum(CHUNKS) / _E2E_S, rel=0.2)
     assert len(rows) > summary.num_requests, "the warm-up's rows are kept but not counted"
     document = json.loads((tmp_path / "reasoning.json").read_text())
     assert document["summary"]["e2e_s"]["n"] == summary.e2e_s.n
@@ -33,8 +33,8 @@ def test_locust_reports_the_latency_that_the_server_has(fake_url: str, tmp_path:
 def test_locust_counts_items(fake_url: str, tmp_path: Path) -> None:
     settings = LoadSettings(users=2, duration_s=3, warmup_s=1)
     summary, _ = run_suite("recommendation", Target(fake_url, "good"), settings, tmp_path)
-    assert summary.e2e_s.p50 == pytest.approx(SCORE_S, abs=0.010)
-    assert summary.items_per_s == pytest.approx(2 * 16 / SCORE_S, rel=0.2)
+    assert summary.e2e_s.p50 == pytest.approx(SCORE_S, abs=0.015)
+    assert summary.items_per_s == pytest.approx(2 * 16 / SCORE_S, rel=0.3)
     assert summary.ttft_s.n == 0
 
 
@@ -72,7 +72,7 @@ def test_a_suite_is_a_plain_locustfile_with_token_statistics(fake_url: str, suit
     )
     assert done.returncode == 0, done.stderr
     for kind in shown:
-        assert re.search(rf"^{kind} +/", done.stdout, flags=re.MULTILINE), done.stdout
+        assert re.search(rf"^{kind} +/", done.stderr, flags=re.MULTILINE), done.stderr
 
 
 def test_the_command_prints_a_table(
