@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import subprocess
 import sys
 import time
@@ -17,7 +16,7 @@ from compare.results import Comparison, VariantResult
 from compress.recipe import load_recipe
 from contracts.errors import UserError
 from contracts.hardware import probe_hardware
-from contracts.model import model_name, read_tensor_shapes, resolve_model, weight_files
+from contracts.model import count_parameters, model_name, resolve_model
 from contracts.progress import say
 from contracts.variant import disk_bytes, read_manifest
 from loadtest.run import LoadSettings, run_suite
@@ -96,14 +95,10 @@ def build(model: str, base: Path, recipe_name: str, started: datetime) -> Varian
         summary=recipe.summary,
         directory=str(directory),
         disk_bytes=disk_bytes(directory),
-        num_parameters=manifest.num_parameters if manifest else _num_parameters(directory),
+        num_parameters=manifest.num_parameters if manifest else count_parameters(directory),
         build_s=manifest.build_s if manifest else 0.0,
         build_reused=manifest is None or datetime.fromisoformat(manifest.created) < started,
     )
-
-
-def _num_parameters(directory: Path) -> int:
-    return sum(math.prod(shape) for file in weight_files(directory) for shape in read_tensor_shapes(file).values())
 
 
 def _serve_and_measure(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import resource
 import shutil
 import time
@@ -20,7 +19,7 @@ from compress.checkpoint import CheckpointReader, CheckpointWriter, iterate_bloc
 from compress.families import LayerRoles, roles_of
 from compress.recipe import PruneMlp, Quantize, Recipe
 from contracts.errors import UserError
-from contracts.model import model_hash, model_name, read_tensor_shapes, weight_files
+from contracts.model import count_parameters, model_hash, model_name
 from contracts.progress import progress, say
 from contracts.storage import atomic_directory, cache_dir
 from contracts.variant import MANIFEST_FILE, Manifest, Source, Step, disk_bytes, read_manifest, write_manifest
@@ -96,7 +95,7 @@ def build_variant(model: str, directory: Path, recipe_name: str, recipe: Recipe,
             resolved_recipe=resolved,
             base=base,
             steps=done,
-            num_parameters=_num_parameters(output),
+            num_parameters=count_parameters(output),
             peak_rss_bytes=_peak_rss_bytes(),
         )
         write_manifest(output, manifest)
@@ -173,11 +172,6 @@ def _copy_companions(source: Path, output: Path) -> None:
         weights = file.suffix in {".safetensors", ".bin", ".gguf", ".pt", ".pth"} or ".safetensors." in file.name
         if file.is_file() and not weights and file.name not in {"config.json", MANIFEST_FILE}:
             shutil.copyfile(file, output / file.name)
-
-
-def _num_parameters(directory: Path) -> int:
-    shapes = {name: shape for file in weight_files(directory) for name, shape in read_tensor_shapes(file).items()}
-    return sum(math.prod(shape) for name, shape in shapes.items() if not name.endswith("_scale"))
 
 
 def _peak_rss_bytes() -> int:

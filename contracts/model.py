@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import re
 import time
 from collections.abc import Iterable
@@ -121,6 +122,12 @@ def read_tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
         raise UserError(
             "weights file", file, f"is corrupt or cut short ({error})", "download or build the model again"
         ) from error
+
+
+def count_parameters(directory: Path) -> int:
+    """Elements of all weight tensors, from the files' headers; the scales of a quantized model are not counted."""
+    shapes = {name: shape for file in weight_files(directory) for name, shape in read_tensor_shapes(file).items()}
+    return sum(math.prod(shape) for name, shape in shapes.items() if not name.endswith("_scale"))
 
 
 def model_hash(directory: Path) -> str:

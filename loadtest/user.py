@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import time
 from collections.abc import Iterator
 from typing import IO, Any
@@ -15,6 +14,7 @@ from locust.env import Environment
 
 from loadtest.rows import Row, write_row
 from loadtest.stream import TimedClient
+from loadtest.target import auth_headers
 from workloads import load_workload
 from workloads.interface import Prompt
 
@@ -73,8 +73,7 @@ class LoadRun:
         return next(self._prompts)
 
     def make_client(self) -> TimedClient:
-        key = os.environ.get("VLLM_API_KEY")
-        return TimedClient(self._url, {"Authorization": f"Bearer {key}"} if key else {}, self._epoch)
+        return TimedClient(self._url, auth_headers(), self._epoch)
 
     def keep(self, row: Row) -> None:
         if self._rows:

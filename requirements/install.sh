@@ -9,9 +9,7 @@ say() { echo "install: $*" >&2; }
 
 "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 12))' ||
     { say "$("$python" --version) is not Python 3.11, for which the lock was made; run: make PYTHON=python3.11"; exit 2; }
-for tool in g++:g++; do
-    sh requirements/system.sh "${tool%%:*}" "${tool##*:}" "vLLM's compiler of CPU kernels"
-done
+sh requirements/system.sh g++ g++ "vLLM's compiler of CPU kernels"
 sh requirements/system.sh libtcmalloc_minimal.so.4 libtcmalloc-minimal4 "a faster allocator, about a tenth of vLLM's speed"
 
 say "environment in $venv"
