@@ -1,6 +1,10 @@
 # make demo    install if needed, then build, serve, load and compare three variants of a real model
 # make test    lint, types, unit tests, and end-to-end tests against a real vLLM engine
 # make lock    resolve requirements/cpu.lock anew (needs uv, and UV_FIND_LINKS or UV_INDEX for torch+cpu)
+# make bench-quantize  GPTQ and QuantEase against llm-compressor: seconds, memory, KL (half an hour)
+# make bench-prune     OSSCAR against the other ways to choose neurons and KV groups: NLL, seconds, prefill speed-up
+# make bench-memory    peak memory of compressing a 1.5B model
+# make bench-load      every recipe on a real model, loaded by stock transformers and stock vLLM
 # make bench-launch    this project's launch of vLLM against vLLM's own, alternating
 
 PYTHON ?= python3
@@ -12,7 +16,7 @@ SOURCES := slimserve.py contracts workloads compress serve loadtest compare benc
 
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test install lock lint types unit bench-launch clean
+.PHONY: demo test install lock lint types unit bench-launch bench-quantize bench-prune bench-memory bench-load clean
 
 demo: install
 	$(BIN)/slimserve compare --model smollm2-135m-instruct --recipes dense,w8a8,prune25-w8a8 \
@@ -31,8 +35,8 @@ types:
 unit: $(VENV)/.test-system
 	$(BIN)/pytest
 
-bench-launch: install
-	$(BIN)/python -m benches.launch
+bench-launch bench-quantize bench-prune bench-memory bench-load: bench-%: install
+	$(BIN)/python -m benches.$*
 
 # A stamp per environment: a second `make install` has nothing to do.
 install: $(VENV)/.installed

@@ -1,59 +1,80 @@
-"""Build a variant: walk the checkpoint's blocks once, apply the recipe's steps, write whole or not at all."""
+"""Build a variant: one walk over the checkpoint's blocks per step, resumable, written whole or not at all.
+
+A step reads the checkpoint that the step before wrote. While it walks, finished blocks, the hidden states of the
+calibration samples and a small state file lie in a work folder beside the target, so that a killed build goes on
+at the block where it stopped, with the same result to the bit.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import os
 import resource
 import shutil
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
-from compress import formats, prune, quantize
+from compress.calibration import Calibration, check_source, load_calibration
 from compress.checkpoint import CheckpointReader, CheckpointWriter, iterate_blocks
 from compress.families import LayerRoles, roles_of
-from compress.recipe import PruneMlp, Quantize, Recipe
+from compress.forward import Block, Decoder
+from compress.recipe import Recipe
+from compress.steps import BoundStep, Detail, bind
+from compress.stream import Stream
 from contracts.errors import UserError
 from contracts.model import count_parameters, model_hash, model_name
 from contracts.progress import progress, say
-from contracts.storage import atomic_directory, cache_dir
+from contracts.storage import atomic_directory, cache_dir, sha256_of_files, write_atomically
 from contracts.variant import MANIFEST_FILE, Manifest, Source, Step, disk_bytes, read_manifest, write_manifest
 
-_BUILD_FORMAT = 1
+_BUILD_FORMAT = 2
 """Raise it when the same recipe starts to give other bytes, so that old builds are not reused."""
 
-Block = dict[str, Tensor]
-"""Tensors of one decoder block by their names relative to it."""
+BetweenRounds = Callable[[Path], Path]
+"""Gets the checkpoint after a pruning step or round and returns the one to go on with, such as a distilled one."""
 
 
-@dataclass
-class _AppliedStep:
-    """One step of a recipe, bound to a model: how it changes a block, and what it has to tell."""
-
-    name: str
-    on_block: Callable[[Block], Block]
-    detail: dict[str, Any]
-    seconds: float = field(default=0.0)
-
-
-def build_variant(model: str, directory: Path, recipe_name: str, recipe: Recipe, target: Path | None) -> Path:
+def build_variant(
+    model: str,
+    directory: Path,
+    recipe_name: str,
+    recipe: Recipe,
+    target: Path | None,
+    between_rounds: BetweenRounds | None = None,
+) -> Path:
     """Compress the model in `directory` and return the variant's directory.
 
-    `model` is the argument as the user gave it, kept in the manifest. Without `target` the
-    variant goes to the cache, under a name that depends on the model's content and the
-    resolved recipe, and an earlier build of the same is reused. Raises UserError where
-    the model's family is unknown, a step does not fit its shapes, or `target` holds
-    something else.
+    `model` is the argument as the user gave it, kept in the manifest. Without `target` the variant goes to the
+    cache, under a name that depends on the model's content and the resolved recipe, and an earlier build of the
+    same is reused. An interrupted build of the same is resumed. `between_rounds` is called after each step that
+    another follows; with it nothing is reused. Raises UserError where the model's family is unknown, a step
+    does not fit its shapes, `target` holds something else, the disk is full, or a weight or activation is not finite.
     """
-    start = time.monotonic()
     base = _base_of(model, directory)
     resolved = recipe.model_dump(mode="json")
-    identity = json.dumps([_BUILD_FORMAT, base.sha256, resolved["steps"]], sort_keys=True)
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    if recipe.steps and "quantization_config" in config:
+        raise UserError("model", model, "is quantized already", "give the model that it was made from")
+    roles = roles_of(config)
+    steps = bind(recipe.steps, config, roles, recipe.calibration.seed)
+    needs_data = any(step.needs_data for step in steps)
+    source_hash = ""
+    if needs_data:
+        check_source(recipe.calibration.source)
+        file = Path(recipe.calibration.source)
+        source_hash = sha256_of_files([file]) if file.is_file() else ""
+    kept = resolved if needs_data else {"steps": resolved["steps"]}
+    identity = json.dumps([_BUILD_FORMAT, base.sha256, kept, source_hash], sort_keys=True)
     key = hashlib.sha256(identity.encode()).hexdigest()[:12]
     name = f"{model_name(model, directory)}-{recipe_name}"
     if target is None:
@@ -61,46 +82,217 @@ def build_variant(model: str, directory: Path, recipe_name: str, recipe: Recipe,
     if target.exists():
         return _reuse(target, base, resolved)
 
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    if "quantization_config" in config:
-        raise UserError("model", model, "is quantized already", "give the model that it was made from")
-    roles = roles_of(config)
-    reader = CheckpointReader(directory)
-    steps = [_bind(step, config, roles) for step in recipe.steps]
-    num_blocks = config["num_hidden_layers"]
-    with atomic_directory(target) as output:
-        writer = CheckpointWriter(output)
-        in_blocks: set[str] = set()
-        with progress(f"building {name}", num_blocks, "blocks") as tick:
-            for index, (prefix, block) in enumerate(iterate_blocks(reader, roles.block, num_blocks)):
-                in_blocks.update(prefix + layer for layer in block)
-                for step in steps:
-                    step_start = time.monotonic()
-                    block = step.on_block(block)
-                    step.seconds += time.monotonic() - step_start
-                writer.add({prefix + layer: tensor for layer, tensor in block.items()})
-                tick(index + 1, note=f"{_peak_rss_bytes() / 2**30:.1f} GiB")
-        for tensor_name in reader.names:
-            if tensor_name not in in_blocks:
-                writer.add({tensor_name: reader.read(tensor_name)})
-        writer.close()
-        _copy_companions(directory, output)
-        (output / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        done = [Step(name=step.name, seconds=step.seconds, detail=step.detail) for step in steps]
-        in_steps = sum(step.seconds for step in steps)
-        done.append(Step(name="read, hash and write", seconds=time.monotonic() - start - in_steps))
-        manifest = Manifest(
-            name=name,
-            recipe=recipe_name,
-            resolved_recipe=resolved,
-            base=base,
-            steps=done,
-            num_parameters=count_parameters(output),
-            peak_rss_bytes=_peak_rss_bytes(),
-        )
-        write_manifest(output, manifest)
+    try:
+        with _work_folder(target, key) as work:
+            calibration = _calibrate(recipe, directory) if needs_data else None
+            builder = _Builder(name, work, roles, calibration, between_rounds)
+            done = builder.run(directory, steps)
+            with atomic_directory(target) as output:
+                start = time.monotonic()
+                _copy_checkpoint(builder.result, output)
+                done.append(Step(name="write", seconds=time.monotonic() - start))
+                manifest = Manifest(
+                    name=name,
+                    recipe=recipe_name,
+                    resolved_recipe=resolved,
+                    base=base,
+                    steps=done,
+                    num_parameters=count_parameters(directory) if not steps else builder.num_parameters,
+                    calibration_sha256=calibration.sha256 if calibration else None,
+                    calibration=calibration.detail if calibration else {},
+                    seed=recipe.calibration.seed,
+                    peak_rss_bytes=_peak_rss_bytes(),
+                )
+                write_manifest(output, manifest)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            "output directory",
+            target,
+            f"could not be written ({getattr(error, 'strerror', None) or error})",
+            "free some disk space and run the same command again: it resumes at the last finished block",
+        ) from error
     say(f"built {name}: {disk_bytes(target) / 2**20:.0f} MiB in {manifest.build_s:.1f} s at {target}")
     return target
+
+
+@dataclass
+class _Builder:
+    """Runs the steps one after the other, each in a folder of its own under `work`."""
+
+    name: str
+    work: Path
+    roles: LayerRoles
+    calibration: Calibration | None
+    between_rounds: BetweenRounds | None
+    num_parameters: int = 0
+
+    def run(self, directory: Path, steps: list[BoundStep]) -> list[Step]:
+        """Apply all steps; afterwards `result` is the last one's checkpoint."""
+        self.result = directory
+        done: list[Step] = []
+        for number, step in enumerate(steps):
+            folder = self.work / f"step-{number}"
+            output = folder / "checkpoint"
+            title = f"{self.name}: {step.name} ({number + 1} of {len(steps)})"
+            record = folder / "done.json"
+            if not record.is_file():
+                seconds, detail = self._walk(title, step, folder, output)
+                record.write_text(json.dumps({"seconds": seconds, "detail": detail}), encoding="utf-8")
+            finished = json.loads(record.read_text(encoding="utf-8"))
+            done.append(Step(name=step.name, seconds=finished["seconds"], detail=finished["detail"]))
+            self.result = output
+            if step.name != "quantize":
+                self.num_parameters = count_parameters(output)
+            elif not self.num_parameters:
+                self.num_parameters = count_parameters(directory)
+            if self.between_rounds and number + 1 < len(steps):
+                self.result = self.between_rounds(output)
+        return done
+
+    def _walk(self, title: str, step: BoundStep, folder: Path, output: Path) -> tuple[float, dict[str, Any]]:
+        start = time.monotonic()
+        reader = CheckpointReader(self.result)
+        config = json.loads((self.result / "config.json").read_text(encoding="utf-8"))
+        num_blocks = config["num_hidden_layers"]
+        blocks = folder / "blocks"
+        blocks.mkdir(parents=True, exist_ok=True)
+        details, before_s = _read_state(folder)
+        if details:
+            say(f"{title}: resumed after block {len(details)} of {num_blocks}")
+        streams = self._streams(step, folder, config, reader, first=not details)
+        with progress(title, num_blocks, "blocks") as tick:
+            for index, (_, block) in enumerate(iterate_blocks(reader, self.roles.block, num_blocks)):
+                if index < len(details):
+                    continue
+                for stream in streams.values():
+                    stream.enter(index, config["hidden_size"])
+                # Gradients are never wanted, and inference tensors cannot be saved.
+                with torch.no_grad():
+                    after, detail = step.on_block(index, block, streams.get("x"), streams.get("dense"))
+                save_file({key: tensor.contiguous() for key, tensor in after.items()}, _block_file(blocks, index))
+                details.append(detail)
+                _write_state(folder, details, before_s + time.monotonic() - start)
+                for stream in streams.values():
+                    stream.leave()
+                tick(index + 1, note=f"{_worst_error(detail)}{_peak_rss_bytes() / 2**30:.1f} GiB")
+        self._emit(step, details, reader, blocks, output, num_blocks)
+        for leftover in (blocks, folder / "streams"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        return before_s + time.monotonic() - start, step.describe(details)
+
+    def _streams(
+        self, step: BoundStep, folder: Path, config: dict[str, Any], reader: CheckpointReader, first: bool
+    ) -> dict[str, Stream]:
+        """The calibration stream by its name, and the dense one where the step wants it."""
+        if not step.needs_data:
+            return {}
+        assert self.calibration is not None
+        tokens_NT = self.calibration.tokens_NT
+        embedding_VD = reader.read(self.roles.embedding)
+        decoder = Decoder(config, self.roles, tokens_NT.shape[1], embedding_VD.dtype)
+        where = folder / "streams"
+        where.mkdir(exist_ok=True)
+        streams = {name: Stream(decoder, where, tokens_NT, name) for name in ("x", "dense")[: 1 + step.wants_dense]}
+        if first:
+            for stream in streams.values():
+                stream.embed(embedding_VD)
+        return streams
+
+    def _emit(
+        self,
+        step: BoundStep,
+        details: list[Detail],
+        reader: CheckpointReader,
+        blocks: Path,
+        output: Path,
+        num_blocks: int,
+    ) -> None:
+        """Write the step's checkpoint from its blocks, numbered anew where some are left out."""
+        with atomic_directory(output) as partial:
+            writer = CheckpointWriter(partial)
+            number = 0
+            for index in range(num_blocks):
+                prefix = self.roles.block.format(index=index)
+                block: Block | None = load_file(_block_file(blocks, index))
+                block = step.emit(index, block, lambda prefix=prefix: reader.read_prefix(prefix), details)  # type: ignore[misc,arg-type]
+                if block is not None:
+                    here = self.roles.block.format(index=number)
+                    writer.add({here + layer: tensor for layer, tensor in block.items()})
+                    number += 1
+            # Blocks beyond the config's depth are dropped: stock vLLM refuses them.
+            of_blocks = self.roles.block.partition("{index}")[0]
+            for tensor_name in reader.names:
+                if not tensor_name.startswith(of_blocks):
+                    writer.add({tensor_name: reader.read(tensor_name)})
+            writer.close()
+            _copy_companions(self.result, partial)
+            text = json.dumps(step.config(details), indent=2) + "\n"
+            (partial / "config.json").write_text(text, encoding="utf-8")
+
+
+def _calibrate(recipe: Recipe, directory: Path) -> Calibration:
+    asked = recipe.calibration
+    calibration = load_calibration(directory, asked.source, asked.num_samples, asked.sequence_length, asked.seed)
+    found = len(calibration.tokens_NT)
+    if found < asked.num_samples:
+        say(f"calibration: only {found} of {asked.num_samples} sequences found in {asked.source}")
+    return calibration
+
+
+@contextmanager
+def _work_folder(target: Path, key: str) -> Iterator[Path]:
+    """The folder beside `target` in which its build is under way; kept when the build is interrupted.
+
+    One of another recipe or model is thrown away. UserError where another process builds the same target.
+    """
+    work = target.parent / f".{target.name}.building"
+    work.mkdir(parents=True, exist_ok=True)
+    with (work / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                "output directory", target, "is being built by another process", "wait for it, or name another"
+            ) from error
+        identity = work / "identity"
+        if not identity.is_file() or identity.read_text(encoding="utf-8") != key:
+            for leftover in work.glob("step-*"):
+                shutil.rmtree(leftover)
+            write_atomically(identity, key)
+        try:
+            yield work
+        except BaseException as error:
+            is_hopeless = isinstance(error, UserError) and not isinstance(error.__cause__, OSError)
+            if not is_hopeless and any(work.glob("step-*/state.json")):
+                say(f"what is done lies in {work}: the same command resumes it; delete the folder to start anew")
+            else:
+                shutil.rmtree(work, ignore_errors=True)
+            raise
+        shutil.rmtree(work)
+
+
+def _read_state(folder: Path) -> tuple[list[Detail], float]:
+    """Details of the blocks that are done, and the seconds they took."""
+    file = folder / "state.json"
+    if not file.is_file():
+        return [], 0.0
+    state = json.loads(file.read_text(encoding="utf-8"))
+    return state["blocks"], state["seconds"]
+
+
+def _write_state(folder: Path, details: list[Detail], seconds: float) -> None:
+    partial = folder / "state.partial"
+    partial.write_text(json.dumps({"seconds": seconds, "blocks": details}), encoding="utf-8")
+    os.replace(partial, folder / "state.json")
+
+
+def _block_file(blocks: Path, index: int) -> Path:
+    return blocks / f"block-{index:05d}.safetensors"
+
+
+def _worst_error(detail: Detail) -> str:
+    errors = detail.get("output_error")
+    return f"error {max(errors.values()):.3f}, " if errors else ""
 
 
 def _base_of(model: str, directory: Path) -> Source:
@@ -117,53 +309,12 @@ def _reuse(target: Path, base: Source, resolved: dict[str, Any]) -> Path:
     raise UserError("output directory", target, "exists and holds something else", "name another, or delete it")
 
 
-def _bind(step: PruneMlp | Quantize, config: dict[str, Any], roles: LayerRoles) -> _AppliedStep:
-    """Check a step against the model and rewrite `config` to what the model will be after it."""
-    if isinstance(step, PruneMlp):
-        return _bind_prune(step, config, roles)
-    return _bind_quantize(step, config, roles)
-
-
-def _bind_prune(step: PruneMlp, config: dict[str, Any], roles: LayerRoles) -> _AppliedStep:
-    width = config["intermediate_size"]
-    num_kept = prune.kept_width(width, step.remove_frac, step.multiple)
-    score = prune.NEURON_SCORES[step.method]
-    removed_share: list[float] = []
-    config["intermediate_size"] = num_kept
-    config.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
-
-    def on_block(block: Block) -> Block:
-        scores_I = score(block[f"{roles.mlp_consumer}.weight"])
-        kept_K = prune.choose_kept(scores_I, num_kept)
-        removed_share.append(1 - float(scores_I[kept_K].sum() / scores_I.sum()))
-        return prune.cut_mlp(block, roles, kept_K)
-
-    detail = {
-        "method": step.method,
-        "neurons_before": width,
-        "neurons_after": num_kept,
-        "removed_score_share_per_block": removed_share,
-    }
-    return _AppliedStep(step.step, on_block, detail)
-
-
-def _bind_quantize(step: Quantize, config: dict[str, Any], roles: LayerRoles) -> _AppliedStep:
-    rounding = quantize.ROUNDINGS[step.method]
-    num_bits = formats.FORMATS[step.format].num_bits
-    errors: dict[str, list[float]] = {layer: [] for layer in roles.linears}
-    config["quantization_config"] = formats.quantization_config(step.format, ignored_layers=["lm_head"])
-
-    def on_block(block: Block) -> Block:
-        packed = dict(block)
-        for layer in roles.linears:
-            weight_OI = packed.pop(f"{layer}.weight")
-            quantized = rounding(weight_OI, num_bits)
-            errors[layer].append(quantize.relative_error(weight_OI, quantized))
-            packed.update({f"{layer}.{suffix}": tensor for suffix, tensor in formats.pack_layer(quantized).items()})
-        return packed
-
-    detail = {"format": step.format, "method": step.method, "relative_error_per_block": errors}
-    return _AppliedStep(step.step, on_block, detail)
+def _copy_checkpoint(source: Path, output: Path) -> None:
+    """Weights, config and companions of a checkpoint."""
+    _copy_companions(source, output)
+    for file in source.iterdir():
+        if file.suffix == ".safetensors" or file.name in {"config.json", "model.safetensors.index.json"}:
+            shutil.copyfile(file, output / file.name)
 
 
 def _copy_companions(source: Path, output: Path) -> None:

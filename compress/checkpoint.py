@@ -14,7 +14,9 @@ from torch import Tensor
 from contracts.errors import UserError
 from contracts.model import weight_files
 
-_SHARD_BYTES = 4 * 2**30
+_CHECKED = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+_SHARD_BYTES = 2**29
+"""Shards are kept small, since one is in memory, twice, while it is written."""
 
 
 class CheckpointReader:
@@ -31,10 +33,12 @@ class CheckpointReader:
         return list(self._file_of)
 
     def read(self, name: str) -> Tensor:
-        """One tensor; UserError names it where a weight is NaN or infinite."""
+        """One tensor; UserError names it where it is missing, or a weight in it is NaN or infinite."""
+        if name not in self._file_of:
+            raise UserError("weights", name, "is missing from the checkpoint", "download the model again")
         with safe_open(self._file_of[name], framework="pt") as tensors:
             tensor: Tensor = tensors.get_tensor(name)
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if tensor.dtype in _CHECKED and not bool(torch.isfinite(tensor.sum(dtype=torch.float64))):
             raise UserError("weights", name, "holds NaN or infinity", "repair the model before compressing it")
         return tensor
 
@@ -44,7 +48,7 @@ class CheckpointReader:
 
 
 class CheckpointWriter:
-    """Collects tensors and writes them as safetensors shards of at most about 4 GiB, with an index if several."""
+    """Collects tensors and writes them as safetensors shards of at most about 0.5 GiB, with an index if several."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory

@@ -1,4 +1,4 @@
-"""Which tensor plays which role in a decoder block: one table row per model family."""
+"""Which tensor plays which role in a model: one table row per model family."""
 
 from __future__ import annotations
 
@@ -11,31 +11,65 @@ from contracts.errors import UserError
 
 @dataclass(frozen=True)
 class LayerRoles:
-    """Names of a decoder block's linear layers, relative to the block."""
+    """Names of a decoder's tensors; those of a block are relative to the block."""
 
     block: str
     """Prefix of block `{index}` in the checkpoint."""
-    mlp_producers: tuple[str, ...]
-    """Layers whose rows are the MLP's neurons."""
+    embedding: str
+    final_norm: str
+    head: str
+    """The output layer's weight; a checkpoint with tied embeddings has none."""
+    attention_norm: str
+    query: str
+    key: str
+    value: str
+    query_norm: str
+    """RMS norm over head_dim of every query head, where the family has it; the block's tensors tell."""
+    key_norm: str
+    attention_consumer: str
+    """The layer whose columns are the attention heads' outputs."""
+    mlp_norm: str
+    gate: str
+    up: str
     mlp_consumer: str
     """The layer whose columns are the MLP's neurons."""
-    attention: tuple[str, ...]
+
+    @property
+    def attention_producers(self) -> tuple[str, ...]:
+        """Layers that read the attention's input and whose rows are heads."""
+        return (self.query, self.key, self.value)
+
+    @property
+    def mlp_producers(self) -> tuple[str, ...]:
+        """Layers that read the MLP's input and whose rows are neurons."""
+        return (self.gate, self.up)
 
     @property
     def linears(self) -> tuple[str, ...]:
         """Every linear layer of a block, in the order of the forward pass."""
-        return (*self.attention, *self.mlp_producers, self.mlp_consumer)
+        return (*self.attention_producers, self.attention_consumer, *self.mlp_producers, self.mlp_consumer)
 
 
 _GATED = LayerRoles(
     block="model.layers.{index}.",
-    mlp_producers=("mlp.gate_proj", "mlp.up_proj"),
+    embedding="model.embed_tokens.weight",
+    final_norm="model.norm.weight",
+    head="lm_head.weight",
+    attention_norm="input_layernorm",
+    query="self_attn.q_proj",
+    key="self_attn.k_proj",
+    value="self_attn.v_proj",
+    query_norm="self_attn.q_norm",
+    key_norm="self_attn.k_norm",
+    attention_consumer="self_attn.o_proj",
+    mlp_norm="post_attention_layernorm",
+    gate="mlp.gate_proj",
+    up="mlp.up_proj",
     mlp_consumer="mlp.down_proj",
-    attention=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
 )
 
 FAMILIES: dict[str, LayerRoles] = {"llama": _GATED, "mistral": _GATED, "qwen2": _GATED, "qwen3": _GATED}
-"""Layer roles by the `model_type` of config.json."""
+"""Layer roles by the `model_type` of config.json; Qwen2.5 calls itself qwen2, SmolLM2 llama."""
 
 
 def roles_of(config: Mapping[str, Any]) -> LayerRoles:

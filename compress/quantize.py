@@ -1,49 +1,231 @@
-"""Quantization of linear layers: the grid and the rounding, as pure tensor functions.
+"""Quantization of linear layers: grids, weights on a grid, and rounding to the nearest point.
 
-Shapes: O output features, I input features. A method is a function from a weight and a
-number of bits to the integers and scales that stand for it, and a row in `ROUNDINGS`.
+Shapes: O output features, I input features, G groups of input features that share a scale
+(1 where a whole row shares it). `compress.gptq` holds the roundings that look at data.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from contracts.errors import UserError
+
+_FP8 = torch.float8_e4m3fn
+_SHRINKS = torch.linspace(1.0, 0.7, 21).tolist()
+_ROWS_AT_ONCE = 128
+"""Rows whose scales are searched together: few enough to stay in a core's cache."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Which numbers a quantized layer can hold: codes, and the scales that stretch them."""
+
+    kind: Literal["int", "fp8"]
+    """Integers, or float8_e4m3fn."""
+    num_bits: int
+    """8 or 4 for integers, 8 for fp8."""
+    symmetric: bool = True
+    """False: every scale has a zero point, so that a one-sided group wastes no codes. Integers only."""
+    group_size: int | None = None
+    """Input features that share one scale; None: one scale per output feature."""
+    scale_dtype: torch.dtype = torch.float32
+    """How scales are stored; codes are computed with the scale as stored."""
+
+    def __post_init__(self) -> None:
+        assert self.kind == "int" or (self.num_bits == 8 and self.symmetric), self
+        assert self.num_bits in (4, 8), self
+
+    @property
+    def lowest(self) -> float:
+        """The least code."""
+        return -(2.0 ** (self.num_bits - 1)) if self.kind == "int" else torch.finfo(_FP8).min
+
+    @property
+    def highest(self) -> float:
+        """The greatest code."""
+        return 2.0 ** (self.num_bits - 1) - 1 if self.kind == "int" else torch.finfo(_FP8).max
+
+    @property
+    def code_dtype(self) -> torch.dtype:
+        """How codes are held: int8 for integers of any width, float8_e4m3fn."""
+        return torch.int8 if self.kind == "int" else _FP8
+
+    def width(self, num_inputs: int) -> int:
+        """Input features per scale in a layer of `num_inputs`; raises UserError where they do not divide it."""
+        if self.group_size is None:
+            return num_inputs
+        if self.group_size < 1 or num_inputs % self.group_size:
+            choices = [size for size in range(8, num_inputs + 1) if num_inputs % size == 0] or [num_inputs]
+            raise UserError(
+                "group_size",
+                self.group_size,
+                f"does not divide the {num_inputs} input features of a layer",
+                f"choose from {', '.join(map(str, choices))}",
+            )
+        return self.group_size
+
+    def fit(self, weight_OI: Tensor, shrink: float = 1.0) -> tuple[Tensor, Tensor | None]:
+        """Scales `[O, G]` and zero points `[O, G]` that put the extremes of every group on the grid's ends.
+
+        Both are float32; scales are exact in `scale_dtype`, zero points are codes or None for a
+        symmetric grid. `shrink` moves the ends inwards. A group of zeros gets the scale 1. Symmetric
+        8-bit integers put the largest magnitude on 127; 4 bits put it on 7.5, half a step beyond the
+        last code, as compressed-tensors does, for the waste of a whole code would cost more.
+        """
+        groups_OGS = weight_OI.float().unflatten(1, (-1, self.width(weight_OI.shape[1])))
+        if self.symmetric:
+            top = 7.5 if self.num_bits == 4 else self.highest
+            span_OG = groups_OGS.abs().amax(dim=2)
+            return self.storable(span_OG * (shrink / top)).masked_fill_(span_OG == 0, 1.0), None
+        # Zero must be on the grid, or padding and dead weights would turn into something.
+        low_OG = groups_OGS.amin(dim=2).clamp_(max=0)
+        span_OG = groups_OGS.amax(dim=2).clamp_(min=0).sub_(low_OG)
+        scale_OG = self.storable(span_OG * (shrink / (self.highest - self.lowest))).masked_fill_(span_OG == 0, 1.0)
+        zero_OG = (self.lowest - low_OG * shrink / scale_OG).round_().clamp_(self.lowest, self.highest)
+        return scale_OG, zero_OG
+
+    def storable(self, scale: Tensor) -> Tensor:
+        """Scales as they read back from `scale_dtype`, float32, none of them 0."""
+        limits = torch.finfo(self.scale_dtype)
+        return scale.clamp(limits.tiny, limits.max).to(self.scale_dtype).float()
+
+    def encode(self, values: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        """Codes of the grid points nearest to `values`, as float32; the arguments broadcast."""
+        codes = values / scale
+        if self.kind == "fp8":
+            return codes.clamp_(self.lowest, self.highest).to(_FP8).float()
+        if zero is not None:
+            codes += zero
+        return codes.round_().clamp_(self.lowest, self.highest)
+
+    def decode(self, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        """Values that `codes` stand for, float32; the arguments broadcast."""
+        return (codes if zero is None else codes - zero) * scale
+
 
 @dataclass(frozen=True)
 class Quantized:
-    """A weight on a symmetric integer grid with one scale per output channel."""
+    """A weight on a grid."""
 
-    integers_OI: Tensor
-    """Integers in [-(2**(bits-1)), 2**(bits-1) - 1], int8."""
-    scale_O1: Tensor
-    """Step of each row's grid, float32, positive."""
+    codes_OI: Tensor
+    """int8 in `[-2**(bits-1), 2**(bits-1) - 1]` whether symmetric or not, or float8_e4m3fn."""
+    scale_OG: Tensor
+    """float32, positive, exact in `grid.scale_dtype`."""
+    zero_OG: Tensor | None
+    """int8, in the codes' range; None where the grid is symmetric."""
+    grid: Grid
+    notes: dict[str, int | float] = field(default_factory=dict)
+    """What went otherwise than asked while rounding: `num_dead_inputs`, `damping_used`."""
 
     def dequantize(self) -> Tensor:
         """The weight that the engine computes with, `[O, I]` float32."""
-        return self.integers_OI.float() * self.scale_O1
+        num_groups = self.scale_OG.shape[1]
+        codes_OGS = self.codes_OI.float().unflatten(1, (num_groups, -1))
+        zero_OG1 = None if self.zero_OG is None else self.zero_OG.float()[:, :, None]
+        return self.grid.decode(codes_OGS, self.scale_OG[:, :, None], zero_OG1).flatten(1)
+
+    def split(self, num_outputs: Sequence[int]) -> list[Quantized]:
+        """The layers that were stacked along their output features, given how many each has."""
+        sizes = list(num_outputs)
+        codes, scales = self.codes_OI.split(sizes), self.scale_OG.split(sizes)
+        zeros = [None] * len(sizes) if self.zero_OG is None else self.zero_OG.split(sizes)
+        return [Quantized(*parts, self.grid, dict(self.notes)) for parts in zip(codes, scales, zeros, strict=True)]
 
 
-def round_to_nearest(weight_OI: Tensor, num_bits: int) -> Quantized:
-    """Symmetric round-to-nearest with the largest magnitude of each row on the grid's end.
+@dataclass(frozen=True)
+class RoundingOptions:
+    """How to round; each method reads what concerns it."""
 
-    A row of zeros gets the scale 1, so that nothing divides by zero.
+    damping: float = 0.01
+    """Share of the gram's mean diagonal that is added to its diagonal."""
+    order: Literal["natural", "activation"] = "natural"
+    """Order of the input features in GPTQ: as they stand, or by descending activation energy."""
+    sweeps: int = 5
+    """Passes of QuantEase over all input features; it stops earlier once no code changes."""
+    scales: Literal["minmax", "mse"] = "minmax"
+    """Scales from the extremes, or those that minimise the weighted squared error."""
+
+
+Rounding = Callable[[Tensor, Tensor | None, Grid, RoundingOptions], Quantized]
+"""`(weight_OI, gram_II, grid, options)`: float32, the gram is XᵀX / num_tokens or None without data."""
+
+
+def fit_scales(
+    weight_OI: Tensor, gram_II: Tensor | None, grid: Grid, options: RoundingOptions
+) -> tuple[Tensor, Tensor | None]:
+    """Scales and zero points as `Grid.fit` returns them, by `options.scales`.
+
+    "mse" tries for every group 21 ranges from the extremes down to 0.7 of them and takes that of the
+    least rounding error, summed with the diagonal of the gram as weights: never worse than "minmax".
     """
-    top = 2 ** (num_bits - 1) - 1
-    weight = weight_OI.float()
-    peak_O1 = weight.abs().amax(dim=1, keepdim=True)
-    scale_O1 = torch.where(peak_O1 > 0, peak_O1 / top, torch.ones_like(peak_O1))
-    integers_OI = torch.clamp(torch.round(weight / scale_O1), -top - 1, top).to(torch.int8)
-    return Quantized(integers_OI, scale_O1)
+    if options.scales == "minmax":
+        return grid.fit(weight_OI)
+    energy_I = torch.ones(weight_OI.shape[1]) if gram_II is None else gram_II.diagonal().float()
+    parts = [_search_scales(rows, energy_I, grid) for rows in weight_OI.float().split(_ROWS_AT_ONCE)]
+    scale_OG = torch.cat([scale for scale, _ in parts])
+    return scale_OG, None if grid.symmetric else torch.cat([zero for _, zero in parts if zero is not None])
 
 
-ROUNDINGS: dict[str, Callable[[Tensor, int], Quantized]] = {"rtn": round_to_nearest}
+def _search_scales(weight_OI: Tensor, energy_I: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None]:
+    width = grid.width(weight_OI.shape[1])
+    groups_OGS, energy_GS1 = weight_OI.unflatten(1, (-1, width)), energy_I.view(-1, width, 1)
+    best_OG, scale_OG, zero_OG = torch.tensor(torch.inf), torch.tensor(1.0), None
+    for shrink in _SHRINKS:
+        trial_OG, trial_zero_OG = grid.fit(weight_OI, shrink)
+        zero_OG1 = None if trial_zero_OG is None else trial_zero_OG[:, :, None]
+        codes_OGS = grid.encode(groups_OGS, trial_OG[:, :, None], zero_OG1)
+        miss_OGS = grid.decode(codes_OGS, trial_OG[:, :, None], zero_OG1).sub_(groups_OGS).square_()
+        error_OG = (miss_OGS.transpose(0, 1) @ energy_GS1)[:, :, 0].T
+        better_OG = error_OG < best_OG
+        best_OG = torch.where(better_OG, error_OG, best_OG)
+        scale_OG = torch.where(better_OG, trial_OG, scale_OG)
+        if trial_zero_OG is not None:
+            zero_OG = trial_zero_OG if zero_OG is None else torch.where(better_OG, trial_zero_OG, zero_OG)
+    return scale_OG, zero_OG
+
+
+def round_to_nearest(
+    weight_OI: Tensor, gram_II: Tensor | None, grid: Grid, options: RoundingOptions | None = None
+) -> Quantized:
+    """Every weight to the nearest point of its grid; the gram matters only for `scales="mse"`."""
+    scale_OG, zero_OG = fit_scales(weight_OI, gram_II, grid, options or RoundingOptions())
+    groups_OGS = weight_OI.float().unflatten(1, (scale_OG.shape[1], -1))
+    zero_OG1 = None if zero_OG is None else zero_OG[:, :, None]
+    codes_OI = grid.encode(groups_OGS, scale_OG[:, :, None], zero_OG1).flatten(1)
+    return Quantized(codes_OI.to(grid.code_dtype), scale_OG, None if zero_OG is None else zero_OG.to(torch.int8), grid)
+
+
+def smooth_scales(input_peak_I: Tensor, weight_peak_I: Tensor, strength: float) -> Tensor:
+    """What SmoothQuant divides inputs and multiplies weight columns by (arXiv 2211.10438 eq. 4).
+
+    s = input_peak**strength / weight_peak**(1 - strength), float32 `[I]`, at least 1e-5. An input that is
+    never seen, or that no weight reads, has nothing to smooth and gets 1.
+    """
+    inputs, weights = input_peak_I.double(), weight_peak_I.double()
+    scale_I = inputs**strength / weights ** (1 - strength)
+    return scale_I.clamp(min=1e-5).masked_fill((inputs <= 0) | (weights <= 0), 1.0).float()
 
 
 def relative_error(weight_OI: Tensor, quantized: Quantized) -> float:
     """Frobenius norm of the rounding error over that of the weight; 0 for a weight of zeros."""
     norm = weight_OI.float().norm()
     return float((weight_OI.float() - quantized.dequantize()).norm() / norm) if norm > 0 else 0.0
+
+
+def output_error(weight_OI: Tensor, quantized: Quantized, gram_II: Tensor | None) -> float:
+    """Root of tr(E G Eᵀ) / tr(W G Wᵀ): how far the layer's outputs move, relative to the outputs.
+
+    E is the rounding error and G the gram of the inputs; without a gram, `relative_error`. 0 where
+    the outputs are zeros.
+    """
+    if gram_II is None:
+        return relative_error(weight_OI, quantized)
+    weight, gram = weight_OI.float(), gram_II.float()
+    error = weight - quantized.dequantize()
+    moved, whole = (float((matrix @ gram).mul_(matrix).sum(dtype=torch.float64)) for matrix in (error, weight))
+    return (max(moved, 0.0) / whole) ** 0.5 if whole > 0 else 0.0

@@ -2,9 +2,12 @@
 
 summary = "A quarter of the MLP neurons cut, then W8A8 INT8"
 
+[calibration]
+num_samples = 64
+
 [[steps]]
-step = "prune_mlp"
-remove_frac = 0.25
+step = "prune"
+mlp_remove_frac = 0.25
 
 [[steps]]
 step = "quantize"
@@ -14,9 +17,10 @@ format = "w8a8"
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -27,30 +31,94 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class PruneMlp(_Strict):
-    """Remove MLP neurons, the same number in every block."""
+class Calibrate(_Strict):
+    """What the steps that look at data look at."""
 
-    step: Literal["prune_mlp"]
-    remove_frac: float = Field(gt=0, lt=1)
-    """Share of the neurons to remove."""
-    method: Literal["magnitude", "peak_magnitude"] = "peak_magnitude"
+    source: str = "mixed"
+    """A workload, `mixed` for all of them, or the path of a .txt or .jsonl file."""
+    num_samples: int = Field(default=32, ge=1)
+    sequence_length: int = Field(default=512, ge=2)
+    """Tokens per sample."""
+    seed: int = 0
+
+
+class Prune(_Strict):
+    """Remove MLP neurons, KV groups (a KV head with its query heads) or both, the same number in every block."""
+
+    step: Literal["prune"]
+    mlp_remove_frac: float = Field(default=0, ge=0, lt=1)
+    """Share of the MLP neurons to remove."""
+    kv_remove_frac: float = Field(default=0, ge=0, lt=1)
+    """Share of the KV groups to remove, rounded to whole groups."""
+    method: Literal["random", "magnitude", "peak_magnitude", "refit", "wanda", "osscar", "osscar_search"] = (
+        "osscar_search"
+    )
+    target: Literal["current", "dense"] = "current"
+    """Whose outputs a refit aims at: of the model as pruned so far, or of the model before this step."""
     multiple: int = Field(default=32, ge=1)
-    """The kept width is a multiple of this: 32 suits CPU kernels, 64 or 128 GPU kernels."""
+    """The kept MLP width is a multiple of this: 32 suits CPU kernels, 64 or 128 GPU kernels."""
+    damping: float = Field(default=0.01, gt=0)
+    """Added to a Gram matrix's diagonal, as a share of the diagonal's mean."""
+    rounds: int = Field(default=1, ge=1)
+    """Remove in this many rounds, each on the model that the round before left."""
+
+    @model_validator(mode="after")
+    def _removes_something(self) -> Prune:
+        if not self.mlp_remove_frac and not self.kv_remove_frac:
+            raise ValueError("give mlp_remove_frac, kv_remove_frac or both")
+        return self
+
+
+class PruneDepth(_Strict):
+    """Remove whole decoder blocks."""
+
+    step: Literal["prune_depth"]
+    num_blocks: int = Field(ge=1)
+    """How many blocks to remove: those that turn the hidden states least."""
 
 
 class Quantize(_Strict):
     """Quantize every linear layer of the decoder blocks; embeddings and head stay as they are."""
 
     step: Literal["quantize"]
-    format: Literal["w8a8"]
-    method: Literal["rtn"] = "rtn"
+    format: Literal["w8a8", "w4a16", "fp8", "nf4", "int8-bnb"]
+    method: Literal["rtn", "gptq", "quantease"] = "rtn"
+    symmetric: bool = True
+    """False gives w4a16 zero points."""
+    group_size: Literal[32, 64, 128] | None = None
+    """w4a16: inputs that share a scale, 32, 64 or 128; where it does not divide a layer, the next that does."""
+    scales: Literal["minmax", "mse"] = "minmax"
+    """From a group's extremes, or those of least squared error, weighted by the inputs' energy."""
+    order: Literal["natural", "activation"] = "activation"
+    """Order in which GPTQ rounds the inputs; `activation` starts with those of most energy."""
+    sweeps: int = Field(default=5, ge=1)
+    """Passes of QuantEase."""
+    damping: float = Field(default=0.01, gt=0)
+    smoothquant: float | None = Field(default=None, ge=0, le=1)
+    """Strength with which outliers move from the inputs into the weights; w8a8 and fp8 only."""
+    keep_worst: int = Field(default=0, ge=0)
+    """So many fused layers (qkv, o, gate-up, down of one block) with the largest output error stay unquantized."""
+
+    @model_validator(mode="after")
+    def _fits_its_format(self) -> Quantize:
+        if self.format in {"nf4", "int8-bnb"}:
+            given = {"method", "symmetric", "group_size", "scales", "order", "smoothquant"} & self.model_fields_set
+            if given - {"method"} or self.method != "rtn":
+                raise ValueError(f"bitsandbytes fixes how {self.format} rounds; leave out {', '.join(sorted(given))}")
+        if self.smoothquant is not None and self.format not in {"w8a8", "fp8"}:
+            raise ValueError(f"smoothquant is for quantized activations, which {self.format} has not")
+        return self
+
+
+AnyStep = Prune | PruneDepth | Quantize
 
 
 class Recipe(_Strict):
     """Steps in the order in which they are applied."""
 
     summary: str
-    steps: tuple[Annotated[PruneMlp | Quantize, Field(discriminator="step")], ...] = ()
+    calibration: Calibrate = Calibrate()
+    steps: tuple[Annotated[AnyStep, Field(discriminator="step")], ...] = ()
 
     @model_validator(mode="after")
     def _quantize_once_and_last(self) -> Recipe:
@@ -67,22 +135,31 @@ def list_recipes() -> dict[str, Recipe]:
     return {name: _parse((folder / f"{name}.toml").read_text(encoding="utf-8"), name) for name in names}
 
 
-def load_recipe(argument: str) -> tuple[str, Recipe]:
-    """A recipe and its name, from a shipped name or the path of a `.toml` file."""
+def load_recipe(argument: str, settings: Sequence[str] = ()) -> tuple[str, Recipe]:
+    """A recipe and its name, from a shipped name or the path of a `.toml` file, with `key=value` settings on top.
+
+    A key names a table and its key: `calibration.num_samples`, or the key of the one step of that kind:
+    `quantize.group_size`. Values are TOML; what is not, is taken as text.
+    """
     shipped = list_recipes()
-    if argument in shipped:
-        return argument, shipped[argument]
     path = Path(argument)
-    if path.suffix == ".toml" and path.is_file():
-        return path.stem, _parse(path.read_text(encoding="utf-8"), argument)
-    raise UserError(
-        "recipe", argument, "is unknown", f"choose from {', '.join(shipped)}, or give the path of a .toml file"
-    )
+    if argument in shipped:
+        text = (resources.files("compress") / "recipes" / f"{argument}.toml").read_text(encoding="utf-8")
+    elif path.suffix == ".toml" and path.is_file():
+        text = path.read_text(encoding="utf-8")
+    else:
+        raise UserError(
+            "recipe", argument, "is unknown", f"choose from {', '.join(shipped)}, or give the path of a .toml file"
+        )
+    return path.name.removesuffix(".toml"), _parse(text, argument, settings)
 
 
-def _parse(text: str, origin: str) -> Recipe:
+def _parse(text: str, origin: str, settings: Sequence[str] = ()) -> Recipe:
     try:
-        return Recipe.model_validate(tomllib.loads(text))
+        raw = tomllib.loads(text)
+        for setting in settings:
+            _set(raw, setting)
+        return Recipe.model_validate(raw)
     except tomllib.TOMLDecodeError as error:
         raise UserError("recipe", origin, f"is not TOML ({error})", "mend the file") from error
     except ValidationError as error:
@@ -91,3 +168,23 @@ def _parse(text: str, origin: str) -> Recipe:
         raise UserError(
             f"recipe key {where}", first["input"], f"is refused: {first['msg']}", f"mend it in {origin}"
         ) from error
+
+
+def _set(raw: dict[str, Any], setting: str) -> None:
+    key, equals, text = setting.partition("=")
+    table, dot, name = key.strip().partition(".")
+    steps = {"calibration": [raw.setdefault("calibration", {})]}
+    for step in raw.get("steps", []):
+        steps.setdefault(step.get("step", ""), []).append(step)
+    if not equals or not dot or len(steps.get(table, [])) != 1:
+        raise UserError(
+            "--set",
+            setting,
+            "names no table of the recipe" if equals and dot else "is not TABLE.KEY=VALUE",
+            f"write for example {'.'.join([next(reversed(steps)), 'KEY'])}=VALUE; tables: {', '.join(steps)}",
+        )
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    steps[table][0][name] = value

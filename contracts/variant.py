@@ -51,6 +51,8 @@ class Manifest(_Strict):
     """Parameters of the model, tied ones counted once; scales of a quantized model not counted."""
     calibration_sha256: str | None = None
     """Hash of the calibration samples; None where no step looked at data."""
+    calibration: dict[str, Any] = Field(default_factory=dict)
+    """Where the calibration samples came from, and how many were asked for and found."""
     seed: int | None = None
     peak_rss_bytes: int | None = None
     created: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))

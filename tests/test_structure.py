@@ -13,7 +13,7 @@ FORBIDDEN = {
     "serve": {"distill", "compress", "loadtest", "compare"},
     "loadtest": {"distill", "compress", "compare"},
 }
-ONLY_IN = {"vllm": {"serve/entry.py"}, "compressed_tensors": {"compress/formats.py"}}
+ONLY_IN = {"vllm": {"serve/entry.py", "serve/offline.py"}, "compressed_tensors": {"compress/formats.py"}}
 
 
 def imports_of(file: Path) -> set[str]:

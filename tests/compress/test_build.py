@@ -3,25 +3,28 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from compress import build as build_module
 from compress import checkpoint
 from compress.build import build_variant
 from compress.prune import choose_kept, peak_magnitude
-from compress.recipe import PruneMlp, Quantize, Recipe
+from compress.recipe import AnyStep, Calibrate, Prune, PruneDepth, Quantize, Recipe
+from compress.reference import kl_per_token, reference_logits
 from contracts.errors import UserError
 from contracts.variant import read_manifest
 
 from .conftest import TinyModel
 
-PRUNE = PruneMlp(step="prune_mlp", remove_frac=0.3, multiple=4)
+PRUNE = Prune(step="prune", mlp_remove_frac=0.3, multiple=4, method="peak_magnitude")
 QUANTIZE = Quantize(step="quantize", format="w8a8")
 INPUT_IDS = torch.tensor([[5, 41, 0, 66, 23, 8, 8]])
 
 
-def build(tiny: TinyModel, *steps: PruneMlp | Quantize, target: Path) -> Path:
+def build(tiny: TinyModel, *steps: AnyStep, target: Path) -> Path:
     return build_variant("tiny", tiny.directory, "own", Recipe(summary="", steps=steps), target)
 
 
@@ -82,10 +85,10 @@ def test_the_manifest_counts_what_the_files_hold(tiny_llama: TinyModel, tmp_path
     assert manifest.num_parameters == tiny_llama.model.num_parameters() - removed
     prune, quantize, _ = manifest.steps
     assert (prune.detail["neurons_before"], prune.detail["neurons_after"]) == (44, 32)
-    assert all(0 < share < 0.3 for share in prune.detail["removed_score_share_per_block"])
-    errors = quantize.detail["relative_error_per_block"]
-    assert {len(values) for values in errors.values()} == {3}
-    assert all(0 < value < 0.01 for values in errors.values() for value in values)
+    assert all(0 < block["mlp.down_proj"]["removed_score_share"] < 0.3 for block in prune.detail["per_block"])
+    errors = [block["output_error"] for block in quantize.detail["per_block"]]
+    assert [len(block) for block in errors] == [7, 7, 7]
+    assert all(0 < value < 0.01 for block in errors for value in block.values())
     assert manifest.peak_rss_bytes is not None
 
 
@@ -128,7 +131,7 @@ def test_the_cache_tells_recipes_and_models_apart(
 ) -> None:
     monkeypatch.setenv("SLIMSERVE_CACHE", str(tmp_path / "cache"))
 
-    def cached(*steps: PruneMlp | Quantize) -> Path:
+    def cached(*steps: AnyStep) -> Path:
         return build_variant("tiny", tiny_llama.directory, "own", Recipe(summary="", steps=steps), None)
 
     first = cached(PRUNE)
@@ -176,7 +179,7 @@ def test_smollm2_pruned_equals_the_masked_dense_model(smollm2: Path, tmp_path: P
     bf16 logits near 40 lie 0.25 apart, and masking in place changes the order of sums; so the
     masked model's neurons are sorted first, which changes nothing that it computes.
     """
-    recipe = Recipe(summary="", steps=(PruneMlp(step="prune_mlp", remove_frac=0.25),))
+    recipe = Recipe(summary="", steps=(Prune(step="prune", mlp_remove_frac=0.25, method="peak_magnitude"),))
     variant = build_variant("smollm2", smollm2, "prune25", recipe, tmp_path / "variant")
     tokens = torch.randint(0, 49152, (2, 33), generator=torch.Generator().manual_seed(3))
     difference = {}
@@ -189,3 +192,168 @@ def test_smollm2_pruned_equals_the_masked_dense_model(smollm2: Path, tmp_path: P
             difference[dtype] = float((pruned(tokens).logits - masked(tokens).logits).abs().max())
     assert difference[torch.bfloat16] < 0.15
     assert difference[torch.float32] < 1e-3
+
+
+KV = Prune(step="prune", kv_remove_frac=0.5, mlp_remove_frac=0.3, multiple=4)
+GPTQ = Quantize(step="quantize", format="w8a8", method="gptq")
+
+
+def ids_file(folder: Path, num_sequences: int = 6, num_tokens: int = 16) -> str:
+    """Random calibration token ids for the tiny models."""
+    tokens = torch.randint(0, 67, (num_sequences, num_tokens), generator=torch.Generator().manual_seed(2))
+    file = folder / "ids.jsonl"
+    file.write_text("\n".join(json.dumps({"input_ids": row}) for row in tokens.tolist()))
+    return str(file)
+
+
+def build_on_data(tiny: TinyModel, *steps: AnyStep, target: Path, **options: Any) -> Path:
+    calibration = Calibrate(source=ids_file(tiny.directory.parent), num_samples=6, sequence_length=16)
+    recipe = Recipe(summary="", calibration=calibration, steps=steps)
+    return build_variant("tiny", tiny.directory, "own", recipe, target, **options)
+
+
+@pytest.mark.parametrize("method", ["random", "magnitude", "refit", "wanda", "osscar", "osscar_search"])
+@pytest.mark.parametrize("target", ["current", "dense"])
+def test_neurons_and_kv_groups_go_by_every_method(tiny: TinyModel, tmp_path: Path, method: str, target: str) -> None:
+    step = KV.model_copy(update={"method": method, "target": target})
+    variant = build_on_data(tiny, step, target=tmp_path / "variant")
+    loaded = AutoModelForCausalLM.from_pretrained(variant, dtype=torch.float32)
+    groups = tiny.model.config.num_key_value_heads
+    assert loaded.config.num_key_value_heads == groups // 2
+    assert loaded.config.num_attention_heads == tiny.model.config.num_attention_heads // 2
+    assert loaded.config.intermediate_size == 32
+    own = next(iter(reference_logits(variant, [INPUT_IDS[0]])))
+    torch.testing.assert_close(own, logits(loaded)[0], atol=2e-4, rtol=1e-4)
+
+
+def test_osscar_loses_less_of_a_model_than_random_and_magnitude(tiny_llama: TinyModel, tmp_path: Path) -> None:
+    ids = json.loads(Path(ids_file(tmp_path)).read_text().splitlines()[0])["input_ids"]
+    dense = next(iter(reference_logits(tiny_llama.directory, [torch.tensor(ids)])))
+    loss = {}
+    for method in ("random", "magnitude", "osscar_search"):
+        step = Prune(step="prune", mlp_remove_frac=0.5, multiple=2, method=method)
+        variant = build_on_data(tiny_llama, step, target=tmp_path / method)
+        pruned = next(iter(reference_logits(variant, [torch.tensor(ids)])))
+        loss[method] = float(kl_per_token(dense, pruned).mean())
+    assert loss["osscar_search"] < min(loss["random"], loss["magnitude"])
+
+
+@pytest.mark.parametrize("method", ["gptq", "quantease"])
+@pytest.mark.parametrize("smoothquant", [None, 0.5])
+def test_a_calibrated_quantization_computes_what_the_dense_model_does(
+    tiny: TinyModel, tmp_path: Path, method: str, smoothquant: float | None
+) -> None:
+    step = GPTQ.model_copy(update={"method": method, "smoothquant": smoothquant})
+    variant = build_on_data(tiny, step, target=tmp_path / "variant")
+    own = next(iter(reference_logits(variant, [INPUT_IDS[0]])))
+    assert float((own - logits(tiny.model)[0]).norm() / logits(tiny.model).norm()) < 0.08
+
+
+def test_rounds_end_at_the_same_width_and_call_the_hook_between(tiny_llama: TinyModel, tmp_path: Path) -> None:
+    seen = []
+
+    def between(checkpoint: Path) -> Path:
+        seen.append(json.loads((checkpoint / "config.json").read_text())["intermediate_size"])
+        return checkpoint
+
+    step = Prune(step="prune", mlp_remove_frac=0.5, multiple=2, rounds=3)
+    variant = build_on_data(tiny_llama, step, target=tmp_path / "variant", between_rounds=between)
+    assert json.loads((variant / "config.json").read_text())["intermediate_size"] == 22
+    assert len(seen) == 2
+    assert 44 > seen[0] > seen[1] > 22
+
+
+def test_the_least_influential_blocks_go_and_the_others_close_up(tiny: TinyModel, tmp_path: Path) -> None:
+    # A block that adds next to nothing to the hidden states must be the one to go.
+    file = tiny.directory / "model.safetensors"
+    tensors = load_file(file)
+    for name in ("self_attn.o_proj.weight", "mlp.down_proj.weight"):
+        tensors[f"model.layers.1.{name}"] *= 1e-4
+        tensors.pop(f"model.layers.1.{name.replace('weight', 'bias')}", None)
+    save_file(tensors, file, metadata={"format": "pt"})
+    variant = build_on_data(tiny, PruneDepth(step="prune_depth", num_blocks=1), target=tmp_path / "variant")
+    manifest = read_manifest(variant)
+    assert manifest is not None
+    assert manifest.steps[0].detail["removed_blocks"] == [1]
+    after = load_file(variant / "model.safetensors")
+    assert torch.equal(after["model.layers.1.mlp.up_proj.weight"], tensors["model.layers.2.mlp.up_proj.weight"])
+    assert AutoModelForCausalLM.from_pretrained(variant).config.num_hidden_layers == 2
+
+
+def test_the_worst_layers_stay_as_they_were(tiny_llama: TinyModel, tmp_path: Path) -> None:
+    step = Quantize(step="quantize", format="w8a8", keep_worst=2)
+    variant = build_on_data(tiny_llama, step, target=tmp_path / "variant")
+    config = json.loads((variant / "config.json").read_text())
+    kept = [layer for layer in config["quantization_config"]["ignore"] if layer != "lm_head"]
+    assert len(kept) in {2, 3, 4, 5, 6}
+    before, after = load_file(tiny_llama.directory / "model.safetensors"), load_file(variant / "model.safetensors")
+    assert all(torch.equal(after[f"{layer}.weight"], before[f"{layer}.weight"]) for layer in kept)
+    manifest = read_manifest(variant)
+    assert manifest is not None
+    assert manifest.steps[0].detail["kept_unquantized"] == kept
+
+
+class _KilledError(BaseException):
+    """Stands for a kill: nothing catches it."""
+
+
+@pytest.mark.parametrize("die_at", [1, 3, 4])
+def test_an_interrupted_build_resumes_to_the_same_bytes(
+    tiny_llama: TinyModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    die_at: int,
+) -> None:
+    whole = build_on_data(tiny_llama, KV, GPTQ, target=tmp_path / "whole")
+    saved, calls = safetensors.torch.save_file, iter(range(100))
+
+    def save_or_die(*arguments: Any) -> None:
+        if next(calls) == die_at:
+            raise _KilledError
+        saved(*arguments)
+
+    monkeypatch.setattr(build_module, "save_file", save_or_die)
+    with pytest.raises(_KilledError):
+        build_on_data(tiny_llama, KV, GPTQ, target=tmp_path / "variant")
+    assert not (tmp_path / "variant").exists()
+    capsys.readouterr()
+    resumed = build_on_data(tiny_llama, KV, GPTQ, target=tmp_path / "variant")
+    if die_at != 3:  # at 3 the second step had not begun
+        assert "resumed after block 1 of 3" in capsys.readouterr().err
+    for name in ("model.safetensors", "config.json"):
+        assert (resumed / name).read_bytes() == (whole / name).read_bytes()
+    assert not list(tmp_path.glob(".variant*"))
+
+
+def test_the_work_of_another_recipe_is_not_resumed(
+    tiny_llama: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        calls = iter(range(100))
+        saved = safetensors.torch.save_file
+
+        def save_or_die(*arguments: Any) -> None:
+            if next(calls) == 2:
+                raise _KilledError
+            saved(*arguments)
+
+        patched.setattr(build_module, "save_file", save_or_die)
+        with pytest.raises(_KilledError):
+            build_on_data(tiny_llama, KV, target=tmp_path / "variant")
+    other = build_on_data(tiny_llama, GPTQ, target=tmp_path / "variant")
+    assert json.loads((other / "config.json").read_text())["intermediate_size"] == 44
+
+
+def test_sizes_that_do_not_fit_are_refused_before_any_work(tiny_llama: TinyModel, tmp_path: Path) -> None:
+    for step, message in (
+        (Prune(step="prune", kv_remove_frac=0.9), "kv_remove_frac: '0.9' leaves 0 of 2 KV groups"),
+        (Prune(step="prune", mlp_remove_frac=0.01, multiple=4), "removes nothing of 44"),
+        (PruneDepth(step="prune_depth", num_blocks=3), "num_blocks: '3' leaves none of 3 blocks"),
+        (Quantize(step="quantize", format="w8a8", group_size=32), "group_size: '32' is not possible in w8a8"),
+        (Quantize(step="quantize", format="w8a8", symmetric=False), "symmetric: 'False' is not possible"),
+        (Quantize(step="quantize", format="w8a8", keep_worst=12), "keep_worst: '12' keeps all 12"),
+    ):
+        with pytest.raises(UserError, match=message):
+            build_on_data(tiny_llama, step, target=tmp_path / "out" / "variant")
+    assert not (tmp_path / "out").exists()

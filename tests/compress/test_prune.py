@@ -1,13 +1,54 @@
 import itertools
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from compress import prune
 from compress.families import FAMILIES
-from compress.prune import choose_kept, cut_mlp, kept_width, magnitude, peak_magnitude
+from compress.prune import (
+    METHODS,
+    NEEDS_DATA,
+    PruneProblem,
+    choose_kept,
+    cut_attention,
+    cut_mlp,
+    dense_target,
+    kept_width,
+    magnitude,
+    objective,
+    peak_magnitude,
+)
 from contracts.errors import UserError
 
 LLAMA = FAMILIES["llama"]
+
+
+def make_inputs(seed: int, num_tokens: int, num_inputs: int) -> Tensor:
+    """Correlated inputs `[T, I]` of uneven size."""
+    generator = torch.Generator().manual_seed(seed)
+    x_TI = torch.randn(num_tokens, num_inputs, generator=generator, dtype=torch.float64)
+    mix_II = torch.randn(num_inputs, num_inputs, generator=generator, dtype=torch.float64)
+    return (x_TI + x_TI @ mix_II / 2) * (0.2 + torch.rand(num_inputs, generator=generator, dtype=torch.float64))
+
+
+def make_problem(
+    x_TI: Tensor, num_outputs: int, group_size: int = 1, target_IO: Tensor | None = None, damping: float = 0.01
+) -> PruneProblem:
+    generator = torch.Generator().manual_seed(99)
+    weight_OI = torch.randn(num_outputs, x_TI.shape[1], generator=generator, dtype=torch.float64)
+    return PruneProblem(weight_OI, x_TI.T @ x_TI / len(x_TI), target_IO, group_size, damping)
+
+
+def gram_of(problem: PruneProblem) -> Tensor:
+    assert problem.gram_II is not None
+    return problem.gram_II
+
+
+def ridge_of(problem: PruneProblem) -> Tensor:
+    return problem.damping * gram_of(problem).diagonal().mean()
 
 
 def test_magnitude_is_what_removal_costs_on_white_inputs() -> None:
@@ -53,6 +94,179 @@ def test_a_cut_that_removes_nothing_is_refused(width: int, remove_frac: float, m
         kept_width(width, remove_frac, multiple)
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("group_size", "num_outputs", "num_kept"), [(1, 5, 7), (3, 17, 3), (5, 1, 1), (3, 4, 5)])
+def test_every_method_keeps_whole_groups_and_a_weight_to_match(
+    method: str, group_size: int, num_outputs: int, num_kept: int
+) -> None:
+    problem = make_problem(make_inputs(0, 40, 15), num_outputs, group_size)
+    pruned = METHODS[method](problem, num_kept)
+    kept = pruned.kept_U.tolist()
+    assert kept == sorted(set(kept))
+    assert len(kept) == num_kept
+    assert pruned.kept_I.tolist() == [group * group_size + offset for group in kept for offset in range(group_size)]
+    assert pruned.weight_OK.shape == (num_outputs, num_kept * group_size)
+    assert pruned.weight_OK.dtype == torch.float64
+    assert pruned.weight_OK.is_contiguous()
+    error = pruned.detail["relative_output_error"]
+    assert error == pytest.approx(objective(problem, pruned.kept_I, pruned.weight_OK), abs=1e-12)
+    again = METHODS[method](problem, num_kept)
+    assert torch.equal(again.weight_OK, pruned.weight_OK)
+    assert again.detail == pruned.detail
+    if num_kept * group_size == 15:
+        torch.testing.assert_close(pruned.weight_OK, problem.weight_OI, rtol=0, atol=0)
+        assert error == 0
+
+
+@pytest.mark.parametrize("method", sorted(METHODS.keys() - NEEDS_DATA))
+def test_methods_that_need_no_data_choose_the_same_without(method: str) -> None:
+    problem = make_problem(make_inputs(1, 40, 12), 5, 2)
+    blind = METHODS[method](replace(problem, gram_II=None), 3)
+    assert blind.kept_U.tolist() == METHODS[method](problem, 3).kept_U.tolist()
+    assert "relative_output_error" not in blind.detail
+
+
+def test_the_methods_rank_as_their_information_does() -> None:
+    problem = make_problem(make_inputs(2, 200, 60), 13)
+    error = {name: METHODS[name](problem, 40).detail["relative_output_error"] for name in METHODS}
+    assert error["osscar_search"] <= error["osscar"] < error["refit"] < error["magnitude"] < error["random"]
+    assert error["wanda"] < error["magnitude"]
+
+
+@pytest.mark.parametrize("method", ["magnitude", "refit", "osscar", "osscar_search"])
+@pytest.mark.parametrize("group_size", [1, 3])
+def test_on_white_inputs_all_is_magnitude_and_no_weight_changes(method: str, group_size: int) -> None:
+    problem = replace(make_problem(make_inputs(3, 9, 21), 5, group_size), gram_II=torch.eye(21, dtype=torch.float64))
+    norms = problem.weight_OI.square().sum(dim=0).reshape(-1, group_size).sum(dim=1)
+    num_kept = len(norms) // 2
+    pruned = METHODS[method](problem, num_kept)
+    assert pruned.kept_U.tolist() == sorted(sorted(range(len(norms)), key=lambda group: -norms[group])[:num_kept])
+    assert torch.equal(pruned.weight_OK, problem.weight_OI[:, pruned.kept_I])
+    assert pruned.detail["relative_output_error"] == pytest.approx(float(1 - norms[pruned.kept_U].sum() / norms.sum()))
+
+
+def test_random_depends_on_the_seed_alone() -> None:
+    problem = make_problem(make_inputs(4, 9, 40), 3)
+    kept = [METHODS["random"](replace(problem, seed=seed), 20).kept_U.tolist() for seed in (0, 0, 1)]
+    assert kept[0] == kept[1] != kept[2]
+    other = make_problem(make_inputs(5, 9, 40), 7)
+    assert METHODS["random"](other, 20).kept_U.tolist() == kept[0]
+
+
+def test_wanda_keeps_the_columns_that_write_most() -> None:
+    x_TI = make_inputs(6, 50, 14)
+    problem = make_problem(x_TI, 5, 2)
+    written_I = torch.stack([torch.outer(x_TI[:, i], problem.weight_OI[:, i]).square().sum() for i in range(14)])
+    written_U = written_I[0::2] + written_I[1::2]
+    assert METHODS["wanda"](problem, 3).kept_U.tolist() == sorted(torch.topk(written_U, 3).indices.tolist())
+
+
+def test_a_group_is_as_peaked_as_its_highest_column() -> None:
+    weight_OI = torch.tensor([[0.1, 0.9, 0.8, 0.8], [0.1, 0.0, 0.8, 0.8]], dtype=torch.float64)
+    problem = PruneProblem(weight_OI, None, None, 2)
+    assert METHODS["peak_magnitude"](problem, 1).kept_U.tolist() == [0]
+    assert METHODS["magnitude"](problem, 1).kept_U.tolist() == [1]
+    assert METHODS["magnitude"](problem, 1).detail["removed_score_share"] == pytest.approx(0.83 / 3.39)
+
+
+@pytest.mark.parametrize(("rows", "damped"), [(4, False), (512, False), (4, True)])
+def test_the_objective_is_the_relative_error_of_the_outputs(
+    rows: int, damped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prune, "_ROWS", rows)
+    x_TI = make_inputs(7, 30, 11)
+    problem = make_problem(x_TI, 5)
+    kept_I = torch.tensor([0, 2, 3, 9])
+    weight_OK = problem.weight_OI[:, kept_I] * 1.1
+    if damped:
+        x_TI = torch.cat([x_TI, (ridge_of(problem) * len(x_TI)).sqrt() * torch.eye(11, dtype=torch.float64)])
+    y_TO = x_TI @ problem.weight_OI.T
+    expected = (y_TO - x_TI[:, kept_I] @ weight_OK.T).square().sum() / y_TO.square().sum()
+    assert objective(problem, kept_I, weight_OK, damped=damped) == pytest.approx(float(expected), rel=1e-12)
+
+
+@pytest.mark.parametrize("group_size", [1, 3])
+def test_search_never_ends_above_greedy(group_size: int) -> None:
+    gained = 0
+    for seed in range(10):
+        problem = make_problem(make_inputs(seed, 40, 24), 5, group_size)
+        greedy, found = (METHODS[name](problem, 12 // group_size) for name in ("osscar", "osscar_search"))
+        before = objective(problem, greedy.kept_I, greedy.weight_OK, damped=True)
+        after = objective(problem, found.kept_I, found.weight_OK, damped=True)
+        assert after <= before
+        assert 1 - after / before == pytest.approx(found.detail["search_gain"], abs=1e-8)
+        assert (found.detail["swaps"] > 0) == (found.detail["search_gain"] > 0)
+        gained += after < before
+    assert gained > 0
+
+
+@pytest.mark.parametrize("method", sorted(NEEDS_DATA))
+@pytest.mark.parametrize("group_size", [1, 5])
+def test_aiming_at_the_layers_own_outputs_is_having_no_target(method: str, group_size: int) -> None:
+    own = make_problem(make_inputs(8, 60, 15), 7, group_size)
+    cross_IO = gram_of(own) @ own.weight_OI.T
+    target_IO = dense_target(cross_IO, own.weight_OI, gram_of(own), own.damping)
+    torch.testing.assert_close(
+        target_IO, (gram_of(own) + ridge_of(own) * torch.eye(15, dtype=torch.float64)) @ own.weight_OI.T
+    )
+    expected = METHODS[method](own, 2)
+    found = METHODS[method](replace(own, target_IO=target_IO), 2)
+    assert found.kept_U.tolist() == expected.kept_U.tolist()
+    torch.testing.assert_close(found.weight_OK, expected.weight_OK, rtol=1e-9, atol=1e-9)
+    assert found.detail["relative_output_error"] == pytest.approx(expected.detail["relative_output_error"], rel=1e-8)
+
+
+@pytest.mark.parametrize("method", ["refit", "osscar", "osscar_search"])
+def test_aiming_at_the_dense_outputs_comes_nearer_to_them(method: str) -> None:
+    """As after earlier blocks were pruned: the inputs have changed, the outputs wanted have not."""
+    dense_TI = make_inputs(9, 80, 14)
+    own = make_problem(dense_TI + 0.5 * make_inputs(10, 80, 14), 6)
+    x_TI = dense_TI + 0.5 * make_inputs(10, 80, 14)
+    y_TO = dense_TI @ own.weight_OI.T
+    target_IO = dense_target(x_TI.T @ y_TO / 80, own.weight_OI, gram_of(own), own.damping)
+    errors = []
+    for problem in (replace(own, target_IO=target_IO), own):
+        pruned = METHODS[method](problem, 9)
+        errors.append(float((y_TO - x_TI[:, pruned.kept_I] @ pruned.weight_OK.T).square().sum()))
+    assert errors[0] < 0.9 * errors[1]
+
+
+@pytest.mark.parametrize("method", ["refit", "osscar", "osscar_search"])
+@pytest.mark.parametrize("damping", [0.0, 0.01])
+def test_inputs_of_low_rank_lose_nothing_that_others_can_replace(method: str, damping: float) -> None:
+    factors_TR = make_inputs(11, 50, 4)
+    x_TI = factors_TR @ torch.randn(4, 13, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    pruned = METHODS[method](make_problem(x_TI, 5, damping=damping), 8)
+    assert bool(pruned.weight_OK.isfinite().all())
+    assert pruned.detail["relative_output_error"] < (1e-4 if damping else 1e-10)
+    assert (pruned.detail["damping"] == damping) == (damping > 0)
+
+
+@pytest.mark.parametrize("method", sorted(NEEDS_DATA))
+def test_dead_inputs_go_first_and_cost_nothing(method: str) -> None:
+    x_TI = make_inputs(12, 50, 12)
+    x_TI[:, [1, 6, 7]] = 0
+    problem = make_problem(x_TI, 5)
+    if method == "refit":
+        problem.weight_OI[:, [1, 6, 7]] *= 1e-3
+    pruned = METHODS[method](problem, 9)
+    assert pruned.kept_U.tolist() == [0, 2, 3, 4, 5, 8, 9, 10, 11]
+    torch.testing.assert_close(pruned.weight_OK, problem.weight_OI[:, pruned.kept_I])
+    assert pruned.detail["relative_output_error"] == pytest.approx(0, abs=1e-12)
+    assert pruned.detail.get("dead_inputs", 3) == 3
+
+
+@pytest.mark.parametrize("method", sorted(NEEDS_DATA))
+def test_without_any_input_magnitude_decides_and_the_detail_says_so(method: str) -> None:
+    problem = make_problem(torch.zeros(8, 10, dtype=torch.float64), 3, 2)
+    pruned = METHODS[method](problem, 3)
+    expected = METHODS["magnitude"](problem, 3)
+    assert pruned.kept_U.tolist() == expected.kept_U.tolist()
+    assert torch.equal(pruned.weight_OK, expected.weight_OK)
+    assert "magnitude" in pruned.detail["fallback"]
+    assert "fallback" not in expected.detail
+
+
 def test_a_cut_mlp_computes_what_a_masked_one_does() -> None:
     torch.manual_seed(2)
     hidden, width = 5, 7
@@ -69,7 +283,7 @@ def test_a_cut_mlp_computes_what_a_masked_one_does() -> None:
     kept_K = torch.tensor([0, 3, 6])
     cut = cut_mlp(block, LLAMA, kept_K)
 
-    def forward(tensors: dict[str, torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
+    def forward(tensors: dict[str, Tensor], mask: Tensor) -> Tensor:
         inputs_TH = torch.linspace(-1, 1, 3 * hidden).reshape(3, hidden)
         gate = inputs_TH @ tensors["mlp.gate_proj.weight"].T + tensors["mlp.gate_proj.bias"]
         up = inputs_TH @ tensors["mlp.up_proj.weight"].T + tensors["mlp.up_proj.bias"]
@@ -80,4 +294,51 @@ def test_a_cut_mlp_computes_what_a_masked_one_does() -> None:
     mask[kept_K] = 1
     torch.testing.assert_close(forward(cut, torch.ones(3)), forward(block, mask))
     assert cut["input_layernorm.weight"] is block["input_layernorm.weight"]
+    assert all(torch.equal(block[name], tensor) for name, tensor in before.items())
+
+
+HIDDEN, HEAD_DIM = 7, 4
+
+
+def attend(tensors: dict[str, Tensor], num_q_per_kv: int, kept_heads: list[int] | None = None) -> Tensor:
+    """Causal attention with normed queries and keys, head by head; KV groups outside `kept_heads` are masked."""
+    inputs_TH = torch.linspace(-1, 1, 5 * HIDDEN).sin().reshape(5, HIDDEN)
+
+    def project(name: str) -> Tensor:
+        rows = inputs_TH @ tensors[f"self_attn.{name}.weight"].T + tensors[f"self_attn.{name}.bias"]
+        return rows.reshape(5, -1, HEAD_DIM)
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        return x / x.square().mean(dim=-1, keepdim=True).sqrt() * tensors[f"self_attn.{name}.weight"]
+
+    query, key, value = norm(project("q_proj"), "q_norm"), norm(project("k_proj"), "k_norm"), project("v_proj")
+    heads = []
+    for head in range(query.shape[1]):
+        group = head // num_q_per_kv
+        scores = (query[:, head] @ key[:, group].T).masked_fill(torch.ones(5, 5).triu(1).bool(), -torch.inf)
+        kept = kept_heads is None or group in kept_heads
+        heads.append(scores.softmax(dim=-1) @ value[:, group] * float(kept))
+    return torch.cat(heads, dim=1) @ tensors["self_attn.o_proj.weight"].T + tensors["self_attn.o_proj.bias"]
+
+
+@pytest.mark.parametrize(("num_kv", "num_q_per_kv", "kept"), [(3, 2, [0, 2]), (4, 3, [3]), (5, 1, [1, 2, 4])])
+def test_a_cut_attention_computes_what_a_masked_one_does(num_kv: int, num_q_per_kv: int, kept: list[int]) -> None:
+    generator = torch.Generator().manual_seed(3)
+    queries, keys = num_kv * num_q_per_kv * HEAD_DIM, num_kv * HEAD_DIM
+    shapes: dict[str, Any] = {
+        "self_attn.q_proj": (queries, HIDDEN),
+        "self_attn.k_proj": (keys, HIDDEN),
+        "self_attn.v_proj": (keys, HIDDEN),
+        "self_attn.o_proj": (HIDDEN, queries),
+    }
+    block = {f"{name}.weight": torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    block |= {f"{name}.bias": torch.randn(shape[0], generator=generator) for name, shape in shapes.items()}
+    norms = ("self_attn.q_norm.weight", "self_attn.k_norm.weight")
+    block |= {name: torch.randn(HEAD_DIM, generator=generator) for name in norms}
+    before = {name: tensor.clone() for name, tensor in block.items()}
+    cut = cut_attention(block, LLAMA, torch.tensor(kept), num_q_per_kv, HEAD_DIM)
+    assert cut["self_attn.q_proj.weight"].shape == (len(kept) * num_q_per_kv * HEAD_DIM, HIDDEN)
+    torch.testing.assert_close(attend(cut, num_q_per_kv), attend(block, num_q_per_kv, kept))
+    assert cut.keys() == block.keys()
+    assert all(cut[name].is_contiguous() for name in cut)
     assert all(torch.equal(block[name], tensor) for name, tensor in before.items())

@@ -1,64 +1,225 @@
 import pytest
 import torch
-from compressed_tensors.compressors import BaseCompressor
-from compressed_tensors.quantization import preset_name_to_scheme
+from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.quantization.utils.helpers import calculate_qparams
+from torch import Tensor
 
-from compress.formats import FORMATS, pack_layer, quantization_config
-from compress.quantize import relative_error, round_to_nearest
+from compress.quantize import (
+    Grid,
+    Quantized,
+    RoundingOptions,
+    output_error,
+    relative_error,
+    round_to_nearest,
+    smooth_scales,
+)
+from contracts.errors import UserError
 
-SHAPES = [(3, 7), (1, 1), (64, 33), (5, 576)]
+GRIDS = {
+    "int8": Grid("int", 8),
+    "fp8": Grid("fp8", 8),
+    "int4 by rows": Grid("int", 4),
+    "int4 g32": Grid("int", 4, group_size=32, scale_dtype=torch.bfloat16),
+    "int4 g64": Grid("int", 4, group_size=64, scale_dtype=torch.bfloat16),
+    "int4 asymmetric by rows": Grid("int", 4, symmetric=False, scale_dtype=torch.float16),
+    "int4 asymmetric g64": Grid("int", 4, symmetric=False, group_size=64, scale_dtype=torch.bfloat16),
+}
+SHAPES = [(3, 192), (1, 64), (130, 128)]
+MSE = RoundingOptions(scales="mse")
+
+
+def all_codes(grid: Grid) -> Tensor:
+    if grid.kind == "int":
+        return torch.arange(-(2 ** (grid.num_bits - 1)), 2 ** (grid.num_bits - 1)).float()
+    every_byte = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    return every_byte[~every_byte.isnan()]
+
+
+def scale_of_every_weight(quantized: Quantized) -> tuple[Tensor, Tensor]:
+    width = quantized.codes_OI.shape[1] // quantized.scale_OG.shape[1]
+    zero_OG = torch.zeros_like(quantized.scale_OG) if quantized.zero_OG is None else quantized.zero_OG.float()
+    return quantized.scale_OG.repeat_interleave(width, 1), zero_OG.repeat_interleave(width, 1)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("num_bits", [8, 4])
-def test_every_weight_goes_to_the_nearest_point_of_its_rows_grid(shape: tuple[int, int], num_bits: int) -> None:
+@pytest.mark.parametrize("options", [RoundingOptions(), MSE], ids=["minmax", "mse"])
+@pytest.mark.parametrize("name", GRIDS)
+def test_every_weight_goes_to_the_nearest_point_of_its_grid(
+    name: str, options: RoundingOptions, shape: tuple[int, int]
+) -> None:
     torch.manual_seed(0)
     weight_OI = torch.randn(shape)
-    quantized = round_to_nearest(weight_OI, num_bits)
-    grid = torch.arange(-(2 ** (num_bits - 1)), 2 ** (num_bits - 1)).float()
-    for row in range(shape[0]):
-        points = grid * quantized.scale_O1[row]
-        nearest = (weight_OI[row][:, None] - points[None, :]).abs().min(dim=1).values
-        chosen = (weight_OI[row] - quantized.dequantize()[row]).abs()
-        torch.testing.assert_close(chosen, nearest, atol=1e-6, rtol=0)
+    quantized = round_to_nearest(weight_OI, None, GRIDS[name], options)
+    scale_OI, zero_OI = scale_of_every_weight(quantized)
+    nearest_OI = torch.full(shape, torch.inf)
+    for code in all_codes(GRIDS[name]):
+        nearest_OI = torch.minimum(nearest_OI, (weight_OI - (code - zero_OI) * scale_OI).abs())
+    torch.testing.assert_close((weight_OI - quantized.dequantize()).abs(), nearest_OI, atol=2e-6, rtol=0)
 
 
-def test_the_largest_weight_of_a_row_is_kept() -> None:
-    weight_OI = torch.tensor([[0.1, -3.0, 1.0], [0.0, 0.02, 0.01]])
-    dequantized = round_to_nearest(weight_OI, 8).dequantize()
-    assert dequantized[0, 1] == pytest.approx(-3.0, rel=1e-6)
-    assert dequantized[1, 1] == pytest.approx(0.02, rel=1e-6)
-
-
-def test_a_row_of_zeros_stays_zero() -> None:
-    quantized = round_to_nearest(torch.tensor([[0.0, 0.0], [1.0, 2.0]]), 8)
-    assert quantized.integers_OI[0].tolist() == [0, 0]
-    assert torch.isfinite(quantized.scale_O1).all()
-    assert relative_error(torch.zeros(2, 2), round_to_nearest(torch.zeros(2, 2), 8)) == 0.0
-
-
-def test_a_matrix_on_the_grid_comes_back_exactly() -> None:
-    integers = torch.tensor([[127.0, -5.0, 0.0], [-127.0, 3.0, 88.0]])
-    weight_OI = integers * torch.tensor([[0.5], [0.25]])
-    assert torch.equal(round_to_nearest(weight_OI, 8).dequantize(), weight_OI)
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_compressed_tensors_reads_the_packed_layer_as_we_do(shape: tuple[int, int]) -> None:
+@pytest.mark.parametrize("name", GRIDS)
+def test_codes_and_scales_are_what_a_file_can_hold(name: str) -> None:
     torch.manual_seed(1)
-    quantized = round_to_nearest(torch.randn(shape), 8)
-    scheme = preset_name_to_scheme(FORMATS["w8a8"].preset, ["Linear"])
-    compressor = BaseCompressor.get_value_from_registry(FORMATS["w8a8"].layout)
-    decompressed = compressor.decompress(pack_layer(quantized), scheme)
-    torch.testing.assert_close(decompressed["weight"], quantized.dequantize())
+    grid = GRIDS[name]
+    for options in (RoundingOptions(), MSE):
+        quantized = round_to_nearest(torch.randn(5, 192), None, grid, options)
+        assert quantized.codes_OI.dtype == (torch.int8 if grid.kind == "int" else torch.float8_e4m3fn)
+        assert quantized.codes_OI.is_contiguous()
+        assert set(quantized.codes_OI.float().unique().tolist()) <= set(all_codes(grid).tolist())
+        assert torch.equal(quantized.scale_OG, quantized.scale_OG.to(grid.scale_dtype).float())
+        assert quantized.scale_OG.shape == (5, 192 // (grid.group_size or 192))
+        assert (quantized.scale_OG > 0).all()
+        assert (quantized.zero_OG is None) == grid.symmetric
+        if quantized.zero_OG is not None:
+            assert quantized.zero_OG.dtype == torch.int8
+            assert quantized.zero_OG.shape == quantized.scale_OG.shape
+            assert quantized.zero_OG.min() >= -8
+            assert quantized.zero_OG.max() <= 7
 
 
-def test_the_config_says_what_stock_loaders_look_for() -> None:
-    config = quantization_config("w8a8", ["lm_head"])
-    group = config["config_groups"]["group_0"]
-    assert config["quant_method"] == "compressed-tensors"
-    assert config["format"] == "int-quantized"
-    assert config["quantization_status"] == "compressed"
-    assert config["ignore"] == ["lm_head"]
-    assert (group["weights"]["num_bits"], group["weights"]["strategy"]) == (8, "channel")
-    assert (group["input_activations"]["dynamic"], group["input_activations"]["strategy"]) == (True, "token")
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_four_bit_scales_are_those_of_compressed_tensors(symmetric: bool) -> None:
+    torch.manual_seed(2)
+    weight_OI = torch.randn(7, 96)
+    weight_OI[0], weight_OI[1] = weight_OI[0].abs() + 1, -weight_OI[1].abs() - 1
+    groups_OGS = weight_OI.unflatten(1, (3, 32))
+    arguments = QuantizationArgs(num_bits=4, symmetric=symmetric, strategy="group", group_size=32)
+    scale_OG, zero_OG = calculate_qparams(groups_OGS.amin(2), groups_OGS.amax(2), arguments)
+    ours = round_to_nearest(weight_OI, None, Grid("int", 4, symmetric, 32))
+    torch.testing.assert_close(ours.scale_OG, scale_OG)
+    if ours.zero_OG is not None:
+        assert torch.equal(ours.zero_OG, zero_OG.to(torch.int8))
+
+
+@pytest.mark.parametrize("name", ["int8", "int4 g32", "int4 asymmetric g64"])
+def test_a_shrunk_grid_reaches_that_share_of_the_extremes(name: str) -> None:
+    torch.manual_seed(9)
+    grid, weight_OI = GRIDS[name], torch.randn(4, 64)
+    weight_OI[0] += 1
+    scale_OG, zero_OG = grid.fit(weight_OI, shrink=0.75)
+    groups_OGS = weight_OI.unflatten(1, (scale_OG.shape[1], -1))
+    least_OG = grid.decode(torch.tensor(grid.lowest), scale_OG, zero_OG)
+    greatest_OG = grid.decode(torch.tensor(grid.highest), scale_OG, zero_OG)
+    if zero_OG is None:
+        reach_OG, extreme_OG = torch.maximum(-least_OG, greatest_OG), groups_OGS.abs().amax(2)
+        assert ((reach_OG - 0.75 * extreme_OG).abs() <= 1.01 * scale_OG).all()
+    else:
+        assert ((least_OG - 0.75 * groups_OGS.amin(2)).abs() <= 0.6 * scale_OG).all()
+        assert ((greatest_OG - 0.75 * groups_OGS.amax(2)).abs() <= 0.6 * scale_OG).all()
+
+
+def test_the_largest_weight_of_a_row_is_kept_at_eight_bits() -> None:
+    weight_OI = torch.tensor([[0.1, -3.0, 1.0], [0.0, 0.02, 0.01]])
+    for name in ("int8", "fp8"):
+        dequantized = round_to_nearest(weight_OI, None, GRIDS[name]).dequantize()
+        assert dequantized[0, 1] == pytest.approx(-3.0, rel=1e-6)
+        assert dequantized[1, 1] == pytest.approx(0.02, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_zeros_stay_zeros(name: str) -> None:
+    weight_OI = torch.randn(3, 128)
+    weight_OI[1] = 0
+    weight_OI[2, :64] = 0
+    for options in (RoundingOptions(), MSE):
+        quantized = round_to_nearest(weight_OI, None, GRIDS[name], options)
+        assert (quantized.dequantize()[weight_OI == 0] == 0).all()
+        assert quantized.scale_OG[1].eq(1).all()
+        assert torch.isfinite(quantized.scale_OG).all()
+
+
+def test_a_group_too_small_for_the_scales_dtype_still_has_a_positive_scale() -> None:
+    quantized = round_to_nearest(torch.full((1, 8), 1e-9), None, Grid("int", 4, scale_dtype=torch.float16))
+    assert quantized.scale_OG.item() > 0
+    assert quantized.dequantize().abs().max() <= 1e-9
+
+
+@pytest.mark.parametrize(
+    ("grid", "codes", "scale"),
+    [
+        (Grid("int", 8), [[127.0, -5.0, 0.0], [-127.0, 3.0, 88.0]], [[0.5], [0.25]]),
+        (Grid("fp8", 8), [[448.0, -0.875, 0.0], [-448.0, 26.0, 1.125]], [[0.5], [2.0]]),
+        (Grid("int", 4, symmetric=False), [[15.0, 0.0, 3.0], [-4.0, 11.0, 1.0]], [[0.5], [0.25]]),
+    ],
+)
+def test_a_matrix_on_the_grid_comes_back_exactly(
+    grid: Grid, codes: list[list[float]], scale: list[list[float]]
+) -> None:
+    weight_OI = torch.tensor(codes) * torch.tensor(scale)
+    assert torch.equal(round_to_nearest(weight_OI, None, grid).dequantize(), weight_OI)
+
+
+@pytest.mark.parametrize("name", GRIDS)
+@pytest.mark.parametrize("with_gram", [True, False])
+def test_searched_scales_never_have_the_larger_weighted_error(name: str, with_gram: bool) -> None:
+    torch.manual_seed(3)
+    weight_OI = torch.randn(140, 128) ** 3
+    gram_II = torch.diag(torch.rand(128) ** 4) if with_gram else None
+    energy_I = torch.ones(128) if gram_II is None else gram_II.diagonal()
+    grid = GRIDS[name]
+    errors = []
+    for options in (RoundingOptions(), MSE):
+        miss_OI = weight_OI - round_to_nearest(weight_OI, gram_II, grid, options).dequantize()
+        width = grid.group_size or 128
+        errors.append((miss_OI.square() * energy_I).unflatten(1, (-1, width)).sum(2))
+    assert (errors[1] <= errors[0] * (1 + 1e-5)).all()
+    assert errors[1].sum() < errors[0].sum()
+
+
+@pytest.mark.parametrize("name", ["int8", "fp8", "int4 asymmetric g64"])
+def test_splitting_undoes_stacking(name: str) -> None:
+    torch.manual_seed(4)
+    layers = [torch.randn(size, 128) for size in (5, 1, 3)]
+    parts = round_to_nearest(torch.cat(layers), None, GRIDS[name], MSE).split([5, 1, 3])
+    for layer, part in zip(layers, parts, strict=True):
+        alone = round_to_nearest(layer, None, GRIDS[name], MSE)
+        assert torch.equal(part.codes_OI.float(), alone.codes_OI.float())
+        assert torch.equal(part.dequantize(), alone.dequantize())
+
+
+def test_a_group_size_that_does_not_fit_is_refused_with_those_that_do() -> None:
+    with pytest.raises(
+        UserError, match=r"group_size: '64' does not divide the 96 .*choose from 8, 12, 16, 24, 32, 48, 96"
+    ):
+        round_to_nearest(torch.randn(2, 96), None, Grid("int", 4, group_size=64))
+
+
+def test_output_error_is_how_far_the_outputs_move() -> None:
+    torch.manual_seed(5)
+    weight_OI, inputs_TI = torch.randn(6, 33), torch.randn(50, 33) @ torch.randn(33, 33)
+    quantized = round_to_nearest(weight_OI, None, Grid("int", 4))
+    outputs_TO, moved_TO = inputs_TI @ weight_OI.T, inputs_TI @ quantized.dequantize().T
+    expected = float((outputs_TO - moved_TO).norm() / outputs_TO.norm())
+    assert output_error(weight_OI, quantized, inputs_TI.T @ inputs_TI / 50) == pytest.approx(expected, rel=1e-4)
+    assert output_error(weight_OI, quantized, None) == relative_error(weight_OI, quantized)
+    assert relative_error(weight_OI, quantized) == pytest.approx(
+        float((weight_OI - quantized.dequantize()).norm() / weight_OI.norm())
+    )
+
+
+def test_a_layer_of_zeros_has_no_error() -> None:
+    quantized = round_to_nearest(torch.zeros(2, 3), None, Grid("int", 8))
+    assert relative_error(torch.zeros(2, 3), quantized) == 0.0
+    assert output_error(torch.zeros(2, 3), quantized, torch.eye(3)) == 0.0
+
+
+def test_smoothing_at_one_half_gives_inputs_and_weights_the_same_peaks() -> None:
+    inputs_I, weights_I = torch.tensor([100.0, 0.3, 2.0]), torch.tensor([0.01, 5.0, 2.0])
+    scale_I = smooth_scales(inputs_I, weights_I, 0.5)
+    torch.testing.assert_close(inputs_I / scale_I, weights_I * scale_I)
+
+
+def test_smoothing_moves_all_the_range_to_one_side_at_the_ends() -> None:
+    inputs_I, weights_I = torch.tensor([8.0, 0.5]), torch.tensor([4.0, 0.1])
+    torch.testing.assert_close(smooth_scales(inputs_I, weights_I, 1.0), inputs_I)
+    torch.testing.assert_close(smooth_scales(inputs_I, weights_I, 0.0), 1 / weights_I)
+    torch.testing.assert_close(
+        smooth_scales(inputs_I, weights_I, 0.8), torch.tensor([8**0.8 / 4**0.2, 0.5**0.8 / 0.1**0.2])
+    )
+
+
+def test_smoothing_leaves_dead_inputs_alone() -> None:
+    scale_I = smooth_scales(torch.tensor([0.0, 3.0, 0.0, 1e-30]), torch.tensor([2.0, 0.0, 0.0, 1e4]), 0.8)
+    assert scale_I[:3].tolist() == [1.0, 1.0, 1.0]
+    assert scale_I[3] == pytest.approx(1e-5)
+    assert scale_I.dtype == torch.float32

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from compress.recipe import PruneMlp, Quantize, list_recipes, load_recipe
+from compress.recipe import Prune, Quantize, list_recipes, load_recipe
 from contracts.errors import UserError
 
 
@@ -10,15 +10,15 @@ def test_shipped_recipes_are_what_their_names_say() -> None:
     recipes = list_recipes()
     assert {"dense", "w8a8", "prune25", "prune25-w8a8"} <= set(recipes)
     assert recipes["dense"].steps == ()
-    assert [type(step) for step in recipes["prune25-w8a8"].steps] == [PruneMlp, Quantize]
+    assert [type(step) for step in recipes["prune25-w8a8"].steps] == [Prune, Quantize]
 
 
 def test_a_file_is_a_recipe_too(tmp_path: Path) -> None:
     file = tmp_path / "half.toml"
-    file.write_text('summary = "half"\n[[steps]]\nstep = "prune_mlp"\nremove_frac = 0.5\nmultiple = 8\n')
+    file.write_text('summary = "half"\n[[steps]]\nstep = "prune"\nmlp_remove_frac = 0.5\nmultiple = 8\n')
     name, recipe = load_recipe(str(file))
     assert name == "half"
-    assert recipe.steps == (PruneMlp(step="prune_mlp", remove_frac=0.5, multiple=8),)
+    assert recipe.steps == (Prune(step="prune", mlp_remove_frac=0.5, multiple=8),)
 
 
 @pytest.mark.parametrize(
@@ -27,14 +27,22 @@ def test_a_file_is_a_recipe_too(tmp_path: Path) -> None:
         ("summary = ", "is not TOML"),
         ("steps = []", "recipe key summary: .*Field required"),
         ('summary = "x"\nmood = 1', "recipe key mood: '1' is refused: Extra inputs are not permitted"),
-        ('summary = "x"\n[[steps]]\nstep = "fold"', "recipe key steps.0: .*prune_mlp.*quantize"),
-        ('summary = "x"\n[[steps]]\nstep = "prune_mlp"\nremove_frac = 1.5', "remove_frac: '1.5' is refused"),
+        ('summary = "x"\n[[steps]]\nstep = "fold"', "recipe key steps.0: .*prune.*quantize"),
+        ('summary = "x"\n[[steps]]\nstep = "prune"\nmlp_remove_frac = 1.5', "mlp_remove_frac: '1.5' is refused"),
         ('summary = "x"\n[[steps]]\nstep = "quantize"\nformat = "w1a1"', "format: 'w1a1' is refused"),
         (
             'summary = "x"\n[[steps]]\nstep = "quantize"\nformat = "w8a8"\n'
-            '[[steps]]\nstep = "prune_mlp"\nremove_frac = 0.5',
+            '[[steps]]\nstep = "prune"\nmlp_remove_frac = 0.5',
             "quantize must be the last step",
         ),
+        ('summary = "x"\n[[steps]]\nstep = "prune"', "give mlp_remove_frac, kv_remove_frac or both"),
+        (
+            'summary = "x"\n[[steps]]\nstep = "quantize"\nformat = "w4a16"\ngroup_size = 48',
+            "group_size: '48' is refused",
+        ),
+        ('summary = "x"\n[[steps]]\nstep = "quantize"\nformat = "nf4"\nmethod = "gptq"', "bitsandbytes fixes"),
+        ('summary = "x"\n[[steps]]\nstep = "quantize"\nformat = "w4a16"\nsmoothquant = 0.5', "smoothquant is for"),
+        ('summary = "x"\n[calibration]\nnum_samples = 0', "calibration.num_samples: '0' is refused"),
     ],
 )
 def test_a_wrong_file_is_refused_by_its_key(tmp_path: Path, text: str, message: str) -> None:
@@ -45,5 +53,24 @@ def test_a_wrong_file_is_refused_by_its_key(tmp_path: Path, text: str, message: 
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:
-    with pytest.raises(UserError, match="recipe: 'w9' is unknown; choose from dense, prune25, prune25-w8a8, w8a8"):
+    with pytest.raises(UserError, match="recipe: 'w9' is unknown; choose from dense, fp8, int8-bnb, nf4, prune25"):
         load_recipe("w9")
+
+
+def test_settings_change_single_keys() -> None:
+    _, recipe = load_recipe("prune25-w8a8", ["prune.mlp_remove_frac=0.5", "quantize.method=rtn", "calibration.seed=3"])
+    prune, quantize = recipe.steps
+    assert isinstance(prune, Prune)
+    assert isinstance(quantize, Quantize)
+    assert (prune.mlp_remove_frac, quantize.method, recipe.calibration.seed) == (0.5, "rtn", 3)
+
+
+@pytest.mark.parametrize("setting", ["seed=3", "quantize.method", "prune_depth.num_blocks=2"])
+def test_a_setting_that_fits_nothing_names_the_tables(setting: str) -> None:
+    with pytest.raises(UserError, match=r"--set: .*tables: calibration, prune, quantize"):
+        load_recipe("prune25-w8a8", [setting])
+
+
+def test_a_setting_of_an_unknown_key_is_refused() -> None:
+    with pytest.raises(UserError, match="recipe key steps.0.quantize.colour"):
+        load_recipe("w8a8", ["quantize.colour=blue"])

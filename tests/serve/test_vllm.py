@@ -97,7 +97,7 @@ def test_ctrl_c_stops_it_and_leaves_no_process(served: tuple[str, subprocess.Pop
 
 def test_a_pruned_and_quantized_variant_runs_on_stock_vllm(smollm2: Path, tmp_path: Path) -> None:
     """None of our code is on the path: vLLM's own module and defaults; --enforce-eager only saves a minute."""
-    name, recipe = load_recipe("prune25-w8a8")
+    name, recipe = load_recipe("prune25-w8a8", ["prune.method=peak_magnitude", "quantize.method=rtn"])
     variant = build_variant(SMOLLM2, smollm2, name, recipe, tmp_path / "variant")
     spec = EngineSpec(
         variant,

@@ -1,0 +1,73 @@
+"""An environment for each tool that a benchmark compares with, made in the cache and reused.
+
+Its packages are pinned in `NAME.txt` beside this file. A changed pin makes a new environment.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from contracts.errors import UserError
+from contracts.progress import progress, say
+from contracts.storage import cache_dir
+
+_HERE = Path(__file__).parent
+_STAMP = ".installed"
+
+
+def peer_python(name: str, *, on_top_of_ours: bool = False) -> Path:
+    """The Python interpreter of peer `name`'s environment, which is made if needed.
+
+    With `on_top_of_ours` the environment also sees the packages of the running one, and only
+    what `NAME.txt` lists is installed. Raises UserError where a package is not to be had.
+    """
+    pins = _HERE / f"{name}.txt"
+    key = hashlib.sha256(pins.read_bytes() + sys.prefix.encode() * on_top_of_ours).hexdigest()[:8]
+    folder = cache_dir("peers") / f"{name}-{_version(pins, name)}-{key}"
+    python = folder / "bin" / "python"
+    if (folder / _STAMP).is_file():
+        say(f"{name}: reusing its environment in {folder}")
+        return python
+    shutil.rmtree(folder, ignore_errors=True)
+    with progress(f"{name}: making an environment of its own in {folder}", None, "s"):
+        _run([sys.executable, "-m", "venv", str(folder)], pins)
+        if on_top_of_ours:
+            own = sysconfig.get_path("purelib", vars={"base": str(folder)})
+            Path(own, "ours.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
+        dependencies = ["--no-deps"] if on_top_of_ours else []
+        _run([str(python), "-m", "pip", "install", *dependencies, "--requirement", str(pins)], pins)
+    (folder / _STAMP).touch()
+    return python
+
+
+def peer_variables(num_threads: int) -> dict[str, str]:
+    """Environment variables of a measured process: offline, its number of threads, nothing of ours on its path."""
+    ours = {name: value for name, value in os.environ.items() if name not in {"PYTHONPATH", "PYTHONHOME"}}
+    threads = {f"{library}_NUM_THREADS": str(num_threads) for library in ("OMP", "MKL", "OPENBLAS")}
+    return ours | threads | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def _version(pins: Path, name: str) -> str:
+    """The version that a requirements file pins for the package it is named after."""
+    lines = pins.read_text(encoding="utf-8").splitlines()
+    pinned = dict(line.split("==") for line in lines if "==" in line)
+    return pinned[name if name in pinned else name.replace("_", "-")]
+
+
+def _run(command: list[str], pins: Path) -> None:
+    done = subprocess.run(command, env=peer_variables(1), capture_output=True, text=True, check=False)
+    if done.returncode:
+        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR:")] or [done.stderr[-300:]]
+        raise UserError(
+            "peer environment",
+            pins.name,
+            f"cannot be installed ({errors[-1]})",
+            "set PIP_EXTRA_INDEX_URL to PyTorch's index of CPU wheels, or PIP_FIND_LINKS to a folder with the wheel, "
+            "as for `make install`",
+        )

@@ -1,0 +1,119 @@
+"""Proof that a variant loads: its shapes against its config, stock transformers, stock vLLM, and the logits of all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from compress.families import roles_of
+from compress.reference import reference_logits, reference_shapes
+from contracts.errors import UserError
+from contracts.storage import cache_dir
+from serve.offline import VllmAnswer, ask_vllm
+
+_NUM_PROMPTS, _NUM_TOKENS, _GREEDY_TOKENS = 2, 48, 12
+_TOLERANCE_NATS = 0.15
+"""Mean absolute difference of log-probabilities that bf16 and rounded activations explain; a wrong weight gives 1."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at."""
+
+    what: str
+    passed: bool
+    detail: str
+
+
+def check_variant(directory: Path) -> Iterator[Finding]:
+    """Look at one thing after another, the cheap ones first; a wrong shape ends it, since nothing would load."""
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    roles_of(config)
+    shapes = _compare_shapes(directory)
+    yield shapes
+    if not shapes.passed:
+        return
+    prompts = _prompts(config["vocab_size"])
+    reference = [
+        _logprobs(logits, prompt) for logits, prompt in zip(reference_logits(directory, prompts), prompts, strict=True)
+    ]
+    finite = all(bool(torch.isfinite(row).all()) for row in reference)
+    yield Finding("plain torch", finite, "logits are finite" if finite else "logits are NaN or infinite")
+    yield _compare("transformers", reference, _ask_transformers(directory, prompts))
+    log = cache_dir("logs") / f"check-{directory.name}.log"
+    answer = next(ask_vllm([directory], [prompt.tolist() for prompt in prompts], _GREEDY_TOKENS, log))
+    yield _compare("vLLM", reference, answer, f"read {log}")
+    if not answer.error:
+        yield Finding("greedy text", True, _text(directory, answer.greedy[0]))
+
+
+def _compare_shapes(directory: Path) -> Finding:
+    """Shapes that transformers would make from the config against those of the file, quantized ones unpacked."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(directory)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        expected = {
+            name: tuple(tensor.shape) for name, tensor in AutoModelForCausalLM.from_config(config).state_dict().items()
+        }
+    found = reference_shapes(directory)
+    if config.tie_word_embeddings:
+        expected.pop("lm_head.weight", None)
+        found.pop("lm_head.weight", None)
+    wrong = [
+        f"{name}: {found.get(name, 'missing')} in the file, {expected.get(name, 'nothing')} by the config"
+        for name in sorted(expected.keys() | found.keys())
+        if expected.get(name) != found.get(name)
+    ]
+    return Finding("shapes", not wrong, "; ".join(wrong[:3]) if wrong else f"{len(found)} tensors as config.json says")
+
+
+def _prompts(vocabulary: int) -> list[Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    return list(torch.randint(0, vocabulary, (_NUM_PROMPTS, _NUM_TOKENS), generator=draw))
+
+
+def _logprobs(logits_TV: Tensor, tokens_T: Tensor) -> Tensor:
+    """Log-probability of each token but the first."""
+    return logits_TV.log_softmax(-1)[:-1].gather(1, tokens_T[1:, None])[:, 0]
+
+
+@torch.inference_mode()
+def _ask_transformers(directory: Path, prompts: list[Tensor]) -> VllmAnswer:
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
+        logprobs = [_logprobs(model(prompt[None]).logits[0].float(), prompt).tolist() for prompt in prompts]
+    except Exception as error:  # whatever loading raises is the finding
+        return VllmAnswer(str(directory), error=f"{type(error).__name__}: {error}"[:500])
+    return VllmAnswer(str(directory), logprobs)
+
+
+def _compare(what: str, reference: list[Tensor], answer: VllmAnswer, hint: str = "") -> Finding:
+    if answer.error:
+        return Finding(what, False, f"does not load: {answer.error}" + (f"; {hint}" if hint else ""))
+    difference = torch.cat(
+        [(row - torch.tensor(given)).abs() for row, given in zip(reference, answer.logprobs, strict=True)]
+    )
+    mean, worst = float(difference.mean()), float(difference.max())
+    passed = mean <= _TOLERANCE_NATS
+    return Finding(what, passed, f"log-probabilities differ by {mean:.3f} nats on average, {worst:.3f} at most")
+
+
+def _text(directory: Path, tokens: list[int]) -> str:
+    from transformers import AutoTokenizer
+
+    try:
+        return repr(AutoTokenizer.from_pretrained(directory).decode(tokens))
+    except Exception as error:  # a tokenizer that does not load is a finding of its own
+        raise UserError("tokenizer", directory, f"cannot be loaded ({error})", "restore its files") from error

@@ -1,0 +1,147 @@
+"""The forward pass of a decoder, one block and one half of a block at a time, in plain torch.
+
+Compression needs the inputs of single layers while the model streams past, which a whole model cannot
+give; so the pass is written out here once, for every family in `families.py`, and a test holds it to
+transformers' own. Shapes: B sequences, T tokens, D hidden size, I input features of a consumer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from compress.checkpoint import CheckpointReader
+from compress.families import LayerRoles
+from contracts.errors import UserError
+
+Block = dict[str, Tensor]
+"""Tensors of one decoder block by their names relative to it."""
+
+Linear = Callable[[str, Tensor], Tensor]
+"""Applies the block's linear layer of that name."""
+
+Half = Literal["attention", "mlp"]
+"""A block is two halves: a norm, producers, what stands between, and a consumer that adds to the residual."""
+
+HALVES: tuple[Half, Half] = ("attention", "mlp")
+
+
+def dense_linear(block: Mapping[str, Tensor]) -> Linear:
+    """Linear layers with weights and biases as the block holds them, in the input's dtype."""
+
+    def linear(layer: str, x: Tensor) -> Tensor:
+        bias = block.get(f"{layer}.bias")
+        return functional.linear(x, block[f"{layer}.weight"].to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    return linear
+
+
+class Decoder:
+    """The forward pass of one model's blocks; holds the rotary embedding's tables and the sizes, no weights."""
+
+    def __init__(self, config: Mapping[str, Any], roles: LayerRoles, num_tokens: int, dtype: torch.dtype) -> None:
+        from transformers import AutoConfig
+        from transformers.activations import ACT2FN
+        from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+        known = {key: value for key, value in config.items() if key not in {"quantization_config", "model_type"}}
+        parsed = AutoConfig.for_model(config["model_type"], **known)
+        self.roles = roles
+        self.dtype = dtype
+        self._eps = float(parsed.rms_norm_eps)
+        self.head_dim = int(getattr(parsed, "head_dim", None) or parsed.hidden_size // parsed.num_attention_heads)
+        self._activation = ACT2FN[parsed.hidden_act]
+        self._mask = _window_mask(parsed, num_tokens)
+        cos_1TH, sin_1TH = LlamaRotaryEmbedding(parsed)(torch.zeros(1, dtype=dtype), torch.arange(num_tokens)[None])
+        self._cos_TH, self._sin_TH = cos_1TH[0], sin_1TH[0]
+
+    def producer_input(self, half: Half, block: Mapping[str, Tensor], x_BTD: Tensor) -> Tensor:
+        """What a half's producers read: the normed residual stream, `[B, T, D]`."""
+        norm = self.roles.attention_norm if half == "attention" else self.roles.mlp_norm
+        return self._norm(x_BTD, block[f"{norm}.weight"])
+
+    def consumer_input(self, half: Half, block: Mapping[str, Tensor], linear: Linear, h_BTD: Tensor) -> Tensor:
+        """What a half's consumer reads, `[B, T, I]`: the heads' outputs, or the neurons."""
+        if half == "mlp":
+            gated: Tensor = self._activation(linear(self.roles.gate, h_BTD)) * linear(self.roles.up, h_BTD)
+            return gated
+        return self._attend(block, linear, h_BTD)
+
+    def consumer(self, half: Half) -> str:
+        """Name of a half's consumer layer."""
+        return self.roles.attention_consumer if half == "attention" else self.roles.mlp_consumer
+
+    def block(self, block: Mapping[str, Tensor], linear: Linear, x_BTD: Tensor) -> Tensor:
+        """The residual stream after a whole block."""
+        for half in HALVES:
+            inner = self.consumer_input(half, block, linear, self.producer_input(half, block, x_BTD))
+            x_BTD = x_BTD + linear(self.consumer(half), inner)
+        return x_BTD
+
+    def final_norm(self, x_BTD: Tensor, weight_D: Tensor) -> Tensor:
+        return self._norm(x_BTD, weight_D)
+
+    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        """RMS norm in float32, then the weight, as transformers does it."""
+        wide = x.float()
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self._eps)
+        return weight.to(x.dtype) * normed.to(x.dtype)
+
+    def _attend(self, block: Mapping[str, Tensor], linear: Linear, h_BTD: Tensor) -> Tensor:
+        B, T, _ = h_BTD.shape
+        split = (B, T, -1, self.head_dim)
+        query, key, value = (linear(layer, h_BTD).view(split) for layer in self.roles.attention_producers)
+        if f"{self.roles.query_norm}.weight" in block:
+            query = self._norm(query, block[f"{self.roles.query_norm}.weight"])
+            key = self._norm(key, block[f"{self.roles.key_norm}.weight"])
+        query, key, value = (heads.transpose(1, 2) for heads in (query, key, value))
+        query, key = self._rotate(query), self._rotate(key)
+        mask = None if self._mask is None else self._mask[:T, :T]
+        attended = functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=query.shape[1] != key.shape[1]
+        )
+        return attended.transpose(1, 2).reshape(B, T, -1)
+
+    def _rotate(self, heads_BHTE: Tensor) -> Tensor:
+        T = heads_BHTE.shape[2]
+        low, high = heads_BHTE.chunk(2, dim=-1)
+        return heads_BHTE * self._cos_TH[:T] + torch.cat((-high, low), dim=-1) * self._sin_TH[:T]
+
+
+def _window_mask(config: Any, num_tokens: int) -> Tensor | None:
+    """The mask of a sliding window, where one is on and shorter than the sequence; else None, for plain causal."""
+    window = getattr(config, "sliding_window", None)
+    if not window or not getattr(config, "use_sliding_window", True) or num_tokens <= window:
+        return None
+    kinds = set(getattr(config, "layer_types", None) or ["sliding_attention"])
+    if len(kinds) > 1:
+        raise UserError(
+            "sequence length",
+            num_tokens,
+            f"is longer than the model's sliding window of {window}, which only some of its blocks have",
+            f"set calibration.sequence_length to at most {window}",
+        )
+    position = torch.arange(num_tokens)
+    behind = position[:, None] - position[None, :]
+    return (behind >= 0) & (behind < window)
+
+
+@dataclass(frozen=True)
+class Ends:
+    """The tensors before the first and after the last block."""
+
+    embedding_VD: Tensor
+    final_norm_D: Tensor
+    head_VD: Tensor
+
+
+def read_ends(reader: CheckpointReader, roles: LayerRoles) -> Ends:
+    """Embedding, final norm and head; a checkpoint without a head has the embedding there (tied)."""
+    embedding = reader.read(roles.embedding)
+    head = reader.read(roles.head) if roles.head in reader.names else embedding
+    return Ends(embedding, reader.read(roles.final_norm), head)

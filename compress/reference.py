@@ -1,0 +1,100 @@
+"""What a checkpoint computes, in plain torch: the oracle for engines, and the measure of what compression cost."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from compress import bnb, formats
+from compress.checkpoint import CheckpointReader, iterate_blocks
+from compress.families import LayerRoles, roles_of
+from compress.forward import Block, Decoder, Linear, dense_linear, read_ends
+
+
+@torch.inference_mode()
+def reference_logits(
+    directory: Path, sequences: Sequence[Tensor], dtype: torch.dtype = torch.float32
+) -> Iterator[Tensor]:
+    """Logits `[T, V]` float32 of each sequence `[T]` int64, from a dense or quantized checkpoint, in plain torch.
+
+    Quantized weights are dequantized and, where the format quantizes activations, each layer's input is put on
+    its dynamic per-token grid first: what the engine should compute, without its kernels. Streams the
+    checkpoint block by block; memory holds a block and all hidden states.
+    """
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    roles = roles_of(config)
+    reader = CheckpointReader(directory)
+    ends = read_ends(reader, roles)
+    decoder = Decoder(config, roles, max(len(sequence) for sequence in sequences), dtype)
+    states = [ends.embedding_VD[sequence].to(dtype)[None] for sequence in sequences]
+    for _, block in iterate_blocks(reader, roles.block, config["num_hidden_layers"]):
+        tensors, linear = reference_block(block, roles, config.get("quantization_config"))
+        states = [decoder.block(tensors, linear, x_1TD) for x_1TD in states]
+    head = ends.head_VD.to(dtype)
+    for x_1TD in states:
+        yield functional.linear(decoder.final_norm(x_1TD, ends.final_norm_D), head)[0].float()
+
+
+def nll_per_token(logits_TV: Tensor, tokens_T: Tensor) -> Tensor:
+    """Negative log-likelihood of each token but the first, `[T - 1]`, in nats."""
+    return functional.cross_entropy(logits_TV[:-1], tokens_T[1:], reduction="none")
+
+
+def kl_per_token(reference_TV: Tensor, logits_TV: Tensor) -> Tensor:
+    """KL divergence from the reference's next-token distribution at each position, `[T]`, in nats."""
+    reference = functional.log_softmax(reference_TV, dim=-1)
+    return functional.kl_div(
+        functional.log_softmax(logits_TV, dim=-1), reference, reduction="none", log_target=True
+    ).sum(-1)
+
+
+def reference_block(block: Block, roles: LayerRoles, quantization: Mapping[str, Any] | None) -> tuple[Block, Linear]:
+    """A block with its quantized layers dequantized, and its linear layers as the engine should apply them.
+
+    `quantization` is config.json's `quantization_config`; None for a dense model.
+    """
+    if quantization is None:
+        return block, dense_linear(block)
+    dense = dict(block)
+    activations: dict[str, formats.Activations] = {}
+    for layer in roles.linears:
+        tensors = {name.removeprefix(f"{layer}."): dense.pop(name) for name in block if name.startswith(f"{layer}.")}
+        if "bias" in tensors:
+            dense[f"{layer}.bias"] = tensors.pop("bias")
+        if quantization["quant_method"] == "bitsandbytes":
+            is_rounded, format_name = len(tensors) > 1, "int8" if quantization["load_in_8bit"] else "nf4"
+            weight = bnb.dequantize_layer(tensors, format_name) if is_rounded else tensors["weight"]
+        else:
+            grid, rounding = formats.read_scheme(quantization)
+            is_rounded = "weight_scale" in tensors
+            weight = formats.unpack_layer(tensors, grid).dequantize() if is_rounded else tensors["weight"]
+            if is_rounded and rounding is not None:
+                activations[layer] = rounding
+        dense[f"{layer}.weight"] = weight
+    plain = dense_linear(dense)
+
+    def linear(layer: str, x: Tensor) -> Tensor:
+        return plain(layer, activations[layer].fake_quantize(x) if layer in activations else x)
+
+    return dense, linear
+
+
+def reference_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of a checkpoint's tensors as those of the dense model, quantized layers unpacked."""
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    roles = roles_of(config)
+    reader = CheckpointReader(directory)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for prefix, block in iterate_blocks(reader, roles.block, config["num_hidden_layers"]):
+        dense, _ = reference_block(block, roles, config.get("quantization_config"))
+        shapes.update({prefix + name: tuple(tensor.shape) for name, tensor in dense.items()})
+    of_blocks = roles.block.partition("{index}")[0]
+    outside = [name for name in reader.names if not name.startswith(of_blocks)]
+    shapes.update({name: tuple(reader.read(name).shape) for name in outside})
+    return shapes

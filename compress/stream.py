@@ -1,0 +1,119 @@
+"""A calibration set on its way through a model, block by block and half by half, as a step changes the blocks.
+
+For each half of a block a step may ask for the Gram matrix of what its producers read, then of what its
+consumer reads, and then lets the stream advance through the half as it has become. So every layer is
+chosen on what it will really read, errors of the layers before included, and the model runs only once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from compress.activations import ActivationFile, Gram
+from compress.forward import Decoder, Half, dense_linear
+
+_TOKENS_AT_ONCE = 2048
+
+
+class Stream:
+    """Hidden states of all calibration sequences before one block, in files under `folder`."""
+
+    def __init__(self, decoder: Decoder, folder: Path, tokens_NT: Tensor, name: str = "x") -> None:
+        self.decoder = decoder
+        self.tokens_NT = tokens_NT
+        self._folder = folder
+        self._name = name
+        self._shape = (tokens_NT.shape[0], tokens_NT.shape[1])
+        self._batch = max(1, _TOKENS_AT_ONCE // tokens_NT.shape[1])
+        self._inner: ActivationFile | None = None
+
+    @torch.inference_mode()
+    def embed(self, embedding_VD: Tensor) -> None:
+        """Make the hidden states before block 0."""
+        states = self._states(0, embedding_VD.shape[1])
+        for first in range(0, len(self.tokens_NT), self._batch):
+            states.write(first, embedding_VD[self.tokens_NT[first : first + self._batch]])
+
+    def enter(self, index: int, hidden_size: int) -> None:
+        """Stand before block `index`, whose hidden states an earlier `advance` or `embed` left on disk."""
+        self._before = self._states(index, hidden_size)
+        self._after = self._states(index + 1, hidden_size)
+        self._width = hidden_size
+
+    def leave(self) -> None:
+        """Forget the hidden states before the block, once those after it are safe."""
+        self._before.delete()
+
+    def producer_gram(self, half: Half, block: Mapping[str, Tensor], layer: str, wants_peak: bool = False) -> Gram:
+        """Gram of what the half's producers read; `layer` names them in an error."""
+        gram = Gram(self._width, layer, wants_peak)
+        for _, x_BTD in self._residual(half):
+            gram.add(self.decoder.producer_input(half, block, x_BTD))
+        return gram
+
+    def run(self, half: Half, block: Mapping[str, Tensor]) -> Iterator[tuple[int, Tensor]]:
+        """Compute what the half's consumer reads and keep it for `advance`; yields it batch by batch."""
+        linear = dense_linear(block)
+        width = block[f"{self.decoder.consumer(half)}.weight"].shape[1]
+        path = self._folder / f"{self._name}-inner.bin"
+        self._inner = ActivationFile(path, *self._shape, width, self.decoder.dtype)
+        for first, x_BTD in self._residual(half):
+            h_BTD = self.decoder.producer_input(half, block, x_BTD)
+            inner_BTI = self.decoder.consumer_input(half, block, linear, h_BTD)
+            self._inner.write(first, inner_BTI)
+            yield first, inner_BTI
+
+    def consumer_gram(self, half: Half, block: Mapping[str, Tensor], layer: str) -> Gram:
+        """Gram of what the half's consumer reads; `layer` names it in an error."""
+        gram = Gram(block[f"{self.decoder.consumer(half)}.weight"].shape[1], layer)
+        for _, inner_BTI in self.run(half, block):
+            gram.add(inner_BTI)
+        return gram
+
+    def advance(self, half: Half, block: Mapping[str, Tensor], kept_I: Tensor | None = None) -> Iterator[Tensor]:
+        """Add the consumer's outputs to the hidden states; yields them batch by batch, `[B, T, D]`.
+
+        `kept_I` are the columns of what `run` kept that the consumer still reads; None: all.
+        """
+        assert self._inner is not None
+        linear, layer = dense_linear(block), self.decoder.consumer(half)
+        for first, x_BTD in self._residual(half):
+            inner_BTI = self._inner.read(first, self._batch)
+            output_BTD = linear(layer, inner_BTI if kept_I is None else inner_BTI[..., kept_I])
+            self._after.write(first, x_BTD + output_BTD)
+            yield output_BTD
+        self._inner.delete()
+
+    def inner(self) -> Iterator[Tensor]:
+        """What `run` kept, batch by batch, `[B, T, I]`."""
+        assert self._inner is not None
+        for _, inner_BTI in self._inner.batches(self._batch):
+            yield inner_BTI
+
+    def pass_half(self, half: Half, block: Mapping[str, Tensor]) -> None:
+        """Go through a half as it is."""
+        for _ in self.run(half, block):
+            pass
+        self.skip(half, block)
+
+    def skip(self, half: Half, block: Mapping[str, Tensor], kept_I: Tensor | None = None) -> None:
+        """`advance` for those who do not look at the outputs."""
+        for _ in self.advance(half, block, kept_I):
+            pass
+
+    def changes(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Hidden states before and after the block, batch by batch."""
+        for first, before_BTD in self._before.batches(self._batch):
+            yield before_BTD, self._after.read(first, self._batch)
+
+    def _residual(self, half: Half) -> Iterator[tuple[int, Tensor]]:
+        states = self._before if half == "attention" else self._after
+        return states.batches(self._batch)
+
+    def _states(self, index: int, hidden_size: int) -> ActivationFile:
+        path = self._folder / f"{self._name}-{index:05d}.bin"
+        return ActivationFile(path, *self._shape, hidden_size, self.decoder.dtype)

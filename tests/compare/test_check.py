@@ -1,0 +1,103 @@
+"""`slimserve check`: a good variant passes in stock transformers and stock vLLM, a broken one is told what is wrong."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
+
+from compare.check import check_variant
+from compress.build import build_variant
+from compress.recipe import Calibrate, list_recipes, load_recipe
+from compress.reference import reference_logits
+from serve.offline import ask_vllm
+
+_SIZES = {
+    "vocab_size": 331,
+    "hidden_size": 96,
+    "intermediate_size": 160,
+    "num_hidden_layers": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.1,
+    "head_dim": 32,
+}
+_GQA = {"num_attention_heads": 6, "num_key_value_heads": 2}
+_MHA = {"num_attention_heads": 3, "num_key_value_heads": 3}
+FAMILIES: dict[str, PreTrainedConfig] = {
+    "llama-tied-gqa": LlamaConfig(**_SIZES, **_GQA, tie_word_embeddings=True),
+    "llama-untied-mha": LlamaConfig(**_SIZES, **_MHA, tie_word_embeddings=False),
+    "mistral": MistralConfig(**_SIZES, **_GQA, sliding_window=None),
+    "qwen2-bias": Qwen2Config(**{**_SIZES, "hidden_size": 192}, **_GQA, tie_word_embeddings=True),
+    "qwen3-head-dim": Qwen3Config(**_SIZES, **_GQA),
+}
+TOLERANCE_NATS = 0.1
+"""bf16 against float32, and 8-bit activations that fall on the other side of a rounding; seen: up to 0.053."""
+PROMPTS = [torch.randint(0, 331, (length,), generator=torch.Generator().manual_seed(length)) for length in (40, 23)]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory, smollm2: Path) -> dict[tuple[str, str], Path]:
+    """Every shipped recipe on a tiny random model of every family."""
+    folder = tmp_path_factory.mktemp("matrix")
+    ids = folder / "ids.jsonl"
+    tokens = torch.randint(0, 331, (8, 32), generator=torch.Generator().manual_seed(1))
+    ids.write_text("\n".join(json.dumps({"input_ids": row}) for row in tokens.tolist()))
+    variants = {}
+    for family, config in FAMILIES.items():
+        torch.manual_seed(3)
+        model = AutoModelForCausalLM.from_config(config)
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                torch.nn.init.normal_(parameter, std=0.1)
+        model.to(torch.bfloat16).save_pretrained(folder / family)
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(smollm2 / file, folder / family)
+        for name in list_recipes():
+            _, recipe = load_recipe(name, ["prune.multiple=32"] if "prune" in name else [])
+            recipe = recipe.model_copy(
+                update={"calibration": Calibrate(source=str(ids), num_samples=8, sequence_length=32)}
+            )
+            target = folder / f"{family}-{name}"
+            variants[family, name] = build_variant(family, folder / family, name, recipe, target)
+    return variants
+
+
+@pytest.mark.engine
+def test_every_recipe_on_every_family_computes_in_stock_vllm_what_it_should(
+    built: dict[tuple[str, str], Path], tmp_path: Path
+) -> None:
+    prompts = [prompt.tolist() for prompt in PROMPTS]
+    answers = list(ask_vllm(list(built.values()), prompts, 4, tmp_path / "vllm.log"))
+    assert len(answers) == len(built)
+    problems = []
+    for (family, recipe), answer in zip(built, answers, strict=True):
+        if answer.error:
+            problems.append(f"{family} {recipe}: {answer.error}")
+            continue
+        reference = reference_logits(built[family, recipe], PROMPTS)
+        for logits, prompt, given in zip(reference, PROMPTS, answer.logprobs, strict=True):
+            expected = logits.log_softmax(-1)[:-1].gather(1, prompt[1:, None])[:, 0]
+            difference = float((expected - torch.tensor(given)).abs().mean())
+            if not difference < TOLERANCE_NATS:
+                problems.append(f"{family} {recipe}: log-probabilities differ by {difference:.3f}")
+    assert not problems, "\n".join(problems)
+
+
+@pytest.mark.engine
+def test_a_good_variant_passes(built: dict[tuple[str, str], Path]) -> None:
+    findings = list(check_variant(built["llama-tied-gqa", "prune25-w8a8"]))
+    assert [finding.what for finding in findings] == ["shapes", "plain torch", "transformers", "vLLM", "greedy text"]
+    assert all(finding.passed for finding in findings), findings
+
+
+def test_a_shape_that_is_not_the_configs_is_named(built: dict[tuple[str, str], Path], tmp_path: Path) -> None:
+    broken = shutil.copytree(built["llama-tied-gqa", "prune25"], tmp_path / "broken")
+    tensors = load_file(broken / "model.safetensors")
+    name = "model.layers.1.mlp.down_proj.weight"
+    save_file({**tensors, name: tensors[name][:, :-1].contiguous()}, broken / "model.safetensors", {"format": "pt"})
+    (finding,) = check_variant(broken)
+    assert not finding.passed
+    assert finding.detail.startswith(f"{name}: (96, 127) in the file, (96, 128) by the config")

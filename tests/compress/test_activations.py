@@ -1,0 +1,49 @@
+"""Activations on disk and their Gram matrices."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from compress.activations import ActivationFile, Gram
+from contracts.errors import UserError
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_what_is_written_is_read_back_whatever_the_batches(tmp_path: Path, dtype: torch.dtype) -> None:
+    x = torch.randn(7, 5, 3).to(dtype)
+    file = ActivationFile(tmp_path / "x.bin", 7, 5, 3, dtype)
+    for first in range(0, 7, 2):
+        file.write(first, x[first : first + 2])
+    assert torch.equal(torch.cat([part for _, part in file.batches(3)]), x)
+    file.write(4, -x[4:6])
+    assert torch.equal(file.read(5, 1), -x[5:6])
+
+
+def test_a_file_cut_short_is_an_error_not_zeros(tmp_path: Path) -> None:
+    file = ActivationFile(tmp_path / "x.bin", 3, 5, 2, torch.float32)
+    file.write(0, torch.ones(2, 5, 2))
+    with pytest.raises(UserError, match="cut short"):
+        file.read(2, 1)
+
+
+@pytest.mark.parametrize("width", [1, 37, 513, 1100])
+def test_a_gram_matrix_in_panels_is_the_whole_product(width: int) -> None:
+    x = torch.randn(4, 9, width, generator=torch.Generator().manual_seed(width))
+    gram = Gram(width, "layer")
+    for part in x.split([1, 3]):
+        gram.add(part)
+    flat = x.flatten(0, 1).double()
+    mean = gram.mean()
+    torch.testing.assert_close(mean.double(), flat.T @ flat / 36, atol=1e-5, rtol=1e-5)
+    assert torch.equal(mean, mean.T)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_activations_that_are_not_finite_are_named_with_their_layer(value: float) -> None:
+    x = torch.ones(1, 4, 3)
+    x[0, 2, 1] = value
+    with pytest.raises(UserError, match=r"input of block 3 mlp\.up_proj.*NaN or infinity"):
+        gram = Gram(3, "block 3 mlp.up_proj")
+        gram.add(x)
+        gram.mean()

@@ -1,0 +1,193 @@
+"""Quantized layers on disk, held to what compressed-tensors itself writes and reads."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from compressed_tensors.compressors.base import BaseCompressor
+from compressed_tensors.quantization import QuantizationConfig
+from torch import Tensor
+
+from compress.formats import (
+    FORMATS,
+    Activations,
+    choose_group_size,
+    make_grid,
+    pack_layer,
+    quantization_config,
+    read_scheme,
+    unpack_layer,
+)
+from compress.quantize import Grid, round_to_nearest
+from contracts.errors import UserError
+
+CASES = [
+    ("w8a8", True, None, (5, 13)),
+    ("fp8", True, None, (7, 19)),
+    ("w4a16", True, None, (5, 13)),
+    ("w4a16", False, None, (11, 21)),
+    ("w4a16", True, 32, (5, 96)),
+    ("w4a16", False, 32, (13, 96)),
+    ("w4a16", False, 64, (9, 192)),
+    ("w4a16", True, 128, (3, 256)),
+]
+
+
+def weight(shape: tuple[int, int]) -> Tensor:
+    """Rows of different size, off centre, so that zero points matter."""
+    draw = torch.Generator().manual_seed(3)
+    return torch.randn(shape, generator=draw) * torch.linspace(0.1, 4, shape[0])[:, None] + 0.3
+
+
+@pytest.mark.parametrize(("name", "symmetric", "group", "shape"), CASES)
+def test_layers_are_written_as_the_librarys_compressor_writes_them(
+    name: str, symmetric: bool, group: int | None, shape: tuple[int, int]
+) -> None:
+    quantized = round_to_nearest(weight(shape), None, make_grid(name, symmetric, group))
+    config = QuantizationConfig.model_validate(quantization_config(name, quantized.grid, []))
+    scale = quantized.scale_OG.to(quantized.grid.scale_dtype)
+    state = {"weight": quantized.dequantize(), "weight_scale": scale}
+    if quantized.zero_OG is not None:
+        state["weight_zero_point"] = quantized.zero_OG
+    compressor = BaseCompressor.get_value_from_registry(FORMATS[name].layout)
+    expected = compressor.compress(state, config.config_groups["group_0"])
+    packed = pack_layer(quantized)
+    assert packed.keys() == expected.keys()
+    for suffix, tensor in expected.items():
+        assert packed[suffix].dtype == tensor.dtype, suffix
+        assert torch.equal(packed[suffix].float(), tensor.float()), suffix
+
+
+@pytest.mark.parametrize(("name", "symmetric", "group", "shape"), CASES)
+def test_a_layer_is_read_back_as_it_was_and_as_the_library_reads_it(
+    name: str, symmetric: bool, group: int | None, shape: tuple[int, int]
+) -> None:
+    quantized = round_to_nearest(weight(shape), None, make_grid(name, symmetric, group))
+    described = quantization_config(name, quantized.grid, ["lm_head"])
+    grid, activations = read_scheme(described)
+    assert (grid, activations) == (quantized.grid, FORMATS[name].activations)
+    packed = pack_layer(quantized)
+    again = unpack_layer(packed, grid)
+    assert torch.equal(again.codes_OI.float(), quantized.codes_OI.float())
+    assert torch.equal(again.dequantize(), quantized.dequantize())
+    packed["weight_scale"] = packed["weight_scale"].float()
+    compressor = BaseCompressor.get_value_from_registry(FORMATS[name].layout)
+    scheme = QuantizationConfig.model_validate(described).config_groups["group_0"]
+    assert torch.allclose(compressor.decompress(packed, scheme)["weight"], again.dequantize(), rtol=1e-6)
+
+
+def test_scales_are_kept_in_what_vllm_holds_them_in() -> None:
+    scales = {
+        name: pack_layer(round_to_nearest(weight((4, 8)), None, make_grid(name)))["weight_scale"] for name in FORMATS
+    }
+    assert {name: scale.dtype for name, scale in scales.items()} == {
+        "w8a8": torch.float32,
+        "w4a16": torch.bfloat16,
+        "fp8": torch.float32,
+    }
+
+
+def test_another_writers_scale_per_tensor_stands_for_every_row() -> None:
+    described = quantization_config("fp8", make_grid("fp8"), [])
+    described["config_groups"]["group_0"]["weights"]["strategy"] = "tensor"
+    grid, _ = read_scheme(described)
+    codes = torch.tensor([[1.0, -2.0, 3.0], [0.5, 4.0, 0.0]]).to(torch.float8_e4m3fn)
+    layer = unpack_layer({"weight": codes, "weight_scale": torch.tensor([0.5], dtype=torch.bfloat16)}, grid)
+    assert torch.equal(layer.dequantize(), torch.tensor([[0.5, -1.0, 1.5], [0.25, 2.0, 0.0]]))
+
+
+def changed(name: str, *path: str, value: Any) -> dict[str, Any]:
+    config = copy.deepcopy(quantization_config(name, make_grid(name), []))
+    inner = config
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value
+    return config
+
+
+@pytest.mark.parametrize(
+    ("config", "problem"),
+    [
+        (changed("w4a16", "config_groups", "group_0", "weights", "actorder", value="group"), "actorder"),
+        (changed("w4a16", "config_groups", "group_0", "input_activations", value={"num_bits": 8}), "input_activations"),
+        (changed("w8a8", "config_groups", "group_0", "input_activations", "dynamic", value=False), "dynamic"),
+        (changed("w8a8", "config_groups", "group_0", "input_activations", "symmetric", value=False), "symmetric"),
+        (changed("fp8", "config_groups", "group_0", "input_activations", value=None), "input_activations"),
+        (changed("fp8", "config_groups", "group_0", "weights", "strategy", value="block"), "strategy"),
+        (changed("w8a8", "config_groups", "group_0", "weights", "num_bits", value=4), "not a format"),
+        (changed("w8a8", "format", value="nvfp4-pack-quantized"), "not a format"),
+    ],
+)
+def test_what_would_be_read_wrongly_is_refused(config: dict[str, Any], problem: str) -> None:
+    with pytest.raises(UserError, match=problem):
+        read_scheme(config)
+
+
+@pytest.mark.parametrize("order", ["weight", "static"])
+def test_static_activation_ordering_needs_nothing_special(order: str) -> None:
+    grid, _ = read_scheme(changed("w4a16", "config_groups", "group_0", "weights", "actorder", value=order))
+    assert grid == make_grid("w4a16")
+
+
+@pytest.mark.parametrize(
+    ("name", "symmetric", "group", "field"),
+    [("w8a8", False, None, "symmetric"), ("fp8", True, 64, "group_size"), ("w4a16", True, 48, "group_size")],
+)
+def test_a_format_refuses_what_it_cannot_hold(name: str, symmetric: bool, group: int | None, field: str) -> None:
+    with pytest.raises(UserError, match=field):
+        make_grid(name, symmetric, group)
+
+
+@pytest.mark.parametrize(
+    ("requested", "inputs", "chosen"),
+    [
+        (128, [256, 1536], 128),
+        (128, [576, 1536], 64),
+        (128, [96, 256], 32),
+        (64, [256, 512], 64),
+        (32, [256], 32),
+        (128, [576, 1529], None),
+        (None, [256], None),
+    ],
+)
+def test_the_largest_group_that_fits_is_chosen_and_said(
+    requested: int | None, inputs: list[int], chosen: int | None
+) -> None:
+    size, note = choose_group_size(requested, inputs)
+    assert size == chosen
+    assert bool(note) == (chosen != requested)
+    if note:
+        assert str(chosen or "per output channel") in note
+        assert any(str(width) in note for width in inputs if requested and width % requested)
+
+
+def test_int8_activations_are_rounded_to_127ths_of_each_tokens_peak() -> None:
+    x = torch.tensor([[127.0, 0.4, -0.6, 63.5], [0.0, 0.0, 0.0, 0.0], [2.54, 0.011, -0.03, 1.0]])
+    rounded = Activations("int").fake_quantize(x)
+    assert torch.equal(rounded[0], torch.tensor([127.0, 0.0, -1.0, 64.0]))
+    assert torch.equal(rounded[1], torch.zeros(4))
+    assert torch.allclose(rounded[2], torch.tensor([2.54, 0.02, -0.04, 1.0]))
+
+
+def test_fp8_activations_keep_what_is_on_the_grid() -> None:
+    on_grid = torch.tensor([[448.0, 1.0, -0.125, 0.0]])
+    assert torch.equal(Activations("fp8").fake_quantize(on_grid), on_grid)
+    rounded = Activations("fp8").fake_quantize(torch.tensor([[448.0, 17.0, 1.07]]))
+    assert torch.equal(rounded, torch.tensor([[448.0, 16.0, 1.125]]))
+
+
+@pytest.mark.parametrize("kind", ["int", "fp8"])
+def test_activations_keep_shape_and_dtype(kind: Any) -> None:
+    x = torch.randn(2, 3, 5).bfloat16()
+    rounded = Activations(kind).fake_quantize(x)
+    assert (rounded.shape, rounded.dtype) == (x.shape, x.dtype)
+    assert not torch.equal(rounded, x)
+
+
+def test_grids_agree_with_the_config_that_is_written() -> None:
+    weights = quantization_config("w4a16", make_grid("w4a16", False, 64), ["lm_head"])["config_groups"]["group_0"][
+        "weights"
+    ]
+    assert (weights["symmetric"], weights["group_size"], weights["strategy"]) == (False, 64, "group")
+    assert isinstance(make_grid("w8a8"), Grid)

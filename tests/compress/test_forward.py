@@ -1,0 +1,67 @@
+"""The written-out forward pass against transformers' own, for every family, and the stream against the whole model."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from compress.checkpoint import CheckpointReader, iterate_blocks
+from compress.families import roles_of
+from compress.forward import HALVES, Decoder, read_ends
+from compress.reference import kl_per_token, nll_per_token, reference_logits
+from compress.stream import Stream
+
+from .conftest import TinyModel
+
+SEQUENCES = [torch.randint(0, 67, (length,), generator=torch.Generator().manual_seed(length)) for length in (17, 5)]
+
+
+def test_reference_logits_are_those_of_transformers(tiny: TinyModel) -> None:
+    logits = list(reference_logits(tiny.directory, SEQUENCES))
+    for sequence, logits_TV in zip(SEQUENCES, logits, strict=True):
+        expected_TV = tiny.model(sequence[None]).logits[0].float()
+        torch.testing.assert_close(logits_TV, expected_TV, atol=2e-4, rtol=1e-4)
+
+
+def test_nll_and_kl_are_those_of_the_definitions() -> None:
+    reference, other = torch.randn(2, 9, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    tokens = torch.arange(9) % 7
+    p, q = reference.softmax(-1), other.softmax(-1)
+    torch.testing.assert_close(kl_per_token(reference, other), (p * (p / q).log()).sum(-1))
+    by_hand = torch.stack([-q[position].log()[tokens[position + 1]] for position in range(8)])
+    torch.testing.assert_close(nll_per_token(other, tokens), by_hand)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 100])
+def test_a_stream_makes_the_same_grams_however_it_is_split(tiny_llama: TinyModel, tmp_path: Path, batch: int) -> None:
+    tokens_NT = torch.randint(0, 67, (7, 11), generator=torch.Generator().manual_seed(1))
+    captured: dict[str, Any] = {}
+    for name, module in tiny_llama.model.named_modules():
+        if name.endswith(("q_proj", "o_proj", "up_proj", "down_proj")):
+            module.register_forward_pre_hook(lambda _, args, name=name: captured.__setitem__(name, args[0].detach()))
+    tiny_llama.model(tokens_NT)
+
+    config = json.loads((tiny_llama.directory / "config.json").read_text())
+    roles = roles_of(config)
+    reader = CheckpointReader(tiny_llama.directory)
+    stream = Stream(Decoder(config, roles, 11, torch.float32), tmp_path, tokens_NT)
+    stream._batch = batch
+    stream.embed(read_ends(reader, roles).embedding_VD)
+    for index, (prefix, block) in enumerate(iterate_blocks(reader, roles.block, config["num_hidden_layers"])):
+        stream.enter(index, config["hidden_size"])
+        for half in HALVES:
+            producer = roles.query if half == "attention" else roles.up
+            consumer = roles.attention_consumer if half == "attention" else roles.mlp_consumer
+            grams = {
+                producer: stream.producer_gram(half, block, producer, wants_peak=True),
+                consumer: stream.consumer_gram(half, block, consumer),
+            }
+            stream.skip(half, block)
+            for layer, gram in grams.items():
+                x = captured[prefix + layer].flatten(0, 1)
+                if gram.peak_I is not None:
+                    torch.testing.assert_close(gram.peak_I, x.abs().amax(0), atol=1e-4, rtol=1e-4)
+                torch.testing.assert_close(gram.mean(), x.T @ x / len(x), atol=1e-3, rtol=1e-3)
+        stream.leave()

@@ -1,0 +1,294 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from compress.gptq import NEEDS_DATA, ROUNDINGS
+from compress.quantize import Grid, Quantized, RoundingOptions, output_error, round_to_nearest
+from contracts.errors import UserError
+
+GRIDS = {
+    "int8": Grid("int", 8),
+    "fp8": Grid("fp8", 8),
+    "int4 by rows": Grid("int", 4),
+    "int4 g32": Grid("int", 4, group_size=32, scale_dtype=torch.bfloat16),
+    "int4 g64": Grid("int", 4, group_size=64, scale_dtype=torch.bfloat16),
+    "int4 asymmetric by rows": Grid("int", 4, symmetric=False),
+    "int4 asymmetric g32": Grid("int", 4, symmetric=False, group_size=32, scale_dtype=torch.bfloat16),
+}
+ACTIVATION = RoundingOptions(order="activation")
+by_method = pytest.mark.parametrize("method", sorted(NEEDS_DATA))
+by_grid = pytest.mark.parametrize("name", GRIDS)
+
+
+def make_layer(num_outputs: int, num_inputs: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """A weight, and the gram of correlated inputs of very different sizes."""
+    torch.manual_seed(seed)
+    inputs_TI = torch.randn(3 * num_inputs, num_inputs) @ torch.randn(num_inputs, num_inputs) * num_inputs**-0.5
+    inputs_TI = (inputs_TI + torch.randn(3 * num_inputs, 1)) * torch.rand(num_inputs).mul(4).exp()
+    return torch.randn(num_outputs, num_inputs), inputs_TI.T @ inputs_TI / (3 * num_inputs)
+
+
+def damped(gram_II: Tensor, damping: float = 0.01) -> Tensor:
+    hessian_II = gram_II.double()
+    return hessian_II + damping * hessian_II.diagonal().mean() * torch.eye(len(gram_II), dtype=torch.float64)
+
+
+def row_objectives(weight_OI: Tensor, quantized: Quantized, hessian_II: Tensor) -> Tensor:
+    error_OI = weight_OI.double() - quantized.dequantize().double()
+    return ((error_OI @ hessian_II) * error_OI).sum(1)
+
+
+def textbook_gptq(weight_OI: Tensor, hessian_II: Tensor, grid: Grid, order: list[int]) -> Tensor:
+    """Optimal brain surgery as GPTQ's section 3 starts from: the inverse of H over what is left, feature by feature."""
+    start = round_to_nearest(weight_OI, None, grid)
+    width = weight_OI.shape[1] // start.scale_OG.shape[1]
+    weight, inverse = weight_OI.double().clone(), torch.linalg.inv(hessian_II)
+    codes_OI = torch.zeros_like(weight_OI)
+    for index in order:
+        scale_O = start.scale_OG[:, index // width].double()
+        zero_O = None if start.zero_OG is None else start.zero_OG[:, index // width].double()
+        codes_O = grid.encode(weight[:, index], scale_O, zero_O)
+        codes_OI[:, index] = codes_O.float()
+        error_O = (weight[:, index] - grid.decode(codes_O, scale_O, zero_O)) / inverse[index, index]
+        weight -= error_O[:, None] * inverse[index]
+        inverse -= inverse[:, index, None] * inverse[index] / inverse[index, index]
+        inverse[index, index] = 1.0  # the feature is done; only its zero row and column matter from here on
+    return codes_OI
+
+
+@by_method
+@by_grid
+def test_inputs_that_do_not_correlate_leave_nothing_to_make_up_for(method: str, name: str) -> None:
+    torch.manual_seed(0)
+    weight_OI = torch.randn(5, 192)
+    nearest = round_to_nearest(weight_OI, None, GRIDS[name])
+    for options in (RoundingOptions(), ACTIVATION):
+        rounded = ROUNDINGS[method](weight_OI, torch.eye(192), GRIDS[name], options)
+        assert torch.equal(rounded.codes_OI.float(), nearest.codes_OI.float())
+        assert rounded.codes_OI.dtype == nearest.codes_OI.dtype
+        assert torch.equal(rounded.scale_OG, nearest.scale_OG)
+        assert rounded.zero_OG is None or torch.equal(rounded.zero_OG, nearest.zero_OG)
+        assert rounded.notes == {}
+
+
+@by_grid
+@pytest.mark.parametrize("options", [RoundingOptions(), ACTIVATION], ids=["natural", "activation"])
+def test_gptq_equals_the_slow_textbook(name: str, options: RoundingOptions) -> None:
+    grid = GRIDS[name]
+    weight_OI, gram_II = make_layer(7, 96 if grid.group_size == 32 else 64 if grid.group_size else 75)
+    order = torch.arange(len(gram_II))
+    if options.order == "activation":
+        order = gram_II.diagonal().argsort(descending=True)
+    expected_OI = textbook_gptq(weight_OI, damped(gram_II), grid, order.tolist())
+    rounded = ROUNDINGS["gptq"](weight_OI, gram_II, grid, options)
+    assert torch.equal(rounded.codes_OI.float(), expected_OI)
+    assert not torch.equal(expected_OI, round_to_nearest(weight_OI, None, grid).codes_OI.float())
+
+
+def test_activation_order_equals_permuting_by_hand() -> None:
+    weight_OI, gram_II = make_layer(5, 75)
+    order_I = gram_II.diagonal().argsort(descending=True)
+    by_hand = ROUNDINGS["gptq"](weight_OI[:, order_I], gram_II[order_I][:, order_I], GRIDS["int8"], RoundingOptions())
+    rounded = ROUNDINGS["gptq"](weight_OI, gram_II, GRIDS["int8"], ACTIVATION)
+    assert torch.equal(rounded.codes_OI[:, order_I], by_hand.codes_OI)
+    assert torch.equal(rounded.scale_OG, by_hand.scale_OG)
+
+
+@by_grid
+def test_looking_at_data_moves_the_outputs_less(name: str) -> None:
+    weight_OI, gram_II = make_layer(33, 192)
+    grid = GRIDS[name]
+    hessian_II = damped(gram_II).float()
+    nearest, once, swept, searched = (
+        output_error(weight_OI, ROUNDINGS[method](weight_OI, gram_II, grid, options), hessian_II)
+        for method, options in (
+            ("rtn", RoundingOptions()),
+            ("gptq", ACTIVATION),
+            ("quantease", ACTIVATION),
+            ("quantease", RoundingOptions(order="activation", scales="mse")),
+        )
+    )
+    assert nearest > 1.5 * once > 1.5 * swept
+    assert searched < nearest / 1.5
+    assert searched < swept or grid.num_bits == 8  # with so many codes there is little to gain, or to lose
+
+
+@by_grid
+@pytest.mark.parametrize("scales", ["minmax", "mse"])
+def test_no_sweep_raises_any_rows_objective(name: str, scales: str) -> None:
+    weight_OI, gram_II = make_layer(9, 192)
+    hessian_II = damped(gram_II)
+    options = RoundingOptions(scales="mse" if scales == "mse" else "minmax")
+    previous_O = row_objectives(weight_OI, ROUNDINGS["gptq"](weight_OI, gram_II, GRIDS[name], options), hessian_II)
+    first_O = previous_O
+    for sweeps in range(6):
+        swept = ROUNDINGS["quantease"](weight_OI, gram_II, GRIDS[name], replace(options, sweeps=sweeps))
+        objective_O = row_objectives(weight_OI, swept, hessian_II)
+        assert (objective_O <= previous_O * (1 + 1e-6)).all()
+        previous_O = objective_O
+    assert previous_O.sum() < 0.99 * first_O.sum()
+
+
+@pytest.mark.parametrize(
+    "grid", [Grid("int", 4), Grid("int", 4, symmetric=False, group_size=7), Grid("fp8", 8)], ids=["sym", "asym", "fp8"]
+)
+def test_after_the_sweeps_no_single_code_can_be_bettered(grid: Grid) -> None:
+    weight_OI, gram_II = make_layer(3, 35)
+    hessian_II = damped(gram_II)
+    swept = ROUNDINGS["quantease"](weight_OI, gram_II, grid, RoundingOptions(sweeps=100))
+    reached_O = row_objectives(weight_OI, swept, hessian_II)
+    codes = torch.arange(-8, 8).to(torch.int8)
+    if grid.kind == "fp8":
+        codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+        codes = codes[~codes.float().isnan()]
+    for index in range(35):
+        for code in codes:
+            changed_OI = swept.codes_OI.clone()
+            changed_OI[:, index] = code
+            changed_O = row_objectives(weight_OI, replace(swept, codes_OI=changed_OI), hessian_II)
+            assert (changed_O >= reached_O * (1 - 1e-6)).all()
+
+
+def test_sweeps_end_once_no_code_changes() -> None:
+    num_rounded = []
+
+    class CountingGrid(Grid):
+        def encode(self, values: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+            num_rounded.append(1)
+            return super().encode(values, scale, zero)
+
+    ROUNDINGS["quantease"](torch.randn(3, 40), torch.eye(40), CountingGrid("int", 8), RoundingOptions(sweeps=50))
+    assert len(num_rounded) == 40 + 40  # GPTQ, and the sweep that finds nothing to do
+
+
+def test_after_the_sweeps_no_single_scale_can_be_bettered_by_much() -> None:
+    weight_OI, gram_II = make_layer(3, 36)
+    hessian_II = damped(gram_II)
+    options = RoundingOptions(sweeps=50, scales="mse")
+    swept = ROUNDINGS["quantease"](weight_OI, gram_II, Grid("int", 4, group_size=12), options)
+    reached_O = row_objectives(weight_OI, swept, hessian_II)
+    for group in range(3):
+        for factor in (0.97, 0.99, 1.01, 1.03):
+            moved_OG = swept.scale_OG.clone()
+            moved_OG[:, group] *= factor
+            assert (row_objectives(weight_OI, replace(swept, scale_OG=moved_OG), hessian_II) > reached_O).all()
+
+
+@by_method
+@by_grid
+def test_refitted_scales_are_what_a_file_can_hold(method: str, name: str) -> None:
+    weight_OI, gram_II = make_layer(5, 64)
+    weight_OI[1] = 0
+    grid = GRIDS[name]
+    rounded = ROUNDINGS[method](weight_OI, gram_II, grid, RoundingOptions(scales="mse"))
+    assert rounded.scale_OG[1].eq(1).all()
+    assert rounded.dequantize()[1].eq(0).all()
+    assert torch.equal(rounded.scale_OG, rounded.scale_OG.to(grid.scale_dtype).float())
+    assert (rounded.scale_OG > 0).all()
+    assert not torch.equal(rounded.scale_OG, round_to_nearest(weight_OI, None, grid).scale_OG)
+
+
+@by_method
+@pytest.mark.parametrize(
+    "options",
+    [RoundingOptions(), RoundingOptions(damping=0.0), RoundingOptions(order="activation", scales="mse")],
+    ids=["natural", "undamped", "activation"],
+)
+def test_dead_inputs_round_to_nearest_and_are_counted(method: str, options: RoundingOptions) -> None:
+    weight_OI, gram_II = make_layer(5, 70)
+    dead = [0, 33, 69]
+    gram_II[dead] = 0
+    gram_II[:, dead] = 0
+    rounded = ROUNDINGS[method](weight_OI, gram_II, GRIDS["int8"], options)
+    assert rounded.notes == {"num_dead_inputs": 3}
+    miss_OD = (weight_OI - rounded.dequantize())[:, dead].abs()
+    assert (miss_OD <= 0.5001 * rounded.scale_OG).all()
+    # The others must not notice that there are dead ones, but for the damping's mean, which is over live inputs.
+    live = [index for index in range(70) if index not in dead]
+    if options == RoundingOptions():
+        weight_OI[:, dead] = 0
+        without = ROUNDINGS[method](weight_OI, gram_II, GRIDS["int8"], options)
+        alone = ROUNDINGS[method](weight_OI[:, live], gram_II[live][:, live], GRIDS["int8"], options)
+        assert torch.equal(without.codes_OI[:, live], alone.codes_OI)
+
+
+@by_method
+def test_inputs_that_were_never_seen_at_all_leave_rounding_to_nearest(method: str) -> None:
+    weight_OI = torch.randn(3, 40)
+    rounded = ROUNDINGS[method](weight_OI, torch.zeros(40, 40), GRIDS["int8"], ACTIVATION)
+    assert torch.equal(rounded.codes_OI, round_to_nearest(weight_OI, None, GRIDS["int8"]).codes_OI)
+    assert rounded.notes == {"num_dead_inputs": 40}
+
+
+@by_method
+def test_a_gram_of_fewer_tokens_than_inputs_is_no_trouble(method: str) -> None:
+    torch.manual_seed(6)
+    weight_OI, inputs_TI = torch.randn(9, 130), torch.randn(11, 130)
+    gram_II = inputs_TI.T @ inputs_TI / 11
+    rounded = ROUNDINGS[method](weight_OI, gram_II, GRIDS["int4 by rows"], ACTIVATION)
+    assert rounded.notes == {}
+    nearest = round_to_nearest(weight_OI, None, GRIDS["int4 by rows"])
+    assert output_error(weight_OI, rounded, gram_II) < 0.3 * output_error(weight_OI, nearest, gram_II)
+
+
+@by_method
+def test_damping_is_raised_as_far_as_needed_and_told(method: str) -> None:
+    gram_II = torch.eye(5)
+    gram_II[0, 1] = gram_II[1, 0] = 1.05  # least eigenvalue -0.05
+    rounded = ROUNDINGS[method](torch.randn(3, 5), gram_II, GRIDS["int8"], RoundingOptions(damping=0.001))
+    assert rounded.notes == {"damping_used": pytest.approx(0.1)}
+
+
+@by_method
+@pytest.mark.parametrize("off_diagonal", [300.0, float("nan")])
+def test_a_gram_that_no_damping_mends_is_refused(method: str, off_diagonal: float) -> None:
+    gram_II = torch.eye(5)
+    gram_II[0, 1] = gram_II[1, 0] = off_diagonal
+    with pytest.raises(UserError, match="damping: '0.01' leaves the gram"):
+        ROUNDINGS[method](torch.randn(3, 5), gram_II, GRIDS["int8"], RoundingOptions())
+
+
+@by_method
+@pytest.mark.parametrize("name", ["int8", "int4 asymmetric g32"])
+def test_stacking_layers_changes_nothing(method: str, name: str) -> None:
+    weight_OI, gram_II = make_layer(12, 96)
+    options = RoundingOptions(order="activation", scales="mse")
+    together = ROUNDINGS[method](weight_OI, gram_II, GRIDS[name], options).split([5, 7])
+    for part, rows in zip(together, (weight_OI[:5], weight_OI[5:]), strict=True):
+        alone = ROUNDINGS[method](rows, gram_II, GRIDS[name], options)
+        assert torch.equal(part.codes_OI, alone.codes_OI)
+        torch.testing.assert_close(part.scale_OG, alone.scale_OG, rtol=1e-4, atol=0)
+
+
+@by_method
+def test_the_size_of_the_inputs_does_not_matter(method: str) -> None:
+    weight_OI, gram_II = make_layer(5, 70)
+    gram_II[:, 3] = gram_II[3] = 0
+    rounded = ROUNDINGS[method](weight_OI, gram_II, GRIDS["int8"], ACTIVATION)
+    scaled = ROUNDINGS[method](weight_OI, gram_II * 2.0**-20, GRIDS["int8"], ACTIVATION)
+    assert torch.equal(rounded.codes_OI, scaled.codes_OI)
+
+
+@by_method
+def test_nothing_given_is_changed(method: str) -> None:
+    weight_OI, gram_II = make_layer(5, 64)
+    gram_II = gram_II.double()  # the precision of the work inside, where a copy is easily forgotten
+    weight, gram = weight_OI.clone(), gram_II.clone()
+    ROUNDINGS[method](weight_OI, gram_II, GRIDS["int4 g32"], RoundingOptions(order="activation", scales="mse"))
+    assert torch.equal(weight, weight_OI)
+    assert torch.equal(gram, gram_II)
+
+
+@by_method
+def test_data_is_asked_for_where_it_is_missing(method: str) -> None:
+    with pytest.raises(UserError, match=f"method: '{method}' needs calibration data"):
+        ROUNDINGS[method](torch.randn(3, 5), None, GRIDS["int8"], RoundingOptions())
+
+
+@by_method
+def test_a_group_size_that_does_not_fit_is_refused_with_those_that_do(method: str) -> None:
+    weight_OI, gram_II = make_layer(3, 48)
+    with pytest.raises(UserError, match=r"group_size: '32' does not divide the 48 .*choose from 8, 12, 16, 24, 48"):
+        ROUNDINGS[method](weight_OI, gram_II, GRIDS["int4 g32"], RoundingOptions())

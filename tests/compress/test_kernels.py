@@ -1,0 +1,120 @@
+"""The rules about kernels, held to the classes that vLLM itself chooses on this CPU."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from compress.kernels import explain_variant, format_of, gpu_only
+from contracts.hardware import Hardware, probe_hardware
+
+HARDWARE = Hardware(cpu="some CPU", cores=(0,), memory_gib=8.0, isa=("avx2", "avx512f", "avx512_vnni"), gpus=())
+SIZES = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
+LAYOUTS = {"w8a8": "int-quantized", "w4a16": "pack-quantized", "fp8": "float-quantized"}
+
+ASK_VLLM = """
+import json, sys, torch
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.kernels.linear import MPLinearLayerConfig, choose_mp_linear_kernel
+from vllm.model_executor.kernels.linear import init_fp8_linear_kernel, init_int8_linear_kernel
+from vllm.model_executor.layers.quantization.utils.quant_utils import kFp8DynamicTokenSym, kFp8StaticChannelSym
+from vllm.scalar_type import scalar_types
+def w4a16(inputs, outputs):
+    try:
+        return choose_mp_linear_kernel(MPLinearLayerConfig(
+            full_weight_shape=(inputs, outputs), partition_weight_shape=(inputs, outputs), group_size=-1,
+            weight_type=scalar_types.uint4b8, act_type=torch.bfloat16, zero_points=False)).__name__
+    except ValueError as error:
+        return str(error)
+with set_current_vllm_config(VllmConfig()):
+    int8 = init_int8_linear_kernel(True, False, True, "test")
+    fp8 = init_fp8_linear_kernel(kFp8DynamicTokenSym, kFp8StaticChannelSym, torch.bfloat16, torch.bfloat16, (64, 64))
+    found = {"w8a8": type(int8).__name__, "fp8": type(fp8).__name__, "w4a16": w4a16(576, 960)}
+    found |= {"inputs": w4a16(1520, 576), "outputs": w4a16(576, 1000)}
+print("FOUND" + json.dumps(found))
+"""
+
+ASK_AVX2 = """
+import torch
+try:
+    import vllm._C_AVX2
+except ImportError:
+    pass  # the library is loaded, but is no Python module
+print("FOUND", hasattr(torch.ops._C, "cpu_gemm_wna16"), hasattr(torch.ops._C, "onednn_scaled_mm"))
+"""
+
+
+def config(name: str | None, **sizes: int) -> dict[str, Any]:
+    quantization: dict[str, Any] = {"quant_method": "compressed-tensors", "format": LAYOUTS.get(name or "")}
+    if name in {"nf4", "int8-bnb"}:
+        quantization = {"quant_method": "bitsandbytes", "load_in_8bit": name == "int8-bnb"}
+    return {**SIZES, **sizes, **({} if name is None else {"quantization_config": quantization})}
+
+
+def explain(hardware: Hardware, name: str | None, **sizes: int) -> str:
+    return "\n".join(explain_variant(hardware, config(name, **sizes)))
+
+
+def ask(script: str) -> str:
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("FOUND")]
+    assert lines, done.stderr[-2000:]
+    return lines[0].removeprefix("FOUND").strip()
+
+
+def test_vllm_chooses_the_kernels_that_the_rules_name() -> None:
+    pytest.importorskip("vllm")
+    here = replace(probe_hardware(), gpus=())
+    found = json.loads(ask(ASK_VLLM))
+    for name in ("w8a8", "fp8", "w4a16"):
+        assert found[name] in explain(here, name), name
+    assert "multiples of 32" in found["inputs"]
+    assert "multiples of 32" in found["outputs"]
+
+
+def test_vllms_avx2_library_has_the_int8_product_but_no_4_bit_one() -> None:
+    pytest.importorskip("vllm")
+    assert ask(ASK_AVX2).split() == ["False", "True"]
+    avx2 = replace(HARDWARE, isa=("avx2",))
+    assert "needs AVX-512" in explain(avx2, "w4a16")
+    assert "CPUInt8ScaledMMLinearKernel" in explain(avx2, "w8a8")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "odd"),
+    [
+        ({"intermediate_size": 1520}, 1520),
+        ({"hidden_size": 580, "head_dim": 64}, 580),
+        ({"num_attention_heads": 7, "head_dim": 24}, 168),
+        ({"num_attention_heads": 4, "num_key_value_heads": 3, "head_dim": 8}, 80),
+    ],
+)
+def test_a_size_that_the_4_bit_kernel_refuses_is_named(sizes: dict[str, int], odd: int) -> None:
+    assert f"there is {odd}" in explain(HARDWARE, "w4a16", **sizes)
+    assert "cannot run" not in explain(HARDWARE, "w8a8", **sizes)
+
+
+def test_nf4_widths_that_bitsandbytes_decodes_wrongly_are_named() -> None:
+    assert "wrong results" in explain(HARDWARE, "nf4", intermediate_size=1504)
+    assert "wrong results" not in explain(HARDWARE, "nf4")
+    assert "wrong results" not in explain(HARDWARE, "int8-bnb", intermediate_size=1504)
+
+
+def test_amx_machines_round_4_bit_models_activations_too() -> None:
+    assert "VLLM_CPU_INT4_W4A8=0" in explain(replace(HARDWARE, isa=(*HARDWARE.isa, "amx_tile")), "w4a16")
+    assert "VLLM_CPU_INT4_W4A8" not in explain(HARDWARE, "w4a16")
+
+
+def test_only_fp8_belongs_on_a_gpu_and_a_cpu_still_runs_it() -> None:
+    assert [name for name in ("w8a8", "w4a16", "fp8", "nf4", "int8-bnb") if gpu_only(name)] == ["fp8"]
+    assert "needs a GPU of capability 8.9" in str(gpu_only("fp8"))
+    assert "cannot run" not in explain(HARDWARE, "fp8")
+
+
+@pytest.mark.parametrize("name", [None, "w8a8", "w4a16", "fp8", "nf4", "int8-bnb"])
+def test_a_format_is_told_from_its_config(name: str | None) -> None:
+    assert format_of(config(name)) == name
+    assert "CUDA" in explain(replace(HARDWARE, gpus=("NVIDIA L4, 23034 MiB",)), name)
