@@ -1,0 +1,158 @@
+"""Bad luck: killed ten times at random blocks, a disk that fills up, two builds of one target."""
+
+import fcntl
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from compress.build import build_variant
+from compress.recipe import Calibrate, Prune, Quantize, Recipe
+from contracts.errors import UserError
+
+from .conftest import TinyModel, make_tiny
+
+CONFIG = LlamaConfig(
+    vocab_size=67,
+    hidden_size=24,
+    intermediate_size=44,
+    num_hidden_layers=9,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+)
+RECIPE = """
+summary = "killed"
+[calibration]
+source = "{ids}"
+num_samples = 4
+sequence_length = 16
+[[steps]]
+step = "prune"
+mlp_remove_frac = 0.3
+kv_remove_frac = 0.5
+multiple = 4
+[[steps]]
+step = "quantize"
+format = "w8a8"
+method = "gptq"
+"""
+# Forks one child per number of blocks to survive: a child starts with torch imported, and dies by SIGKILL.
+FORKING = """
+import os, signal, sys
+from pathlib import Path
+import torch, transformers.models.llama.modeling_llama
+from compress import build, formats
+from compress.recipe import load_recipe
+formats.quantization_config("w8a8", formats.make_grid("w8a8"), [])  # imports what every child would
+model, recipe, target, *lives = sys.argv[1:]
+name, loaded = load_recipe(recipe)
+saved = build.save_file
+for life in [*map(int, lives), 10**6]:
+    child = os.fork()
+    if not child:
+        torch.set_num_threads(1)
+        left = life
+        def save_or_die(*arguments):
+            global left
+            if not left:
+                os.kill(os.getpid(), signal.SIGKILL)
+            left -= 1
+            saved(*arguments)
+        build.save_file = save_or_die
+        build.build_variant("tiny", Path(model), name, loaded, Path(target))
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    print(os.waitstatus_to_exitcode(status))
+"""
+
+RunCli = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def deep(tmp_path: Path) -> TinyModel:
+    return make_tiny(CONFIG, tmp_path / "dense")
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path) -> Path:
+    ids = tmp_path / "ids.jsonl"
+    tokens = torch.randint(0, 67, (4, 16), generator=torch.Generator().manual_seed(2))
+    ids.write_text("\n".join(json.dumps({"input_ids": row}) for row in tokens.tolist()))
+    recipe = tmp_path / "own.toml"
+    recipe.write_text(RECIPE.format(ids=ids))
+    return recipe
+
+
+def test_killed_ten_times_it_ends_with_the_bytes_of_one_run(deep: TinyModel, recipe_file: Path, tmp_path: Path) -> None:
+    draw = random.Random(5)
+    lives = [str(draw.randint(0, 2)) for _ in range(10)]
+    targets = {name: tmp_path / name for name in ("killed", "whole")}
+    for name, given in (("killed", lives), ("whole", [])):
+        arguments = [str(deep.directory), str(recipe_file), str(targets[name]), *given]
+        done = subprocess.run(
+            [sys.executable, "-c", FORKING, *arguments], capture_output=True, text=True, timeout=200, check=True
+        )
+        assert done.stdout.split() == [*[str(-signal.SIGKILL)] * len(given), "0"], done.stderr
+    for file in targets["whole"].iterdir():
+        if file.name != "slimserve.json":
+            assert (targets["killed"] / file.name).read_bytes() == file.read_bytes(), file.name
+    assert not list(tmp_path.glob(".killed*"))
+
+
+def test_a_disk_that_fills_up_is_one_clear_line_and_no_variant(run_cli: RunCli, smollm2: Path, tmp_path: Path) -> None:
+    """A limit on file sizes stands for the disk: the write fails in the same place with an OSError."""
+
+    def limit() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5_000_000, 5_000_000))
+
+    target = tmp_path / "variant"
+    arguments = ("--recipe", "prune25", "--set", "prune.method=magnitude", "-o", str(target))
+    done = run_cli("compress", str(smollm2), *arguments, preexec_fn=limit, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "could not be written" in done.stderr.splitlines()[-1]
+    assert "free some disk space" in done.stderr.splitlines()[-1]
+    assert not target.exists()
+
+
+def test_two_builds_of_one_target_do_not_meet(deep: TinyModel, tmp_path: Path) -> None:
+    work = tmp_path / ".variant.building"
+    work.mkdir()
+    with (work / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="being built by another process"):
+            build_variant("tiny", deep.directory, "dense", Recipe(summary=""), tmp_path / "variant")
+
+
+def test_dead_inputs_and_a_single_sample_are_handled_and_written_down(deep: TinyModel, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    from contracts.variant import read_manifest
+
+    file = deep.directory / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.0.mlp.gate_proj.weight"][:7] = 0
+    save_file(tensors, file, metadata={"format": "pt"})
+    ids = tmp_path / "ids.jsonl"
+    ids.write_text(json.dumps({"input_ids": list(range(9))}))
+    calibration = Calibrate(source=str(ids), num_samples=8, sequence_length=9)
+    steps = (
+        Prune(step="prune", mlp_remove_frac=0.1, multiple=4),
+        Quantize(step="quantize", format="w8a8", method="gptq"),
+    )
+    recipe = Recipe(summary="", calibration=calibration, steps=steps)
+    manifest = read_manifest(build_variant("tiny", deep.directory, "own", recipe, tmp_path / "variant"))
+    assert manifest is not None
+    assert manifest.calibration["num_sequences"] == 1
+    assert manifest.calibration["num_sequences_asked"] == 8
+    assert manifest.steps[0].detail["per_block"][0]["mlp.down_proj"]["dead_inputs"] == 7
