@@ -56,6 +56,17 @@ BNB_FORMATS: dict[str, BnbFormat] = {
 }
 
 
+def check_input_size(num_inputs: int, format_name: str) -> None:
+    """Raise UserError for a layer of so many inputs that the format's CPU code decodes wrongly."""
+    if BNB_FORMATS[format_name].num_bits == 4 and num_inputs % _BLOCK:
+        raise UserError(
+            "inputs of a layer",
+            num_inputs,
+            f"are no multiple of {_BLOCK}, which bitsandbytes decodes wrongly on a CPU",
+            f"prune with multiple = {_BLOCK}, or use another format",
+        )
+
+
 def pack_layer(weight_OI: Tensor, format_name: str) -> dict[str, Tensor]:
     """Tensors of one linear layer by their suffix.
 
@@ -67,13 +78,7 @@ def pack_layer(weight_OI: Tensor, format_name: str) -> dict[str, Tensor]:
     """
     from bitsandbytes import functional
 
-    if BNB_FORMATS[format_name].num_bits == 4 and weight_OI.shape[1] % _BLOCK:
-        raise UserError(
-            "inputs of a layer",
-            weight_OI.shape[1],
-            f"are no multiple of {_BLOCK}, which bitsandbytes decodes wrongly on a CPU",
-            f"prune with multiple = {_BLOCK}, or use another format",
-        )
+    check_input_size(weight_OI.shape[1], format_name)
     if BNB_FORMATS[format_name].num_bits == 8:
         peak = float(weight_OI.abs().max())
         if peak > torch.finfo(torch.float16).max:

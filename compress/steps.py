@@ -262,9 +262,12 @@ class QuantizeStep:
         self._bnb_format = "int8" if step.format == "int8-bnb" else step.format
         self.needs_data = step.method in gptq.NEEDS_DATA or step.smoothquant is not None or step.scales == "mse"
         self._note = ""
-        if not self._is_bnb:
-            inputs = {config["hidden_size"], config["intermediate_size"]}
-            inputs.add(config["num_attention_heads"] * config["head_dim"])
+        inputs = {config["hidden_size"], config["intermediate_size"]}
+        inputs.add(config["num_attention_heads"] * config["head_dim"])
+        if self._is_bnb:
+            for num_inputs in sorted(inputs):
+                bnb.check_input_size(num_inputs, self._bnb_format)
+        else:
             group, self._note = formats.choose_group_size(step.group_size, sorted(inputs))
             self._grid = formats.make_grid(step.format, step.symmetric, group)
         self._options = quantize.RoundingOptions(

@@ -13,26 +13,29 @@ from compare.check import check_variant
 from compress.build import build_variant
 from compress.recipe import Calibrate, list_recipes, load_recipe
 from compress.reference import reference_logits
+from contracts.errors import UserError
 from serve.offline import ask_vllm
 
 _SIZES = {
     "vocab_size": 331,
-    "hidden_size": 96,
-    "intermediate_size": 160,
+    "hidden_size": 192,
+    "intermediate_size": 192,
     "num_hidden_layers": 2,
     "max_position_embeddings": 128,
     "initializer_range": 0.1,
     "head_dim": 32,
 }
 _GQA = {"num_attention_heads": 6, "num_key_value_heads": 2}
-_MHA = {"num_attention_heads": 3, "num_key_value_heads": 3}
+_MHA = {"num_attention_heads": 4, "num_key_value_heads": 4}
 FAMILIES: dict[str, PreTrainedConfig] = {
     "llama-tied-gqa": LlamaConfig(**_SIZES, **_GQA, tie_word_embeddings=True),
     "llama-untied-mha": LlamaConfig(**_SIZES, **_MHA, tie_word_embeddings=False),
-    "mistral": MistralConfig(**_SIZES, **_GQA, sliding_window=None),
-    "qwen2-bias": Qwen2Config(**{**_SIZES, "hidden_size": 192}, **_GQA, tie_word_embeddings=True),
+    "mistral": MistralConfig(**{**_SIZES, "hidden_size": 96, "intermediate_size": 160}, **_GQA, sliding_window=None),
+    "qwen2-bias": Qwen2Config(**_SIZES, **_GQA, tie_word_embeddings=True),
     "qwen3-head-dim": Qwen3Config(**_SIZES, **_GQA),
 }
+REFUSED = {("mistral", "nf4"): "'96' are no multiple of 64"}
+"""What bitsandbytes would decode wrongly; the other formats take these sizes."""
 TOLERANCE_NATS = 0.1
 """bf16 against float32, and 8-bit activations that fall on the other side of a rounding; seen: up to 0.053."""
 PROMPTS = [torch.randint(0, 331, (length,), generator=torch.Generator().manual_seed(length)) for length in (40, 23)]
@@ -61,6 +64,10 @@ def built(tmp_path_factory: pytest.TempPathFactory, smollm2: Path) -> dict[tuple
                 update={"calibration": Calibrate(source=str(ids), num_samples=8, sequence_length=32)}
             )
             target = folder / f"{family}-{name}"
+            if (family, name) in REFUSED:
+                with pytest.raises(UserError, match=REFUSED[family, name]):
+                    build_variant(family, folder / family, name, recipe, target)
+                continue
             variants[family, name] = build_variant(family, folder / family, name, recipe, target)
     return variants
 
@@ -100,4 +107,4 @@ def test_a_shape_that_is_not_the_configs_is_named(built: dict[tuple[str, str], P
     save_file({**tensors, name: tensors[name][:, :-1].contiguous()}, broken / "model.safetensors", {"format": "pt"})
     (finding,) = check_variant(broken)
     assert not finding.passed
-    assert finding.detail.startswith(f"{name}: (96, 127) in the file, (96, 128) by the config")
+    assert finding.detail.startswith(f"{name}: (192, 159) in the file, (192, 160) by the config")
