@@ -268,6 +268,7 @@ class QuantizeStep:
             for num_inputs in sorted(inputs):
                 bnb.check_input_size(num_inputs, self._bnb_format)
         else:
+            formats.make_grid(step.format, step.symmetric, step.group_size)  # refuses what was asked, not what fits
             group, self._note = formats.choose_group_size(step.group_size, sorted(inputs))
             self._grid = formats.make_grid(step.format, step.symmetric, group)
         self._options = quantize.RoundingOptions(
