@@ -28,6 +28,8 @@ KINDS: dict[str, dict[str, int]] = {
     "gsm_symbolic": {},
 }
 """reasoning-gym data sets and their settings."""
+_MOST_REPEATS = 2000
+"""So many known problems in a row end a generator."""
 _NUM_EXAMPLES = 2
 _STREAM_SEED = 20_000_000
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
@@ -42,9 +44,9 @@ class Reasoning:
     headline: str = "accuracy"
 
     def make_prompts(self, split: Split, num_prompts: int, seed: int = 0) -> list[Prompt]:
-        """Prompts of a split, the kinds taking turns, in the order of `seed`."""
+        """Prompts of a split, the kinds taking turns, in the order of `seed`; fewer where one kind runs out."""
         streams = [self._prompts_of(kind, split, num_prompts, seed) for kind in KINDS]
-        return list(itertools.islice(itertools.chain.from_iterable(zip(*streams, strict=True)), num_prompts))
+        return list(itertools.islice(itertools.chain.from_iterable(zip(*streams, strict=False)), num_prompts))
 
     def judge(self, prompts: Sequence[Prompt], answers: Sequence[Answer]) -> dict[str, Estimate]:
         """Accuracy over all and by kind (Wilson intervals), and tokens per answer (bootstrap)."""
@@ -127,10 +129,16 @@ def _dataset(kind: str) -> Any:
 
 
 def _entries(kind: str, split: Split) -> Iterator[dict[str, Any]]:
+    """Different problems of a split; ends where the generator brings nothing new, as small sums are few."""
     seen = set()
+    repeats = 0
     for index in itertools.count():
         entry = _dataset(kind)[index]
         question = entry["question"]
-        if question not in seen and split_of(question) == split:
+        repeats = repeats + 1 if question in seen else 0
+        if repeats == _MOST_REPEATS:
+            return
+        if question not in seen:
             seen.add(question)
-            yield entry
+            if split_of(question) == split:
+                yield entry

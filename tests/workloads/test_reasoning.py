@@ -75,3 +75,10 @@ def test_judging_counts_right_answers_by_kind_and_tokens() -> None:
 def test_the_seed_orders() -> None:
     assert problems("load", 20, seed=1) == problems("load", 20, seed=1)
     assert problems("load", 20, seed=1) != problems("load", 20, seed=2)
+
+
+def test_a_split_that_runs_out_gives_what_it_has() -> None:
+    prompts = Reasoning().make_prompts("quality", 6000)
+    sums = [prompt for prompt in prompts if isinstance(prompt, ChatPrompt) and prompt.kind == "chain_sum"]
+    assert 300 < len(sums) < 1500
+    assert len({prompt.messages[-1]["content"] for prompt in sums}) == len(sums)
