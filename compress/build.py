@@ -10,7 +10,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import os
 import resource
 import shutil
 import time
@@ -137,7 +136,10 @@ class _Builder:
             record = folder / "done.json"
             if not record.is_file():
                 seconds, detail = self._walk(title, step, folder, output)
-                record.write_text(json.dumps({"seconds": seconds, "detail": detail}), encoding="utf-8")
+                write_atomically(record, json.dumps({"seconds": seconds, "detail": detail}))
+            # Only now: without the record, a killed build goes on from the blocks.
+            for leftover in (folder / "blocks", folder / "streams"):
+                shutil.rmtree(leftover, ignore_errors=True)
             finished = json.loads(record.read_text(encoding="utf-8"))
             done.append(Step(name=step.name, seconds=finished["seconds"], detail=finished["detail"]))
             self.result = output
@@ -176,8 +178,6 @@ class _Builder:
                     stream.leave()
                 tick(index + 1, note=f"{_worst_error(detail)}{_peak_rss_bytes() / 2**30:.1f} GiB")
         self._emit(step, details, reader, blocks, output, num_blocks)
-        for leftover in (blocks, folder / "streams"):
-            shutil.rmtree(leftover, ignore_errors=True)
         return before_s + time.monotonic() - start, step.describe(details)
 
     def _streams(
@@ -281,9 +281,7 @@ def _read_state(folder: Path) -> tuple[list[Detail], float]:
 
 
 def _write_state(folder: Path, details: list[Detail], seconds: float) -> None:
-    partial = folder / "state.partial"
-    partial.write_text(json.dumps({"seconds": seconds, "blocks": details}), encoding="utf-8")
-    os.replace(partial, folder / "state.json")
+    write_atomically(folder / "state.json", json.dumps({"seconds": seconds, "blocks": details}))
 
 
 def _block_file(blocks: Path, index: int) -> Path:

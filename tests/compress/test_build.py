@@ -326,6 +326,26 @@ def test_an_interrupted_build_resumes_to_the_same_bytes(
     assert not list(tmp_path.glob(".variant*"))
 
 
+@pytest.mark.parametrize("file", ["done.json", "state.json"])
+def test_a_build_killed_just_before_a_record_is_written_resumes(
+    tiny_llama: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    whole = build_on_data(tiny_llama, KV, target=tmp_path / "whole")
+    written = build_module.write_atomically
+
+    def write_or_die(path: Path, text: str) -> None:
+        if path.name == file:
+            raise _KilledError
+        written(path, text)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(build_module, "write_atomically", write_or_die)
+        with pytest.raises(_KilledError):
+            build_on_data(tiny_llama, KV, target=tmp_path / "variant")
+    resumed = build_on_data(tiny_llama, KV, target=tmp_path / "variant")
+    assert (resumed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
 def test_the_work_of_another_recipe_is_not_resumed(
     tiny_llama: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
