@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from contracts.errors import UserError
+
+Half = Literal["attention", "mlp"]
+"""A block is two halves: a norm, producers, what stands between, and a consumer that adds to the residual."""
+
+HALVES: tuple[Half, Half] = ("attention", "mlp")
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,18 @@ class LayerRoles:
         """Layers that read the MLP's input and whose rows are neurons."""
         return (self.gate, self.up)
 
+    def norm(self, half: Half) -> str:
+        """The norm that a half begins with."""
+        return self.attention_norm if half == "attention" else self.mlp_norm
+
+    def producers(self, half: Half) -> tuple[str, ...]:
+        """The layers that read a half's norm; engines fuse them into one."""
+        return self.attention_producers if half == "attention" else self.mlp_producers
+
+    def consumer(self, half: Half) -> str:
+        """The layer that ends a half."""
+        return self.attention_consumer if half == "attention" else self.mlp_consumer
+
     @property
     def linears(self) -> tuple[str, ...]:
         """Every linear layer of a block, in the order of the forward pass."""
@@ -70,6 +87,16 @@ _GATED = LayerRoles(
 
 FAMILIES: dict[str, LayerRoles] = {"llama": _GATED, "mistral": _GATED, "qwen2": _GATED, "qwen3": _GATED}
 """Layer roles by the `model_type` of config.json; Qwen2.5 calls itself qwen2, SmolLM2 llama."""
+
+
+def head_dim_of(config: Mapping[str, Any]) -> int:
+    """Features of one attention head, which a config states or leaves to be derived."""
+    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+
+
+def input_sizes(config: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Input features of a block's linear layers: of the producers, of attention's consumer and of the MLP's."""
+    return config["hidden_size"], config["num_attention_heads"] * head_dim_of(config), config["intermediate_size"]
 
 
 def roles_of(config: Mapping[str, Any]) -> LayerRoles:

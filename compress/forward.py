@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from compress.checkpoint import CheckpointReader
-from compress.families import LayerRoles
+from compress.families import HALVES, Half, LayerRoles, head_dim_of
 from contracts.errors import UserError
 
 Block = dict[str, Tensor]
@@ -24,11 +24,6 @@ Block = dict[str, Tensor]
 
 Linear = Callable[[str, Tensor], Tensor]
 """Applies the block's linear layer of that name."""
-
-Half = Literal["attention", "mlp"]
-"""A block is two halves: a norm, producers, what stands between, and a consumer that adds to the residual."""
-
-HALVES: tuple[Half, Half] = ("attention", "mlp")
 
 
 def dense_linear(block: Mapping[str, Tensor]) -> Linear:
@@ -54,7 +49,7 @@ class Decoder:
         self.roles = roles
         self.dtype = dtype
         self._eps = float(parsed.rms_norm_eps)
-        self.head_dim = int(getattr(parsed, "head_dim", None) or parsed.hidden_size // parsed.num_attention_heads)
+        self.head_dim = head_dim_of(config)
         self._activation = ACT2FN[parsed.hidden_act]
         self._mask = _window_mask(parsed, num_tokens)
         cos_1TH, sin_1TH = LlamaRotaryEmbedding(parsed)(torch.zeros(1, dtype=dtype), torch.arange(num_tokens)[None])
@@ -62,8 +57,7 @@ class Decoder:
 
     def producer_input(self, half: Half, block: Mapping[str, Tensor], x_BTD: Tensor) -> Tensor:
         """What a half's producers read: the normed residual stream, `[B, T, D]`."""
-        norm = self.roles.attention_norm if half == "attention" else self.roles.mlp_norm
-        return self._norm(x_BTD, block[f"{norm}.weight"])
+        return self._norm(x_BTD, block[f"{self.roles.norm(half)}.weight"])
 
     def consumer_input(self, half: Half, block: Mapping[str, Tensor], linear: Linear, h_BTD: Tensor) -> Tensor:
         """What a half's consumer reads, `[B, T, I]`: the heads' outputs, or the neurons."""
@@ -72,15 +66,11 @@ class Decoder:
             return gated
         return self._attend(block, linear, h_BTD)
 
-    def consumer(self, half: Half) -> str:
-        """Name of a half's consumer layer."""
-        return self.roles.attention_consumer if half == "attention" else self.roles.mlp_consumer
-
     def block(self, block: Mapping[str, Tensor], linear: Linear, x_BTD: Tensor) -> Tensor:
         """The residual stream after a whole block."""
         for half in HALVES:
             inner = self.consumer_input(half, block, linear, self.producer_input(half, block, x_BTD))
-            x_BTD = x_BTD + linear(self.consumer(half), inner)
+            x_BTD = x_BTD + linear(self.roles.consumer(half), inner)
         return x_BTD
 
     def final_norm(self, x_BTD: Tensor, weight_D: Tensor) -> Tensor:
@@ -119,6 +109,8 @@ def _window_mask(config: Any, num_tokens: int) -> Tensor | None:
     if not window or not getattr(config, "use_sliding_window", True) or num_tokens <= window:
         return None
     kinds = set(getattr(config, "layer_types", None) or ["sliding_attention"])
+    if kinds == {"full_attention"}:
+        return None
     if len(kinds) > 1:
         raise UserError(
             "sequence length",

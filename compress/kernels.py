@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from compress.families import head_dim_of, input_sizes
+from compress.formats import FORMATS
 from contracts.hardware import Hardware
 
 _GPU_CAPABILITY = {"fp8": "8.9"}
 """Formats without a CPU kernel of their own, and the least CUDA capability that has one."""
-
-_LAYOUTS = {"int-quantized": "w8a8", "pack-quantized": "w4a16", "float-quantized": "fp8"}
 
 
 def gpu_only(format_name: str) -> str | None:
@@ -32,7 +32,8 @@ def format_of(config: Mapping[str, Any]) -> str | None:
         return None
     if quantization.get("quant_method") == "bitsandbytes":
         return "int8-bnb" if quantization.get("load_in_8bit") else "nf4"
-    return _LAYOUTS.get(quantization.get("format", ""))
+    layouts = {spec.layout: name for name, spec in FORMATS.items()}
+    return layouts.get(quantization.get("format", ""))
 
 
 def explain_variant(hardware: Hardware, config: Mapping[str, Any]) -> Iterator[str]:
@@ -50,7 +51,7 @@ def _explain(hardware: Hardware, name: str | None, config: Mapping[str, Any]) ->
     if name is not None and gpu_only(name):
         return f"runs, many times slower than bf16 (ChannelWiseTorchFP8ScaledMMLinearKernel): {gpu_only(name)}"
     if name in {"nf4", "int8-bnb"}:
-        odd = [size for size in _input_sizes(config) if size % 64]
+        odd = [size for size in input_sizes(config) if size % 64]
         if name == "nf4" and odd:
             return f"gives wrong results: bitsandbytes' CPU code needs multiples of 64 inputs, and there is {odd[0]}"
         return "weights are dequantized for every product, by the package vllm-bnb-plugin: small, but slow"
@@ -62,7 +63,7 @@ def _explain(hardware: Hardware, name: str | None, config: Mapping[str, Any]) ->
     if name == "w4a16":
         if not isa & {"avx512f", "asimd"}:
             return "cannot run: vLLM's 4-bit CPU kernel needs AVX-512 or NEON"
-        odd = [size for size in (*_input_sizes(config), _qkv_size(config)) if size % 32]
+        odd = [size for size in (*input_sizes(config), _qkv_size(config)) if size % 32]
         if odd:
             return f"cannot run: the kernel needs sizes that are multiples of 32, and there is {odd[0]}"
         if "amx_tile" in isa:
@@ -71,16 +72,7 @@ def _explain(hardware: Hardware, name: str | None, config: Mapping[str, Any]) ->
     return "oneDNN bf16 product" + ("" if "avx512_bf16" in isa or "amx_tile" in isa else ", emulated in float32")
 
 
-def _head_dim(config: Mapping[str, Any]) -> int:
-    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
-
-
-def _input_sizes(config: Mapping[str, Any]) -> tuple[int, int, int]:
-    """Input features of the linear layers: of qkv and gate-up, of o, and of down."""
-    return config["hidden_size"], config["num_attention_heads"] * _head_dim(config), config["intermediate_size"]
-
-
 def _qkv_size(config: Mapping[str, Any]) -> int:
     """Output features of q, k and v, which vLLM computes as one layer."""
     kv_heads = config.get("num_key_value_heads") or config["num_attention_heads"]
-    return int((config["num_attention_heads"] + 2 * kv_heads) * _head_dim(config))
+    return int((config["num_attention_heads"] + 2 * kv_heads) * head_dim_of(config))

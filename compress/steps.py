@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from compress import bnb, formats, gptq, prune, quantize
-from compress.families import LayerRoles
-from compress.forward import HALVES, Block, Half
+from compress.families import HALVES, Half, LayerRoles, head_dim_of, input_sizes
+from compress.forward import Block
 from compress.recipe import AnyStep, Prune, PruneDepth, Quantize
 from compress.stream import Stream
 from contracts.errors import UserError
@@ -53,8 +53,7 @@ class BoundStep(Protocol):
 
 def bind(steps: Sequence[AnyStep], config: Mapping[str, Any], roles: LayerRoles, seed: int) -> list[BoundStep]:
     """Every step on the model that those before it leave; UserError where one does not fit its sizes."""
-    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    config = {**copy.deepcopy(dict(config)), "head_dim": head_dim}
+    config = {**copy.deepcopy(dict(config)), "head_dim": head_dim_of(config)}
     bound: list[BoundStep] = []
     for step in steps:
         if isinstance(step, Prune):
@@ -138,7 +137,7 @@ class PruneStep:
                     if one is not None:
                         one.pass_half(half, block if one is stream else dense_block)
                 continue
-            layer = self._consumer(half)
+            layer = self._roles.consumer(half)
             gram_II, cross_IO = None, None
             if stream is not None:
                 gram_II, cross_IO = self._look(half, index, block, stream, dense_block, dense)
@@ -185,7 +184,7 @@ class PruneStep:
         self, half: Half, index: int, block: Block, stream: Stream, dense_block: Block, dense: Stream | None
     ) -> tuple[Tensor, Tensor | None]:
         """Gram of the consumer's inputs and, where the dense outputs are aimed at, their product with these."""
-        name = f"block {index} {self._consumer(half)}"
+        name = f"block {index} {self._roles.consumer(half)}"
         if dense is None:
             return stream.consumer_gram(half, block, name).mean().double(), None
         gram, cross_IO = stream.consumer_gram(half, block, name), None
@@ -196,9 +195,6 @@ class PruneStep:
             cross_IO = part_IO if cross_IO is None else cross_IO.add_(part_IO)
         assert cross_IO is not None
         return gram.mean().double(), cross_IO.double() / gram.num_tokens
-
-    def _consumer(self, half: Half) -> str:
-        return self._roles.attention_consumer if half == "attention" else self._roles.mlp_consumer
 
 
 class PruneDepthStep:
@@ -262,14 +258,13 @@ class QuantizeStep:
         self._bnb_format = "int8" if step.format == "int8-bnb" else step.format
         self.needs_data = step.method in gptq.NEEDS_DATA or step.smoothquant is not None or step.scales == "mse"
         self._note = ""
-        inputs = {config["hidden_size"], config["intermediate_size"]}
-        inputs.add(config["num_attention_heads"] * config["head_dim"])
+        inputs = input_sizes(config)
         if self._is_bnb:
-            for num_inputs in sorted(inputs):
+            for num_inputs in inputs:
                 bnb.check_input_size(num_inputs, self._bnb_format)
         else:
             formats.make_grid(step.format, step.symmetric, step.group_size)  # refuses what was asked, not what fits
-            group, self._note = formats.choose_group_size(step.group_size, sorted(inputs))
+            group, self._note = formats.choose_group_size(step.group_size, inputs)
             self._grid = formats.make_grid(step.format, step.symmetric, group)
         self._options = quantize.RoundingOptions(
             damping=step.damping, order=step.order, sweeps=step.sweeps, scales=step.scales
@@ -285,9 +280,7 @@ class QuantizeStep:
         errors: dict[str, float] = {}
         notes: dict[str, Any] = {}
         for half in HALVES:
-            roles = self._roles
-            producers = roles.attention_producers if half == "attention" else roles.mlp_producers
-            consumer = roles.attention_consumer if half == "attention" else roles.mlp_consumer
+            producers, consumer = self._roles.producers(half), self._roles.consumer(half)
             gram_II: Tensor | None = None
             if stream is not None:
                 wants_peak = self._step.smoothquant is not None
@@ -308,20 +301,16 @@ class QuantizeStep:
         kept = [layer for where, layers in self._kept(details) if where == index for layer in layers]
         if not kept:
             return block
-        restored = {name: tensor for name, tensor in block.items() if not _belongs(name, kept)}
-        # With SmoothQuant the norm has changed, and the layers that read it must change with it.
         source = original()
-        norms = (self._roles.attention_norm, self._roles.mlp_norm)
-        for half, norm in zip(HALVES, norms, strict=True):
-            producers = self._roles.attention_producers if half == "attention" else self._roles.mlp_producers
-            ratio_I = source[f"{norm}.weight"].float() / block[f"{norm}.weight"].float()
-            for layer in kept:
-                for name in source:
-                    if _belongs(name, [layer]):
-                        restored[name] = source[name]
-                if layer in producers and self._step.smoothquant is not None:
-                    weight = source[f"{layer}.weight"]
-                    restored[f"{layer}.weight"] = (weight.float() * ratio_I).to(weight.dtype)
+        restored = {name: tensor for name, tensor in block.items() if not _belongs(name, kept)}
+        restored |= {name: tensor for name, tensor in source.items() if _belongs(name, kept)}
+        if self._step.smoothquant is not None:
+            # The norms have changed, and what reads them must change with them.
+            for half in HALVES:
+                scale_I = _norm_ratio(source, block, self._roles.norm(half))
+                for layer in set(kept) & set(self._roles.producers(half)):
+                    weight_OI = source[f"{layer}.weight"]
+                    restored[f"{layer}.weight"] = (weight_OI.float() * scale_I).to(weight_OI.dtype)
         return restored
 
     def config(self, details: Sequence[Detail]) -> dict[str, Any]:
@@ -385,23 +374,22 @@ class QuantizeStep:
     ) -> Tensor:
         """Divide the norm's outputs by the smoothing scales and multiply the producers' columns; the new gram."""
         assert self._step.smoothquant is not None
-        norm = self._roles.attention_norm if half == "attention" else self._roles.mlp_norm
+        norm = self._roles.norm(half)
         weight_peak_I = torch.stack([effective[f"{layer}.weight"].float().abs().amax(0) for layer in producers]).amax(0)
         scale_I = quantize.smooth_scales(peak_I, weight_peak_I, self._step.smoothquant)
-        before_I = effective[f"{norm}.weight"]
+        before = dict(effective)
+        before_I = before[f"{norm}.weight"]
         after_I = (before_I.float() / scale_I).to(before_I.dtype)
-        # What the norm's dtype really divides by, so that the product stays what it was.
-        scale_I = torch.where(after_I != 0, before_I.float() / after_I.float(), torch.ones_like(scale_I))
         effective[f"{norm}.weight"] = packed[f"{norm}.weight"] = after_I
+        scale_I = _norm_ratio(before, effective, norm)
         for layer in producers:
             weight_OI = effective[f"{layer}.weight"]
-            effective[f"{layer}.weight"] = (weight_OI.float() * scale_I).to(torch.float32)
+            effective[f"{layer}.weight"] = weight_OI.float() * scale_I
         return gram_II / scale_I[:, None] / scale_I[None, :]
 
     def _kept(self, details: Sequence[Detail]) -> list[tuple[int, tuple[str, ...]]]:
         """Block and layers of the fused layers that stay unquantized; engines fuse q-k-v and gate-up."""
-        roles = self._roles
-        fused = (roles.attention_producers, (roles.attention_consumer,), roles.mlp_producers, (roles.mlp_consumer,))
+        fused = [layers for half in HALVES for layers in (self._roles.producers(half), (self._roles.consumer(half),))]
         ranked = sorted(
             ((index, layers) for index in range(len(details)) for layers in fused),
             key=lambda one: -max(details[one[0]]["output_error"][layer] for layer in one[1]),
@@ -411,3 +399,9 @@ class QuantizeStep:
 
 def _belongs(name: str, layers: Sequence[str]) -> bool:
     return any(name.startswith(f"{layer}.") for layer in layers)
+
+
+def _norm_ratio(before: Block, after: Block, norm: str) -> Tensor:
+    """What a norm's outputs have been divided by, `[I]`: what its dtype really did, and 1 where it is zero."""
+    before_I, after_I = before[f"{norm}.weight"].float(), after[f"{norm}.weight"].float()
+    return torch.where(after_I != 0, before_I / after_I, torch.ones_like(after_I))

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from compress.activations import ActivationFile, Gram
-from compress.forward import Decoder, Half, dense_linear
+from compress.families import Half
+from compress.forward import Decoder, dense_linear
 
 _TOKENS_AT_ONCE = 2048
 
@@ -58,7 +59,7 @@ class Stream:
     def run(self, half: Half, block: Mapping[str, Tensor]) -> Iterator[tuple[int, Tensor]]:
         """Compute what the half's consumer reads and keep it for `advance`; yields it batch by batch."""
         linear = dense_linear(block)
-        width = block[f"{self.decoder.consumer(half)}.weight"].shape[1]
+        width = block[f"{self.decoder.roles.consumer(half)}.weight"].shape[1]
         path = self._folder / f"{self._name}-inner.bin"
         self._inner = ActivationFile(path, *self._shape, width, self.decoder.dtype)
         for first, x_BTD in self._residual(half):
@@ -69,7 +70,7 @@ class Stream:
 
     def consumer_gram(self, half: Half, block: Mapping[str, Tensor], layer: str) -> Gram:
         """Gram of what the half's consumer reads; `layer` names it in an error."""
-        gram = Gram(block[f"{self.decoder.consumer(half)}.weight"].shape[1], layer)
+        gram = Gram(block[f"{self.decoder.roles.consumer(half)}.weight"].shape[1], layer)
         for _, inner_BTI in self.run(half, block):
             gram.add(inner_BTI)
         return gram
@@ -80,7 +81,7 @@ class Stream:
         `kept_I` are the columns of what `run` kept that the consumer still reads; None: all.
         """
         assert self._inner is not None
-        linear, layer = dense_linear(block), self.decoder.consumer(half)
+        linear, layer = dense_linear(block), self.decoder.roles.consumer(half)
         for first, x_BTD in self._residual(half):
             inner_BTI = self._inner.read(first, self._batch)
             output_BTD = linear(layer, inner_BTI if kept_I is None else inner_BTI[..., kept_I])

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from compress.checkpoint import CheckpointReader, iterate_blocks
-from compress.families import roles_of
-from compress.forward import HALVES, Decoder, read_ends
+from compress.families import HALVES, roles_of
+from compress.forward import Decoder, read_ends
 from compress.reference import kl_per_token, nll_per_token, reference_logits
 from compress.stream import Stream
 
