@@ -1,7 +1,7 @@
 # make demo    install if needed, then build, serve, load and compare three variants of a real model
 # make test    lint, types, unit tests, and end-to-end tests against a real vLLM engine
 # make lock    resolve requirements/cpu.lock anew (needs uv, and UV_FIND_LINKS or UV_INDEX for torch+cpu)
-# make bench-quantize  GPTQ and QuantEase against llm-compressor: seconds, memory, KL (half an hour)
+# make bench-quantize  GPTQ and QuantEase against llm-compressor: seconds, memory, KL
 # make bench-prune     OSSCAR against the other ways to choose neurons and KV groups: NLL, seconds, prefill speed-up
 # make bench-memory    peak memory of compressing a 1.5B model
 # make bench-load      every recipe on a real model, loaded by stock transformers and stock vLLM

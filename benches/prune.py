@@ -7,7 +7,7 @@ of three calibration seeds; the loss is the mean negative log-likelihood of held
 recommendation, half reasoning. torch-pruning runs in an environment of its own on top of this one. Then
 vLLM serves the dense and the pruned models in turn, and prefills prompts of fresh random tokens.
 What is finished is kept in the cache, so that an interrupted run goes on where it was.
-Last line: one JSON object. About two hours on 2 cores.
+Last line: one JSON object.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
 For each of three calibration seeds both sides quantize SmolLM2-135M to w4a16 (groups of 64, symmetric) and
 to w8a8 (per channel, dynamic per token), alternating; llm-compressor 0.14.0.1 runs in an environment of its
 own, which is made in the cache. Time and peak memory are those of the whole process. KL(dense || variant)
-is on held-out tokens, half recommendation, half reasoning. Last line: one JSON object. About half an hour on 2 cores.
+is on held-out tokens, half recommendation, half reasoning. Last line: one JSON object.
 """
 
 from __future__ import annotations

@@ -37,12 +37,13 @@ def check_variant(directory: Path) -> Iterator[Finding]:
     if not shapes.passed:
         return
     prompts = _prompts(config["vocab_size"])
-    finite = all(bool(torch.isfinite(logits).all()) for logits in reference_logits(directory, prompts))
+    reference = reference_logprobs(directory, prompts)
+    finite = bool(torch.isfinite(reference.exact).all())
     yield Finding("plain torch", finite, "logits are finite" if finite else "logits are NaN or infinite")
-    yield _compare("transformers", directory, prompts, _ask_transformers(directory, prompts))
+    yield _compare("transformers", reference, _ask_transformers(directory, prompts))
     log = cache_dir("logs") / f"check-{directory.name}.log"
     answer = next(ask_vllm([directory], [prompt.tolist() for prompt in prompts], _GREEDY_TOKENS, log))
-    yield _compare("vLLM", directory, prompts, answer, f"read {log}")
+    yield _compare("vLLM", reference, answer, f"read {log}")
     if not answer.error:
         yield Finding("greedy text", True, _text(directory, answer.greedy[0]))
 
@@ -94,18 +95,34 @@ def _ask_transformers(directory: Path, prompts: list[Tensor]) -> VllmAnswer:
     return VllmAnswer(str(directory), logprobs)
 
 
-def deviations(directory: Path, prompts: Sequence[Tensor], answer: VllmAnswer) -> tuple[float, float]:
+@dataclass(frozen=True)
+class Reference:
+    """Log-probabilities of all prompts' tokens but the first, in plain torch, one after the other."""
+
+    exact: Tensor
+    """Computed in float32."""
+    rounded: Tensor
+    """Computed in bf16, as engines do."""
+
+
+def reference_logprobs(directory: Path, prompts: Sequence[Tensor]) -> Reference:
+    """What a checkpoint should give to `prompts`, and what bf16 makes of it."""
+    exact, rounded = (
+        torch.cat([_logprobs(*pair) for pair in zip(reference_logits(directory, prompts, dtype), prompts, strict=True)])
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    return Reference(exact, rounded)
+
+
+def deviations(reference: Reference, answer: VllmAnswer) -> tuple[float, float]:
     """Mean absolute difference, in nats, of an answer from plain torch, and of that from itself in bf16.
 
     The second is what rounding alone does: little in a dense model, more where activations are rounded to 8 bits,
     since one that lies near the middle of two steps may fall to either side.
     """
-    exact, rounded = (
-        torch.cat([_logprobs(*pair) for pair in zip(reference_logits(directory, prompts, dtype), prompts, strict=True)])
-        for dtype in (torch.float32, torch.bfloat16)
-    )
     given = torch.tensor([value for row in answer.logprobs for value in row])
-    return float((exact - given).abs().mean()), float((exact - rounded).abs().mean())
+    off, noise = (reference.exact - given).abs().mean(), (reference.exact - reference.rounded).abs().mean()
+    return float(off), float(noise)
 
 
 def tolerance(noise: float) -> float:
@@ -113,10 +130,10 @@ def tolerance(noise: float) -> float:
     return 0.03 + 2 * noise
 
 
-def _compare(what: str, directory: Path, prompts: list[Tensor], answer: VllmAnswer, hint: str = "") -> Finding:
+def _compare(what: str, reference: Reference, answer: VllmAnswer, hint: str = "") -> Finding:
     if answer.error:
         return Finding(what, False, f"does not load: {answer.error}" + (f"; {hint}" if hint else ""))
-    off, noise = deviations(directory, prompts, answer)
+    off, noise = deviations(reference, answer)
     said = f"log-probabilities differ by {off:.3f} nats on average, where bf16 alone makes {noise:.3f}"
     return Finding(what, off < tolerance(noise), said)
 

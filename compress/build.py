@@ -31,7 +31,7 @@ from compress.recipe import Recipe
 from compress.steps import BoundStep, Detail, bind
 from compress.stream import Stream
 from contracts.errors import UserError
-from contracts.model import count_parameters, model_hash, model_name
+from contracts.model import count_parameters, model_hash, model_name, weight_files
 from contracts.progress import progress, say
 from contracts.storage import atomic_directory, cache_dir, sha256_of_files, write_atomically
 from contracts.variant import MANIFEST_FILE, Manifest, Source, Step, disk_bytes, read_manifest, write_manifest
@@ -56,8 +56,8 @@ def build_variant(
     `model` is the argument as the user gave it, kept in the manifest. Without `target` the variant goes to the
     cache, under a name that depends on the model's content and the resolved recipe, and an earlier build of the
     same is reused. An interrupted build of the same is resumed. `between_rounds` is called after each step that
-    another follows; with it nothing is reused. Raises UserError where the model's family is unknown, a step
-    does not fit its shapes, `target` holds something else, the disk is full, or a weight or activation is not finite.
+    another follows, again when a build is resumed; it does not count for what is reused. Raises UserError
+    where the model's family is unknown, a step does not fit its shapes, `target` holds something else, the disk is full, or a weight or activation is not finite.
     """
     base = _base_of(model, directory)
     resolved = recipe.model_dump(mode="json")
@@ -88,7 +88,7 @@ def build_variant(
             done = builder.run(directory, steps)
             with atomic_directory(target) as output:
                 start = time.monotonic()
-                _copy_checkpoint(builder.result, output)
+                _place_checkpoint(builder.result, output, is_ours=bool(steps))
                 done.append(Step(name="write", seconds=time.monotonic() - start))
                 manifest = Manifest(
                     name=name,
@@ -142,6 +142,8 @@ class _Builder:
                 shutil.rmtree(leftover, ignore_errors=True)
             finished = json.loads(record.read_text(encoding="utf-8"))
             done.append(Step(name=step.name, seconds=finished["seconds"], detail=finished["detail"]))
+            if "fallback" in finished["detail"]:
+                say(f"{title}: {finished['detail']['fallback']}")
             self.result = output
             if step.name != "quantize":
                 self.num_parameters = count_parameters(output)
@@ -307,12 +309,22 @@ def _reuse(target: Path, base: Source, resolved: dict[str, Any]) -> Path:
     raise UserError("output directory", target, "exists and holds something else", "name another, or delete it")
 
 
-def _copy_checkpoint(source: Path, output: Path) -> None:
-    """Weights, config and companions of a checkpoint."""
+def _place_checkpoint(source: Path, output: Path, is_ours: bool) -> None:
+    """Weights, config and companions of a checkpoint: linked from our own work folder, else copied."""
     _copy_companions(source, output)
-    for file in source.iterdir():
-        if file.suffix == ".safetensors" or file.name in {"config.json", "model.safetensors.index.json"}:
+    index = source / "model.safetensors.index.json"
+    for file in [*weight_files(source), source / "config.json", *([index] if index.is_file() else [])]:
+        if not (is_ours and _link(file, output / file.name)):
             shutil.copyfile(file, output / file.name)
+
+
+def _link(file: Path, target: Path) -> bool:
+    """Whether a hard link could be made; not every file system has them."""
+    try:
+        target.hardlink_to(file)
+    except OSError:
+        return False
+    return True
 
 
 def _copy_companions(source: Path, output: Path) -> None:

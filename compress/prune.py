@@ -100,7 +100,7 @@ def kept_width(width: int, remove_frac: float, multiple: int) -> int:
     kept = max(multiple, round(width * (1 - remove_frac) / multiple) * multiple)
     if kept >= width:
         raise UserError(
-            "remove_frac",
+            "mlp_remove_frac",
             remove_frac,
             f"removes nothing of {width} neurons in steps of {multiple}",
             "remove more, or lower `multiple`",

@@ -102,7 +102,8 @@ class Quantize(_Strict):
     @model_validator(mode="after")
     def _fits_its_format(self) -> Quantize:
         if self.format in {"nf4", "int8-bnb"}:
-            given = {"method", "symmetric", "group_size", "scales", "order", "smoothquant"} & self.model_fields_set
+            fixed = {"method", "symmetric", "group_size", "scales", "order", "sweeps", "damping", "smoothquant"}
+            given = fixed & self.model_fields_set
             if given - {"method"} or self.method != "rtn":
                 raise ValueError(f"bitsandbytes fixes how {self.format} rounds; leave out {', '.join(sorted(given))}")
         if self.smoothquant is not None and self.format not in {"w8a8", "fp8"}:

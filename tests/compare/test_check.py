@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
-from compare.check import check_variant, deviations, tolerance
+from compare.check import check_variant, deviations, reference_logprobs, tolerance
 from compress.build import build_variant
 from compress.recipe import Calibrate, list_recipes, load_recipe
 from contracts.errors import UserError
@@ -81,7 +81,7 @@ def test_every_recipe_on_every_family_computes_in_stock_vllm_what_it_should(
         if answer.error:
             problems.append(f"{family} {recipe}: {answer.error}")
             continue
-        off, noise = deviations(built[family, recipe], PROMPTS, answer)
+        off, noise = deviations(reference_logprobs(built[family, recipe], PROMPTS), answer)
         if not off < tolerance(noise):
             problems.append(f"{family} {recipe}: log-probabilities differ by {off:.3f}, bf16 alone by {noise:.3f}")
     assert not problems, "\n".join(problems)
