@@ -57,7 +57,8 @@ def build_variant(
     cache, under a name that depends on the model's content and the resolved recipe, and an earlier build of the
     same is reused. An interrupted build of the same is resumed. `between_rounds` is called after each step that
     another follows, again when a build is resumed; it does not count for what is reused. Raises UserError
-    where the model's family is unknown, a step does not fit its shapes, `target` holds something else, the disk is full, or a weight or activation is not finite.
+    where the model's family is unknown, a step does not fit its shapes, `target` holds something else, the disk is
+    full, or a weight or activation is not finite.
     """
     base = _base_of(model, directory)
     resolved = recipe.model_dump(mode="json")
