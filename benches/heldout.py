@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from compress.calibration import document_ids
-from compress.reference import kl_per_token, nll_per_token, reference_logits
+from compress.reference import nll_per_token, reference_logits
 from workloads.interface import ChatPrompt, Prompt, Split, Workload
 from workloads.reasoning import Reasoning
 from workloads.recommendation import Recommendation
@@ -64,19 +64,6 @@ def negative_log_likelihood(directory: Path, sequences: Sequence[Tensor]) -> flo
         for logits_TV, tokens_T in zip(reference_logits(directory, sequences), sequences, strict=True)
     ]
     return float(torch.cat(found).double().mean())
-
-
-def divergences(dense: Path, variants: Sequence[Path], sequences: Sequence[Tensor]) -> list[float]:
-    """KL(dense || variant) of each variant: mean over all tokens of the divergence of the next token's distribution.
-
-    All checkpoints are computed in float32, sequence by sequence side by side.
-    """
-    streams = [reference_logits(directory, sequences) for directory in (dense, *variants)]
-    found: list[list[Tensor]] = [[] for _ in variants]
-    for reference_TV, *others in zip(*streams, strict=True):
-        for per_variant, logits_TV in zip(found, others, strict=True):
-            per_variant.append(kl_per_token(reference_TV, logits_TV))
-    return [float(torch.cat(per_variant).double().mean()) for per_variant in found]
 
 
 def _without_examples(prompt: Prompt) -> Prompt:

@@ -20,9 +20,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benches.heldout import divergences, packed_tokens, write_tokens
+from benches.heldout import packed_tokens, write_tokens
 from benches.peers.environment import peer_python, peer_variables
 from benches.peers.measure import Measured, measure
+from compress.reference import divergences
 from contracts.model import resolve_model
 from contracts.progress import say
 from contracts.provenance import bench_line

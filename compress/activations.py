@@ -16,7 +16,9 @@ from torch import Tensor
 from contracts.errors import UserError
 
 _PANEL = 192
-"""Columns of a Gram matrix computed at once; only what lies on or above the diagonal's panels is."""
+"""Columns of a Gram matrix mirrored at once."""
+_LEAST_BLOCK = 128
+"""Blocks on a Gram matrix's diagonal are halved down to this many columns; what lies below them is not computed."""
 
 
 class ActivationFile:
@@ -65,7 +67,7 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 class Gram:
     """XᵀX over all tokens that a layer reads and, where asked for, the largest magnitude of each feature.
 
-    Sums are float32, one panel above the diagonal at a time, mirrored at the end: a Gram matrix is symmetric.
+    Sums are float32, blocks on and above the diagonal only, mirrored at the end: a Gram matrix is symmetric.
     """
 
     def __init__(self, width: int, layer: str, wants_peak: bool = False) -> None:
@@ -79,10 +81,19 @@ class Gram:
         x_NI = x_BTI.flatten(0, -2).float()
         if self.peak_I is not None:
             torch.maximum(self.peak_I, x_NI.abs().amax(dim=0), out=self.peak_I)
-        for start in range(0, x_NI.shape[1], _PANEL):
-            panel_NP = x_NI[:, start : start + _PANEL]
-            self._sum_II[start : start + _PANEL, start:].addmm_(panel_NP.T, x_NI[:, start:])
+        self._add(x_NI, 0, x_NI.shape[1])
         self.num_tokens += x_NI.shape[0]
+
+    def _add(self, x_NI: Tensor, start: int, stop: int) -> None:
+        """The block on the diagonal from `start` to `stop`: a square above the diagonal, and two halves."""
+        if stop - start <= _LEAST_BLOCK:
+            x_NS = x_NI[:, start:stop]
+            self._sum_II[start:stop, start:stop].addmm_(x_NS.T, x_NS)
+            return
+        middle = start + ((stop - start) // 2 + 63) // 64 * 64
+        self._sum_II[start:middle, middle:stop].addmm_(x_NI[:, start:middle].T, x_NI[:, middle:stop])
+        self._add(x_NI, start, middle)
+        self._add(x_NI, middle, stop)
 
     def mean(self) -> Tensor:
         """XᵀX / number of tokens, `[I, I]` float32. Ends the sum: the memory is handed over.

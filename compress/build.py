@@ -15,7 +15,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from compress import budget
 from compress.calibration import Calibration, check_source, load_calibration
 from compress.checkpoint import CheckpointReader, CheckpointWriter, iterate_blocks
 from compress.families import LayerRoles, roles_of
 from compress.forward import Block, Decoder
-from compress.recipe import Recipe
-from compress.steps import BoundStep, Detail, bind
+from compress.recipe import Prune, Quantize, Recipe
+from compress.reference import divergences
+from compress.steps import BoundStep, Detail, ProfileStep, bind
 from compress.stream import Stream
 from contracts.errors import UserError
 from contracts.model import count_parameters, model_hash, model_name, weight_files
@@ -36,6 +38,10 @@ from contracts.progress import progress, say
 from contracts.storage import atomic_directory, cache_dir, sha256_of_files, write_atomically
 from contracts.variant import MANIFEST_FILE, Manifest, Source, Step, disk_bytes, read_manifest, write_manifest
 
+_JUDGED_SEQUENCES = 8
+"""On which the shapes that meet a budget are compared."""
+_TIMING_SLACK = 1.03
+"""A shape that is timed anew may be so much slower than the budget allows."""
 _BUILD_FORMAT = 2
 """Raise it when the same recipe starts to give other bytes, so that old builds are not reused."""
 
@@ -66,8 +72,10 @@ def build_variant(
     if recipe.steps and "quantization_config" in config:
         raise UserError("model", model, "is quantized already", "give the model that it was made from")
     roles = roles_of(config)
-    steps = bind(recipe.steps, config, roles, recipe.calibration.seed)
-    needs_data = any(step.needs_data for step in steps)
+    # Of a step with a budget the shapes are yet to be found; what follows it is checked on the dense ones.
+    budgeted = recipe.budget
+    steps = bind(recipe.steps[1:] if budgeted else recipe.steps, config, roles, recipe.calibration.seed)
+    needs_data = budgeted is not None or any(step.needs_data for step in steps)
     source_hash = ""
     if needs_data:
         check_source(recipe.calibration.source)
@@ -86,10 +94,16 @@ def build_variant(
         with _work_folder(target, key) as work:
             calibration = _calibrate(recipe, directory) if needs_data else None
             builder = _Builder(name, work, roles, calibration, between_rounds)
-            done = builder.run(directory, steps)
+            done: list[Step] = []
+            start_from = directory
+            if budgeted:
+                start_from, done = builder.fit_budget(model, directory, recipe, budgeted)
+                config = json.loads((start_from / "config.json").read_text(encoding="utf-8"))
+                steps = bind(recipe.steps[1:], config, roles, recipe.calibration.seed)
+            done += builder.run(start_from, steps)
             with atomic_directory(target) as output:
                 start = time.monotonic()
-                _place_checkpoint(builder.result, output, is_ours=bool(steps))
+                _place_checkpoint(builder.result, output, is_ours=bool(recipe.steps))
                 done.append(Step(name="write", seconds=time.monotonic() - start))
                 manifest = Manifest(
                     name=name,
@@ -97,7 +111,7 @@ def build_variant(
                     resolved_recipe=resolved,
                     base=base,
                     steps=done,
-                    num_parameters=count_parameters(directory) if not steps else builder.num_parameters,
+                    num_parameters=builder.num_parameters,
                     calibration_sha256=calibration.sha256 if calibration else None,
                     calibration=calibration.detail if calibration else {},
                     seed=recipe.calibration.seed,
@@ -129,6 +143,7 @@ class _Builder:
     def run(self, directory: Path, steps: list[BoundStep]) -> list[Step]:
         """Apply all steps; afterwards `result` is the last one's checkpoint."""
         self.result = directory
+        self.num_parameters = count_parameters(directory)
         done: list[Step] = []
         for number, step in enumerate(steps):
             folder = self.work / f"step-{number}"
@@ -148,11 +163,61 @@ class _Builder:
             self.result = output
             if step.name != "quantize":
                 self.num_parameters = count_parameters(output)
-            elif not self.num_parameters:
-                self.num_parameters = count_parameters(directory)
             if self.between_rounds and number + 1 < len(steps):
                 self.result = self.between_rounds(output)
         return done
+
+    def fit_budget(self, model: str, directory: Path, recipe: Recipe, step: Prune) -> tuple[Path, list[Step]]:
+        """The pruned checkpoint that meets the step's budget at the least error, and what was done for it.
+
+        Builds the few shapes of least estimated error as variants of their own under `work`, and takes the one whose
+        next-token distributions are nearest to the dense model's, on sequences that the builds did not look at.
+        """
+        assert step.keep is not None
+        start = time.monotonic()
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        last = recipe.steps[-1]
+        quantization = last if isinstance(last, Quantize) else None
+        allowance = budget.Budget(step.keep, config, self.roles, count_parameters(directory), quantization)
+        shapes = allowance.shapes(step.multiple)
+        folder = self.work / "step-budget"
+        self.result = directory
+        profile = ProfileStep(step, config, self.roles)
+        record = folder / "profile.json"
+        if not record.is_file():
+            _, detail = self._walk(f"{self.name}: error curves", profile, folder, folder / "checkpoint")
+            write_atomically(record, json.dumps(detail["per_block"]))
+        ranked = budget.rank(shapes, allowance.dense, json.loads(record.read_text(encoding="utf-8")))
+        finalists = ranked[: budget.NUM_FINALISTS]
+        built = []
+        for number, candidate in enumerate(finalists, start=1):
+            say(f"{self.name}: finalist {number} of {len(finalists)}: {candidate.shape}")
+            steps = tuple(candidate.steps(step, allowance.dense))
+            concrete = recipe.model_copy(update={"steps": steps})
+            built.append(build_variant(model, directory, f"finalist-{number}", concrete, folder / f"finalist-{number}"))
+        asked = recipe.calibration
+        unseen = load_calibration(
+            directory, asked.source, _JUDGED_SEQUENCES, asked.sequence_length, asked.seed + 1
+        ).tokens_NT
+        losses = divergences(directory, built, list(unseen))
+        costs = [allowance.measure(candidate.shape) for candidate in finalists]
+        fitting = [number for number, cost in enumerate(costs) if cost <= allowance.limit * _TIMING_SLACK]
+        best = min(fitting or range(len(built)), key=lambda number: (losses[number], number))
+        manifest = read_manifest(built[best])
+        assert manifest is not None
+        detail = {
+            "keep": step.keep.model_dump(exclude_none=True),
+            "shapes_that_fit": len(shapes),
+            "finalists": [
+                {**asdict(candidate.shape), "estimated_error": candidate.estimated_error, "kl": kl, "cost": cost}
+                for candidate, kl, cost in zip(finalists, losses, costs, strict=True)
+            ],
+            "chosen": asdict(finalists[best].shape),
+            "limit": allowance.limit,
+        }
+        others_s = manifest.build_s
+        searched = Step(name="fit_budget", seconds=time.monotonic() - start - others_s, detail=detail)
+        return built[best], [searched, *(done for done in manifest.steps if done.name != "write")]
 
     def _walk(self, title: str, step: BoundStep, folder: Path, output: Path) -> tuple[float, dict[str, Any]]:
         start = time.monotonic()
@@ -180,7 +245,7 @@ class _Builder:
                 for stream in streams.values():
                     stream.leave()
                 tick(index + 1, note=f"{_worst_error(detail)}{_peak_rss_bytes() / 2**30:.1f} GiB")
-        self._emit(step, details, reader, blocks, output, num_blocks)
+        self._emit(step, details, reader, blocks, output, config)
         return before_s + time.monotonic() - start, step.describe(details)
 
     def _streams(
@@ -208,13 +273,13 @@ class _Builder:
         reader: CheckpointReader,
         blocks: Path,
         output: Path,
-        num_blocks: int,
+        config: dict[str, Any],
     ) -> None:
         """Write the step's checkpoint from its blocks, numbered anew where some are left out."""
         with atomic_directory(output) as partial:
             writer = CheckpointWriter(partial)
             number = 0
-            for index in range(num_blocks):
+            for index in range(config["num_hidden_layers"]):
                 prefix = self.roles.block.format(index=index)
                 block: Block | None = load_file(_block_file(blocks, index))
                 block = step.emit(index, block, lambda prefix=prefix: reader.read_prefix(prefix), details)  # type: ignore[misc,arg-type]
@@ -226,10 +291,10 @@ class _Builder:
             of_blocks = self.roles.block.partition("{index}")[0]
             for tensor_name in reader.names:
                 if not tensor_name.startswith(of_blocks):
-                    writer.add({tensor_name: reader.read(tensor_name)})
+                    writer.add(step.emit_outer(tensor_name, reader.read(tensor_name)))
             writer.close()
             _copy_companions(self.result, partial)
-            text = json.dumps(step.config(details), indent=2) + "\n"
+            text = json.dumps(step.config(config, details), indent=2) + "\n"
             (partial / "config.json").write_text(text, encoding="utf-8")
 
 

@@ -1,9 +1,9 @@
-"""How quantized layers are written; the only file that touches compressed-tensors.
+"""How quantized layers are written: the formats of compressed-tensors that stock vLLM and transformers read.
 
-Stock vLLM and transformers read `quantization_config` in config.json, which this file
-makes with the library's own types, and the tensors beside it. A new format is a row in
-`FORMATS`. `unpack_layer` reads a layer back from any checkpoint of these formats, whoever
-wrote it. Shapes: O output features, I input features, G groups of inputs with one scale.
+That is `quantization_config` in config.json and the tensors beside it. Both are written out here, and tests hold
+them to the library's own compressors and types: importing these takes 5 s and 250 MiB, as much as the rest of a small
+build. A new format is a row in `FORMATS`. `unpack_layer` reads a layer back from any checkpoint of these formats,
+whoever wrote it. Shapes: O output features, I input features, G groups of inputs with one scale.
 """
 
 from __future__ import annotations
@@ -14,14 +14,22 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from compress.quantize import Grid, Quantized
+from compress.quantize import Grid, Quantized, round_to_nearest
 from contracts.errors import UserError
 
 GROUP_SIZES = (128, 64, 32)
 """Input features per scale that every vLLM kernel for 4 bits takes, largest first."""
 
+HEAD_TARGET = "lm_head"
+"""What vLLM calls a model's output layer."""
+
 _FP8 = torch.float8_e4m3fn
+_SHIFTS = torch.arange(0, 32, 4, dtype=torch.int32)
+_HEAD_FORMAT = "w8a8"
+_HEAD_ROWS = 4096
+"""Rows of an output layer rounded at once: a whole one in float32 may be a gigabyte."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +58,6 @@ class Activations:
 class Format:
     """One quantized format as compressed-tensors names it."""
 
-    preset: str
-    """Name of the library's preset scheme, which fixes bits and activation handling."""
     layout: str
     """The library's name for how the numbers lie in the file."""
     kind: Literal["int", "fp8"]
@@ -64,9 +70,9 @@ class Format:
 
 
 FORMATS: dict[str, Format] = {
-    "w8a8": Format("W8A8", "int-quantized", "int", 8, torch.float32, False, Activations("int")),
-    "w4a16": Format("W4A16", "pack-quantized", "int", 4, torch.bfloat16, True, None),
-    "fp8": Format("FP8_DYNAMIC", "float-quantized", "fp8", 8, torch.float32, False, Activations("fp8")),
+    "w8a8": Format("int-quantized", "int", 8, torch.float32, False, Activations("int")),
+    "w4a16": Format("pack-quantized", "int", 4, torch.bfloat16, True, None),
+    "fp8": Format("float-quantized", "fp8", 8, torch.float32, False, Activations("fp8")),
 }
 
 
@@ -81,6 +87,14 @@ def make_grid(format_name: str, symmetric: bool = True, group_size: int | None =
         choices = ", ".join(map(str, GROUP_SIZES))
         raise UserError("group_size", group_size, "is no size that kernels take", f"choose {choices} or leave it out")
     return Grid(spec.kind, spec.num_bits, symmetric, group_size, spec.scale_dtype)
+
+
+def bytes_per_weight(format_name: str, group_size: int | None) -> float:
+    """Bytes that a weight and its share of a group's scale take; scales per output channel are not counted."""
+    if format_name not in FORMATS:
+        return 1.0 if format_name == "int8-bnb" else 0.5 + 1 / 64  # bitsandbytes: one byte of scale per 64 weights
+    spec = FORMATS[format_name]
+    return spec.num_bits / 8 + (spec.scale_dtype.itemsize / group_size if group_size else 0)
 
 
 def choose_group_size(requested: int | None, input_sizes: Sequence[int]) -> tuple[int | None, str]:
@@ -106,73 +120,101 @@ def pack_layer(quantized: Quantized) -> dict[str, Tensor]:
     codes each along I), `weight_scale`, `weight_shape` (int64 `[2]`) and, where asymmetric, `weight_zero_point`
     (int32 `[O/8, G]`, packed along O). Scales `[O, G]` have the grid's dtype.
     """
-    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
-
     scales = {"weight_scale": quantized.scale_OG.to(quantized.grid.scale_dtype)}
     if quantized.grid.num_bits == 8:
         return {"weight": quantized.codes_OI, **scales}
     packed = {
-        "weight_packed": pack_to_int32(quantized.codes_OI, quantized.grid.num_bits),
+        "weight_packed": _pack_nibbles(quantized.codes_OI),
         **scales,
         "weight_shape": torch.tensor(quantized.codes_OI.shape),
     }
     if quantized.zero_OG is not None:
-        zero = pack_to_int32(quantized.zero_OG, quantized.grid.num_bits, packed_dim=0)
-        packed["weight_zero_point"] = zero.contiguous()
+        packed["weight_zero_point"] = _pack_nibbles(quantized.zero_OG.T).T.contiguous()
     return packed
 
 
 def unpack_layer(tensors: Mapping[str, Tensor], grid: Grid) -> Quantized:
     """A layer read back from the tensors of `pack_layer`, or of any other writer of the format."""
-    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
-
     scale_OG = tensors["weight_scale"].float()
     scale_OG = scale_OG[:, None] if scale_OG.dim() == 1 else scale_OG
     if grid.num_bits == 8:
         return Quantized(tensors["weight"], scale_OG, None, grid)
-    shape = torch.Size(tensors["weight_shape"].tolist())
-    codes_OI = unpack_from_int32(tensors["weight_packed"], grid.num_bits, shape)
+    codes_OI = _unpack_nibbles(tensors["weight_packed"], int(tensors["weight_shape"][1]))
     zero_OG = None
     if not grid.symmetric:
-        zero_OG = unpack_from_int32(
-            tensors["weight_zero_point"], grid.num_bits, torch.Size(scale_OG.shape), packed_dim=0
-        )
+        zero_OG = _unpack_nibbles(tensors["weight_zero_point"].T, len(scale_OG)).T
     return Quantized(codes_OI, scale_OG, zero_OG, grid)
 
 
-def quantization_config(format_name: str, grid: Grid, ignored_layers: Sequence[str]) -> dict[str, Any]:
-    """The `quantization_config` of config.json for a model whose linear layers, but the ignored, are on `grid`."""
-    from compressed_tensors.quantization import (
-        QuantizationConfig,
-        QuantizationStatus,
-        QuantizationStrategy,
-        preset_name_to_scheme,
-    )
+def _pack_nibbles(codes_RC: Tensor) -> Tensor:
+    """Eight codes of 4 bits, -8 to 7, per int32 along the columns, the first in the lowest bits; zeros fill up."""
+    nibbles_RC = functional.pad((codes_RC + 8).to(torch.int32), (0, -codes_RC.shape[1] % 8))
+    return (nibbles_RC.unflatten(1, (-1, 8)) << _SHIFTS).sum(2, dtype=torch.int32)
 
+
+def _unpack_nibbles(packed_RP: Tensor, num_columns: int) -> Tensor:
+    """The codes of `_pack_nibbles`, int8."""
+    nibbles_RC = ((packed_RP[:, :, None] >> _SHIFTS) & 15).flatten(1)[:, :num_columns]
+    return (nibbles_RC - 8).to(torch.int8)
+
+
+def pack_head(weight_VD: Tensor) -> dict[str, Tensor]:
+    """The output layer in W8A8, rounded to nearest: tensors by their suffix, as `pack_layer` gives them."""
+    grid = make_grid(_HEAD_FORMAT)
+    parts = [pack_layer(round_to_nearest(rows.float(), None, grid)) for rows in weight_VD.split(_HEAD_ROWS)]
+    return {suffix: torch.cat([part[suffix] for part in parts]) for suffix in parts[0]}
+
+
+def unpack_head(tensors: Mapping[str, Tensor]) -> tuple[Quantized, Activations]:
+    """The output layer of `pack_head` read back, and how the engine rounds its inputs."""
+    activations = FORMATS[_HEAD_FORMAT].activations
+    assert activations is not None
+    return unpack_layer(tensors, make_grid(_HEAD_FORMAT)), activations
+
+
+def quantization_config(
+    format_name: str, grid: Grid, ignored_layers: Sequence[str], int8_head: bool = False
+) -> dict[str, Any]:
+    """The `quantization_config` of config.json for a model whose linear layers, but the ignored, are on `grid`.
+
+    With `int8_head` the output layer is a group of its own, in W8A8.
+    """
     spec = FORMATS[format_name]
-    scheme = preset_name_to_scheme(spec.preset, ["Linear"])
-    weights = scheme.weights.model_dump()
-    weights |= {"symmetric": grid.symmetric, "group_size": grid.group_size}
-    weights["strategy"] = QuantizationStrategy.CHANNEL if grid.group_size is None else QuantizationStrategy.GROUP
-    scheme.weights = type(scheme.weights).model_validate(weights)
-    config = QuantizationConfig(
-        config_groups={"group_0": scheme},
-        quant_method="compressed-tensors",
-        quantization_status=QuantizationStatus.COMPRESSED,
-        format=spec.layout,
-        ignore=list(ignored_layers),
-    )
-    described: dict[str, Any] = config.model_dump(mode="json", exclude_none=True)
-    return described
+    groups, layout = {"group_0": _scheme(spec, grid, "Linear")}, spec.layout
+    if int8_head:
+        head = FORMATS[_HEAD_FORMAT]
+        groups["group_1"] = _scheme(head, make_grid(_HEAD_FORMAT), HEAD_TARGET)
+        layout = spec.layout if head.layout == spec.layout else "mixed-precision"
+    return {
+        "quant_method": "compressed-tensors",
+        "format": layout,
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": list(ignored_layers),
+    }
+
+
+def _scheme(spec: Format, grid: Grid, target: str) -> dict[str, Any]:
+    """A group of layers in the library's words."""
+    numbers = {"num_bits": spec.num_bits, "type": "int" if spec.kind == "int" else "float"}
+    weights = numbers | {"symmetric": grid.symmetric, "strategy": "channel", "dynamic": False}
+    if grid.group_size is not None:
+        weights |= {"strategy": "group", "group_size": grid.group_size}
+    scheme: dict[str, Any] = {"targets": [target], "weights": weights, "format": spec.layout}
+    if spec.activations is not None:
+        scheme["input_activations"] = numbers | {"symmetric": True, "strategy": "token", "dynamic": True}
+    return scheme
 
 
 def read_scheme(quantization_config: Mapping[str, Any]) -> tuple[Grid, Activations | None]:
-    """Grid of the weights and rounding of the activations that a config.json describes.
+    """Grid of the weights and rounding of the activations that a config.json describes, an INT8 head left aside.
 
     Raises UserError for what none of `FORMATS` is, and what would be read wrongly: several groups of layers, other
     bits or layouts, blocks that share a scale, group/dynamic activation ordering, static or missing activations.
     """
-    groups = list(quantization_config.get("config_groups", {}).values())
+    groups = [
+        group for group in quantization_config.get("config_groups", {}).values() if group["targets"] != [HEAD_TARGET]
+    ]
     layouts = {spec.layout: spec for spec in FORMATS.values()}
     layout = (groups[0].get("format") if groups else None) or quantization_config.get("format")
     if len(groups) != 1 or layout not in layouts or groups[0]["weights"]["num_bits"] != layouts[layout].num_bits:

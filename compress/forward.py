@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,8 +42,6 @@ class Decoder:
 
     def __init__(self, config: Mapping[str, Any], roles: LayerRoles, num_tokens: int, dtype: torch.dtype) -> None:
         from transformers import AutoConfig
-        from transformers.activations import ACT2FN
-        from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
         known = {key: value for key, value in config.items() if key not in {"quantization_config", "model_type"}}
         parsed = AutoConfig.for_model(config["model_type"], **known)
@@ -50,10 +49,9 @@ class Decoder:
         self.dtype = dtype
         self._eps = float(parsed.rms_norm_eps)
         self.head_dim = head_dim_of(config)
-        self._activation = ACT2FN[parsed.hidden_act]
+        self._activation = _activation(parsed.hidden_act)
         self._mask = _window_mask(parsed, num_tokens)
-        cos_1TH, sin_1TH = LlamaRotaryEmbedding(parsed)(torch.zeros(1, dtype=dtype), torch.arange(num_tokens)[None])
-        self._cos_TH, self._sin_TH = cos_1TH[0], sin_1TH[0]
+        self._cos_TH, self._sin_TH = _rotary_tables(parsed, self.head_dim, num_tokens, dtype)
 
     def producer_input(self, half: Half, block: Mapping[str, Tensor], x_BTD: Tensor) -> Tensor:
         """What a half's producers read: the normed residual stream, `[B, T, D]`."""
@@ -101,6 +99,42 @@ class Decoder:
         T = heads_BHTE.shape[2]
         low, high = heads_BHTE.chunk(2, dim=-1)
         return heads_BHTE * self._cos_TH[:T] + torch.cat((-high, low), dim=-1) * self._sin_TH[:T]
+
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": functional.silu,
+    "swish": functional.silu,
+    "gelu": functional.gelu,
+    "gelu_pytorch_tanh": partial(functional.gelu, approximate="tanh"),
+    "relu": functional.relu,
+}
+
+
+def _activation(name: str) -> Callable[[Tensor], Tensor]:
+    if name not in _ACTIVATIONS:
+        raise UserError(
+            "hidden_act", name, "is not an activation that compress knows", f"supported: {', '.join(_ACTIVATIONS)}"
+        )
+    return _ACTIVATIONS[name]
+
+
+def _rotary_tables(config: Any, head_dim: int, num_tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines `[T, H]` of positions 0 to `num_tokens` - 1, with transformers' own scaling of long contexts.
+
+    Written out for the plain case, since transformers has it in the file of each model, and importing one of these
+    takes 3 s and 190 MiB.
+    """
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    parameters = config.rope_parameters
+    if parameters["rope_type"] == "default":
+        step_E = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+        frequency_E, scale = 1.0 / parameters["rope_theta"] ** step_E, 1.0
+    else:
+        frequency_E, scale = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](config, None, seq_len=num_tokens)
+    angle_TE = torch.arange(num_tokens, dtype=torch.float32)[:, None] * frequency_E
+    angle_TH = torch.cat((angle_TE, angle_TE), dim=-1)
+    return (angle_TH.cos() * scale).to(dtype), (angle_TH.sin() * scale).to(dtype)
 
 
 def _window_mask(config: Any, num_tokens: int) -> Tensor | None:

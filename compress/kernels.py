@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from compress.families import head_dim_of, input_sizes
-from compress.formats import FORMATS
+from compress.formats import FORMATS, HEAD_TARGET
 from contracts.hardware import Hardware
 
 _GPU_CAPABILITY = {"fp8": "8.9"}
@@ -33,7 +33,9 @@ def format_of(config: Mapping[str, Any]) -> str | None:
     if quantization.get("quant_method") == "bitsandbytes":
         return "int8-bnb" if quantization.get("load_in_8bit") else "nf4"
     layouts = {spec.layout: name for name, spec in FORMATS.items()}
-    return layouts.get(quantization.get("format", ""))
+    groups = [group for group in quantization.get("config_groups", {}).values() if group["targets"] != [HEAD_TARGET]]
+    layout = (groups[0].get("format") if groups else None) or quantization.get("format")
+    return layouts.get(layout or "")
 
 
 def explain_variant(hardware: Hardware, config: Mapping[str, Any]) -> Iterator[str]:

@@ -194,14 +194,14 @@ def _loss(matrix_kk: Tensor, weight_kO: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(factor_kk, weight_kO, upper=False).square().sum(dim=(-2, -1)) / 2
 
 
-def remove_greedily(tableau: Tableau, num_kept: int) -> None:
+def remove_greedily(tableau: Tableau, num_kept: int, num_rounds: int = _NUM_ROUNDS) -> None:
     """Remove groups until `num_kept` are left, at each step a batch of those that change the loss least (section 3).
 
-    Single features go in `_NUM_ROUNDS` batches: with SmolLM2's layers the loss is then within 0.1% of
+    Single features go in `num_rounds` batches: with 32 of them the loss of SmolLM2's layers is within 0.1% of
     one-by-one removal. Wider groups go one by one. Of equal groups the lower index stays.
     """
     num_removed = len(tableau.kept) - num_kept
-    batch = -(-num_removed // _NUM_ROUNDS) if tableau.group_size == 1 else 1
+    batch = -(-num_removed // num_rounds) if tableau.group_size == 1 else 1
     while (num_left := len(tableau.kept) - num_kept) > 0:
         kept = tableau.kept
         order = torch.sort(tableau.changes()[kept], descending=True, stable=True).indices

@@ -9,7 +9,7 @@ and a row in `METHODS`. The mathematics of OSSCAR is in `osscar.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +22,8 @@ from contracts.errors import UserError
 
 _ROWS = 512
 """Rows of a Gram matrix multiplied at once where only its upper half is read."""
+_CURVE_ROUNDS = 4
+"""Batches of removal between two points of a loss curve."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,22 @@ def objective(problem: PruneProblem, kept_I: Tensor, weight_OK: Tensor, *, dampe
     gram_II = _gram(problem)
     ridge = problem.damping * float(gram_II.diagonal().mean()) if damped else 0.0
     return _relative_error(gram_II, _solution(problem), kept_I, weight_OK, ridge)
+
+
+def loss_curve(problem: PruneProblem, sizes: Sequence[int]) -> list[float]:
+    """Mean squared output error per token (damped, summed over features) that OSSCAR leaves at each number of groups.
+
+    `sizes` fall; removal is greedy, in one go through all of them. Inputs that are all zero lose nothing.
+    """
+    if not bool(_gram(problem).diagonal().any()):
+        return [0.0] * len(sizes)
+    tableau, _, _ = _tableau(problem)
+    losses = []
+    for size in sizes:
+        if size < len(tableau.kept):
+            osscar.remove_greedily(tableau, size, _CURVE_ROUNDS)
+        losses.append(2 * tableau.loss)
+    return losses
 
 
 def cut_mlp(block: Mapping[str, Tensor], roles: LayerRoles, kept_K: Tensor) -> dict[str, Tensor]:
@@ -282,14 +300,19 @@ def _choose_by_osscar(
     problem: PruneProblem, num_kept: int, *, local_search: bool
 ) -> tuple[Tensor, Tensor, float, osscar.SearchLog]:
     """Kept groups, full solution, damping used, what local search did. The large tableau lives in here only."""
+    tableau, solution_IO, damping = _tableau(problem)
+    osscar.remove_greedily(tableau, num_kept)
+    log = osscar.search(tableau) if local_search else osscar.SearchLog(0, [tableau.loss])
+    return tableau.kept, solution_IO, damping, log
+
+
+def _tableau(problem: PruneProblem) -> tuple[osscar.Tableau, Tensor, float]:
+    """The problem with all groups kept, its full solution, and the damping that it took."""
     factor_II, damping = osscar.factorize(_gram(problem), problem.damping)
     inverse_II = torch.cholesky_inverse(factor_II).T  # symmetric, and row-major this way round
     del factor_II
     solution_IO = problem.weight_OI.T if problem.target_IO is None else inverse_II @ problem.target_IO
-    tableau = osscar.Tableau(inverse_II, solution_IO, problem.group_size)
-    osscar.remove_greedily(tableau, num_kept)
-    log = osscar.search(tableau) if local_search else osscar.SearchLog(0, [tableau.loss])
-    return tableau.kept, solution_IO, damping, log
+    return osscar.Tableau(inverse_II, solution_IO, problem.group_size), solution_IO, damping
 
 
 def _solution(problem: PruneProblem) -> Tensor:

@@ -42,10 +42,30 @@ class Calibrate(_Strict):
     seed: int = 0
 
 
+class Keep(_Strict):
+    """A budget; give one of the three."""
+
+    parameters: float | None = Field(default=None, gt=0)
+    """Of the pruned model: up to 1 a share of the dense model's, above it a number."""
+    bytes: float | None = Field(default=None, gt=0)
+    """Of the recipe's outcome, quantization included: up to 1 a share of the dense bf16 weights, above it a number."""
+    speedup: float | None = Field(default=None, gt=1)
+    """Of the decoder blocks over the dense model's when they read 512 tokens, measured on this machine."""
+
+    @model_validator(mode="after")
+    def _is_one(self) -> Keep:
+        if sum(value is not None for _, value in self) != 1:
+            raise ValueError("give one of parameters, bytes, speedup")
+        return self
+
+
 class Prune(_Strict):
     """Remove MLP neurons, KV groups (a KV head with its query heads) or both, the same number in every block."""
 
     step: Literal["prune"]
+    keep: Keep | None = None
+    """Instead of shares: search the split between MLP neurons, KV groups and whole blocks that meets a budget at the
+    least output error. Only in a recipe's first step."""
     mlp_remove_frac: float = Field(default=0, ge=0, lt=1)
     """Share of the MLP neurons to remove."""
     kv_remove_frac: float = Field(default=0, ge=0, lt=1)
@@ -64,8 +84,9 @@ class Prune(_Strict):
 
     @model_validator(mode="after")
     def _removes_something(self) -> Prune:
-        if not self.mlp_remove_frac and not self.kv_remove_frac:
-            raise ValueError("give mlp_remove_frac, kv_remove_frac or both")
+        has_shares = bool(self.mlp_remove_frac or self.kv_remove_frac)
+        if has_shares == (self.keep is not None):
+            raise ValueError("give mlp_remove_frac, kv_remove_frac or both, or keep instead of them")
         return self
 
 
@@ -74,7 +95,10 @@ class PruneDepth(_Strict):
 
     step: Literal["prune_depth"]
     num_blocks: int = Field(ge=1)
-    """How many blocks to remove: those that turn the hidden states least."""
+    """How many blocks to remove."""
+    method: Literal["influence", "search"] = "influence"
+    """Those that turn the hidden states least, found in one pass; or, one pass for each, the one without which the
+    model's output changes least."""
 
 
 class Quantize(_Strict):
@@ -98,6 +122,9 @@ class Quantize(_Strict):
     """Strength with which outliers move from the inputs into the weights; w8a8 and fp8 only."""
     keep_worst: int = Field(default=0, ge=0)
     """So many fused layers (qkv, o, gate-up, down of one block) with the largest output error stay unquantized."""
+    head: Literal["dense", "int8"] = "dense"
+    """int8: the output layer in W8A8 by rounding to nearest, which halves what decoding reads of it. Where it is tied
+    to the embedding, which stays as it is, the file grows by the INT8 copy. Not with bitsandbytes or fp8."""
 
     @model_validator(mode="after")
     def _fits_its_format(self) -> Quantize:
@@ -108,6 +135,8 @@ class Quantize(_Strict):
                 raise ValueError(f"bitsandbytes fixes how {self.format} rounds; leave out {', '.join(sorted(given))}")
         if self.smoothquant is not None and self.format not in {"w8a8", "fp8"}:
             raise ValueError(f"smoothquant is for quantized activations, which {self.format} has not")
+        if self.head == "int8" and self.format not in {"w8a8", "w4a16"}:
+            raise ValueError(f"head = int8 goes with w8a8 and w4a16, not with {self.format}")
         return self
 
 
@@ -126,7 +155,15 @@ class Recipe(_Strict):
         kinds = [step.step for step in self.steps]
         if "quantize" in kinds[:-1]:
             raise ValueError("quantize must be the last step, and stand only once")
+        if any(isinstance(step, Prune) and step.keep for step in self.steps[1:]):
+            raise ValueError("a prune step with keep must be the first step: its search sets out from the dense model")
         return self
+
+    @property
+    def budget(self) -> Prune | None:
+        """The first step, where it prunes to a budget."""
+        first = self.steps[0] if self.steps else None
+        return first if isinstance(first, Prune) and first.keep else None
 
 
 def list_recipes() -> dict[str, Recipe]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch.nn import functional
 from compress import bnb, formats
 from compress.checkpoint import CheckpointReader, iterate_blocks
 from compress.families import LayerRoles, roles_of
-from compress.forward import Block, Decoder, Linear, dense_linear, read_ends
+from compress.forward import Block, Decoder, Ends, Linear, dense_linear, read_ends
 
 
 @torch.inference_mode()
@@ -36,9 +36,27 @@ def reference_logits(
     for _, block in iterate_blocks(reader, roles.block, config["num_hidden_layers"]):
         tensors, linear = reference_block(block, roles, config.get("quantization_config"))
         states = [decoder.block(tensors, linear, x_1TD) for x_1TD in states]
-    head = ends.head_VD.to(dtype)
+    head = _reference_head(reader, roles, ends, dtype)
     for x_1TD in states:
-        yield functional.linear(decoder.final_norm(x_1TD, ends.final_norm_D), head)[0].float()
+        yield head(decoder.final_norm(x_1TD, ends.final_norm_D))[0].float()
+
+
+def _reference_head(
+    reader: CheckpointReader, roles: LayerRoles, ends: Ends, dtype: torch.dtype
+) -> Callable[[Tensor], Tensor]:
+    """The output layer as the engine should apply it."""
+    scale = _head_scale(roles)
+    if scale not in reader.names:
+        dense_VD = ends.head_VD.to(dtype)
+        return lambda x: functional.linear(x, dense_VD)
+    tensors = {"weight": ends.head_VD, "weight_scale": reader.read(scale)}
+    quantized, rounding = formats.unpack_head(tensors)
+    weight_VD = quantized.dequantize().to(dtype)
+    return lambda x: functional.linear(rounding.fake_quantize(x), weight_VD)
+
+
+def _head_scale(roles: LayerRoles) -> str:
+    return f"{roles.head}_scale"
 
 
 def nll_per_token(logits_TV: Tensor, tokens_T: Tensor) -> Tensor:
@@ -52,6 +70,19 @@ def kl_per_token(reference_TV: Tensor, logits_TV: Tensor) -> Tensor:
     return functional.kl_div(
         functional.log_softmax(logits_TV, dim=-1), reference, reduction="none", log_target=True
     ).sum(-1)
+
+
+def divergences(dense: Path, variants: Sequence[Path], sequences: Sequence[Tensor]) -> list[float]:
+    """KL(dense || variant) of each variant: mean over all tokens of the divergence of the next token's distribution.
+
+    All checkpoints are computed in float32, sequence by sequence side by side.
+    """
+    streams = [reference_logits(directory, sequences) for directory in (dense, *variants)]
+    found: list[list[Tensor]] = [[] for _ in variants]
+    for reference_TV, *others in zip(*streams, strict=True):
+        for per_variant, logits_TV in zip(found, others, strict=True):
+            per_variant.append(kl_per_token(reference_TV, logits_TV))
+    return [float(torch.cat(per_variant).double().mean()) for per_variant in found]
 
 
 def reference_block(block: Block, roles: LayerRoles, quantization: Mapping[str, Any] | None) -> tuple[Block, Linear]:
@@ -95,6 +126,6 @@ def reference_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
         dense, _ = reference_block(block, roles, config.get("quantization_config"))
         shapes.update({prefix + name: tuple(tensor.shape) for name, tensor in dense.items()})
     of_blocks = roles.block.partition("{index}")[0]
-    outside = [name for name in reader.names if not name.startswith(of_blocks)]
+    outside = [name for name in reader.names if not name.startswith(of_blocks) and name != _head_scale(roles)]
     shapes.update({name: tuple(reader.read(name).shape) for name in outside})
     return shapes

@@ -16,11 +16,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from compress import bnb, formats, gptq, prune, quantize
+from compress.budget import profile_sizes
 from compress.families import HALVES, Half, LayerRoles, head_dim_of, input_sizes
 from compress.forward import Block
 from compress.recipe import AnyStep, Prune, PruneDepth, Quantize
 from compress.stream import Stream
 from contracts.errors import UserError
+
+_SEARCH_SEQUENCES = 8
+"""Calibration sequences on which a search for the block to remove compares its candidates."""
 
 Detail = dict[str, Any]
 """What a step has to tell of one block; plain JSON."""
@@ -42,8 +46,12 @@ class BoundStep(Protocol):
         """The block as it is written, or None to leave it out, knowing the details of all blocks."""
         ...
 
-    def config(self, details: Sequence[Detail]) -> dict[str, Any]:
-        """The model's config.json after the step."""
+    def emit_outer(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
+        """What is written for a tensor outside the blocks, by full names."""
+        ...
+
+    def config(self, before: Mapping[str, Any], details: Sequence[Detail]) -> dict[str, Any]:
+        """The model's config.json after the step, given the one before it."""
         ...
 
     def describe(self, details: Sequence[Detail]) -> dict[str, Any]:
@@ -59,7 +67,7 @@ def bind(steps: Sequence[AnyStep], config: Mapping[str, Any], roles: LayerRoles,
         if isinstance(step, Prune):
             bound.extend(_prune_rounds(step, config, roles, seed))
         elif isinstance(step, PruneDepth):
-            bound.append(PruneDepthStep(step, config))
+            bound.extend(_prune_depth_rounds(step, config))
         else:
             bound.append(QuantizeStep(step, config, roles))
         config = bound[-1].planned_config  # type: ignore[attr-defined]
@@ -80,6 +88,16 @@ def _prune_rounds(step: Prune, config: Mapping[str, Any], roles: LayerRoles, see
         rounds.append(pruned)
         config = pruned.planned_config
     return rounds
+
+
+def _prune_depth_rounds(step: PruneDepth, config: Mapping[str, Any]) -> list[BoundStep]:
+    """One bound step, or one per block that is searched for."""
+    depth = config["num_hidden_layers"]
+    if step.num_blocks >= depth:
+        raise UserError("num_blocks", step.num_blocks, f"leaves none of {depth} blocks", "remove fewer")
+    if step.method == "influence":
+        return [PruneDepthStep(config, step.num_blocks)]
+    return [SearchDepthStep({**config, "num_hidden_layers": depth - number}, 1) for number in range(step.num_blocks)]
 
 
 def _between(first: int, last: int, share: float, multiple: int) -> int:
@@ -121,12 +139,13 @@ class PruneStep:
         self._after = {"mlp": num_neurons, "attention": num_kv}
         self.needs_data = step.method in prune.NEEDS_DATA
         self.wants_dense = self.needs_data and step.target == "dense"
-        self.planned_config = {
-            **config,
+        self._changes = {
             "intermediate_size": num_neurons,
             "num_key_value_heads": num_kv,
             "num_attention_heads": num_kv * self._num_q_per_kv,
+            "head_dim": self._head_dim,  # the hidden size no longer tells
         }
+        self.planned_config = {**config, **self._changes}
 
     def on_block(self, index: int, block: Block, stream: Stream | None, dense: Stream | None) -> tuple[Block, Detail]:
         details: Detail = {}
@@ -166,8 +185,11 @@ class PruneStep:
     def emit(self, index: int, block: Block, original: Callable[[], Block], details: Sequence[Detail]) -> Block | None:
         return block
 
-    def config(self, details: Sequence[Detail]) -> dict[str, Any]:
-        return self.planned_config
+    def emit_outer(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
+        return {name: tensor}
+
+    def config(self, before: Mapping[str, Any], details: Sequence[Detail]) -> dict[str, Any]:
+        return {**before, **self._changes}
 
     def describe(self, details: Sequence[Detail]) -> dict[str, Any]:
         return {
@@ -201,16 +223,14 @@ class PruneDepthStep:
     """Whole blocks out: those whose output is most like their input (block influence, arXiv 2403.03853 §3.1)."""
 
     name = "prune_depth"
+    method = "influence"
     needs_data = True
     wants_dense = False
 
-    def __init__(self, step: PruneDepth, config: Mapping[str, Any]) -> None:
-        depth = config["num_hidden_layers"]
-        if step.num_blocks >= depth:
-            raise UserError("num_blocks", step.num_blocks, f"leaves none of {depth} blocks", "remove fewer")
-        self._num_removed = step.num_blocks
-        self._config = config
-        self.planned_config = {**config, "num_hidden_layers": depth - step.num_blocks}
+    def __init__(self, config: Mapping[str, Any], num_removed: int) -> None:
+        self._num_removed = num_removed
+        self._depth = config["num_hidden_layers"]
+        self.planned_config = {**config, "num_hidden_layers": self._depth - num_removed}
 
     def on_block(self, index: int, block: Block, stream: Stream | None, dense: Stream | None) -> tuple[Block, Detail]:
         assert stream is not None
@@ -225,8 +245,11 @@ class PruneDepthStep:
     def emit(self, index: int, block: Block, original: Callable[[], Block], details: Sequence[Detail]) -> Block | None:
         return None if index in self._removed(details) else block
 
-    def config(self, details: Sequence[Detail]) -> dict[str, Any]:
-        config = dict(self.planned_config)
+    def emit_outer(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
+        return {name: tensor}
+
+    def config(self, before: Mapping[str, Any], details: Sequence[Detail]) -> dict[str, Any]:
+        config = {**before, "num_hidden_layers": self._depth - self._num_removed}
         if config.get("layer_types"):
             removed = self._removed(details)
             config["layer_types"] = [kind for i, kind in enumerate(config["layer_types"]) if i not in removed]
@@ -234,16 +257,119 @@ class PruneDepthStep:
 
     def describe(self, details: Sequence[Detail]) -> dict[str, Any]:
         return {
-            "method": "block influence",
-            "blocks_before": self._config["num_hidden_layers"],
-            "blocks_after": self.planned_config["num_hidden_layers"],
+            "method": self.method,
+            "blocks_before": self._depth,
+            "blocks_after": self._depth - self._num_removed,
             "removed_blocks": sorted(self._removed(details)),
             "per_block": list(details),
         }
 
     def _removed(self, details: Sequence[Detail]) -> set[int]:
-        ranked = sorted(range(len(details)), key=lambda index: (details[index]["influence"], index))
-        return set(ranked[: self._num_removed])
+        return _least(self._num_removed, [detail["influence"] for detail in details])
+
+
+class SearchDepthStep(PruneDepthStep):
+    """The one block out without which the last hidden states, normed, change least.
+
+    Every candidate, the model without one block, flows along as a branch of the stream, so a pass costs about half
+    as many block evaluations as the square of the depth, of the first few calibration sequences only.
+    """
+
+    method = "search"
+
+    def on_block(self, index: int, block: Block, stream: Stream | None, dense: Stream | None) -> tuple[Block, Detail]:
+        assert stream is not None
+        branches = [stream.branch(f"without-{removed:05d}", _SEARCH_SEQUENCES) for removed in range(index + 1)]
+        for half in HALVES:
+            stream.pass_half(half, block)
+        for branch in branches[:-1]:
+            for half in HALVES:
+                branch.pass_half(half, block)
+        branches[-1].pass_over(stream)
+        if index < self._depth - 1:
+            return block, {}
+        return block, {"error_without": [_normed_distance(stream, branch) for branch in branches]}
+
+    def _removed(self, details: Sequence[Detail]) -> set[int]:
+        return _least(self._num_removed, details[-1]["error_without"])
+
+
+def _least(count: int, values: Sequence[float]) -> set[int]:
+    """Indices of the smallest values; of equal ones the lower index."""
+    return set(sorted(range(len(values)), key=lambda index: (values[index], index))[:count])
+
+
+def _normed_distance(stream: Stream, other: Stream) -> float:
+    """Mean squared difference of the hidden states after the block, each state scaled to a root mean square of 1.
+
+    Over the sequences that `other` has, which may be the first ones only.
+    """
+    total, count = 0.0, 0
+    for two_BTD, one_BTD in zip(other.results(), stream.results(), strict=False):
+        one_BTD, two_BTD = (
+            functional.rms_norm(state.float(), state.shape[-1:]) for state in (one_BTD[: len(two_BTD)], two_BTD)
+        )
+        total += float((one_BTD - two_BTD).square().sum(dtype=torch.float64))
+        count += one_BTD.numel()
+    return total / count
+
+
+class ProfileStep:
+    """Changes nothing, and writes no blocks: its details hold every block's error curves."""
+
+    name = "profile"
+    needs_data = True
+    wants_dense = False
+
+    def __init__(self, step: Prune, config: Mapping[str, Any], roles: LayerRoles) -> None:
+        self._roles, self._damping = roles, step.damping
+        self._sizes = profile_sizes(config)
+        num_q_per_kv = config["num_attention_heads"] // config["num_key_value_heads"]
+        self._group_size: dict[Half, int] = {"mlp": 1, "attention": num_q_per_kv * head_dim_of(config)}
+
+    def on_block(self, index: int, block: Block, stream: Stream | None, dense: Stream | None) -> tuple[Block, Detail]:
+        assert stream is not None
+        losses: dict[Half, list[float]] = {}
+        for half in HALVES:
+            layer = self._roles.consumer(half)
+            gram_II = stream.consumer_gram(half, block, f"block {index} {layer}").mean().double()
+            problem = prune.PruneProblem(
+                weight_OI=block[f"{layer}.weight"].double(),
+                gram_II=gram_II,
+                target_IO=None,
+                group_size=self._group_size[half],
+                damping=self._damping,
+            )
+            losses[half] = prune.loss_curve(problem, self._sizes[half])
+            stream.skip(half, block)
+        change, weakness = _relative_change(stream)
+        curves: Detail = {
+            half: [[size, loss * weakness] for size, loss in zip(self._sizes[half], losses[half], strict=True)]
+            for half in HALVES
+        }
+        return {}, {**curves, "without": change}
+
+    def emit(self, index: int, block: Block, original: Callable[[], Block], details: Sequence[Detail]) -> Block | None:
+        return None
+
+    def emit_outer(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
+        return {name: tensor}
+
+    def config(self, before: Mapping[str, Any], details: Sequence[Detail]) -> dict[str, Any]:
+        return dict(before)
+
+    def describe(self, details: Sequence[Detail]) -> dict[str, Any]:
+        return {"per_block": list(details)}
+
+
+def _relative_change(stream: Stream) -> tuple[float, float]:
+    """Of all tokens the mean of ‖after - before‖² / ‖after‖² for the block, and the mean of 1 / ‖after‖²."""
+    changes, weaknesses = [], []
+    for before_BTD, after_BTD in stream.changes():
+        weakness_BT = 1 / after_BTD.float().square().sum(-1).clamp_(min=1e-12)
+        changes.append(((after_BTD.float() - before_BTD.float()).square().sum(-1) * weakness_BT).flatten())
+        weaknesses.append(weakness_BT.flatten())
+    return float(torch.cat(changes).mean()), float(torch.cat(weaknesses).mean())
 
 
 class QuantizeStep:
@@ -273,6 +399,7 @@ class QuantizeStep:
         if step.keep_worst >= fused:
             raise UserError("keep_worst", step.keep_worst, f"keeps all {fused} fused layers", "keep fewer")
         self.planned_config = dict(config)
+        self._is_tied = bool(config.get("tie_word_embeddings", False))
 
     def on_block(self, index: int, block: Block, stream: Stream | None, dense: Stream | None) -> tuple[Block, Detail]:
         packed = dict(block)
@@ -313,21 +440,37 @@ class QuantizeStep:
                     restored[f"{layer}.weight"] = (weight_OI.float() * scale_I).to(weight_OI.dtype)
         return restored
 
-    def config(self, details: Sequence[Detail]) -> dict[str, Any]:
+    def emit_outer(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
+        if self._step.head == "dense":
+            return {name: tensor}
+        head, embedding = self._roles.head, self._roles.embedding
+        if name == head and self._is_tied:
+            return {}
+        if name == head or (name == embedding and self._is_tied):
+            stem = head.removesuffix("weight")
+            packed = {stem + suffix: values for suffix, values in formats.pack_head(tensor).items()}
+            return packed if name == head else {name: tensor, **packed}
+        return {name: tensor}
+
+    def config(self, before: Mapping[str, Any], details: Sequence[Detail]) -> dict[str, Any]:
         kept = [
             self._roles.block.format(index=index) + layer for index, layers in self._kept(details) for layer in layers
         ]
-        ignored = ["lm_head", *kept]
+        int8_head = self._step.head == "int8"
+        ignored = kept if int8_head else [formats.HEAD_TARGET, *kept]
         if self._is_bnb:
             described = bnb.quantization_config(self._bnb_format, ignored)
         else:
-            described = formats.quantization_config(self._step.format, self._grid, ignored)
-        return {**self.planned_config, "quantization_config": described}
+            described = formats.quantization_config(self._step.format, self._grid, ignored, int8_head)
+        untied = {"tie_word_embeddings": False} if int8_head else {}
+        return {**before, **untied, "quantization_config": described}
 
     def describe(self, details: Sequence[Detail]) -> dict[str, Any]:
         described: dict[str, Any] = {"format": self._step.format, "method": self._step.method}
         if not self._is_bnb:
             described |= {"symmetric": self._grid.symmetric, "group_size": self._grid.group_size}
+        if self._step.head != "dense":
+            described["head"] = self._step.head
         if self._note:
             described["fallback"] = self._note
         kept = self._kept(details)

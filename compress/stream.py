@@ -31,6 +31,7 @@ class Stream:
         self._shape = (tokens_NT.shape[0], tokens_NT.shape[1])
         self._batch = max(1, _TOKENS_AT_ONCE // tokens_NT.shape[1])
         self._inner: ActivationFile | None = None
+        self._branches: list[Stream] = []
 
     @torch.inference_mode()
     def embed(self, embedding_VD: Tensor) -> None:
@@ -43,11 +44,30 @@ class Stream:
         """Stand before block `index`, whose hidden states an earlier `advance` or `embed` left on disk."""
         self._before = self._states(index, hidden_size)
         self._after = self._states(index + 1, hidden_size)
-        self._width = hidden_size
+        self._width, self._index = hidden_size, index
+        self._branches = []
 
     def leave(self) -> None:
-        """Forget the hidden states before the block, once those after it are safe."""
-        self._before.delete()
+        """Forget the hidden states before the block, of branches too, once those after it are safe."""
+        for stream in (self, *self._branches):
+            stream._before.delete()
+
+    def branch(self, name: str, num_sequences: int) -> Stream:
+        """A stream of its own that stands before the same block: of a model that differs in an earlier block.
+
+        It has the first `num_sequences` only. A new branch begins with `pass_over`; one that has been there before
+        goes on where it stood.
+        """
+        branch = Stream(self.decoder, self._folder, self.tokens_NT[:num_sequences], name)
+        branch.enter(self._index, self._width)
+        self._branches.append(branch)
+        return branch
+
+    def pass_over(self, stream: Stream) -> None:
+        """Stand after the block with the hidden states that `stream` has before it: leave the block out."""
+        for first in range(0, len(self.tokens_NT), self._batch):
+            count = min(self._batch, len(self.tokens_NT) - first)
+            self._after.write(first, stream._before.read(first, count))
 
     def producer_gram(self, half: Half, block: Mapping[str, Tensor], layer: str, wants_peak: bool = False) -> Gram:
         """Gram of what the half's producers read; `layer` names them in an error."""
@@ -110,6 +130,11 @@ class Stream:
         """Hidden states before and after the block, batch by batch."""
         for first, before_BTD in self._before.batches(self._batch):
             yield before_BTD, self._after.read(first, self._batch)
+
+    def results(self) -> Iterator[Tensor]:
+        """Hidden states after the block, batch by batch."""
+        for _, after_BTD in self._after.batches(self._batch):
+            yield after_BTD
 
     def _residual(self, half: Half) -> Iterator[tuple[int, Tensor]]:
         states = self._before if half == "attention" else self._after

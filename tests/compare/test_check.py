@@ -33,6 +33,7 @@ FAMILIES: dict[str, PreTrainedConfig] = {
     "qwen2-bias": Qwen2Config(**_SIZES, **_GQA, tie_word_embeddings=True),
     "qwen3-head-dim": Qwen3Config(**_SIZES, **_GQA),
 }
+INT8_HEADS = [(family, recipe) for family in ("llama-tied-gqa", "llama-untied-mha") for recipe in ("w8a8", "w4a16")]
 REFUSED = {("mistral", "nf4"): "'96' are no multiple of 64"}
 """What bitsandbytes would decode wrongly; the other formats take these sizes."""
 PROMPTS = [torch.randint(0, 331, (length,), generator=torch.Generator().manual_seed(length)) for length in (40, 23)]
@@ -66,6 +67,10 @@ def built(tmp_path_factory: pytest.TempPathFactory, smollm2: Path) -> dict[tuple
                     build_variant(family, folder / family, name, recipe, target)
                 continue
             variants[family, name] = build_variant(family, folder / family, name, recipe, target)
+    for family, name in INT8_HEADS:
+        _, recipe = load_recipe(name, ["quantize.head=int8", "quantize.method=rtn", "quantize.scales=minmax"])
+        target = folder / f"{family}-{name}-head"
+        variants[family, f"{name}-head"] = build_variant(family, folder / family, name, recipe, target)
     return variants
 
 
@@ -92,6 +97,14 @@ def test_a_good_variant_passes(built: dict[tuple[str, str], Path]) -> None:
     findings = list(check_variant(built["llama-tied-gqa", "prune25-w8a8"]))
     assert [finding.what for finding in findings] == ["shapes", "plain torch", "transformers", "vLLM", "greedy text"]
     assert all(finding.passed for finding in findings), findings
+
+
+@pytest.mark.parametrize(("family", "recipe"), INT8_HEADS)
+def test_an_int8_head_passes_what_needs_no_engine(built: dict[tuple[str, str], Path], family: str, recipe: str) -> None:
+    findings = check_variant(built[family, f"{recipe}-head"])
+    for what in ("shapes", "plain torch", "transformers"):
+        finding = next(findings)
+        assert (finding.what, finding.passed) == (what, True), finding
 
 
 def test_a_shape_that_is_not_the_configs_is_named(built: dict[tuple[str, str], Path], tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from compress import build as build_module
 from compress import checkpoint
 from compress.build import build_variant
 from compress.prune import choose_kept, peak_magnitude
-from compress.recipe import AnyStep, Calibrate, Prune, PruneDepth, Quantize, Recipe
+from compress.recipe import AnyStep, Calibrate, Keep, Prune, PruneDepth, Quantize, Recipe
 from compress.reference import kl_per_token, reference_logits
 from contracts.errors import UserError
 from contracts.storage import write_atomically
@@ -279,6 +279,96 @@ def test_the_least_influential_blocks_go_and_the_others_close_up(tiny: TinyModel
     after = load_file(variant / "model.safetensors")
     assert torch.equal(after["model.layers.1.mlp.up_proj.weight"], tensors["model.layers.2.mlp.up_proj.weight"])
     assert AutoModelForCausalLM.from_pretrained(variant).config.num_hidden_layers == 2
+
+
+def test_a_search_removes_the_blocks_without_which_the_output_changes_least(tiny: TinyModel, tmp_path: Path) -> None:
+    step = PruneDepth(step="prune_depth", num_blocks=2, method="search")
+    variant = build_on_data(tiny, step, target=tmp_path / "variant")
+    manifest = read_manifest(variant)
+    assert manifest is not None
+    assert [done.name for done in manifest.steps] == ["prune_depth", "prune_depth", "write"]
+    lines = Path(ids_file(tmp_path)).read_text().splitlines()
+    tokens_NT = torch.tensor([json.loads(line)["input_ids"] for line in lines])
+    layers = list(tiny.model.model.layers)
+    for done in manifest.steps[:2]:
+
+        def last_states(kept: list[torch.nn.Module]) -> torch.Tensor:
+            # A norm without a weight scales every state to a root mean square of 1.
+            tiny.model.model.layers = torch.nn.ModuleList(kept)
+            tiny.model.model.norm.weight.data.fill_(1)
+            return tiny.model.model(tokens_NT, use_cache=False).last_hidden_state
+
+        with torch.no_grad():
+            whole = last_states(layers)
+            change = [
+                float((last_states(layers[:index] + layers[index + 1 :]) - whole).square().mean())
+                for index in range(len(layers))
+            ]
+        found = done.detail["per_block"][-1]["error_without"]
+        torch.testing.assert_close(found, change, atol=1e-4, rtol=1e-3)
+        assert done.detail["removed_blocks"] == [change.index(min(change))]
+        del layers[change.index(min(change))]
+
+
+def test_an_interrupted_search_goes_on_with_the_same_errors(
+    tiny_llama: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = PruneDepth(step="prune_depth", num_blocks=1, method="search")
+    left = [2]
+
+    def save_or_stop(*arguments: Any) -> None:
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        save_file(*arguments)
+
+    monkeypatch.setattr(build_module, "save_file", save_or_stop)
+    with pytest.raises(KeyboardInterrupt):
+        build_on_data(tiny_llama, step, target=tmp_path / "variant")
+    left[0] = 100
+    resumed = read_manifest(build_on_data(tiny_llama, step, target=tmp_path / "variant"))
+    whole = read_manifest(build_on_data(tiny_llama, step, target=tmp_path / "whole"))
+    assert resumed is not None
+    assert whole is not None
+    assert resumed.steps[0].detail == whole.steps[0].detail
+
+
+@pytest.mark.parametrize("keep", [{"parameters": 0.8}, {"bytes": 0.4}, {"speedup": 1.1}])
+def test_a_budget_is_met_by_the_finalist_nearest_to_the_dense_model(
+    tiny: TinyModel, tmp_path: Path, keep: dict[str, float]
+) -> None:
+    prune = Prune(step="prune", keep=Keep(**keep), multiple=4)
+    quantize = (QUANTIZE,) if "bytes" in keep else ()
+    variant = build_on_data(tiny, prune, *quantize, target=tmp_path / "variant")
+    manifest = read_manifest(variant)
+    assert manifest is not None
+    fit = manifest.steps[0]
+    assert fit.name == "fit_budget"
+    finalists = fit.detail["finalists"]
+    fitting = [one for one in finalists if one["cost"] <= 1.03 * fit.detail["limit"]] or finalists
+    best = min(fitting, key=lambda one: one["kl"])
+    assert fit.detail["chosen"] == {key: best[key] for key in ("width", "kv_groups", "depth")}
+    config = json.loads((variant / "config.json").read_text())
+    assert config["intermediate_size"] == best["width"]
+    assert config["num_key_value_heads"] == best["kv_groups"]
+    assert config["num_hidden_layers"] == best["depth"]
+    dense = tiny.model.num_parameters()
+    if "parameters" in keep:
+        assert manifest.num_parameters <= 0.8 * dense
+        assert AutoModelForCausalLM.from_pretrained(variant).num_parameters() == manifest.num_parameters
+    if "bytes" in keep:
+        stored = sum(file.stat().st_size for file in variant.glob("*.safetensors"))
+        assert stored <= 0.4 * 4 * dense  # the tiny models are stored as float32
+    own = next(iter(reference_logits(variant, [INPUT_IDS[0]])))
+    assert bool(torch.isfinite(own).all())
+
+
+def test_a_budget_out_of_reach_and_one_that_is_met_already_are_refused(tiny_llama: TinyModel, tmp_path: Path) -> None:
+    for share, problem in ((0.01, "out of reach"), (1.0, "met by the model as it is")):
+        prune = Prune(step="prune", keep=Keep(parameters=share), multiple=4)
+        with pytest.raises(UserError, match=f"keep: 'parameters = .*{problem}"):
+            build_on_data(tiny_llama, prune, target=tmp_path / "variant")
+    assert not list(tmp_path.glob(".variant*"))
 
 
 def test_the_worst_layers_stay_as_they_were(tiny_llama: TinyModel, tmp_path: Path) -> None:

@@ -16,8 +16,10 @@ import torch
 from transformers import LlamaConfig
 
 from compress.build import build_variant
-from compress.recipe import Calibrate, Prune, Quantize, Recipe
+from compress.recipe import Calibrate, Prune, Quantize, Recipe, load_recipe
 from contracts.errors import UserError
+from contracts.model import weight_files
+from contracts.storage import sha256_of_files
 
 from .conftest import TinyModel, make_tiny
 
@@ -49,10 +51,9 @@ method = "gptq"
 FORKING = """
 import os, signal, sys
 from pathlib import Path
-import torch, transformers.models.llama.modeling_llama
-from compress import build, formats
+import torch, transformers.models.llama.modeling_llama  # what every child would import
+from compress import build
 from compress.recipe import load_recipe
-formats.quantization_config("w8a8", formats.make_grid("w8a8"), [])  # imports what every child would
 model, recipe, target, *lives = sys.argv[1:]
 name, loaded = load_recipe(recipe)
 saved = build.save_file
@@ -123,6 +124,27 @@ def test_a_disk_that_fills_up_is_one_clear_line_and_no_variant(run_cli: RunCli, 
     assert "could not be written" in done.stderr.splitlines()[-1]
     assert "free some disk space" in done.stderr.splitlines()[-1]
     assert not target.exists()
+
+
+def test_a_full_file_system_gives_one_error_and_goes_on_when_there_is_room(
+    deep: TinyModel, recipe_file: Path, tmp_path: Path
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", str(disk)], capture_output=True)
+    if mount.returncode:
+        pytest.skip("this machine lets no test mount a small file system")
+    try:
+        _, recipe = load_recipe(str(recipe_file))
+        with pytest.raises(UserError, match="could not be written .* free some disk space"):
+            build_variant("tiny", deep.directory, "own", recipe, disk / "variant")
+        assert not (disk / "variant").exists()
+        subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
+        again = build_variant("tiny", deep.directory, "own", recipe, disk / "variant")
+        whole = build_variant("tiny", deep.directory, "own", recipe, tmp_path / "whole")
+        assert sha256_of_files(weight_files(again)) == sha256_of_files(weight_files(whole))
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_two_builds_of_one_target_do_not_meet(deep: TinyModel, tmp_path: Path) -> None:

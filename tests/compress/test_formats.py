@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from compressed_tensors.compressors.base import BaseCompressor
-from compressed_tensors.quantization import QuantizationConfig
+from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme, preset_name_to_scheme
 from torch import Tensor
 
 from compress.formats import (
@@ -57,6 +57,48 @@ def test_layers_are_written_as_the_librarys_compressor_writes_them(
     for suffix, tensor in expected.items():
         assert packed[suffix].dtype == tensor.dtype, suffix
         assert torch.equal(packed[suffix].float(), tensor.float()), suffix
+
+
+PRESETS = {"w8a8": "W8A8", "w4a16": "W4A16", "fp8": "FP8_DYNAMIC"}
+
+
+def preset(name: str, targets: list[str], **changes: Any) -> QuantizationScheme:
+    """The library's own scheme, with other weights where they are named."""
+    scheme = preset_name_to_scheme(PRESETS[name], targets)
+    scheme.weights = type(scheme.weights).model_validate({**scheme.weights.model_dump(), **changes})
+    scheme.format = FORMATS[name].layout
+    return scheme
+
+
+def described_alike(ours: QuantizationScheme, theirs: QuantizationScheme) -> bool:
+    """Whether two schemes say the same of the numbers in a file; how a scale was observed is not in it."""
+
+    def said(scheme: QuantizationScheme) -> dict[str, Any]:
+        plain: dict[str, Any] = scheme.model_dump(mode="json")
+        for part in ("weights", "input_activations"):
+            if plain[part]:
+                plain[part] = {key: value for key, value in plain[part].items() if not key.startswith("observer")}
+        return plain
+
+    return said(ours) == said(theirs)
+
+
+@pytest.mark.parametrize(("name", "symmetric", "group"), sorted({case[:3] for case in CASES}, key=str))
+def test_the_config_says_what_the_librarys_preset_says(name: str, symmetric: bool, group: int | None) -> None:
+    config = QuantizationConfig.model_validate(quantization_config(name, make_grid(name, symmetric, group), ["a"]))
+    strategy = "channel" if group is None else "group"
+    expected = preset(name, ["Linear"], symmetric=symmetric, group_size=group, strategy=strategy)
+    assert described_alike(config.config_groups["group_0"], expected)
+    assert (config.ignore, config.format, list(config.config_groups)) == (["a"], FORMATS[name].layout, ["group_0"])
+
+
+@pytest.mark.parametrize(("name", "layout"), [("w8a8", "int-quantized"), ("w4a16", "mixed-precision")])
+def test_an_int8_head_is_a_group_of_its_own(name: str, layout: str) -> None:
+    described = quantization_config(name, make_grid(name), [], int8_head=True)
+    config = QuantizationConfig.model_validate(described)
+    assert config.format == layout
+    assert described_alike(config.config_groups["group_1"], preset("w8a8", ["lm_head"]))
+    assert read_scheme(described) == (make_grid(name), FORMATS[name].activations)
 
 
 @pytest.mark.parametrize(("name", "symmetric", "group", "shape"), CASES)
@@ -116,7 +158,7 @@ def changed(name: str, *path: str, value: Any) -> dict[str, Any]:
         (changed("fp8", "config_groups", "group_0", "input_activations", value=None), "input_activations"),
         (changed("fp8", "config_groups", "group_0", "weights", "strategy", value="block"), "strategy"),
         (changed("w8a8", "config_groups", "group_0", "weights", "num_bits", value=4), "not a format"),
-        (changed("w8a8", "format", value="nvfp4-pack-quantized"), "not a format"),
+        (changed("w8a8", "config_groups", "group_0", "format", value="nvfp4-pack-quantized"), "not a format"),
     ],
 )
 def test_what_would_be_read_wrongly_is_refused(config: dict[str, Any], problem: str) -> None:

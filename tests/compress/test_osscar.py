@@ -143,7 +143,6 @@ def test_greedy_removal_takes_the_cheapest_group_each_time() -> None:
 
 
 def test_features_go_in_batches_that_end_at_the_right_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(osscar, "_NUM_ROUNDS", 4)
     gram_II, weight_OI = make_layer(5, 31, 3)
     tableau = make_tableau(gram_II, weight_OI, 1)
     lowest = torch.sort(tableau.changes()).indices[:5]
@@ -155,7 +154,7 @@ def test_features_go_in_batches_that_end_at_the_right_number(monkeypatch: pytest
         exchange(groups)
 
     monkeypatch.setattr(tableau, "exchange", exchange_and_count)
-    remove_greedily(tableau, 31 - 18)
+    remove_greedily(tableau, 31 - 18, num_rounds=4)
     assert sizes == [5, 5, 5, 3]
     assert set(lowest.tolist()) <= set(tableau.removed.tolist())
 

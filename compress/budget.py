@@ -1,0 +1,235 @@
+"""Pruning to a budget: which width, KV groups and depth meet it at the least output error.
+
+A pass over the model (`ProfileStep`) gives every block's error curves: OSSCAR's loss at a few widths of the MLP and at
+each number of KV groups, and what leaving the block out would change, all relative to the hidden states that they
+disturb. Their sums rank every shape that just meets the budget; the best few are then built and measured
+(`build.py`), since errors of many blocks do not simply add up.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from compress.families import HALVES, Half, LayerRoles, head_dim_of
+from compress.formats import bytes_per_weight
+from compress.forward import Block, Decoder, dense_linear
+from compress.recipe import AnyStep, Keep, Prune, PruneDepth, Quantize
+from contracts.errors import UserError
+
+NUM_FINALISTS = 3
+_NUM_WIDTHS = 13
+_LEAST_SHARE = 0.25
+"""Of the MLP's width and, twice that, of the depth: less than this is no pruning of the same model any more."""
+_DENSE_BYTES = 2.0
+"""Of a weight in bf16."""
+_TIMED_TOKENS = 512
+_NUM_TIMINGS = 5
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a model that pruning changes."""
+
+    width: int
+    """Neurons of each MLP."""
+    kv_groups: int
+    """KV heads of each attention, each with its query heads."""
+    depth: int
+    """Decoder blocks."""
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Shape:
+        return cls(config["intermediate_size"], config["num_key_value_heads"], config["num_hidden_layers"])
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A shape that meets the budget."""
+
+    shape: Shape
+    estimated_error: float
+
+    def steps(self, step: Prune, dense: Shape) -> list[AnyStep]:
+        """The steps of a recipe that prune the model to this shape, as `step` wants it done: depth first."""
+        steps: list[AnyStep] = []
+        if self.shape.depth < dense.depth:
+            steps.append(PruneDepth(step="prune_depth", num_blocks=dense.depth - self.shape.depth))
+        if (self.shape.width, self.shape.kv_groups) != (dense.width, dense.kv_groups):
+            removed = {
+                "keep": None,
+                "mlp_remove_frac": 1 - self.shape.width / dense.width,
+                "kv_remove_frac": 1 - self.shape.kv_groups / dense.kv_groups,
+            }
+            steps.append(step.model_copy(update=removed))
+        return steps
+
+
+class Budget:
+    """What `keep` allows, for one model."""
+
+    def __init__(
+        self,
+        keep: Keep,
+        config: Mapping[str, Any],
+        roles: LayerRoles,
+        num_parameters: int,
+        quantization: Quantize | None,
+    ) -> None:
+        self.dense = Shape.of(config)
+        self._keep, self._config = keep, config
+        self._timer = BlockTimer(config, roles) if keep.speedup is not None else None
+        self._outside = num_parameters - _block_weights(config, self.dense) * self.dense.depth
+        self._unit, self._unit_in_blocks = 1.0, 1.0
+        if keep.bytes is not None:
+            self._unit = self._unit_in_blocks = _DENSE_BYTES
+            if quantization is not None:
+                self._unit_in_blocks = bytes_per_weight(quantization.format, quantization.group_size)
+        if keep.speedup is not None:
+            self.limit = 1 / keep.speedup
+        else:
+            asked = keep.parameters if keep.parameters is not None else keep.bytes
+            assert asked is not None
+            self.limit = asked if asked > 1 else asked * self._unit * num_parameters
+
+    def cost(self, shape: Shape) -> float:
+        """Parameters, bytes, or seconds over the dense model's seconds."""
+        if self._timer is not None:
+            return self._timer.relative_seconds(shape)
+        in_blocks = _block_weights(self._config, shape) * shape.depth
+        return self._outside * self._unit + in_blocks * self._unit_in_blocks
+
+    def shapes(self, multiple: int) -> list[Shape]:
+        """For every depth and number of KV groups the widest MLP, a multiple of `multiple`, that the budget allows.
+
+        Raises UserError where the dense model meets the budget as it is, and where nothing does.
+        """
+        dense = self.dense
+        if self.cost(dense) <= self.limit:
+            raise UserError("keep", self._asked, "is met by the model as it is", "ask for less, or leave the step out")
+        narrowest = max(multiple, round(dense.width * _LEAST_SHARE / multiple) * multiple)
+        widths = [dense.width, *range((dense.width - 1) // multiple * multiple, narrowest - 1, -multiple)]
+        found = []
+        for depth in range(dense.depth, int(dense.depth * 2 * _LEAST_SHARE), -1):
+            for kv_groups in range(dense.kv_groups, 0, -1):
+                fitting = (Shape(width, kv_groups, depth) for width in widths)
+                shape = next((shape for shape in fitting if self.cost(shape) <= self.limit), None)
+                if shape is not None:
+                    found.append(shape)
+        if not found:
+            least = Shape(narrowest, 1, int(dense.depth * 2 * _LEAST_SHARE) + 1)
+            reached = f"{self.cost(dense) / self.cost(least):.2f}x smaller than the dense model"
+            raise UserError("keep", self._asked, f"is out of reach: the least is {reached}", "keep more")
+        return found
+
+    def measure(self, shape: Shape) -> float:
+        """The cost of one shape, timed anew and not interpolated where it is a time."""
+        if self._timer is None:
+            return self.cost(shape)
+        seconds: list[float] = self._timer.seconds([self.dense, shape])
+        return seconds[1] / seconds[0] * shape.depth / self.dense.depth
+
+    @property
+    def _asked(self) -> str:
+        return ", ".join(f"{name} = {value:g}" for name, value in self._keep if value is not None)
+
+
+def rank(shapes: Sequence[Shape], dense: Shape, curves: Sequence[Mapping[str, Any]]) -> list[Candidate]:
+    """All shapes with their estimated errors, the least first; `curves` are each block's details of `ProfileStep`."""
+    influence = [block["without"] for block in curves]
+    by_influence = sorted(range(len(curves)), key=lambda index: (influence[index], index))
+    candidates = []
+    for shape in shapes:
+        removed = set(by_influence[: dense.depth - shape.depth])
+        error = sum(influence[index] for index in removed)
+        for index, block in enumerate(curves):
+            if index not in removed:
+                error += _interpolate(block["mlp"], shape.width) + _interpolate(block["attention"], shape.kv_groups)
+        candidates.append(Candidate(shape, error))
+    return sorted(candidates, key=lambda candidate: candidate.estimated_error)
+
+
+def profile_sizes(config: Mapping[str, Any]) -> dict[Half, list[int]]:
+    """At which sizes of a half the error curves are taken, falling from the dense one."""
+    dense = Shape.of(config)
+    widths = {round(dense.width * (1 - (1 - _LEAST_SHARE) * i / (_NUM_WIDTHS - 1))) for i in range(_NUM_WIDTHS)}
+    return {"mlp": sorted(widths, reverse=True), "attention": list(range(dense.kv_groups, 0, -1))}
+
+
+class BlockTimer:
+    """Seconds of the decoder blocks of a shape over those of the dense model, measured in plain torch on this machine.
+
+    One block of random bf16 weights reads 512 tokens; widths between the measured ones are interpolated. Embedding
+    and head, which pruning leaves alone, are not in it.
+    """
+
+    def __init__(self, config: Mapping[str, Any], roles: LayerRoles) -> None:
+        self._config, self._roles, self._dense = config, roles, Shape.of(config)
+        self._decoder = Decoder(config, roles, _TIMED_TOKENS, torch.bfloat16)
+        self._curves: dict[int, list[list[float]]] = {}
+
+    def relative_seconds(self, shape: Shape) -> float:
+        """Of all blocks, from curves that are measured when first asked for."""
+        dense = self._dense
+        if shape.kv_groups not in self._curves:
+            widths = [dense.width, dense.width // 2, int(dense.width * _LEAST_SHARE)]
+            shapes = [dense, *(Shape(width, shape.kv_groups, 1) for width in widths)]
+            seconds = self.seconds(shapes)
+            self._curves[shape.kv_groups] = [
+                [width, measured / seconds[0]] for width, measured in zip(widths, seconds[1:], strict=True)
+            ]
+        per_block: float = _interpolate(self._curves[shape.kv_groups], shape.width)
+        return per_block * shape.depth / dense.depth
+
+    @torch.inference_mode()
+    def seconds(self, shapes: Sequence[Shape]) -> list[float]:
+        """Median seconds of one block of each shape, taken in turn."""
+        head_dim, hidden = head_dim_of(self._config), self._config["hidden_size"]
+        per_group = self._config["num_attention_heads"] // self._dense.kv_groups * head_dim
+        x_1TD = torch.randn(1, _TIMED_TOKENS, hidden, dtype=torch.bfloat16)
+        blocks = [self._random_block(shape, hidden, head_dim, per_group) for shape in shapes]
+        taken: list[list[float]] = [[] for _ in shapes]
+        for number in range(_NUM_TIMINGS + 1):
+            for block, times in zip(blocks, taken, strict=True):
+                start = time.perf_counter()
+                self._decoder.block(block, dense_linear(block), x_1TD)
+                if number:  # the first round warms up
+                    times.append(time.perf_counter() - start)
+        return [statistics.median(times) for times in taken]
+
+    def _random_block(self, shape: Shape, hidden: int, head_dim: int, per_group: int) -> Block:
+        roles = self._roles
+        queries, keys = shape.kv_groups * per_group, shape.kv_groups * head_dim
+        sizes = {
+            roles.query: (queries, hidden),
+            roles.key: (keys, hidden),
+            roles.value: (keys, hidden),
+            roles.attention_consumer: (hidden, queries),
+            roles.gate: (shape.width, hidden),
+            roles.up: (shape.width, hidden),
+            roles.mlp_consumer: (hidden, shape.width),
+        }
+        block = {f"{layer}.weight": torch.randn(size).mul_(0.02).bfloat16() for layer, size in sizes.items()}
+        norms = {f"{roles.norm(half)}.weight": torch.ones(hidden, dtype=torch.bfloat16) for half in HALVES}
+        return block | norms
+
+
+def _block_weights(config: Mapping[str, Any], shape: Shape) -> int:
+    """Weights of a block's linear layers."""
+    hidden, head_dim = config["hidden_size"], head_dim_of(config)
+    queries = config["num_attention_heads"] // config["num_key_value_heads"] * shape.kv_groups * head_dim
+    return int(hidden * (2 * queries + 2 * shape.kv_groups * head_dim + 3 * shape.width))
+
+
+def _interpolate(points: Sequence[Sequence[float]], at: int) -> float:
+    """Straight lines between `[x, y]` points of falling x; flat beyond the last."""
+    for (right, high), (left, low) in pairwise(points):
+        if left <= at <= right:
+            return high + (low - high) * (right - at) / (right - left)
+    return points[0][1] if at > points[0][0] else points[-1][1]
