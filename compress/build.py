@@ -35,7 +35,7 @@ from compress.stream import Stream
 from contracts.errors import UserError
 from contracts.model import count_parameters, model_hash, model_name, weight_files
 from contracts.progress import progress, say
-from contracts.storage import atomic_directory, cache_dir, sha256_of_files, write_atomically
+from contracts.storage import atomic_directory, cache_dir, sha256_of_files, write_atomically, write_remedy
 from contracts.variant import MANIFEST_FILE, Manifest, Source, Step, disk_bytes, read_manifest, write_manifest
 
 _JUDGED_SEQUENCES = 8
@@ -88,7 +88,7 @@ def build_variant(
     if target is None:
         target = cache_dir("variants") / f"{name}-{key}"
     if target.exists():
-        return _reuse(target, base, resolved)
+        return _reuse(target, base, resolved, source_hash)
 
     try:
         with _work_folder(target, key) as work:
@@ -113,7 +113,7 @@ def build_variant(
                     steps=done,
                     num_parameters=builder.num_parameters,
                     calibration_sha256=calibration.sha256 if calibration else None,
-                    calibration=calibration.detail if calibration else {},
+                    calibration={**calibration.detail, "source_sha256": source_hash} if calibration else {},
                     seed=recipe.calibration.seed,
                     peak_rss_bytes=_peak_rss_bytes(),
                 )
@@ -123,7 +123,7 @@ def build_variant(
             "output directory",
             target,
             f"could not be written ({getattr(error, 'strerror', None) or error})",
-            "free some disk space and run the same command again: it resumes at the last finished block",
+            f"{write_remedy(error)} and run the same command again: it resumes at the last finished block",
         ) from error
     say(f"built {name}: {disk_bytes(target) / 2**20:.0f} MiB in {manifest.build_s:.1f} s at {target}")
     return target
@@ -367,9 +367,14 @@ def _base_of(model: str, directory: Path) -> Source:
     return Source(model=model, sha256=model_hash(directory), note=note)
 
 
-def _reuse(target: Path, base: Source, resolved: dict[str, Any]) -> Path:
+def _reuse(target: Path, base: Source, resolved: dict[str, Any], source_hash: str) -> Path:
     manifest = read_manifest(target) if target.is_dir() else None
-    if manifest and manifest.base.sha256 == base.sha256 and manifest.resolved_recipe == resolved:
+    made_of = (base.sha256, resolved, source_hash)
+    if manifest and made_of == (
+        manifest.base.sha256,
+        manifest.resolved_recipe,
+        manifest.calibration.get("source_sha256", ""),
+    ):
         say(f"variant {manifest.name}: reused, built earlier at {target}")
         return target
     raise UserError("output directory", target, "exists and holds something else", "name another, or delete it")

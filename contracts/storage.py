@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
@@ -10,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from contracts.errors import UserError
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def cache_dir(kind: str) -> Path:
@@ -62,7 +65,7 @@ def atomic_directory(target: Path) -> Iterator[Path]:
             "output directory",
             target,
             f"could not be written ({error.strerror or error})",
-            "free some disk space or name another folder; nothing was left behind",
+            f"{write_remedy(error)} or name another folder; nothing was left behind",
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -77,10 +80,18 @@ def write_atomically(path: Path, text: str) -> None:
         partial.replace(path)
     except OSError as error:
         raise UserError(
-            "output file", path, f"could not be written ({error.strerror or error})", "free some disk space"
+            "output file", path, f"could not be written ({error.strerror or error})", write_remedy(error)
         ) from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_remedy(error: Exception) -> str:
+    """What to do about a write that failed."""
+    number = getattr(error, "errno", None)
+    if number is None:  # a library that writes files itself says no more than that it failed
+        return "free some disk space, or check the permissions of the folder,"
+    return "free some disk space" if number in _FULL else "check the permissions of the folder and its disk"
 
 
 def sha256_of_files(paths: Iterable[Path]) -> str:

@@ -371,6 +371,17 @@ def test_a_budget_out_of_reach_and_one_that_is_met_already_are_refused(tiny_llam
     assert not list(tmp_path.glob(".variant*"))
 
 
+def test_a_calibration_file_that_changed_is_not_the_same_build(tiny_llama: TinyModel, tmp_path: Path) -> None:
+    target = tmp_path / "variant"
+    assert build_on_data(tiny_llama, GPTQ, target=target) == build_on_data(tiny_llama, GPTQ, target=target)
+    recipe = Recipe(
+        summary="", steps=(GPTQ,), calibration=Calibrate(source=ids_file(tmp_path), num_samples=6, sequence_length=16)
+    )
+    (tmp_path / "ids.jsonl").write_text(json.dumps({"input_ids": [3] * 200}))
+    with pytest.raises(UserError, match="exists and holds something else"):
+        build_variant("tiny", tiny_llama.directory, "own", recipe, target)
+
+
 def test_the_worst_layers_stay_as_they_were(tiny_llama: TinyModel, tmp_path: Path) -> None:
     step = Quantize(step="quantize", format="w8a8", keep_worst=2)
     variant = build_on_data(tiny_llama, step, target=tmp_path / "variant")
