@@ -1,6 +1,6 @@
 """OSSCAR against simpler ways to prune and against torch-pruning: held-out loss, seconds, and what vLLM gains.
 
-    make bench-prune
+    make bench-prune          # or .venv/bin/python -m benches.prune --taylor, for torch-pruning's gradients too
 
 SmolLM2-135M loses 25% or 50% of its MLP neurons, 1 of 3 KV groups, or 25% and a KV group, by each method and with each
 of three calibration seeds; the loss is the mean negative log-likelihood of held-out tokens, half
@@ -65,11 +65,17 @@ CUTS = {"mlp25": Cut(0.25, 0), "mlp50": Cut(0.5, 0), "kv1": Cut(0, 1), "both": C
 _IMPORTANCES = {"torchpruning": "magnitude", "torchpruning_taylor": "taylor"}
 """The peer's methods, by the name of their figures."""
 BASELINES = ("magnitude", "refit", "wanda", "torchpruning")
-METHODS = ("random", *BASELINES, "torchpruning_taylor", "osscar", "osscar_search")
+METHODS = (
+    "random",
+    *BASELINES,
+    *(["torchpruning_taylor"] if "--taylor" in sys.argv else []),
+    "osscar",
+    "osscar_search",
+)
 _SEEDLESS = frozenset({"magnitude", "torchpruning"})
 """Methods that look at no data and use no randomness: run once, and repeated in the figures."""
 _SEEDS_OF = {"torchpruning_taylor": 1}
-"""Seeds of methods that are run for information alone: its gradients take minutes."""
+"""Seeds of methods that are run for information alone, and only if asked for: its gradients take minutes."""
 _SERVED = "osscar"
 """Every method leaves the same shapes; this one's outcome is served."""
 

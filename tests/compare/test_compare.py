@@ -45,7 +45,8 @@ def test_a_variant_is_built_served_judged_loaded_and_reported(tmp_path: Path) ->
 @pytest.mark.engine
 def test_an_interrupt_leaves_no_process_and_no_half_variant(tmp_path: Path) -> None:
     environment = os.environ | {"SLIMSERVE_CACHE": str(tmp_path / "cache"), "COLUMNS": "200"}
-    command = [sys.executable, "-m", "slimserve", "compare", "--model", SMOLLM2, "--quick", "-o", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "slimserve", "compare", "--model", SMOLLM2, "--recipes", "fp8", "--quick"]
+    command += ["-o", str(tmp_path / "out")]
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     for line in process.stderr:
@@ -67,8 +68,12 @@ def test_a_variant_says_whether_this_run_built_it(
 ) -> None:
     monkeypatch.setenv("SLIMSERVE_CACHE", str(tmp_path))
     before = datetime.now(UTC).replace(microsecond=0)
-    first = build(str(smollm2), smollm2, "prune25", before)
-    second = build(str(smollm2), smollm2, "prune25", before + timedelta(hours=1))
+    recipe = tmp_path / "quarter.toml"
+    recipe.write_text(
+        'summary = "no data, so soon done"\n[[steps]]\nstep = "prune"\nmlp_remove_frac = 0.25\nmethod = "magnitude"\n'
+    )
+    first = build(str(smollm2), smollm2, str(recipe), before)
+    second = build(str(smollm2), smollm2, str(recipe), before + timedelta(hours=1))
     assert (first.build_reused, second.build_reused) == (False, True)
     assert first.directory == second.directory
     assert first.build_s == second.build_s > 0
