@@ -98,6 +98,8 @@ def build_variant(
             start_from = directory
             if budgeted:
                 start_from, done = builder.fit_budget(model, directory, recipe, budgeted)
+                if between_rounds and recipe.steps[1:]:
+                    start_from = between_rounds(start_from)
                 config = json.loads((start_from / "config.json").read_text(encoding="utf-8"))
                 steps = bind(recipe.steps[1:], config, roles, recipe.calibration.seed)
             done += builder.run(start_from, steps)
