@@ -56,6 +56,11 @@ class Candidate:
     shape: Shape
     estimated_error: float
 
+    @classmethod
+    def read(cls, raw: Mapping[str, Any]) -> Candidate:
+        """From what `dataclasses.asdict` made of it."""
+        return cls(Shape(**raw["shape"]), raw["estimated_error"])
+
     def steps(self, step: Prune, dense: Shape) -> list[AnyStep]:
         """The steps of a recipe that prune the model to this shape, as `step` wants it done: depth first."""
         steps: list[AnyStep] = []

@@ -185,12 +185,13 @@ class _Builder:
         folder = self.work / "step-budget"
         self.result = directory
         profile = ProfileStep(step, config, self.roles)
-        record = folder / "profile.json"
+        record = folder / "finalists.json"
         if not record.is_file():
-            _, detail = self._walk(f"{self.name}: error curves", profile, folder, folder / "checkpoint")
-            write_atomically(record, json.dumps(detail["per_block"]))
-        ranked = budget.rank(shapes, allowance.dense, json.loads(record.read_text(encoding="utf-8")))
-        finalists = ranked[: budget.NUM_FINALISTS]
+            _, curves = self._walk(f"{self.name}: error curves", profile, folder, folder / "checkpoint")
+            ranked = budget.rank(shapes, allowance.dense, curves["per_block"])
+            write_atomically(record, json.dumps([asdict(candidate) for candidate in ranked[: budget.NUM_FINALISTS]]))
+        # Read back, since a speed measured anew after an interruption might rank others.
+        finalists = [budget.Candidate.read(raw) for raw in json.loads(record.read_text(encoding="utf-8"))]
         built = []
         for number, candidate in enumerate(finalists, start=1):
             say(f"{self.name}: finalist {number} of {len(finalists)}: {candidate.shape}")
@@ -217,8 +218,8 @@ class _Builder:
             "chosen": asdict(finalists[best].shape),
             "limit": allowance.limit,
         }
-        others_s = manifest.build_s
-        searched = Step(name="fit_budget", seconds=time.monotonic() - start - others_s, detail=detail)
+        seconds = max(0.0, time.monotonic() - start - manifest.build_s)
+        searched = Step(name="fit_budget", seconds=seconds, detail=detail)
         return built[best], [searched, *(done for done in manifest.steps if done.name != "write")]
 
     def _walk(self, title: str, step: BoundStep, folder: Path, output: Path) -> tuple[float, dict[str, Any]]:

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from compress import budget
 from compress import build as build_module
 from compress import checkpoint
 from compress.build import build_variant
@@ -361,6 +362,28 @@ def test_a_budget_is_met_by_the_finalist_nearest_to_the_dense_model(
         assert stored <= 0.4 * 4 * dense  # the tiny models are stored as float32
     own = next(iter(reference_logits(variant, [INPUT_IDS[0]])))
     assert bool(torch.isfinite(own).all())
+
+
+def test_an_interrupted_budget_goes_on_with_the_shapes_that_it_had_chosen(
+    tiny_llama: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prune = Prune(step="prune", keep=Keep(speedup=1.1), multiple=4)
+
+    def stop(*_: Any) -> list[float]:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as context:
+        context.setattr(build_module, "divergences", stop)
+        with pytest.raises(KeyboardInterrupt):
+            build_on_data(tiny_llama, prune, target=tmp_path / "variant")
+    (chosen,) = tmp_path.glob(".variant.building/step-budget/finalists.json")
+    shapes = [one["shape"] for one in json.loads(chosen.read_text())]
+    # Blocks that take no time at all would rank other shapes.
+    monkeypatch.setattr(budget.BlockTimer, "relative_seconds", lambda self, shape: shape.width / 1e6)
+    monkeypatch.setattr(budget.Budget, "shapes", lambda self, multiple: [])
+    manifest = read_manifest(build_on_data(tiny_llama, prune, target=tmp_path / "variant"))
+    assert manifest is not None
+    assert [{key: one[key] for key in shapes[0]} for one in manifest.steps[0].detail["finalists"]] == shapes
 
 
 def test_a_budget_out_of_reach_and_one_that_is_met_already_are_refused(tiny_llama: TinyModel, tmp_path: Path) -> None:
