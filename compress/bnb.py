@@ -106,6 +106,22 @@ def dequantize_layer(tensors: Mapping[str, Tensor], format_name: str) -> Tensor:
     return weight_OI.float()
 
 
+def round_inputs(x: Tensor) -> Tensor:
+    """Inputs of an int8 layer as LLM.int8() multiplies them, `[..., I]` in the dtype given (arXiv 2208.07339 §3).
+
+    Each token is put on 127 steps of its largest magnitude; features that reach 6 in any token of the call stay
+    in float16. So what a layer computes for one token depends on those that it is computed with.
+    """
+    flat_TI = x.reshape(-1, x.shape[-1]).to(torch.float16).float()
+    is_outlier_TI = flat_TI.abs() >= BNB_FORMATS["int8"].config["llm_int8_threshold"]
+    kept_I = is_outlier_TI.any(dim=0)
+    rest_TI = flat_TI.masked_fill(is_outlier_TI, 0.0)
+    peak_T1 = rest_TI.abs().amax(dim=1, keepdim=True)
+    step_T1 = torch.where(peak_T1 > 0, peak_T1 / 127, torch.ones_like(peak_T1))
+    rounded_TI = (rest_TI / step_T1).round_() * step_T1
+    return torch.where(kept_I, flat_TI, rounded_TI).to(x.dtype).view(x.shape)
+
+
 def quantization_config(format_name: str, ignored_layers: Sequence[str] = ("lm_head",)) -> dict[str, Any]:
     """The `quantization_config` of config.json for a model whose linear layers, but the ignored, have the format.
 

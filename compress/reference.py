@@ -93,7 +93,8 @@ def reference_block(block: Block, roles: LayerRoles, quantization: Mapping[str, 
     if quantization is None:
         return block, dense_linear(block)
     dense = dict(block)
-    activations: dict[str, formats.Activations] = {}
+    roundings: dict[str, Callable[[Tensor], Tensor]] = {}
+    """How the engine rounds the inputs of a layer."""
     for layer in roles.linears:
         tensors = {name.removeprefix(f"{layer}."): dense.pop(name) for name in block if name.startswith(f"{layer}.")}
         if "bias" in tensors:
@@ -101,17 +102,19 @@ def reference_block(block: Block, roles: LayerRoles, quantization: Mapping[str, 
         if quantization["quant_method"] == "bitsandbytes":
             is_rounded, format_name = len(tensors) > 1, "int8" if quantization["load_in_8bit"] else "nf4"
             weight = bnb.dequantize_layer(tensors, format_name) if is_rounded else tensors["weight"]
+            if is_rounded and format_name == "int8":
+                roundings[layer] = bnb.round_inputs
         else:
-            grid, rounding = formats.read_scheme(quantization)
+            grid, activations = formats.read_scheme(quantization)
             is_rounded = "weight_scale" in tensors
             weight = formats.unpack_layer(tensors, grid).dequantize() if is_rounded else tensors["weight"]
-            if is_rounded and rounding is not None:
-                activations[layer] = rounding
+            if is_rounded and activations is not None:
+                roundings[layer] = activations.fake_quantize
         dense[f"{layer}.weight"] = weight
     plain = dense_linear(dense)
 
     def linear(layer: str, x: Tensor) -> Tensor:
-        return plain(layer, activations[layer].fake_quantize(x) if layer in activations else x)
+        return plain(layer, roundings[layer](x) if layer in roundings else x)
 
     return dense, linear
 

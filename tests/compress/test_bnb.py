@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from compress.bnb import BNB_FORMATS, dequantize_layer, pack_layer, quantization_config
+from compress.bnb import BNB_FORMATS, dequantize_layer, pack_layer, quantization_config, round_inputs
 from contracts.errors import UserError
 
 from .conftest import make_tiny
@@ -80,6 +80,25 @@ def test_another_writers_nf4_is_read_right_where_bitsandbytes_reads_it_wrongly()
 def test_int8_refuses_what_float16_cannot_hold() -> None:
     with pytest.raises(UserError, match="beyond float16"):
         pack_layer(torch.full((2, 64), 1e5), "int8")
+
+
+def test_inputs_are_rounded_as_llm_int8_rounds_them() -> None:
+    inputs = torch.randn(3, 7, 64, generator=torch.Generator().manual_seed(2))
+    inputs[0, 2, 5], inputs[2, 6, 40], inputs[1, 1] = 90.0, -6.5, 0.0
+    layer = Linear8bitLt(64, 5, bias=False, has_fp16_weights=False, threshold=6.0)
+    layer.weight = Int8Params(weight(5, 64), requires_grad=False, has_fp16_weights=False)
+    layer = layer.to("cpu").eval()
+    with torch.inference_mode():
+        expected = layer(inputs.half()).float()
+    dequantized = dequantize_layer(pack_layer(weight(5, 64), "int8"), "int8")
+    ours = torch.nn.functional.linear(round_inputs(inputs), dequantized)
+    scale = expected.abs().amax(dim=-1)
+    seen = torch.ones(3, 7, dtype=torch.bool)
+    seen[1, 1] = False  # bitsandbytes divides a token of zeros by zero
+    assert float(((ours - expected).abs().amax(dim=-1) / scale)[seen].max()) < 2e-3
+    plain = torch.nn.functional.linear(inputs, dequantized)
+    assert float(((plain - expected).abs().amax(dim=-1) / scale)[seen].max()) > 4e-3
+    assert torch.equal(ours[1, 1], torch.zeros(5))
 
 
 def test_fused_names_are_ignored_too_when_all_their_parts_are() -> None:
