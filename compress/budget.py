@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from compress.families import HALVES, Half, LayerRoles, head_dim_of
-from compress.formats import bytes_per_weight
+from compress.families import HALVES, Half, LayerRoles
+from compress.formats import choose_group_size, layer_bytes
 from compress.forward import Block, Decoder, dense_linear
 from compress.recipe import AnyStep, Keep, Prune, PruneDepth, Quantize
 from contracts.errors import UserError
@@ -27,8 +27,6 @@ NUM_FINALISTS = 3
 _NUM_WIDTHS = 13
 _LEAST_SHARE = 0.25
 """Of the MLP's width and, twice that, of the depth: less than this is no pruning of the same model any more."""
-_DENSE_BYTES = 2.0
-"""Of a weight in bf16."""
 _TIMED_TOKENS = 512
 _NUM_TIMINGS = 5
 
@@ -47,6 +45,17 @@ class Shape:
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Shape:
         return cls(config["intermediate_size"], config["num_key_value_heads"], config["num_hidden_layers"])
+
+    def put_into(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The config of the model in this shape; `config` states all sizes."""
+        num_q_per_kv = config["num_attention_heads"] // config["num_key_value_heads"]
+        return {
+            **config,
+            "intermediate_size": self.width,
+            "num_key_value_heads": self.kv_groups,
+            "num_attention_heads": self.kv_groups * num_q_per_kv,
+            "num_hidden_layers": self.depth,
+        }
 
 
 @dataclass(frozen=True)
@@ -85,30 +94,53 @@ class Budget:
         config: Mapping[str, Any],
         roles: LayerRoles,
         num_parameters: int,
+        num_bytes: int,
         quantization: Quantize | None,
     ) -> None:
+        """`config` states all sizes (`with_sizes`); `num_bytes` are those of the dense model's weight files."""
         self.dense = Shape.of(config)
-        self._keep, self._config = keep, config
+        self._keep, self._config, self._roles, self._quantization = keep, config, roles, quantization
         self._timer = BlockTimer(config, roles) if keep.speedup is not None else None
-        self._outside = num_parameters - _block_weights(config, self.dense) * self.dense.depth
-        self._unit, self._unit_in_blocks = 1.0, 1.0
-        if keep.bytes is not None:
-            self._unit = self._unit_in_blocks = _DENSE_BYTES
-            if quantization is not None:
-                self._unit_in_blocks = bytes_per_weight(quantization.format, quantization.group_size)
+        self._outside = num_parameters - _block_weights(config, self.dense, roles) * self.dense.depth
+        """Weights that pruning leaves alone."""
+        self._bytes_each = num_bytes / num_parameters
         if keep.speedup is not None:
             self.limit = 1 / keep.speedup
+        elif keep.parameters is not None:
+            self.limit = keep.parameters if keep.parameters > 1 else keep.parameters * num_parameters
         else:
-            asked = keep.parameters if keep.parameters is not None else keep.bytes
-            assert asked is not None
-            self.limit = asked if asked > 1 else asked * self._unit * num_parameters
+            assert keep.bytes is not None
+            self.limit = keep.bytes if keep.bytes > 1 else keep.bytes * num_bytes
 
     def cost(self, shape: Shape) -> float:
         """Parameters, bytes, or seconds over the dense model's seconds."""
         if self._timer is not None:
             return self._timer.relative_seconds(shape)
-        in_blocks = _block_weights(self._config, shape) * shape.depth
-        return self._outside * self._unit + in_blocks * self._unit_in_blocks
+        if self._keep.parameters is not None:
+            return self._outside + _block_weights(self._config, shape, self._roles) * shape.depth
+        outside = self._outside * self._bytes_each
+        if self._quantization is None:
+            return outside + _block_weights(self._config, shape, self._roles) * shape.depth * self._bytes_each
+        return outside + self._quantized_bytes(shape, self._quantization)
+
+    def _quantized_bytes(self, shape: Shape, step: Quantize) -> float:
+        """Of all blocks, of what `keep_worst` leaves dense at most, and of what an INT8 head adds."""
+        layers = _layer_sizes(self._config, shape, self._roles)
+        group = choose_group_size(step.group_size, [inputs for _, inputs in layers.values()])[0]
+        sizes = {
+            layer: layer_bytes(step.format, outputs, inputs, group, step.symmetric)
+            for layer, (outputs, inputs) in layers.items()
+        }
+        total = sum(sizes.values()) * shape.depth
+        gate = self._roles.gate
+        outputs, inputs = layers[gate]
+        total += step.keep_worst * 2 * (outputs * inputs * self._bytes_each - sizes[gate])
+        if step.head == "int8":
+            vocabulary, hidden = self._config["vocab_size"], self._config["hidden_size"]
+            total += vocabulary * (hidden + 4)
+            if not self._config.get("tie_word_embeddings", False):
+                total -= vocabulary * hidden * self._bytes_each
+        return total
 
     def shapes(self, multiple: int) -> list[Shape]:
         """For every depth and number of KV groups the widest MLP, a multiple of `multiple`, that the budget allows.
@@ -122,16 +154,21 @@ class Budget:
         widths = [dense.width, *range((dense.width - 1) // multiple * multiple, narrowest - 1, -multiple)]
         found = []
         for depth in range(dense.depth, int(dense.depth * 2 * _LEAST_SHARE), -1):
-            for kv_groups in range(dense.kv_groups, 0, -1):
+            for kv_groups in range(dense.kv_groups, self._fewest_groups - 1, -1):
                 fitting = (Shape(width, kv_groups, depth) for width in widths)
                 shape = next((shape for shape in fitting if self.cost(shape) <= self.limit), None)
                 if shape is not None:
                     found.append(shape)
         if not found:
-            least = Shape(narrowest, 1, int(dense.depth * 2 * _LEAST_SHARE) + 1)
-            reached = f"{self.cost(dense) / self.cost(least):.2f}x smaller than the dense model"
-            raise UserError("keep", self._asked, f"is out of reach: the least is {reached}", "keep more")
+            least = self.cost(Shape(narrowest, self._fewest_groups, int(dense.depth * 2 * _LEAST_SHARE) + 1))
+            if self._keep.speedup is not None:
+                raise UserError("keep", self._asked, f"is out of reach: the most is {1 / least:.2f}", "ask for less")
+            raise UserError("keep", self._asked, f"is out of reach: the least is {least:.0f}", "keep more")
         return found
+
+    @property
+    def _fewest_groups(self) -> int:
+        return 1 if self._roles.reads_head_dim else self.dense.kv_groups
 
     def measure(self, shape: Shape) -> float:
         """The cost of one shape, timed anew and not interpolated where it is a time."""
@@ -195,10 +232,9 @@ class BlockTimer:
     @torch.inference_mode()
     def seconds(self, shapes: Sequence[Shape]) -> list[float]:
         """Median seconds of one block of each shape, taken in turn."""
-        head_dim, hidden = head_dim_of(self._config), self._config["hidden_size"]
-        per_group = self._config["num_attention_heads"] // self._dense.kv_groups * head_dim
+        hidden = self._config["hidden_size"]
         x_1TD = torch.randn(1, _TIMED_TOKENS, hidden, dtype=torch.bfloat16)
-        blocks = [self._random_block(shape, hidden, head_dim, per_group) for shape in shapes]
+        blocks = [self._random_block(shape, hidden) for shape in shapes]
         taken: list[list[float]] = [[] for _ in shapes]
         for number in range(_NUM_TIMINGS + 1):
             for block, times in zip(blocks, taken, strict=True):
@@ -208,28 +244,33 @@ class BlockTimer:
                     times.append(time.perf_counter() - start)
         return [statistics.median(times) for times in taken]
 
-    def _random_block(self, shape: Shape, hidden: int, head_dim: int, per_group: int) -> Block:
+    def _random_block(self, shape: Shape, hidden: int) -> Block:
         roles = self._roles
-        queries, keys = shape.kv_groups * per_group, shape.kv_groups * head_dim
-        sizes = {
-            roles.query: (queries, hidden),
-            roles.key: (keys, hidden),
-            roles.value: (keys, hidden),
-            roles.attention_consumer: (hidden, queries),
-            roles.gate: (shape.width, hidden),
-            roles.up: (shape.width, hidden),
-            roles.mlp_consumer: (hidden, shape.width),
-        }
+        sizes = _layer_sizes(self._config, shape, roles)
         block = {f"{layer}.weight": torch.randn(size).mul_(0.02).bfloat16() for layer, size in sizes.items()}
         norms = {f"{roles.norm(half)}.weight": torch.ones(hidden, dtype=torch.bfloat16) for half in HALVES}
         return block | norms
 
 
-def _block_weights(config: Mapping[str, Any], shape: Shape) -> int:
-    """Weights of a block's linear layers."""
-    hidden, head_dim = config["hidden_size"], head_dim_of(config)
+def _layer_sizes(config: Mapping[str, Any], shape: Shape, roles: LayerRoles) -> dict[str, tuple[int, int]]:
+    """Outputs and inputs of a block's linear layers."""
+    hidden, head_dim = config["hidden_size"], config["head_dim"]
     queries = config["num_attention_heads"] // config["num_key_value_heads"] * shape.kv_groups * head_dim
-    return int(hidden * (2 * queries + 2 * shape.kv_groups * head_dim + 3 * shape.width))
+    keys = shape.kv_groups * head_dim
+    return {
+        roles.query: (queries, hidden),
+        roles.key: (keys, hidden),
+        roles.value: (keys, hidden),
+        roles.attention_consumer: (hidden, queries),
+        roles.gate: (shape.width, hidden),
+        roles.up: (shape.width, hidden),
+        roles.mlp_consumer: (hidden, shape.width),
+    }
+
+
+def _block_weights(config: Mapping[str, Any], shape: Shape, roles: LayerRoles) -> int:
+    """Weights of a block's linear layers."""
+    return sum(outputs * inputs for outputs, inputs in _layer_sizes(config, shape, roles).values())
 
 
 def _interpolate(points: Sequence[Sequence[float]], at: int) -> float:

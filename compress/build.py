@@ -22,11 +22,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from compress import budget
 from compress.calibration import Calibration, check_source, load_calibration
 from compress.checkpoint import CheckpointReader, CheckpointWriter, iterate_blocks
-from compress.families import LayerRoles, roles_of
+from compress.families import LayerRoles, roles_of, with_sizes
 from compress.forward import Block, Decoder
 from compress.recipe import Prune, Quantize, Recipe
 from compress.reference import divergences
@@ -81,14 +82,13 @@ def build_variant(
         check_source(recipe.calibration.source)
         file = Path(recipe.calibration.source)
         source_hash = sha256_of_files([file]) if file.is_file() else ""
-    kept = resolved if needs_data else {"steps": resolved["steps"]}
-    identity = json.dumps([_BUILD_FORMAT, base.sha256, kept, source_hash], sort_keys=True)
-    key = hashlib.sha256(identity.encode()).hexdigest()[:12]
+    made_of = json.dumps([base.sha256, _what_matters(resolved, needs_data), source_hash], sort_keys=True)
+    key = hashlib.sha256(f"{_BUILD_FORMAT} {made_of}".encode()).hexdigest()[:12]
     name = f"{model_name(model, directory)}-{recipe_name}"
     if target is None:
         target = cache_dir("variants") / f"{name}-{key}"
     if target.exists():
-        return _reuse(target, base, resolved, source_hash)
+        return _reuse(target, made_of, needs_data)
 
     try:
         with _work_folder(target, key) as work:
@@ -177,50 +177,86 @@ class _Builder:
         """
         assert step.keep is not None
         start = time.monotonic()
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-        last = recipe.steps[-1]
-        quantization = last if isinstance(last, Quantize) else None
-        allowance = budget.Budget(step.keep, config, self.roles, count_parameters(directory), quantization)
-        shapes = allowance.shapes(step.multiple)
+        config = with_sizes(json.loads((directory / "config.json").read_text(encoding="utf-8")))
         folder = self.work / "step-budget"
-        self.result = directory
-        profile = ProfileStep(step, config, self.roles)
         record = folder / "finalists.json"
         if not record.is_file():
+            last = recipe.steps[-1]
+            quantization = last if isinstance(last, Quantize) else None
+            num_bytes = sum(file.stat().st_size for file in weight_files(directory))
+            allowance = budget.Budget(
+                step.keep, config, self.roles, count_parameters(directory), num_bytes, quantization
+            )
+            shapes = self._shapes_that_fit(allowance, step, recipe, config)
+            self.result = directory
+            profile = ProfileStep(step, config, self.roles)
             _, curves = self._walk(f"{self.name}: error curves", profile, folder, folder / "checkpoint")
-            ranked = budget.rank(shapes, allowance.dense, curves["per_block"])
-            write_atomically(record, json.dumps([asdict(candidate) for candidate in ranked[: budget.NUM_FINALISTS]]))
+            finalists = budget.rank(shapes, allowance.dense, curves["per_block"])[: budget.NUM_FINALISTS]
+            found = {
+                "limit": allowance.limit,
+                "shapes_that_fit": len(shapes),
+                "finalists": [
+                    {**asdict(candidate), "cost": allowance.measure(candidate.shape)} for candidate in finalists
+                ],
+            }
+            write_atomically(record, json.dumps(found))
         # Read back, since a speed measured anew after an interruption might rank others.
-        finalists = [budget.Candidate.read(raw) for raw in json.loads(record.read_text(encoding="utf-8"))]
+        found = json.loads(record.read_text(encoding="utf-8"))
         built = []
-        for number, candidate in enumerate(finalists, start=1):
-            say(f"{self.name}: finalist {number} of {len(finalists)}: {candidate.shape}")
-            steps = tuple(candidate.steps(step, allowance.dense))
+        for number, raw in enumerate(found["finalists"], start=1):
+            candidate = budget.Candidate.read(raw)
+            say(f"{self.name}: finalist {number} of {len(found['finalists'])}: {candidate.shape}")
+            steps = tuple(candidate.steps(step, budget.Shape.of(config)))
             concrete = recipe.model_copy(update={"steps": steps})
             built.append(build_variant(model, directory, f"finalist-{number}", concrete, folder / f"finalist-{number}"))
-        asked = recipe.calibration
-        unseen = load_calibration(
-            directory, asked.source, _JUDGED_SEQUENCES, asked.sequence_length, asked.seed + 1
-        ).tokens_NT
-        losses = divergences(directory, built, list(unseen))
-        costs = [allowance.measure(candidate.shape) for candidate in finalists]
-        fitting = [number for number, cost in enumerate(costs) if cost <= allowance.limit * _TIMING_SLACK]
+        unseen = self._unseen(directory, recipe)
+        # One by one: two models' heads at a time are enough.
+        losses = [divergences(directory, [variant], unseen)[0] for variant in built]
+        fitting = [n for n, raw in enumerate(found["finalists"]) if raw["cost"] <= found["limit"] * _TIMING_SLACK]
         best = min(fitting or range(len(built)), key=lambda number: (losses[number], number))
         manifest = read_manifest(built[best])
         assert manifest is not None
         detail = {
+            **found,
             "keep": step.keep.model_dump(exclude_none=True),
-            "shapes_that_fit": len(shapes),
             "finalists": [
-                {**asdict(candidate.shape), "estimated_error": candidate.estimated_error, "kl": kl, "cost": cost}
-                for candidate, kl, cost in zip(finalists, losses, costs, strict=True)
+                {**raw["shape"], "estimated_error": raw["estimated_error"], "cost": raw["cost"], "kl": kl}
+                for raw, kl in zip(found["finalists"], losses, strict=True)
             ],
-            "chosen": asdict(finalists[best].shape),
-            "limit": allowance.limit,
+            "chosen": found["finalists"][best]["shape"],
         }
+        if not fitting:
+            detail["fallback"] = "none of the shapes was as fast as asked when it was timed again"
+            say(f"{self.name}: {detail['fallback']}")
         seconds = max(0.0, time.monotonic() - start - manifest.build_s)
         searched = Step(name="fit_budget", seconds=seconds, detail=detail)
         return built[best], [searched, *(done for done in manifest.steps if done.name != "write")]
+
+    def _shapes_that_fit(
+        self, allowance: budget.Budget, step: Prune, recipe: Recipe, config: dict[str, Any]
+    ) -> list[budget.Shape]:
+        """Shapes within the budget that the steps after this one can work on; UserError where there are none."""
+        shapes, refusal = [], None
+        for shape in allowance.shapes(step.multiple):
+            try:
+                bind(recipe.steps[1:], shape.put_into(config), self.roles, recipe.calibration.seed)
+            except UserError as error:
+                refusal = error
+            else:
+                shapes.append(shape)
+        if refusal is not None and not shapes:
+            raise refusal
+        return shapes
+
+    def _unseen(self, directory: Path, recipe: Recipe) -> list[Tensor]:
+        """Calibration sequences beyond those that the builds look at; the last of these where there are no more."""
+        asked = recipe.calibration
+        wanted = asked.num_samples + _JUDGED_SEQUENCES
+        tokens_NT = load_calibration(directory, asked.source, wanted, asked.sequence_length, asked.seed).tokens_NT
+        beyond = tokens_NT[asked.num_samples :]
+        if not len(beyond):
+            say(f"{self.name}: {asked.source} has no more text, so finalists are judged on what they were built on")
+        return list(beyond if len(beyond) else tokens_NT[-_JUDGED_SEQUENCES:])
 
     def _walk(self, title: str, step: BoundStep, folder: Path, output: Path) -> tuple[float, dict[str, Any]]:
         start = time.monotonic()
@@ -333,7 +369,7 @@ def _work_folder(target: Path, key: str) -> Iterator[Path]:
         try:
             yield work
         except BaseException as error:
-            is_hopeless = isinstance(error, UserError) and not isinstance(error.__cause__, OSError)
+            is_hopeless = isinstance(error, UserError) and not isinstance(error.__cause__, OSError | SafetensorError)
             if not is_hopeless and any(work.glob("step-*/state.json")):
                 say(f"what is done lies in {work}: the same command resumes it; delete the folder to start anew")
             else:
@@ -370,16 +406,23 @@ def _base_of(model: str, directory: Path) -> Source:
     return Source(model=model, sha256=model_hash(directory), note=note)
 
 
-def _reuse(target: Path, base: Source, resolved: dict[str, Any], source_hash: str) -> Path:
+def _what_matters(resolved_recipe: dict[str, Any], needs_data: bool) -> dict[str, Any]:
+    """The parts of a recipe that the outcome depends on."""
+    steps, calibration = resolved_recipe["steps"], resolved_recipe["calibration"]
+    if needs_data:
+        return {"steps": steps, "calibration": calibration}
+    is_random = any(step.get("method") == "random" for step in steps)
+    return {"steps": steps, **({"seed": calibration["seed"]} if is_random else {})}
+
+
+def _reuse(target: Path, made_of: str, needs_data: bool) -> Path:
     manifest = read_manifest(target) if target.is_dir() else None
-    made_of = (base.sha256, resolved, source_hash)
-    if manifest and made_of == (
-        manifest.base.sha256,
-        manifest.resolved_recipe,
-        manifest.calibration.get("source_sha256", ""),
-    ):
-        say(f"variant {manifest.name}: reused, built earlier at {target}")
-        return target
+    if manifest and {"steps", "calibration"} <= manifest.resolved_recipe.keys():
+        source_hash = manifest.calibration.get("source_sha256", "")
+        matters = _what_matters(manifest.resolved_recipe, needs_data)
+        if made_of == json.dumps([manifest.base.sha256, matters, source_hash], sort_keys=True):
+            say(f"variant {manifest.name}: reused, built earlier at {target}")
+            return target
     raise UserError("output directory", target, "exists and holds something else", "name another, or delete it")
 
 

@@ -102,7 +102,7 @@ def _documents(directory: Path, source: str, seed: int) -> Iterator[list[int]]:
             return
         texts = iter([row["text"] for row in rows])
     elif path.suffix == ".txt":
-        paragraphs = [part.strip() for part in path.read_text(encoding="utf-8", errors="strict").split("\n\n")]
+        paragraphs = [part.strip() for part in _read_text(path).split("\n\n")]
         paragraphs = [part for part in paragraphs if part]
         random.Random(seed).shuffle(paragraphs)
         texts = iter(paragraphs)
@@ -115,21 +115,39 @@ def _documents(directory: Path, source: str, seed: int) -> Iterator[list[int]]:
 
 def _read_jsonl(path: Path) -> list[dict[str, Any]]:
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(_read_text(path).splitlines(), start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except ValueError as error:
             raise UserError("calibration source", f"{path}:{number}", f"is not JSON ({error})", "mend it") from error
-        if not isinstance(row, dict) or not ({"text", "input_ids"} & row.keys()):
+        if not isinstance(row, dict) or not (_is_text(row.get("text")) or _is_ids(row.get("input_ids"))):
             raise UserError(
-                "calibration source", f"{path}:{number}", "has neither text nor input_ids", 'write {"text": "…"}'
+                "calibration source",
+                f"{path}:{number}",
+                "has neither a text nor input_ids that are whole numbers",
+                'write {"text": "…"}',
             )
         rows.append(row)
     if len({"input_ids" in row for row in rows}) > 1:
         raise UserError("calibration source", path, "mixes text and input_ids", "use one of them in every line")
     return rows
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError("calibration source", path, f"is not UTF-8 ({error})", "convert it") from error
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_ids(value: object) -> bool:
+    return isinstance(value, list) and all(type(token) is int for token in value)
 
 
 def _workload_documents(directory: Path, source: str, seed: int) -> Iterator[list[int]]:

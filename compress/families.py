@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from contracts.errors import UserError
@@ -38,6 +38,8 @@ class LayerRoles:
     up: str
     mlp_consumer: str
     """The layer whose columns are the MLP's neurons."""
+    reads_head_dim: bool = True
+    """Whether vLLM reads head_dim from the config; else it divides the hidden size by the heads, so all must stay."""
 
     @property
     def attention_producers(self) -> tuple[str, ...]:
@@ -85,13 +87,24 @@ _GATED = LayerRoles(
     mlp_consumer="mlp.down_proj",
 )
 
-FAMILIES: dict[str, LayerRoles] = {"llama": _GATED, "mistral": _GATED, "qwen2": _GATED, "qwen3": _GATED}
+FAMILIES: dict[str, LayerRoles] = {
+    "llama": _GATED,
+    "mistral": _GATED,
+    "qwen2": replace(_GATED, reads_head_dim=False),
+    "qwen3": _GATED,
+}
 """Layer roles by the `model_type` of config.json; Qwen2.5 calls itself qwen2, SmolLM2 llama."""
 
 
 def head_dim_of(config: Mapping[str, Any]) -> int:
     """Features of one attention head, which a config states or leaves to be derived."""
     return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+
+
+def with_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config that states what older ones leave to be derived: head_dim, and as many KV heads as heads."""
+    kv_heads = config.get("num_key_value_heads") or config["num_attention_heads"]
+    return {**config, "head_dim": head_dim_of(config), "num_key_value_heads": kv_heads}
 
 
 def input_sizes(config: Mapping[str, Any]) -> tuple[int, int, int]:

@@ -89,12 +89,16 @@ def make_grid(format_name: str, symmetric: bool = True, group_size: int | None =
     return Grid(spec.kind, spec.num_bits, symmetric, group_size, spec.scale_dtype)
 
 
-def bytes_per_weight(format_name: str, group_size: int | None) -> float:
-    """Bytes that a weight and its share of a group's scale take; scales per output channel are not counted."""
+def layer_bytes(format_name: str, num_outputs: int, num_inputs: int, group_size: int | None, symmetric: bool) -> float:
+    """Bytes of a linear layer's tensors in a file: codes, scales and zero points."""
+    weights = num_outputs * num_inputs
     if format_name not in FORMATS:
-        return 1.0 if format_name == "int8-bnb" else 0.5 + 1 / 64  # bitsandbytes: one byte of scale per 64 weights
+        # bitsandbytes: a float32 per row of int8; per 64 weights of nf4 a byte, itself scaled in blocks of 256.
+        return weights + 4 * num_outputs if format_name == "int8-bnb" else weights * (1 / 2 + 1 / 64 + 1 / 4096)
     spec = FORMATS[format_name]
-    return spec.num_bits / 8 + (spec.scale_dtype.itemsize / group_size if group_size else 0)
+    scales = num_outputs * (num_inputs // group_size if group_size else 1)
+    bytes_per_scale: float = spec.scale_dtype.itemsize + (0 if symmetric else spec.num_bits / 8)
+    return weights * spec.num_bits / 8 + scales * bytes_per_scale
 
 
 def choose_group_size(requested: int | None, input_sizes: Sequence[int]) -> tuple[int | None, str]:

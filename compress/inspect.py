@@ -74,10 +74,14 @@ def plot_errors(directory: Path, file: Path) -> None:
 def layer_errors(manifest: Manifest) -> dict[str, Sequence[float]]:
     """Relative output error of every block, by layer and step."""
     errors: dict[str, list[float]] = {}
+    rounds = [step for step in manifest.steps if step.name == "prune"]
     for step in manifest.steps:
+        said = ""
+        if step.name == "prune":
+            said = " pruned" if len(rounds) == 1 else f" pruned, round {rounds.index(step) + 1}"
         for block in step.detail.get("per_block", []):
             for layer, value in _errors_of_block(block):
-                errors.setdefault(f"{layer} {'pruned' if step.name == 'prune' else ''}".strip(), []).append(value)
+                errors.setdefault(f"{layer}{said}", []).append(value)
     return dict(errors)
 
 

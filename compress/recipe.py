@@ -48,7 +48,7 @@ class Keep(_Strict):
     parameters: float | None = Field(default=None, gt=0)
     """Of the pruned model: up to 1 a share of the dense model's, above it a number."""
     bytes: float | None = Field(default=None, gt=0)
-    """Of the recipe's outcome, quantization included: up to 1 a share of the dense bf16 weights, above it a number."""
+    """Of the outcome's weights, quantization included: up to 1 a share of the dense model's, above it a number."""
     speedup: float | None = Field(default=None, gt=1)
     """Of the decoder blocks over the dense model's when they read 512 tokens, measured on this machine."""
 
@@ -102,7 +102,7 @@ class PruneDepth(_Strict):
 
 
 class Quantize(_Strict):
-    """Quantize every linear layer of the decoder blocks; embeddings and head stay as they are."""
+    """Quantize every linear layer of the decoder blocks; embeddings stay as they are, the head too unless asked."""
 
     step: Literal["quantize"]
     format: Literal["w8a8", "w4a16", "fp8", "nf4", "int8-bnb"]

@@ -8,6 +8,7 @@ once all have been seen. A new kind of step is a class here and a row in `bind`.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -17,7 +18,7 @@ from torch.nn import functional
 
 from compress import bnb, formats, gptq, prune, quantize
 from compress.budget import profile_sizes
-from compress.families import HALVES, Half, LayerRoles, head_dim_of, input_sizes
+from compress.families import HALVES, Half, LayerRoles, head_dim_of, input_sizes, with_sizes
 from compress.forward import Block
 from compress.recipe import AnyStep, Prune, PruneDepth, Quantize
 from compress.stream import Stream
@@ -61,7 +62,7 @@ class BoundStep(Protocol):
 
 def bind(steps: Sequence[AnyStep], config: Mapping[str, Any], roles: LayerRoles, seed: int) -> list[BoundStep]:
     """Every step on the model that those before it leave; UserError where one does not fit its sizes."""
-    config = {**copy.deepcopy(dict(config)), "head_dim": head_dim_of(config)}
+    config = with_sizes(copy.deepcopy(dict(config)))
     bound: list[BoundStep] = []
     for step in steps:
         if isinstance(step, Prune):
@@ -79,6 +80,13 @@ def _prune_rounds(step: Prune, config: Mapping[str, Any], roles: LayerRoles, see
     width, groups = config["intermediate_size"], config["num_key_value_heads"]
     last_width = prune.kept_width(width, step.mlp_remove_frac, step.multiple) if step.mlp_remove_frac else width
     last_groups = _kept_groups(groups, step.kv_remove_frac)
+    if last_groups < groups and not roles.reads_head_dim:
+        raise UserError(
+            "kv_remove_frac",
+            step.kv_remove_frac,
+            f"would give a {config['model_type']} that vLLM cannot load: it derives the heads' width from their number",
+            "remove MLP neurons or blocks instead",
+        )
     rounds: list[BoundStep] = []
     for number in range(1, step.rounds + 1):
         share = number / step.rounds
@@ -212,7 +220,10 @@ class PruneStep:
         gram, cross_IO = stream.consumer_gram(half, block, name), None
         for _ in dense.run(half, dense_block):
             pass
+        bias_D = dense_block.get(f"{self._roles.consumer(half)}.bias")
         for inner_BTI, output_BTD in zip(stream.inner(), dense.advance(half, dense_block), strict=True):
+            if bias_D is not None:  # it stays in the block, so the weight must not aim at it too
+                output_BTD = output_BTD - bias_D.to(output_BTD.dtype)
             part_IO = inner_BTI.flatten(0, 1).float().T @ output_BTD.flatten(0, 1).float()
             cross_IO = part_IO if cross_IO is None else cross_IO.add_(part_IO)
         assert cross_IO is not None
@@ -240,7 +251,7 @@ class PruneDepthStep:
             functional.cosine_similarity(before.float(), after.float(), dim=-1).flatten()
             for before, after in stream.changes()
         ]
-        return block, {"influence": 1 - float(torch.cat(similar).mean())}
+        return block, {"influence": _finite(1 - float(torch.cat(similar).mean()), index)}
 
     def emit(self, index: int, block: Block, original: Callable[[], Block], details: Sequence[Detail]) -> Block | None:
         return None if index in self._removed(details) else block
@@ -288,10 +299,22 @@ class SearchDepthStep(PruneDepthStep):
         branches[-1].pass_over(stream)
         if index < self._depth - 1:
             return block, {}
-        return block, {"error_without": [_normed_distance(stream, branch) for branch in branches]}
+        errors = [_finite(_normed_distance(stream, branch), removed) for removed, branch in enumerate(branches)]
+        return block, {"error_without": errors}
 
     def _removed(self, details: Sequence[Detail]) -> set[int]:
         return _least(self._num_removed, details[-1]["error_without"])
+
+
+def _finite(score: float, index: int) -> float:
+    if not math.isfinite(score):
+        raise UserError(
+            "activations",
+            f"around block {index}",
+            "hold NaN or infinity",
+            "check the model: does it generate sensible text as it is?",
+        )
+    return score
 
 
 def _least(count: int, values: Sequence[float]) -> set[int]:

@@ -39,7 +39,8 @@ def atomic_directory(target: Path) -> Iterator[Path]:
 
     On any exception, Ctrl-C included, the temporary directory is removed and
     `target` is left as it was. A killed process leaves only `.NAME.partial-PID`,
-    which nobody trusts and which the next build of the same target removes.
+    which nobody trusts and which the next build of the same target removes; killed
+    between the two renames that replace an old target, it leaves that as `.NAME.replaced-PID`.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     for leftover in target.parent.glob(f".{target.name}.partial-*"):

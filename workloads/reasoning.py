@@ -31,6 +31,8 @@ KINDS: dict[str, dict[str, int]] = {
 _MOST_REPEATS = 2000
 """So many known problems in a row end a generator."""
 _NUM_EXAMPLES = 2
+_LOT = 256
+"""Problems of a kind that are shuffled together."""
 _STREAM_SEED = 20_000_000
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 
@@ -68,8 +70,12 @@ class Reasoning:
         examples = _examples(kind)
         shown = [message for example in examples for message in _worked(kind, example)]
         unseen = (entry for entry in _entries(kind, split) if entry not in examples)
-        drawn = list(itertools.islice(unseen, num_prompts))
-        random.Random(seed).shuffle(drawn)
+        drawn: list[dict[str, Any]] = []
+        # Shuffled in lots of one size, so that asking for more prompts does not change the first ones.
+        while len(drawn) < num_prompts and (lot := list(itertools.islice(unseen, _LOT))):
+            random.Random(f"{seed} {len(drawn)}").shuffle(lot)
+            drawn += lot
+        drawn = drawn[:num_prompts]
         return [
             ChatPrompt(
                 messages=(*shown, {"role": "user", "content": entry["question"]}),

@@ -49,7 +49,7 @@ def test_fewer_samples_than_asked_are_counted(smollm2: Path, tmp_path: Path) -> 
     ("name", "content", "message"),
     [
         ("a.jsonl", "{", "a.jsonl:1.*is not JSON"),
-        ("a.jsonl", '{"words": 1}', "neither text nor input_ids"),
+        ("a.jsonl", '{"words": 1}', "neither a text nor input_ids"),
         ("a.jsonl", '{"text": "a"}\n{"input_ids": [1]}', "mixes"),
         ("a.jsonl", '{"input_ids": [1, 99999, 3, 4]}', "outside 0 to 49151"),
         ("a.txt", "few words", "less than one sequence of 16"),
