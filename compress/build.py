@@ -43,7 +43,7 @@ _JUDGED_SEQUENCES = 8
 """On which the shapes that meet a budget are compared."""
 _TIMING_SLACK = 1.03
 """A shape that is timed anew may be so much slower than the budget allows."""
-_BUILD_FORMAT = 2
+_BUILD_FORMAT = 3
 """Raise it when the same recipe starts to give other bytes, so that old builds are not reused."""
 
 BetweenRounds = Callable[[Path], Path]
