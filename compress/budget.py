@@ -1,6 +1,6 @@
 """Pruning to a budget: which width, KV groups and depth meet it at the least output error.
 
-A pass over the model (`ProfileStep`) gives every block's error curves: OSSCAR's loss at a few widths of the MLP and at
+A pass over the model (`Profile`) gives every block's error curves: OSSCAR's loss at a few widths of the MLP and at
 each number of KV groups, and what leaving the block out would change, all relative to the hidden states that they
 disturb. Their sums rank every shape that just meets the budget; the best few are then built and measured
 (`build.py`), since errors of many blocks do not simply add up.
@@ -183,7 +183,7 @@ class Budget:
 
 
 def rank(shapes: Sequence[Shape], dense: Shape, curves: Sequence[Mapping[str, Any]]) -> list[Candidate]:
-    """All shapes with their estimated errors, the least first; `curves` are each block's details of `ProfileStep`."""
+    """All shapes with their estimated errors, the least first; `curves` are each block's details of `Profile`."""
     influence = [block["without"] for block in curves]
     by_influence = sorted(range(len(curves)), key=lambda index: (influence[index], index))
     candidates = []
@@ -223,6 +223,8 @@ class BlockTimer:
             widths = [dense.width, dense.width // 2, int(dense.width * _LEAST_SHARE)]
             shapes = [dense, *(Shape(width, shape.kv_groups, 1) for width in widths)]
             seconds = self.seconds(shapes)
+            if shape.kv_groups == dense.kv_groups:
+                seconds[1] = seconds[0]  # the dense block itself, which timed twice might seem faster than it is
             self._curves[shape.kv_groups] = [
                 [width, measured / seconds[0]] for width, measured in zip(widths, seconds[1:], strict=True)
             ]
