@@ -19,7 +19,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -65,16 +65,10 @@ CUTS = {"mlp25": Cut(0.25, 0), "mlp50": Cut(0.5, 0), "kv1": Cut(0, 1), "both": C
 _IMPORTANCES = {"torchpruning": "magnitude", "torchpruning_taylor": "taylor"}
 """The peer's methods, by the name of their figures."""
 BASELINES = ("magnitude", "refit", "wanda", "torchpruning")
-METHODS = (
-    "random",
-    *BASELINES,
-    *(["torchpruning_taylor"] if "--taylor" in sys.argv else []),
-    "osscar",
-    "osscar_search",
-)
+_TAYLOR = "torchpruning_taylor"
 _SEEDLESS = frozenset({"magnitude", "torchpruning"})
 """Methods that look at no data and use no randomness: run once, and repeated in the figures."""
-_SEEDS_OF = {"torchpruning_taylor": 1}
+_SEEDS_OF = {_TAYLOR: 1}
 """Seeds of methods that are run for information alone, and only if asked for: its gradients take minutes."""
 _SERVED = "osscar"
 """Every method leaves the same shapes; this one's outcome is served."""
@@ -159,6 +153,8 @@ class _Bench:
 
 
 def main() -> None:
+    asked_for = [_TAYLOR] if "--taylor" in sys.argv[1:] else []
+    methods = ["random", *BASELINES, *asked_for, "osscar", "osscar_search"]
     model = resolve_model(MODEL)
     peer = peer_python("torch_pruning", on_top_of_ours=True)
     folder = cache_dir("bench") / f"prune-{_content_key(model)}"
@@ -173,7 +169,7 @@ def main() -> None:
     figures: dict[str, list[float]] = {}
     for cut_name in CUTS:
         figures[f"{cut_name}_dense_nll"] = [dense["nll"]] * NUM_SEEDS
-        for method in METHODS:
+        for method in methods:
             num_seeds = _SEEDS_OF.get(method, NUM_SEEDS)
             cells = [_cell(results, bench, cut_name, method, seed) for seed in range(num_seeds)]
             figures[f"{cut_name}_{method}_nll"] = [cell["nll"] for cell in cells]
@@ -191,7 +187,7 @@ def main() -> None:
     results.close()
     for cut_name in CUTS:
         shutil.rmtree(bench.served(cut_name), ignore_errors=True)
-    _print_tables(figures)
+    _print_tables(figures, methods)
     print(bench_line("prune", figures))
 
 
@@ -224,7 +220,7 @@ def _recipe(cut: Cut, method: str, seed: int, tokens: Path) -> str:
 def _content_key(model: Path) -> str:
     """Changes with whatever results depend on: the code of pruning and of this benchmark, and the model."""
     own = [Path(__file__), _HERE / "heldout.py", *(_HERE / "peers").glob("torch_pruning*")]
-    digest = sha256_of_files(sorted([*own, *(_HERE.parent / "compress").glob("*.py")]))
+    digest = sha256_of_files(sorted([*own, *(_HERE.parent / "compress").rglob("*.py")]))
     return f"{digest[:8]}-{model_hash(model)[:8]}"
 
 
@@ -245,10 +241,10 @@ async def _median_rate(url: str) -> float:
         return sorted(rates)[NUM_REPEATS // 2]
 
 
-def _print_tables(figures: dict[str, list[float]]) -> None:
+def _print_tables(figures: dict[str, list[float]], methods: Sequence[str]) -> None:
     console = Console(stderr=True)
     losses = Table("", *CUTS, title="Held-out negative log-likelihood per token, each of three seeds (seconds)")
-    for method in ("dense", *METHODS):
+    for method in ("dense", *methods):
         row = []
         for cut_name in CUTS:
             shown = " ".join(f"{nll:.3f}" for nll in figures[f"{cut_name}_{method}_nll"])
