@@ -122,7 +122,7 @@ def _read_jsonl(path: Path) -> list[dict[str, Any]]:
             row = json.loads(line)
         except ValueError as error:
             raise UserError("calibration source", f"{path}:{number}", f"is not JSON ({error})", "mend it") from error
-        if not isinstance(row, dict) or not (_is_text(row.get("text")) or _is_ids(row.get("input_ids"))):
+        if not isinstance(row, dict) or not _is_document(row):
             raise UserError(
                 "calibration source",
                 f"{path}:{number}",
@@ -142,12 +142,10 @@ def _read_text(path: Path) -> str:
         raise UserError("calibration source", path, f"is not UTF-8 ({error})", "convert it") from error
 
 
-def _is_text(value: object) -> bool:
-    return isinstance(value, str)
-
-
-def _is_ids(value: object) -> bool:
-    return isinstance(value, list) and all(type(token) is int for token in value)
+def _is_document(row: dict[str, Any]) -> bool:
+    if "input_ids" in row:
+        return isinstance(row["input_ids"], list) and all(type(token) is int for token in row["input_ids"])
+    return isinstance(row.get("text"), str)
 
 
 def _workload_documents(directory: Path, source: str, seed: int) -> Iterator[list[int]]:

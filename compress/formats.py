@@ -210,17 +210,21 @@ def _scheme(spec: Format, grid: Grid, target: str) -> dict[str, Any]:
     return scheme
 
 
+def layer_groups(quantization_config: Mapping[str, Any]) -> tuple[list[dict[str, Any]], str | None]:
+    """Groups of layers that a config.json describes, without that of an INT8 head, and the first one's layout."""
+    described = quantization_config.get("config_groups", {}).values()
+    groups = [group for group in described if group["targets"] != [HEAD_TARGET]]
+    return groups, (groups[0].get("format") if groups else None) or quantization_config.get("format")
+
+
 def read_scheme(quantization_config: Mapping[str, Any]) -> tuple[Grid, Activations | None]:
     """Grid of the weights and rounding of the activations that a config.json describes, an INT8 head left aside.
 
     Raises UserError for what none of `FORMATS` is, and what would be read wrongly: several groups of layers, other
     bits or layouts, blocks that share a scale, group/dynamic activation ordering, static or missing activations.
     """
-    groups = [
-        group for group in quantization_config.get("config_groups", {}).values() if group["targets"] != [HEAD_TARGET]
-    ]
+    groups, layout = layer_groups(quantization_config)
     layouts = {spec.layout: spec for spec in FORMATS.values()}
-    layout = (groups[0].get("format") if groups else None) or quantization_config.get("format")
     if len(groups) != 1 or layout not in layouts or groups[0]["weights"]["num_bits"] != layouts[layout].num_bits:
         raise UserError(
             "quantization_config", layout, "is not a format that slimserve reads", f"supported: {', '.join(FORMATS)}"

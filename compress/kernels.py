@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from compress.families import head_dim_of, input_sizes
-from compress.formats import FORMATS, HEAD_TARGET
+from compress.families import input_sizes, with_sizes
+from compress.formats import FORMATS, layer_groups
 from contracts.hardware import Hardware
 
 _GPU_CAPABILITY = {"fp8": "8.9"}
@@ -33,8 +33,7 @@ def format_of(config: Mapping[str, Any]) -> str | None:
     if quantization.get("quant_method") == "bitsandbytes":
         return "int8-bnb" if quantization.get("load_in_8bit") else "nf4"
     layouts = {spec.layout: name for name, spec in FORMATS.items()}
-    groups = [group for group in quantization.get("config_groups", {}).values() if group["targets"] != [HEAD_TARGET]]
-    layout = (groups[0].get("format") if groups else None) or quantization.get("format")
+    _, layout = layer_groups(quantization)
     return layouts.get(layout or "")
 
 
@@ -76,5 +75,5 @@ def _explain(hardware: Hardware, name: str | None, config: Mapping[str, Any]) ->
 
 def _qkv_size(config: Mapping[str, Any]) -> int:
     """Output features of q, k and v, which vLLM computes as one layer."""
-    kv_heads = config.get("num_key_value_heads") or config["num_attention_heads"]
-    return int((config["num_attention_heads"] + 2 * kv_heads) * head_dim_of(config))
+    sizes = with_sizes(config)
+    return int((sizes["num_attention_heads"] + 2 * sizes["num_key_value_heads"]) * sizes["head_dim"])
