@@ -31,7 +31,7 @@ from compress.families import LayerRoles, roles_of, with_sizes
 from compress.forward import Block, Decoder
 from compress.recipe import Prune, Quantize, Recipe
 from compress.reference import divergences
-from compress.steps import BoundStep, Detail, ProfileStep, bind
+from compress.steps import BoundStep, Detail, Profile, Visitor, bind
 from compress.stream import Stream
 from contracts.errors import UserError
 from contracts.model import count_parameters, model_hash, model_name, weight_files
@@ -153,8 +153,11 @@ class _Builder:
             title = f"{self.name}: {step.name} ({number + 1} of {len(steps)})"
             record = folder / "done.json"
             if not record.is_file():
-                seconds, detail = self._walk(title, step, folder, output)
-                write_atomically(record, json.dumps({"seconds": seconds, "detail": detail}))
+                before_s, details = self._walk(title, step, folder)
+                start = time.monotonic()
+                self._emit(step, details, folder / "blocks", output)
+                seconds = before_s + time.monotonic() - start
+                write_atomically(record, json.dumps({"seconds": seconds, "detail": step.describe(details)}))
             # Only now: without the record, a killed build goes on from the blocks.
             for leftover in (folder / "blocks", folder / "streams"):
                 shutil.rmtree(leftover, ignore_errors=True)
@@ -181,25 +184,7 @@ class _Builder:
         folder = self.work / "step-budget"
         record = folder / "finalists.json"
         if not record.is_file():
-            last = recipe.steps[-1]
-            quantization = last if isinstance(last, Quantize) else None
-            num_bytes = sum(file.stat().st_size for file in weight_files(directory))
-            allowance = budget.Budget(
-                step.keep, config, self.roles, count_parameters(directory), num_bytes, quantization
-            )
-            shapes = self._shapes_that_fit(allowance, step, recipe, config)
-            self.result = directory
-            profile = ProfileStep(step, config, self.roles)
-            _, curves = self._walk(f"{self.name}: error curves", profile, folder, folder / "checkpoint")
-            finalists = budget.rank(shapes, allowance.dense, curves["per_block"])[: budget.NUM_FINALISTS]
-            found = {
-                "limit": allowance.limit,
-                "shapes_that_fit": len(shapes),
-                "finalists": [
-                    {**asdict(candidate), "cost": allowance.measure(candidate.shape)} for candidate in finalists
-                ],
-            }
-            write_atomically(record, json.dumps(found))
+            write_atomically(record, json.dumps(self._find_finalists(directory, recipe, step, config, folder)))
         # Read back, since a speed measured anew after an interruption might rank others.
         found = json.loads(record.read_text(encoding="utf-8"))
         built = []
@@ -232,6 +217,25 @@ class _Builder:
         searched = Step(name="fit_budget", seconds=seconds, detail=detail)
         return built[best], [searched, *(done for done in manifest.steps if done.name != "write")]
 
+    def _find_finalists(
+        self, directory: Path, recipe: Recipe, step: Prune, config: dict[str, Any], folder: Path
+    ) -> dict[str, Any]:
+        """The shapes of least estimated error with their costs, and the limit; plain JSON."""
+        assert step.keep is not None
+        last = recipe.steps[-1]
+        quantization = last if isinstance(last, Quantize) else None
+        num_bytes = sum(file.stat().st_size for file in weight_files(directory))
+        allowance = budget.Budget(step.keep, config, self.roles, count_parameters(directory), num_bytes, quantization)
+        shapes = self._shapes_that_fit(allowance, step, recipe, config)
+        self.result = directory
+        _, curves = self._walk(f"{self.name}: error curves", Profile(step, config, self.roles), folder)
+        finalists = budget.rank(shapes, allowance.dense, curves)[: budget.NUM_FINALISTS]
+        return {
+            "limit": allowance.limit,
+            "shapes_that_fit": len(shapes),
+            "finalists": [{**asdict(candidate), "cost": allowance.measure(candidate.shape)} for candidate in finalists],
+        }
+
     def _shapes_that_fit(
         self, allowance: budget.Budget, step: Prune, recipe: Recipe, config: dict[str, Any]
     ) -> list[budget.Shape]:
@@ -258,7 +262,8 @@ class _Builder:
             say(f"{self.name}: {asked.source} has no more text, so finalists are judged on what they were built on")
         return list(beyond if len(beyond) else tokens_NT[-_JUDGED_SEQUENCES:])
 
-    def _walk(self, title: str, step: BoundStep, folder: Path, output: Path) -> tuple[float, dict[str, Any]]:
+    def _walk(self, title: str, visitor: Visitor, folder: Path) -> tuple[float, list[Detail]]:
+        """Show every block to `visitor` and keep what it makes of it under `folder`; seconds, and its details."""
         start = time.monotonic()
         reader = CheckpointReader(self.result)
         config = json.loads((self.result / "config.json").read_text(encoding="utf-8"))
@@ -268,7 +273,7 @@ class _Builder:
         details, before_s = _read_state(folder)
         if details:
             say(f"{title}: resumed after block {len(details)} of {num_blocks}")
-        streams = self._streams(step, folder, config, reader, first=not details)
+        streams = self._streams(visitor, folder, config, reader, first=not details)
         with progress(title, num_blocks, "blocks") as tick:
             for index, (_, block) in enumerate(iterate_blocks(reader, self.roles.block, num_blocks)):
                 if index < len(details):
@@ -277,21 +282,20 @@ class _Builder:
                     stream.enter(index, config["hidden_size"])
                 # Gradients are never wanted, and inference tensors cannot be saved.
                 with torch.no_grad():
-                    after, detail = step.on_block(index, block, streams.get("x"), streams.get("dense"))
+                    after, detail = visitor.on_block(index, block, streams.get("x"), streams.get("dense"))
                 save_file({key: tensor.contiguous() for key, tensor in after.items()}, _block_file(blocks, index))
                 details.append(detail)
                 _write_state(folder, details, before_s + time.monotonic() - start)
                 for stream in streams.values():
                     stream.leave()
                 tick(index + 1, note=f"{_worst_error(detail)}{_peak_rss_bytes() / 2**30:.1f} GiB")
-        self._emit(step, details, reader, blocks, output, config)
-        return before_s + time.monotonic() - start, step.describe(details)
+        return before_s + time.monotonic() - start, details
 
     def _streams(
-        self, step: BoundStep, folder: Path, config: dict[str, Any], reader: CheckpointReader, first: bool
+        self, visitor: Visitor, folder: Path, config: dict[str, Any], reader: CheckpointReader, first: bool
     ) -> dict[str, Stream]:
-        """The calibration stream by its name, and the dense one where the step wants it."""
-        if not step.needs_data:
+        """The calibration stream by its name, and the dense one where the visitor wants it."""
+        if not visitor.needs_data:
             return {}
         assert self.calibration is not None
         tokens_NT = self.calibration.tokens_NT
@@ -299,22 +303,16 @@ class _Builder:
         decoder = Decoder(config, self.roles, tokens_NT.shape[1], embedding_VD.dtype)
         where = folder / "streams"
         where.mkdir(exist_ok=True)
-        streams = {name: Stream(decoder, where, tokens_NT, name) for name in ("x", "dense")[: 1 + step.wants_dense]}
+        streams = {name: Stream(decoder, where, tokens_NT, name) for name in ("x", "dense")[: 1 + visitor.wants_dense]}
         if first:
             for stream in streams.values():
                 stream.embed(embedding_VD)
         return streams
 
-    def _emit(
-        self,
-        step: BoundStep,
-        details: list[Detail],
-        reader: CheckpointReader,
-        blocks: Path,
-        output: Path,
-        config: dict[str, Any],
-    ) -> None:
+    def _emit(self, step: BoundStep, details: list[Detail], blocks: Path, output: Path) -> None:
         """Write the step's checkpoint from its blocks, numbered anew where some are left out."""
+        reader = CheckpointReader(self.result)
+        config = json.loads((self.result / "config.json").read_text(encoding="utf-8"))
         with atomic_directory(output) as partial:
             writer = CheckpointWriter(partial)
             number = 0

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -16,6 +18,9 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+
+from compress.build import build_variant
+from compress.recipe import AnyStep, Calibrate, Prune, Quantize, Recipe
 
 _SIZES: dict[str, Any] = {
     "vocab_size": 67,
@@ -27,6 +32,10 @@ _SIZES: dict[str, Any] = {
 }
 _GQA = {"num_attention_heads": 6, "num_key_value_heads": 2}
 _MHA = {"num_attention_heads": 4, "num_key_value_heads": 4}
+KV = Prune(step="prune", kv_remove_frac=0.5, mlp_remove_frac=0.3, multiple=4)
+GPTQ = Quantize(step="quantize", format="w8a8", method="gptq")
+QUANTIZE = Quantize(step="quantize", format="w8a8")
+INPUT_IDS = torch.tensor([[5, 41, 0, 66, 23, 8, 8]])
 
 
 @dataclass(frozen=True)
@@ -65,3 +74,27 @@ def tiny(request: pytest.FixtureRequest, tmp_path: Path) -> TinyModel:
 @pytest.fixture
 def tiny_llama(tmp_path: Path) -> TinyModel:
     return make_tiny(CONFIGS["llama-tied-gqa"], tmp_path / "dense")
+
+
+def ids_file(folder: Path, num_sequences: int = 6, num_tokens: int = 16) -> str:
+    """Random calibration token ids for the tiny models."""
+    tokens = torch.randint(0, 67, (num_sequences, num_tokens), generator=torch.Generator().manual_seed(2))
+    file = folder / "ids.jsonl"
+    file.write_text("\n".join(json.dumps({"input_ids": row}) for row in tokens.tolist()))
+    return str(file)
+
+
+def build_on_data(tiny: TinyModel, *steps: AnyStep, target: Path, **options: Any) -> Path:
+    calibration = Calibrate(source=ids_file(tiny.directory.parent), num_samples=6, sequence_length=16)
+    recipe = Recipe(summary="", calibration=calibration, steps=steps)
+    return build_variant("tiny", tiny.directory, "own", recipe, target, **options)
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    return model(INPUT_IDS).logits
+
+
+def weight_bytes(directory: Path) -> int:
+    """Bytes of all tensors, without the files' headers."""
+    return sum(tensor.nbytes for file in directory.glob("*.safetensors") for tensor in load_file(file).values())

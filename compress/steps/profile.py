@@ -1,0 +1,61 @@
+"""What pruning would cost each block at several sizes, found in one walk that changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from compress import prune
+from compress.budget import profile_sizes
+from compress.families import HALVES, Half, LayerRoles
+from compress.forward import Block
+from compress.recipe import Prune
+from compress.steps.interface import Detail
+from compress.stream import Stream
+
+
+class Profile:
+    """Changes nothing and keeps no blocks: its details hold every block's error curves, for `budget.rank`."""
+
+    needs_data = True
+    wants_dense = False
+
+    def __init__(self, step: Prune, config: Mapping[str, Any], roles: LayerRoles) -> None:
+        self._roles, self._damping = roles, step.damping
+        self._sizes = profile_sizes(config)
+        num_q_per_kv = config["num_attention_heads"] // config["num_key_value_heads"]
+        self._group_size: dict[Half, int] = {"mlp": 1, "attention": num_q_per_kv * config["head_dim"]}
+
+    def on_block(self, index: int, block: Block, stream: Stream | None, dense: Stream | None) -> tuple[Block, Detail]:
+        assert stream is not None
+        losses: dict[Half, list[float]] = {}
+        for half in HALVES:
+            layer = self._roles.consumer(half)
+            gram_II = stream.consumer_gram(half, block, f"block {index} {layer}").mean().double()
+            problem = prune.PruneProblem(
+                weight_OI=block[f"{layer}.weight"].double(),
+                gram_II=gram_II,
+                target_IO=None,
+                group_size=self._group_size[half],
+                damping=self._damping,
+            )
+            losses[half] = prune.loss_curve(problem, self._sizes[half])
+            stream.skip(half, block)
+        change, weakness = _relative_change(stream)
+        curves: Detail = {
+            half: [[size, loss * weakness] for size, loss in zip(self._sizes[half], losses[half], strict=True)]
+            for half in HALVES
+        }
+        return {}, {**curves, "without": change}
+
+
+def _relative_change(stream: Stream) -> tuple[float, float]:
+    """Of all tokens the mean of ‖after - before‖² / ‖after‖² for the block, and the mean of 1 / ‖after‖²."""
+    changes, weaknesses = [], []
+    for before_BTD, after_BTD in stream.changes():
+        weakness_BT = 1 / after_BTD.float().square().sum(-1).clamp_(min=1e-12)
+        changes.append(((after_BTD.float() - before_BTD.float()).square().sum(-1) * weakness_BT).flatten())
+        weaknesses.append(weakness_BT.flatten())
+    return float(torch.cat(changes).mean()), float(torch.cat(weaknesses).mean())

@@ -1,0 +1,195 @@
+"""Rounding every linear layer of the blocks, and the head if asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress import bnb, formats, gptq, quantize
+from compress.families import HALVES, Half, LayerRoles, input_sizes
+from compress.forward import Block
+from compress.recipe import Quantize
+from compress.steps.interface import Detail
+from compress.stream import Stream
+from contracts.errors import UserError
+
+
+class QuantizeStep:
+    """Every linear layer onto a format's grid; each is rounded on inputs that the rounded layers before it made."""
+
+    name = "quantize"
+    wants_dense = False
+
+    def __init__(self, step: Quantize, config: Mapping[str, Any], roles: LayerRoles) -> None:
+        self._step, self._roles = step, roles
+        self._is_bnb = step.format not in formats.FORMATS
+        self._bnb_format = "int8" if step.format == "int8-bnb" else step.format
+        self.needs_data = step.method in gptq.NEEDS_DATA or step.smoothquant is not None or step.scales == "mse"
+        self._note = ""
+        inputs = input_sizes(config)
+        if self._is_bnb:
+            for num_inputs in inputs:
+                bnb.check_input_size(num_inputs, self._bnb_format)
+        else:
+            formats.make_grid(step.format, step.symmetric, step.group_size)  # refuses what was asked, not what fits
+            group, self._note = formats.choose_group_size(step.group_size, inputs)
+            self._grid = formats.make_grid(step.format, step.symmetric, group)
+        self._options = quantize.RoundingOptions(
+            damping=step.damping, order=step.order, sweeps=step.sweeps, scales=step.scales
+        )
+        fused = 2 * len(HALVES) * config["num_hidden_layers"]
+        if step.keep_worst >= fused:
+            raise UserError("keep_worst", step.keep_worst, f"keeps all {fused} fused layers", "keep fewer")
+        self.planned_config = dict(config)
+        self._is_tied = bool(config.get("tie_word_embeddings", False))
+
+    def on_block(self, index: int, block: Block, stream: Stream | None, dense: Stream | None) -> tuple[Block, Detail]:
+        packed = dict(block)
+        effective = dict(block)
+        errors: dict[str, float] = {}
+        notes: dict[str, Any] = {}
+        for half in HALVES:
+            producers, consumer = self._roles.producers(half), self._roles.consumer(half)
+            gram_II: Tensor | None = None
+            if stream is not None:
+                wants_peak = self._step.smoothquant is not None
+                gram = stream.producer_gram(half, effective, f"block {index} {producers[0]}", wants_peak)
+                gram_II = gram.mean()
+                if gram.peak_I is not None:
+                    gram_II = self._smooth(half, producers, effective, packed, gram.peak_I, gram_II)
+            self._round(producers, effective, packed, gram_II, errors, notes)
+            gram_II = None
+            if stream is not None:
+                gram_II = stream.consumer_gram(half, effective, f"block {index} {consumer}").mean()
+            self._round((consumer,), effective, packed, gram_II, errors, notes)
+            if stream is not None:
+                stream.skip(half, effective)
+        return packed, {"output_error": errors, **({"notes": notes} if notes else {})}
+
+    def emit(self, index: int, block: Block, original: Callable[[], Block], details: Sequence[Detail]) -> Block | None:
+        kept = [layer for where, layers in self._kept(details) if where == index for layer in layers]
+        if not kept:
+            return block
+        source = original()
+        restored = {name: tensor for name, tensor in block.items() if not _belongs(name, kept)}
+        restored |= {name: tensor for name, tensor in source.items() if _belongs(name, kept)}
+        if self._step.smoothquant is not None:
+            # The norms have changed, and what reads them must change with them.
+            for half in HALVES:
+                scale_I = _norm_ratio(source, block, self._roles.norm(half))
+                for layer in set(kept) & set(self._roles.producers(half)):
+                    weight_OI = source[f"{layer}.weight"]
+                    restored[f"{layer}.weight"] = (weight_OI.float() * scale_I).to(weight_OI.dtype)
+        return restored
+
+    def emit_outer(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
+        if self._step.head == "dense":
+            return {name: tensor}
+        head, embedding = self._roles.head, self._roles.embedding
+        if name == head and self._is_tied:
+            return {}
+        if name == head or (name == embedding and self._is_tied):
+            stem = head.removesuffix("weight")
+            packed = {stem + suffix: values for suffix, values in formats.pack_head(tensor).items()}
+            return packed if name == head else {name: tensor, **packed}
+        return {name: tensor}
+
+    def config(self, before: Mapping[str, Any], details: Sequence[Detail]) -> dict[str, Any]:
+        kept = [
+            self._roles.block.format(index=index) + layer for index, layers in self._kept(details) for layer in layers
+        ]
+        int8_head = self._step.head == "int8"
+        ignored = kept if int8_head else [formats.HEAD_TARGET, *kept]
+        if self._is_bnb:
+            described = bnb.quantization_config(self._bnb_format, ignored)
+        else:
+            described = formats.quantization_config(self._step.format, self._grid, ignored, int8_head)
+        untied = {"tie_word_embeddings": False} if int8_head else {}
+        return {**before, **untied, "quantization_config": described}
+
+    def describe(self, details: Sequence[Detail]) -> dict[str, Any]:
+        described: dict[str, Any] = {"format": self._step.format, "method": self._step.method}
+        if not self._is_bnb:
+            described |= {"symmetric": self._grid.symmetric, "group_size": self._grid.group_size}
+        if self._step.head != "dense":
+            described["head"] = self._step.head
+        if self._note:
+            described["fallback"] = self._note
+        kept = self._kept(details)
+        if kept:
+            described["kept_unquantized"] = [
+                self._roles.block.format(index=index) + layer for index, layers in kept for layer in layers
+            ]
+        return {**described, "per_block": list(details)}
+
+    def _round(
+        self,
+        layers: Sequence[str],
+        effective: Block,
+        packed: Block,
+        gram_II: Tensor | None,
+        errors: dict[str, float],
+        notes: dict[str, Any],
+    ) -> None:
+        """Round layers that share their input together: rows do not interact, and the gram is factorised once."""
+        if self._is_bnb:
+            for layer in layers:
+                weight_OI = effective[f"{layer}.weight"]
+                tensors = bnb.pack_layer(weight_OI, self._bnb_format)
+                rounded_OI = bnb.dequantize_layer(tensors, self._bnb_format)
+                errors[layer] = float((weight_OI.float() - rounded_OI).norm() / weight_OI.float().norm().clamp(1e-30))
+                del packed[f"{layer}.weight"]
+                packed.update({f"{layer}.{suffix}": tensor for suffix, tensor in tensors.items()})
+            return
+        weights = [effective[f"{layer}.weight"] for layer in layers]
+        stacked_OI = torch.cat([weight.float() for weight in weights])
+        rounded = gptq.ROUNDINGS[self._step.method](stacked_OI, gram_II, self._grid, self._options)
+        if rounded.notes:
+            notes["+".join(layers)] = dict(rounded.notes)
+        for layer, weight_OI, quantized in zip(
+            layers, weights, rounded.split([len(weight) for weight in weights]), strict=True
+        ):
+            errors[layer] = quantize.output_error(weight_OI, quantized, gram_II)
+            effective[f"{layer}.weight"] = quantized.dequantize().to(weight_OI.dtype)
+            del packed[f"{layer}.weight"]
+            packed.update({f"{layer}.{suffix}": tensor for suffix, tensor in formats.pack_layer(quantized).items()})
+
+    def _smooth(
+        self, half: Half, producers: Sequence[str], effective: Block, packed: Block, peak_I: Tensor, gram_II: Tensor
+    ) -> Tensor:
+        """Divide the norm's outputs by the smoothing scales and multiply the producers' columns; the new gram."""
+        assert self._step.smoothquant is not None
+        norm = self._roles.norm(half)
+        weight_peak_I = torch.stack([effective[f"{layer}.weight"].float().abs().amax(0) for layer in producers]).amax(0)
+        scale_I = quantize.smooth_scales(peak_I, weight_peak_I, self._step.smoothquant)
+        before = dict(effective)
+        before_I = before[f"{norm}.weight"]
+        after_I = (before_I.float() / scale_I).to(before_I.dtype)
+        effective[f"{norm}.weight"] = packed[f"{norm}.weight"] = after_I
+        scale_I = _norm_ratio(before, effective, norm)
+        for layer in producers:
+            weight_OI = effective[f"{layer}.weight"]
+            effective[f"{layer}.weight"] = weight_OI.float() * scale_I
+        return gram_II / scale_I[:, None] / scale_I[None, :]
+
+    def _kept(self, details: Sequence[Detail]) -> list[tuple[int, tuple[str, ...]]]:
+        """Block and layers of the fused layers that stay unquantized; engines fuse q-k-v and gate-up."""
+        fused = [layers for half in HALVES for layers in (self._roles.producers(half), (self._roles.consumer(half),))]
+        ranked = sorted(
+            ((index, layers) for index in range(len(details)) for layers in fused),
+            key=lambda one: -max(details[one[0]]["output_error"][layer] for layer in one[1]),
+        )
+        return sorted(ranked[: self._step.keep_worst])
+
+
+def _belongs(name: str, layers: Sequence[str]) -> bool:
+    return any(name.startswith(f"{layer}.") for layer in layers)
+
+
+def _norm_ratio(before: Block, after: Block, norm: str) -> Tensor:
+    """What a norm's outputs have been divided by, `[I]`: what its dtype really did, and 1 where it is zero."""
+    before_I, after_I = before[f"{norm}.weight"].float(), after[f"{norm}.weight"].float()
+    return torch.where(after_I != 0, before_I / after_I, torch.ones_like(after_I))

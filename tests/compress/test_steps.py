@@ -1,0 +1,178 @@
+"""Steps on calibration data: what each leaves of tiny models, against definitions and transformers."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from compress import build as build_module
+from compress.recipe import Prune, PruneDepth, Quantize
+from compress.reference import kl_per_token, reference_logits
+from contracts.errors import UserError
+from contracts.variant import read_manifest
+
+from .conftest import GPTQ, INPUT_IDS, KV, TinyModel, build_on_data, ids_file, logits
+
+
+@pytest.mark.parametrize("method", ["random", "magnitude", "refit", "wanda", "osscar", "osscar_search"])
+@pytest.mark.parametrize("target", ["current", "dense"])
+def test_neurons_and_kv_groups_go_by_every_method(tiny: TinyModel, tmp_path: Path, method: str, target: str) -> None:
+    step = KV.model_copy(update={"method": method, "target": target})
+    groups, heads = tiny.model.config.num_key_value_heads, tiny.model.config.num_attention_heads
+    if tiny.model.config.model_type == "qwen2":
+        # vLLM 0.32 derives the heads' width from their number there.
+        with pytest.raises(UserError, match="kv_remove_frac: '0.5' would give a qwen2 that vLLM cannot load"):
+            build_on_data(tiny, step, target=tmp_path / "variant")
+        step, groups, heads = step.model_copy(update={"kv_remove_frac": 0}), 2 * groups, 2 * heads
+    variant = build_on_data(tiny, step, target=tmp_path / "variant")
+    loaded = AutoModelForCausalLM.from_pretrained(variant, dtype=torch.float32)
+    assert loaded.config.num_key_value_heads == groups // 2
+    assert loaded.config.num_attention_heads == heads // 2
+    assert loaded.config.intermediate_size == 32
+    own = next(iter(reference_logits(variant, [INPUT_IDS[0]])))
+    torch.testing.assert_close(own, logits(loaded)[0], atol=2e-4, rtol=1e-4)
+
+
+def test_osscar_loses_less_of_a_model_than_random_and_magnitude(tiny_llama: TinyModel, tmp_path: Path) -> None:
+    ids = json.loads(Path(ids_file(tmp_path)).read_text().splitlines()[0])["input_ids"]
+    dense = next(iter(reference_logits(tiny_llama.directory, [torch.tensor(ids)])))
+    loss = {}
+    for method in ("random", "magnitude", "osscar_search"):
+        step = Prune(step="prune", mlp_remove_frac=0.5, multiple=2, method=method)
+        variant = build_on_data(tiny_llama, step, target=tmp_path / method)
+        pruned = next(iter(reference_logits(variant, [torch.tensor(ids)])))
+        loss[method] = float(kl_per_token(dense, pruned).mean())
+    assert loss["osscar_search"] < min(loss["random"], loss["magnitude"])
+
+
+@pytest.mark.parametrize("method", ["gptq", "quantease"])
+@pytest.mark.parametrize("smoothquant", [None, 0.5])
+def test_a_calibrated_quantization_computes_what_the_dense_model_does(
+    tiny: TinyModel, tmp_path: Path, method: str, smoothquant: float | None
+) -> None:
+    step = GPTQ.model_copy(update={"method": method, "smoothquant": smoothquant})
+    variant = build_on_data(tiny, step, target=tmp_path / "variant")
+    own = next(iter(reference_logits(variant, [INPUT_IDS[0]])))
+    assert float((own - logits(tiny.model)[0]).norm() / logits(tiny.model).norm()) < 0.08
+
+
+def test_rounds_end_at_the_same_width_and_call_the_hook_between(tiny_llama: TinyModel, tmp_path: Path) -> None:
+    seen = []
+
+    def between(checkpoint: Path) -> Path:
+        seen.append(json.loads((checkpoint / "config.json").read_text())["intermediate_size"])
+        return checkpoint
+
+    step = Prune(step="prune", mlp_remove_frac=0.5, multiple=2, rounds=3)
+    variant = build_on_data(tiny_llama, step, target=tmp_path / "variant", between_rounds=between)
+    assert json.loads((variant / "config.json").read_text())["intermediate_size"] == 22
+    assert len(seen) == 2
+    assert 44 > seen[0] > seen[1] > 22
+
+
+def test_the_least_influential_blocks_go_and_the_others_close_up(tiny: TinyModel, tmp_path: Path) -> None:
+    # A block that adds next to nothing to the hidden states must be the one to go.
+    file = tiny.directory / "model.safetensors"
+    tensors = load_file(file)
+    for name in ("self_attn.o_proj.weight", "mlp.down_proj.weight"):
+        tensors[f"model.layers.1.{name}"] *= 1e-4
+        tensors.pop(f"model.layers.1.{name.replace('weight', 'bias')}", None)
+    save_file(tensors, file, metadata={"format": "pt"})
+    variant = build_on_data(tiny, PruneDepth(step="prune_depth", num_blocks=1), target=tmp_path / "variant")
+    manifest = read_manifest(variant)
+    assert manifest is not None
+    assert manifest.steps[0].detail["removed_blocks"] == [1]
+    after = load_file(variant / "model.safetensors")
+    assert torch.equal(after["model.layers.1.mlp.up_proj.weight"], tensors["model.layers.2.mlp.up_proj.weight"])
+    assert AutoModelForCausalLM.from_pretrained(variant).config.num_hidden_layers == 2
+
+
+def test_a_search_removes_the_blocks_without_which_the_output_changes_least(tiny: TinyModel, tmp_path: Path) -> None:
+    step = PruneDepth(step="prune_depth", num_blocks=2, method="search")
+    variant = build_on_data(tiny, step, target=tmp_path / "variant")
+    manifest = read_manifest(variant)
+    assert manifest is not None
+    assert [done.name for done in manifest.steps] == ["prune_depth", "prune_depth", "write"]
+    lines = Path(ids_file(tmp_path)).read_text().splitlines()
+    tokens_NT = torch.tensor([json.loads(line)["input_ids"] for line in lines])
+    layers = list(tiny.model.model.layers)
+    for done in manifest.steps[:2]:
+
+        def last_states(kept: list[torch.nn.Module]) -> torch.Tensor:
+            # A norm without a weight scales every state to a root mean square of 1.
+            tiny.model.model.layers = torch.nn.ModuleList(kept)
+            tiny.model.model.norm.weight.data.fill_(1)
+            return tiny.model.model(tokens_NT, use_cache=False).last_hidden_state
+
+        with torch.no_grad():
+            whole = last_states(layers)
+            change = [
+                float((last_states(layers[:index] + layers[index + 1 :]) - whole).square().mean())
+                for index in range(len(layers))
+            ]
+        found = done.detail["per_block"][-1]["error_without"]
+        torch.testing.assert_close(found, change, atol=1e-4, rtol=1e-3)
+        assert done.detail["removed_blocks"] == [change.index(min(change))]
+        del layers[change.index(min(change))]
+
+
+def test_an_interrupted_search_goes_on_with_the_same_errors(
+    tiny_llama: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = PruneDepth(step="prune_depth", num_blocks=1, method="search")
+    left = [2]
+
+    def save_or_stop(*arguments: Any) -> None:
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        save_file(*arguments)
+
+    monkeypatch.setattr(build_module, "save_file", save_or_stop)
+    with pytest.raises(KeyboardInterrupt):
+        build_on_data(tiny_llama, step, target=tmp_path / "variant")
+    left[0] = 100
+    resumed = read_manifest(build_on_data(tiny_llama, step, target=tmp_path / "variant"))
+    whole = read_manifest(build_on_data(tiny_llama, step, target=tmp_path / "whole"))
+    assert resumed is not None
+    assert whole is not None
+    assert resumed.steps[0].detail == whole.steps[0].detail
+
+
+def test_the_dense_models_outputs_are_those_of_the_first_block_itself(tiny: TinyModel, tmp_path: Path) -> None:
+    # Nothing has been cut before block 0, so both targets are the same there, biases included.
+    step = KV if tiny.model.config.model_type != "qwen2" else KV.model_copy(update={"kv_remove_frac": 0})
+    weights = {}
+    for target in ("current", "dense"):
+        variant = build_on_data(tiny, step.model_copy(update={"target": target}), target=tmp_path / f"to-{target}")
+        weights[target] = load_file(variant / "model.safetensors")
+    name = "model.layers.0.self_attn.o_proj.weight"
+    torch.testing.assert_close(weights["dense"][name], weights["current"][name], atol=1e-3, rtol=1e-3)
+    if step.kv_remove_frac == 0:
+        name = "model.layers.0.mlp.down_proj.weight"
+        torch.testing.assert_close(weights["dense"][name], weights["current"][name], atol=1e-3, rtol=1e-3)
+
+
+def test_the_worst_layers_stay_as_they_were(tiny_llama: TinyModel, tmp_path: Path) -> None:
+    step = Quantize(step="quantize", format="w8a8", keep_worst=2)
+    variant = build_on_data(tiny_llama, step, target=tmp_path / "variant")
+    config = json.loads((variant / "config.json").read_text())
+    kept = [layer for layer in config["quantization_config"]["ignore"] if layer != "lm_head"]
+    assert len(kept) in {2, 3, 4, 5, 6}
+    before, after = load_file(tiny_llama.directory / "model.safetensors"), load_file(variant / "model.safetensors")
+    assert all(torch.equal(after[f"{layer}.weight"], before[f"{layer}.weight"]) for layer in kept)
+    manifest = read_manifest(variant)
+    assert manifest is not None
+    assert manifest.steps[0].detail["kept_unquantized"] == kept
+
+
+def test_a_layer_kept_beside_a_smoothed_norm_is_smoothed_with_it(tiny: TinyModel, tmp_path: Path) -> None:
+    step = GPTQ.model_copy(update={"smoothquant": 0.8, "keep_worst": 11})
+    variant = build_on_data(tiny, step, target=tmp_path / "variant")
+    own = next(iter(reference_logits(variant, [INPUT_IDS[0]])))
+    # All but one fused layer of twelve is dense: next to nothing may be lost.
+    assert float((own - logits(tiny.model)[0]).norm() / logits(tiny.model).norm()) < 0.03
