@@ -221,13 +221,11 @@ class BlockTimer:
         dense = self._dense
         if shape.kv_groups not in self._curves:
             widths = [dense.width, dense.width // 2, int(dense.width * _LEAST_SHARE)]
-            shapes = [dense, *(Shape(width, shape.kv_groups, 1) for width in widths)]
-            seconds = self.seconds(shapes)
-            if shape.kv_groups == dense.kv_groups:
-                seconds[1] = seconds[0]  # the dense block itself, which timed twice might seem faster than it is
-            self._curves[shape.kv_groups] = [
-                [width, measured / seconds[0]] for width, measured in zip(widths, seconds[1:], strict=True)
-            ]
+            whole, *shapes = [Shape(dense.width, dense.kv_groups, 1), *(Shape(w, shape.kv_groups, 1) for w in widths)]
+            # Each shape once: the dense block timed twice might seem faster than it is.
+            distinct = list(dict.fromkeys([whole, *shapes]))
+            seconds = dict(zip(distinct, self.seconds(distinct), strict=True))
+            self._curves[shape.kv_groups] = [[one.width, seconds[one] / seconds[whole]] for one in shapes]
         per_block: float = _interpolate(self._curves[shape.kv_groups], shape.width)
         return per_block * shape.depth / dense.depth
 

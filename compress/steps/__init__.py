@@ -35,7 +35,7 @@ def bind(steps: Sequence[AnyStep], config: Mapping[str, Any], roles: LayerRoles,
             bound.extend(_prune_depth_rounds(step, config))
         else:
             bound.append(QuantizeStep(step, config, roles))
-        config = bound[-1].planned_config  # type: ignore[attr-defined]
+        config = bound[-1].planned_config
     return bound
 
 

@@ -30,6 +30,8 @@ class BoundStep(Visitor, Protocol):
     """One step of a recipe on one model."""
 
     name: str
+    planned_config: dict[str, Any]
+    """The sizes that the step will leave, for checking those after it."""
 
     def emit(self, index: int, block: Block, original: Callable[[], Block], details: Sequence[Detail]) -> Block | None:
         """The block as it is written, or None to leave it out, knowing the details of all blocks."""
