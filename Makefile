@@ -6,6 +6,9 @@
 # make bench-memory    peak memory of compressing a 1.5B model
 # make bench-load      every recipe on a real model, loaded by stock transformers and stock vLLM
 # make bench-launch    this project's launch of vLLM against vLLM's own, alternating
+# make bench-scoring   scored candidates per second: /v1/score against stock vLLM's /generative_scoring
+# make bench-decode    decoding speed against stock vLLM and llama.cpp
+# make bench-ready     seconds from the command to the first token, first and later starts
 
 PYTHON ?= python3
 VENV   := .venv
@@ -16,7 +19,9 @@ SOURCES := slimserve.py contracts workloads compress serve loadtest compare benc
 
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test install lock lint types unit bench-launch bench-quantize bench-prune bench-memory bench-load clean
+BENCHES := $(addprefix bench-,launch scoring decode ready quantize prune memory load)
+
+.PHONY: demo test install lock lint types unit clean $(BENCHES)
 
 demo: install
 	$(BIN)/slimserve compare --model smollm2-135m-instruct --recipes dense,w8a8,prune25-w8a8 \
@@ -35,7 +40,7 @@ types:
 unit: $(VENV)/.test-system
 	$(BIN)/pytest
 
-bench-launch bench-quantize bench-prune bench-memory bench-load: bench-%: install
+$(BENCHES): bench-%: install
 	$(BIN)/python -m benches.$*
 
 # A stamp per environment: a second `make install` has nothing to do.

@@ -25,6 +25,7 @@ class Hardware:
     isa: tuple[str, ...]
     gpus: tuple[str, ...]
     """Name and memory of each NVIDIA GPU; empty where there is none."""
+    numa_nodes: int = 1
 
     def as_dict(self) -> dict[str, object]:
         """The facts as JSON knows them: lists for tuples."""
@@ -50,6 +51,7 @@ def probe_hardware() -> Hardware:
         memory_gib=round(psutil.virtual_memory().total / 2**30, 1),
         isa=tuple(flag for flag in _ISA_FLAGS if flag in flags),
         gpus=_probe_gpus(),
+        numa_nodes=len(list(Path("/sys/devices/system/node").glob("node[0-9]*"))) or 1,
     )
 
 

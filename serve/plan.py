@@ -12,13 +12,20 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from contracts.hardware import Hardware
 from contracts.storage import cache_dir
 
+Profile = Literal["recommendation", "reasoning", "balanced"]
+"""What a server will mostly be asked: prompts to score, long answers, or both."""
 _KV_MEMORY_FRAC = 0.1
 _BLOCK_SIZE = 32
+_PREFIX_CONNECTOR = {
+    "kv_connector": "PartialPrefixConnector",
+    "kv_connector_module_path": "serve.partial_prefix",
+    "kv_role": "kv_both",
+}
 
 
 @dataclass(frozen=True)
@@ -50,23 +57,24 @@ class LaunchPlan:
         )
 
 
-def plan_launch(directory: Path, hardware: Hardware) -> LaunchPlan:
-    """Choose the launch for the model in `directory`; its config.json must be readable."""
-    private = (
+def plan_launch(
+    directory: Path, hardware: Hardware, profile: Profile = "balanced", num_variants: int = 1
+) -> LaunchPlan:
+    """Choose the launch for the model in `directory`, one of `num_variants` on this machine.
+
+    Its config.json must be readable.
+    """
+    everywhere = (
         Choice("VLLM_NO_USAGE_STATS", "1", "nothing about your use is sent anywhere"),
         Choice("HF_HUB_OFFLINE", "1", "the model is a local directory, so no hub is asked"),
+        Choice("VLLM_PLUGINS", "slimserve,bitsandbytes", "adds /v1/score, /v1/rerank and the bitsandbytes formats"),
     )
     if hardware.gpus:
-        return LaunchPlan(environment=private)
+        return LaunchPlan(environment=everywhere)
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    cores = hardware.cores
     environment = [
-        *private,
-        Choice(
-            "VLLM_CPU_OMP_THREADS_BIND",
-            _ranges(cores),
-            f"all {len(cores)} cores compute; vLLM would keep one of them for its own processes",
-        ),
+        *everywhere,
+        *(_one_process(hardware.cores) if hardware.numa_nodes == 1 else _worker_process(hardware.cores)),
         Choice(
             "VLLM_USE_AOT_COMPILE",
             "0",
@@ -88,23 +96,66 @@ def plan_launch(directory: Path, hardware: Hardware) -> LaunchPlan:
                 "LD_PRELOAD", ":".join(preload), "a faster allocator and Intel's OpenMP, as vLLM's CPU guide advises"
             )
         )
-    kv_bytes = int(hardware.memory_gib * 2**30 * _KV_MEMORY_FRAC)
+    kv_bytes = int(hardware.memory_gib * 2**30 * _KV_MEMORY_FRAC / num_variants)
     arguments = [
         Choice(
             "--block-size",
             str(_BLOCK_SIZE),
-            "a candidate recomputes at most 31 tokens of the shared prefix; the CPU default of 128 makes it up to 127",
+            "the prefix cache shares whole blocks; 32 is the smallest that vLLM's CPU attention takes, its default 128",
         ),
         Choice(
             "--kv-cache-memory-bytes",
             str(kv_bytes),
-            f"{_KV_MEMORY_FRAC:.0%} of the machine's {hardware.memory_gib} GiB",
+            f"{_KV_MEMORY_FRAC:.0%} of the machine's {hardware.memory_gib} GiB"
+            + (f", shared by {num_variants} variants" if num_variants > 1 else ""),
         ),
     ]
+    if profile != "reasoning":
+        arguments.append(
+            Choice(
+                "--kv-transfer-config",
+                json.dumps(_PREFIX_CONNECTOR),
+                "candidates share the last, partly filled block of their prefix too, instead of computing it each",
+            )
+        )
     longest = _longest_sequence(config, kv_bytes)
     if longest < config.get("max_position_embeddings", longest):
         arguments.append(Choice("--max-model-len", str(longest), "the longest sequence that the KV space holds"))
     return LaunchPlan(tuple(arguments), tuple(environment))
+
+
+def _one_process(cores: Sequence[int]) -> tuple[Choice, ...]:
+    """Scheduler and worker in one process, forked from one that imported everything meanwhile.
+
+    vLLM would set the OpenMP and Inductor variables below only when it has started its own worker process, after
+    the fork server has read its environment.
+    """
+    return (
+        Choice("VLLM_ENABLE_V1_MULTIPROCESSING", "0", "the worker runs in the engine's process: no hop at every step"),
+        Choice("SLIMSERVE_FORK_ENGINE", "1", "the engine's imports run beside the API server's: ready 12 s sooner"),
+        Choice(
+            "OMP_NUM_THREADS",
+            str(len(cores)),
+            f"all {len(cores)} cores compute; vLLM would keep one of them for its own processes",
+        ),
+        Choice("KMP_BLOCKTIME", "5", "as vLLM sets it for its worker: threads wait 5 ms for work before they sleep"),
+        Choice("KMP_TPAUSE", "0", "as vLLM sets it for its worker"),
+        Choice("TORCHINDUCTOR_COMPILE_THREADS", "1", "as vLLM's CPU platform sets it"),
+        Choice("TORCHINDUCTOR_CPP_DYNAMIC_THREADS", "1", "as vLLM's CPU platform sets it"),
+        Choice("VLLM_DISABLE_SHARED_EXPERTS_STREAM", "1", "as vLLM's CPU platform sets it"),
+        Choice("NUMEXPR_MAX_THREADS", str(len(cores)), "as vLLM's CPU platform sets it"),
+    )
+
+
+def _worker_process(cores: Sequence[int]) -> tuple[Choice, ...]:
+    """vLLM's own worker process, whose threads and memory it binds to NUMA nodes."""
+    return (
+        Choice(
+            "VLLM_CPU_OMP_THREADS_BIND",
+            _ranges(cores),
+            f"all {len(cores)} cores compute; vLLM would keep some of them for its own processes",
+        ),
+    )
 
 
 def _longest_sequence(config: Mapping[str, Any], kv_bytes: int) -> int:

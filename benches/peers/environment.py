@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Mapping
 from pathlib import Path
 
 from contracts.errors import UserError
@@ -21,11 +22,12 @@ _HERE = Path(__file__).parent
 _STAMP = ".installed"
 
 
-def peer_python(name: str, *, on_top_of_ours: bool = False) -> Path:
+def peer_python(name: str, *, on_top_of_ours: bool = False, build: Mapping[str, str] | None = None) -> Path:
     """The Python interpreter of peer `name`'s environment, which is made if needed.
 
     With `on_top_of_ours` the environment also sees the packages of the running one, and only
-    what `NAME.txt` lists is installed. Raises UserError where a package is not to be had.
+    what `NAME.txt` lists is installed. `build` holds environment variables for packages that compile. Raises
+    UserError where a package is not to be had.
     """
     pins = _HERE / f"{name}.txt"
     key = hashlib.sha256(pins.read_bytes() + sys.prefix.encode() * on_top_of_ours).hexdigest()[:8]
@@ -41,7 +43,7 @@ def peer_python(name: str, *, on_top_of_ours: bool = False) -> Path:
             own = sysconfig.get_path("purelib", vars={"base": str(folder)})
             Path(own, "ours.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
         dependencies = ["--no-deps"] if on_top_of_ours else []
-        _run([str(python), "-m", "pip", "install", *dependencies, "--requirement", str(pins)], pins)
+        _run([str(python), "-m", "pip", "install", *dependencies, "--requirement", str(pins)], pins, build or {})
     (folder / _STAMP).touch()
     return python
 
@@ -60,8 +62,9 @@ def _version(pins: Path, name: str) -> str:
     return pinned[name if name in pinned else name.replace("_", "-")]
 
 
-def _run(command: list[str], pins: Path) -> None:
-    done = subprocess.run(command, env=peer_variables(1), capture_output=True, text=True, check=False)
+def _run(command: list[str], pins: Path, build: Mapping[str, str] | None = None) -> None:
+    variables = peer_variables(1) | dict(build or {})
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
     if done.returncode:
         errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR:")] or [done.stderr[-300:]]
         raise UserError(

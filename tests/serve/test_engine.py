@@ -81,7 +81,7 @@ def test_a_port_in_use_is_refused_before_anything_starts(tmp_path: Path) -> None
 
 
 def test_the_engine_process_ends_when_its_parent_is_killed() -> None:
-    child = "import serve.entry, time; serve.entry.die_with_parent(); time.sleep(600)"
+    child = "import serve.parent, time; serve.parent.die_with_parent(); time.sleep(600)"
     starter = (
         f"import subprocess, sys, time; child = subprocess.Popen([sys.executable, '-c', {child!r}]); "
         "print(child.pid, flush=True); time.sleep(600)"

@@ -5,7 +5,7 @@ import pytest
 
 from contracts.hardware import Hardware
 from serve import plan as module
-from serve.plan import Choice, LaunchPlan, plan_launch
+from serve.plan import Choice, LaunchPlan, Profile, plan_launch
 
 CPU = Hardware(cpu="x", cores=(0, 1), memory_gib=24.0, isa=("avx512f",), gpus=())
 CONFIG = {
@@ -25,7 +25,8 @@ def planned(directory: Path, hardware: Hardware = CPU, **changes: int) -> dict[s
 
 def test_a_cpu_gives_every_core_to_the_worker_and_small_blocks_to_the_cache(tmp_path: Path) -> None:
     settings = planned(tmp_path)
-    assert settings["VLLM_CPU_OMP_THREADS_BIND"] == "0-1"
+    assert settings["OMP_NUM_THREADS"] == "2"
+    assert "VLLM_CPU_OMP_THREADS_BIND" not in settings
     assert settings["--block-size"] == "32"
     assert int(settings["--kv-cache-memory-bytes"]) == pytest.approx(2.4 * 2**30, rel=1e-6)
     assert settings["VLLM_NO_USAGE_STATS"] == "1"
@@ -43,7 +44,7 @@ def test_a_model_whose_longest_sequence_does_not_fit_gets_a_shorter_one(tmp_path
 
 def test_a_gpu_keeps_vllms_own_choices(tmp_path: Path) -> None:
     gpu = Hardware(cpu="x", cores=(0,), memory_gib=64.0, isa=(), gpus=("NVIDIA H100, 81559 MiB",))
-    assert set(planned(tmp_path, gpu)) == {"VLLM_NO_USAGE_STATS", "HF_HUB_OFFLINE"}
+    assert set(planned(tmp_path, gpu)) == {"VLLM_NO_USAGE_STATS", "HF_HUB_OFFLINE", "VLLM_PLUGINS"}
 
 
 def test_libraries_that_are_not_there_are_not_preloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,8 +57,31 @@ def test_libraries_that_are_not_there_are_not_preloaded(tmp_path: Path, monkeypa
     ("cores", "text"), [((0,), "0"), ((0, 1, 2, 3), "0-3"), ((0, 2, 3, 9), "0,2-3,9"), ((5, 7), "5,7")]
 )
 def test_cores_are_written_as_vllm_reads_them(tmp_path: Path, cores: tuple[int, ...], text: str) -> None:
-    hardware = Hardware(cpu="x", cores=cores, memory_gib=24.0, isa=(), gpus=())
+    hardware = Hardware(cpu="x", cores=cores, memory_gib=24.0, isa=(), gpus=(), numa_nodes=2)
     assert planned(tmp_path, hardware)["VLLM_CPU_OMP_THREADS_BIND"] == text
+
+
+def test_on_several_numa_nodes_vllm_keeps_its_own_worker_process(tmp_path: Path) -> None:
+    two_nodes = Hardware(cpu="x", cores=(0, 1), memory_gib=24.0, isa=(), gpus=(), numa_nodes=2)
+    assert "SLIMSERVE_FORK_ENGINE" in planned(tmp_path)
+    assert not {"SLIMSERVE_FORK_ENGINE", "VLLM_ENABLE_V1_MULTIPROCESSING"} & planned(tmp_path, two_nodes).keys()
+
+
+def test_candidates_share_partial_blocks_but_for_pure_reasoning(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    profiles: dict[Profile, bool] = {"balanced": True, "recommendation": True, "reasoning": False}
+    for profile, shared in profiles.items():
+        names = {choice.name for choice in plan_launch(tmp_path, CPU, profile).arguments}
+        assert ("--kv-transfer-config" in names) == shared
+
+
+def test_variants_on_one_machine_divide_the_kv_cache(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    alone, beside = (
+        next(choice for choice in plan_launch(tmp_path, CPU, num_variants=number).arguments if "memory" in choice.name)
+        for number in (1, 2)
+    )
+    assert int(beside.value) == int(alone.value) // 2
 
 
 @pytest.mark.parametrize("extra", [["--block-size", "64"], ["--block-size=64"]])

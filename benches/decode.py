@@ -1,0 +1,102 @@
+"""Decoding speed: vLLM's own launch against ours, and both against llama.cpp on one stream.
+
+    make bench-decode
+
+Each round starts stock (dense), ours dense, ours W8A8, and ours W8A8 with an INT8 output layer in turn, and runs
+llama.cpp (`llama-cpp-python` in an environment of its own) on the GGUF that the dense model was unpacked from, with
+one thread per core. Ratios are within the round. Quality: KL to the dense model on held-out tokens, of W8A8 and of
+W8A8 with the INT8 output layer; llama.cpp's Q4_1 weights are the dense model's own values. Last line: one JSON object.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import json
+import subprocess
+import tempfile
+from pathlib import Path
+
+from benches.heldout import packed_tokens
+from benches.peers.environment import peer_python, peer_variables
+from benches.served import MODEL, median, our_spec, served, stock_spec
+from compress.build import build_variant
+from compress.recipe import load_recipe
+from compress.reference import divergences
+from contracts.hardware import probe_hardware
+from contracts.model import BUILTIN_MODELS, resolve_model
+from contracts.progress import say
+from contracts.provenance import bench_line
+from serve.engine import Engine
+
+NUM_ROUNDS = 3
+NUM_REPEATS = 3
+OUTPUT_TOKENS = 128
+NUM_HELD_OUT = 8
+_LLAMACPP = Path(__file__).parent / "peers" / "llamacpp_decode.py"
+_NO_AMX = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
+"""llama-cpp-python 0.3.36 built with AMX dies of a segmentation fault on this model."""
+
+
+def main() -> None:
+    dense = resolve_model(MODEL)
+    variants = {"dense": dense, "w8a8": _built(dense, ()), "w8a8_int8head": _built(dense, ("quantize.head=int8",))}
+    llamacpp = peer_python("llamacpp", build={"CFLAGS": _NO_AMX, "CXXFLAGS": _NO_AMX})
+    sides = ["stock", *variants, "llamacpp"]
+    figures: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(NUM_ROUNDS):
+            rates: dict[str, float] = {}
+            for side in sides if number % 2 == 0 else reversed(sides):
+                log = Path(folder) / f"{side}-{number}.log"
+                if side == "llamacpp":
+                    measured = {"decode1": _llamacpp(llamacpp)}
+                else:
+                    spec = stock_spec(log) if side == "stock" else our_spec(log, variants[side], "reasoning")
+                    with Engine(spec) as engine:
+                        measured = asyncio.run(_measure(engine.spec.url))
+                say(f"round {number + 1}/{NUM_ROUNDS} {side}: {measured}")
+                for figure, value in measured.items():
+                    rates[f"{side}_{figure}"] = value
+                    figures.setdefault(f"{side}_{figure}_tokens_per_s", []).append(value)
+            for side in variants:
+                for figure in ("decode1", "decode8"):
+                    ratio = rates[f"{side}_{figure}"] / rates[f"stock_{figure}"]
+                    figures.setdefault(f"{side}_{figure}_ratio", []).append(ratio)
+            best = max(rates[f"{side}_decode1"] for side in variants)
+            figures.setdefault("llamacpp_decode1_ratio", []).append(best / rates["llamacpp_decode1"])
+    tokens = packed_tokens(dense, "quality", NUM_HELD_OUT)
+    for side in ("w8a8", "w8a8_int8head"):
+        figures[f"{side}_kl"] = [divergences(dense, [variants[side]], tokens)[0]]
+    print(bench_line("decode", figures))
+
+
+def _built(dense: Path, settings: tuple[str, ...]) -> Path:
+    name, loaded = load_recipe("w8a8", settings)
+    return build_variant(MODEL, dense, name, loaded, None)
+
+
+async def _measure(url: str) -> dict[str, float]:
+    async with served(url) as server:
+        return {
+            f"decode{streams}": median([await server.decode_rate(streams, OUTPUT_TOKENS) for _ in range(NUM_REPEATS)])
+            for streams in (1, 8)
+        }
+
+
+def _llamacpp(python: Path) -> float:
+    builtin = BUILTIN_MODELS[MODEL]
+    package = importlib.util.find_spec(builtin.module)
+    assert package is not None
+    assert package.submodule_search_locations is not None
+    gguf = Path(next(iter(package.submodule_search_locations))) / builtin.file
+    threads = len(probe_hardware().cores)
+    command = [str(python), str(_LLAMACPP), str(gguf), str(threads), str(OUTPUT_TOKENS), str(NUM_REPEATS)]
+    done = subprocess.run(command, env=peer_variables(threads), capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"llama.cpp failed: {done.stderr[-500:]}")
+    return float(json.loads(done.stdout.splitlines()[-1])["tokens_per_s"])
+
+
+if __name__ == "__main__":
+    main()
