@@ -21,11 +21,12 @@ Profile = Literal["recommendation", "reasoning", "balanced"]
 """What a server will mostly be asked: prompts to score, long answers, or both."""
 _KV_MEMORY_FRAC = 0.1
 _BLOCK_SIZE = 32
-_PREFIX_CONNECTOR = {
+PREFIX_CONNECTOR = {
     "kv_connector": "PartialPrefixConnector",
     "kv_connector_module_path": "serve.partial_prefix",
     "kv_role": "kv_both",
 }
+"""vLLM's `--kv-transfer-config` for serve/partial_prefix.py."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def plan_launch(
         arguments.append(
             Choice(
                 "--kv-transfer-config",
-                json.dumps(_PREFIX_CONNECTOR),
+                json.dumps(PREFIX_CONNECTOR),
                 "candidates share the last, partly filled block of their prefix too, instead of computing it each",
             )
         )

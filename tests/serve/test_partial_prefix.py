@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import random
 import urllib.request
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,11 +12,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from contracts.hardware import probe_hardware
-from serve.engine import Engine, EngineSpec, free_port
-from serve.plan import plan_launch
-
-BLOCK = 32
+from tests.serve.conftest import BLOCK
 
 
 @dataclass
@@ -216,15 +210,6 @@ def test_the_worker_copies_whole_blocks_whatever_the_layers_layout() -> None:
     assert torch.equal(blocks_first[[1, 3]], before[0][[1, 3]])
 
 
-@pytest.fixture(scope="module")
-def url(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    extra = ("--enforce-eager", "--dtype", "float32", "--max-model-len", "2048", "--kv-cache-memory-bytes", str(2**29))
-    log = tmp_path_factory.mktemp("engine") / "engine.log"
-    plan = plan_launch(smollm2, probe_hardware())
-    with Engine(EngineSpec(smollm2, "model", plan, log, free_port(), extra=extra)) as engine:
-        yield engine.spec.url
-
-
 def hits(url: str) -> float:
     text = urllib.request.urlopen(f"{url}/metrics").read().decode()
     samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
@@ -233,8 +218,8 @@ def hits(url: str) -> float:
 
 @pytest.mark.engine
 @pytest.mark.parametrize("prefix_tokens", [10, 95, 200, 607])
-def test_scores_are_those_of_prompts_computed_alone(url: str, prefix_tokens: int) -> None:
-    rng = random.Random(prefix_tokens)
+def test_scores_are_those_of_prompts_computed_alone(scoring_url: str, prefix_tokens: int) -> None:
+    url, rng = scoring_url, random.Random(prefix_tokens)
 
     def tokens(count: int) -> list[int]:
         return rng.choices(range(100, 49_000), k=count)
@@ -242,7 +227,7 @@ def test_scores_are_those_of_prompts_computed_alone(url: str, prefix_tokens: int
     query, items = tokens(prefix_tokens), [tokens(rng.randrange(1, 30)) for _ in range(12)]
     labels = tokens(6)
     before = hits(url)
-    body = {"model": "model", "query": query, "items": items, "label_token_ids": labels, "apply_softmax": True}
+    body = {"query": query, "items": items, "label_token_ids": labels, "apply_softmax": True}
     scores = httpx.post(f"{url}/v1/score", json=body, timeout=60).raise_for_status().json()["scores"]
     assert hits(url) - before == 11 * (prefix_tokens % BLOCK), "all but the first take the tail from the copy"
     alone = []

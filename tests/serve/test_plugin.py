@@ -2,7 +2,7 @@
 
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations
 from pathlib import Path
@@ -16,35 +16,16 @@ import torch
 from prometheus_client.parser import text_string_to_metric_families
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from serve.engine import STOCK_COMMAND, Engine, EngineSpec, free_port
-from serve.plan import Choice, LaunchPlan
+from tests.serve.conftest import BLOCK, MAX_LEN, NAME
 from workloads.interface import ScoringPrompt
 from workloads.recommendation import Recommendation
 
 pytestmark = pytest.mark.engine
 
-NAME = "smol"
-MAX_LEN = 2048
-BLOCK = 32
 
-
-@pytest.fixture(scope="module")
-def url(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """vLLM's own module and launch; of ours, only the plugin is allowed in.
-
-    In float32, so that what is compared with transformers is our work and not the rounding of bf16: at this size that
-    moves probabilities by up to 0.05 (transformers' own by as much), and a mistake could hide behind it.
-    """
-    plan = LaunchPlan(
-        environment=(Choice("VLLM_PLUGINS", "slimserve", "asked for"), Choice("SLIMSERVE_VARIANT", "one", "a label"))
-    )
-    extra = ["--enforce-eager", "--dtype", "float32", "--max-model-len", str(MAX_LEN), "--block-size", str(BLOCK)]
-    # Short steps, as vLLM's gauges change once a step.
-    extra += ["--max-num-batched-tokens", "256", "--max-num-seqs", "64", "--kv-cache-memory-bytes", str(2**29)]
-    log = tmp_path_factory.mktemp("plugin") / "engine.log"
-    spec = EngineSpec(smollm2, NAME, plan, log, free_port(), extra=tuple(extra), command=STOCK_COMMAND)
-    with Engine(spec) as engine:
-        yield engine.spec.url
+@pytest.fixture
+def url(scoring_url: str) -> str:
+    return scoring_url
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +166,7 @@ def test_the_shared_prefix_is_computed_once_and_duplicates_too(url: str) -> None
     computed = "slimserve_score_computed_items_total"
     assert after[computed] - before.get(computed, 0) == 16
     cached = answer["usage"]["prompt_tokens_details"]["cached_tokens"]
-    assert cached == 15 * (1000 // BLOCK * BLOCK)
+    assert cached == 15 * 1000, "its last block, which is not full, included"
     assert after["vllm:prefix_cache_hits_total"] - before["vllm:prefix_cache_hits_total"] == cached
     assert answer["usage"]["prompt_tokens"] == 32 * 1024
 
