@@ -16,7 +16,7 @@ import torch
 from prometheus_client.parser import text_string_to_metric_families
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.serve.conftest import BLOCK, MAX_LEN, NAME
+from tests.serve.conftest import MAX_LEN, NAME
 from workloads.interface import ScoringPrompt
 from workloads.recommendation import Recommendation
 
