@@ -29,7 +29,7 @@ LOADS = tuple(ScoringLoad(prefix, items) for prefix in (200, 600, 1000) for item
 HEADLINE = ScoringLoad(1000, 32)
 CONCURRENT = ScoringLoad(200, 16)
 CONCURRENCIES = (1, 4, 16)
-REQUESTS_PER_USER = 6
+REQUESTS_PER_USER = 3
 PRUNED = ("prune.kv_remove_frac=0.34",)
 
 
