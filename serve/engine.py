@@ -1,11 +1,9 @@
-"""One vLLM engine as a child process: start, wait until ready with progress, measure, stop without a trace."""
+"""One vLLM engine as a child process: command line, start, wait until ready with progress, end without a trace."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import shlex
 import signal
 import socket
 import subprocess
@@ -13,7 +11,6 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -21,9 +18,8 @@ from types import TracebackType
 import psutil
 
 from contracts.errors import UserError
-from contracts.model import model_name
 from contracts.progress import progress
-from contracts.storage import cache_dir
+from serve.limits import KEYS_FILE_VARIABLE, LIMITS_VARIABLE, Limits
 from serve.plan import LaunchPlan
 
 _READY_TIMEOUT_S = 1800
@@ -33,6 +29,7 @@ _POLL_S = 0.2
 STOCK_COMMAND = (sys.executable, "-m", "vllm.entrypoints.openai.api_server")
 """vLLM's server with none of our code on the path, for benchmarks and proofs."""
 _OUR_COMMAND = (sys.executable, "-m", "serve.entry")
+_OUR_ARGUMENTS = ("--middleware", "serve.guard.Guard")
 _PHASES = (
     ("Initializing a V1 LLM engine", "starting the engine"),
     ("Starting to load model", "loading weights"),
@@ -57,12 +54,86 @@ class EngineSpec:
     extra: tuple[str, ...] = ()
     """vLLM arguments of the user, which win over the plan's."""
     command: tuple[str, ...] = _OUR_COMMAND
+    aliases: tuple[str, ...] = ()
+    """Further model names that it answers to."""
+    limits: Limits | None = None
+    """None: the guard's own defaults, or what this process was given."""
+    api_key_file: Path | None = None
+
+    def command_line(self) -> list[str]:
+        """The whole command. Only our own entry point gets our middleware: stock vLLM stays stock."""
+        return [
+            *self.command,
+            *("--model", str(self.directory), "--served-model-name", self.name, *self.aliases),
+            *("--host", self.host, "--port", str(self.port)),
+            *(_OUR_ARGUMENTS if self.command == _OUR_COMMAND else ()),
+            *self.plan.command_line(self.extra),
+        ]
+
+    def environment(self) -> dict[str, str]:
+        """This process's environment and what the engine needs: not on the command line, which all can read."""
+        environment = os.environ | {choice.name: choice.value for choice in self.plan.environment}
+        if self.command != _OUR_COMMAND:
+            return environment
+        environment |= {"SLIMSERVE_VARIANT": self.name, "SLIMSERVE_MODEL_DIR": str(self.directory)}
+        if self.limits is not None:
+            environment[LIMITS_VARIABLE] = self.limits.model_dump_json()
+        if self.api_key_file is not None:
+            environment[KEYS_FILE_VARIABLE] = str(self.api_key_file.absolute())
+        return environment
 
     @property
     def url(self) -> str:
         """Base URL to reach the engine from this machine."""
-        host = "127.0.0.1" if self.host in {"0.0.0.0", "::"} else self.host  # noqa: S104
-        return f"http://{host}:{self.port}"
+        return base_url(self.host, self.port)
+
+
+class EngineProcess:
+    """The processes of one engine, in a session of their own: Ctrl-C does not reach them, and all end at once."""
+
+    def __init__(self, spec: EngineSpec) -> None:
+        spec.log.parent.mkdir(parents=True, exist_ok=True)
+        with spec.log.open("wb") as log:
+            self._process = subprocess.Popen(
+                spec.command_line(),
+                env=spec.environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def poll(self) -> int | None:
+        """Exit status of the server, None while it runs."""
+        return self._process.poll()
+
+    def wait(self) -> int:
+        """Block until the server ends by itself and return its exit status."""
+        return self._process.wait()
+
+    def terminate(self) -> None:
+        """Ask the server to drain and end."""
+        with contextlib.suppress(ProcessLookupError):
+            self._process.send_signal(signal.SIGTERM)
+
+    def is_gone(self) -> bool:
+        """Whether no process of the engine is left."""
+        self._process.poll()
+        try:
+            os.killpg(self._process.pid, 0)
+        except ProcessLookupError:
+            return True
+        return False
+
+    def kill(self) -> None:
+        """End whatever is left of the engine, now."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
 
 
 class Engine:
@@ -80,19 +151,8 @@ class Engine:
 
     def __enter__(self) -> Engine:
         check_port_is_free(self.spec.host, self.spec.port)
-        environment = os.environ | {choice.name: choice.value for choice in self.spec.plan.environment}
-        command = [
-            *self.spec.command,
-            *("--model", str(self.spec.directory), "--served-model-name", self.spec.name),
-            *("--host", self.spec.host, "--port", str(self.spec.port)),
-            *self.spec.plan.command_line(self.spec.extra),
-        ]
-        self.spec.log.parent.mkdir(parents=True, exist_ok=True)
         start = time.monotonic()
-        with self.spec.log.open("wb") as log:
-            self._process = subprocess.Popen(
-                command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-            )
+        self._process = EngineProcess(self.spec)
         try:
             self._wait_until_ready(start)
         except BaseException:
@@ -124,16 +184,14 @@ class Engine:
         return sum(self._peak_rss.values())
 
     def stop(self) -> None:
-        """End every process of the engine: SIGTERM, then SIGKILL after 20 s or on a second Ctrl-C."""
+        """End every process of the engine: SIGTERM, then SIGKILL 20 s after its drain or on a second Ctrl-C."""
         self.peak_rss_bytes()
-        with contextlib.suppress(ProcessLookupError):
-            self._process.send_signal(signal.SIGTERM)
+        drain_s = self.spec.limits.drain_s if self.spec.limits else 0.0
+        self._process.terminate()
         try:
-            self._wait_for_group(_STOP_TIMEOUT_S)
+            self._wait_for_group(drain_s + _STOP_TIMEOUT_S)
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+            self._process.kill()
             self._wait_for_group(_KILL_TIMEOUT_S)
 
     def _pids(self) -> list[int]:
@@ -145,11 +203,8 @@ class Engine:
     def _wait_for_group(self, timeout_s: float) -> None:
         """Wait until no process of the engine's group is left, for at most so long."""
         deadline = time.monotonic() + timeout_s
-        with contextlib.suppress(ProcessLookupError):
-            while time.monotonic() < deadline:
-                self._process.poll()
-                os.killpg(self._process.pid, 0)
-                time.sleep(_POLL_S / 4)
+        while time.monotonic() < deadline and not self._process.is_gone():
+            time.sleep(_POLL_S / 4)
 
     def _wait_until_ready(self, start: float) -> None:
         with progress(f"starting {self.spec.name} on vLLM", None, "s") as tick:
@@ -160,7 +215,7 @@ class Engine:
                     raise UserError(
                         "engine",
                         self.spec.name,
-                        f"ended before it was ready (exit status {status}: {_last_error(self.spec.log)})",
+                        f"ended before it was ready (exit status {status}: {last_error(self.spec.log)})",
                         f"read {self.spec.log}",
                     )
                 if elapsed > _READY_TIMEOUT_S:
@@ -171,23 +226,10 @@ class Engine:
                 time.sleep(_POLL_S)
 
 
-def serve_foreground(
-    argument: str, directory: Path, plan: LaunchPlan, host: str, port: int, extra: Sequence[str]
-) -> Iterator[str]:
-    """Serve until Ctrl-C or SIGTERM; yields lines for the user. UserError if the engine ends by itself."""
-    name = model_name(argument, directory)
-    log = cache_dir("logs") / f"serve-{name}-{port}.log"
-    yield f"engine log: {log}"
-    spec = EngineSpec(directory, name, plan, log, port, host, tuple(extra))
-    with Engine(spec) as engine:
-        key = '-H "Authorization: Bearer $VLLM_API_KEY" ' if os.environ.get("VLLM_API_KEY") else ""
-        yield f"ready in {engine.ready_s:.1f} s: {name} at {spec.url}/v1, metrics at {spec.url}/metrics"
-        question = {"model": name, "messages": [{"role": "user", "content": "What is the capital of France?"}]}
-        header = f"{key}-H 'Content-Type: application/json'"
-        yield f"try: curl {spec.url}/v1/chat/completions {header} -d {shlex.quote(json.dumps(question))}"
-        yield "stop with Ctrl-C"
-        status = engine.wait()
-        raise UserError("engine", name, f"ended by itself (exit status {status}: {_last_error(log)})", f"read {log}")
+def base_url(host: str, port: int) -> str:
+    """How to reach from this machine what listens on host:port."""
+    host = "127.0.0.1" if host in {"0.0.0.0", "::"} else host  # noqa: S104
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def check_port_is_free(host: str, port: int) -> None:
@@ -225,7 +267,7 @@ def _phase(log: Path) -> str:
     return reached[-1] if reached else "importing"
 
 
-def _last_error(log: Path) -> str:
+def last_error(log: Path) -> str:
     """The line of the log that names the first exception, or the last line."""
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     named = [line for line in lines if any(word in line for word in ("Error:", "error:", "Exception:"))]

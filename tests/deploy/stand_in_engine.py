@@ -1,0 +1,55 @@
+"""An engine's server without vLLM: the real guard and the real metrics over an application that knows the answers.
+
+Started in place of `python -m serve.entry ARGS`. Ends at once where the file that STAND_IN_BROKEN names holds the
+variant's name.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import uvicorn
+from prometheus_client import Counter, generate_latest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+
+from serve.guard import Guard
+from serve.metrics import label_series, score_metrics
+
+VARIANT = os.environ.get("SLIMSERVE_VARIANT", "")
+GENERATED = Counter("vllm:generation_tokens", "As vLLM counts them", ["model_name", "engine"])
+
+
+async def score(request: Request) -> Response:
+    items = (await request.json())["items"]
+    score_metrics().items.inc(len(items))
+    GENERATED.labels(VARIANT, "0").inc(len(items))
+    return JSONResponse({"scores": [[1.0] for _ in items], "model": VARIANT})
+
+
+async def metrics(_request: Request) -> Response:
+    return PlainTextResponse(label_series(generate_latest().decode(), VARIANT))
+
+
+async def health(_request: Request) -> Response:
+    return Response()
+
+
+def main() -> None:
+    if "serve.entry" not in sys.argv or VARIANT in Path(os.environ["STAND_IN_BROKEN"]).read_text(encoding="utf-8"):
+        sys.exit("broken, as asked for")
+    routes = [
+        Route("/v1/score", score, methods=["POST"]),
+        Route("/metrics", metrics),
+        Route("/health", health),
+    ]
+    port = int(sys.argv[sys.argv.index("--port") + 1])
+    uvicorn.run(Guard(Starlette(routes=routes)), host="127.0.0.1", port=port, log_level="warning")
+
+
+if __name__ == "__main__":
+    main()
