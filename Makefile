@@ -8,6 +8,7 @@
 # make bench-launch    this project's launch of vLLM against vLLM's own, alternating
 # make bench-scoring   scored candidates per second: /v1/score against stock vLLM's /generative_scoring
 # make bench-decode    decoding speed against stock vLLM and llama.cpp
+# make bench-gateway   streams through the gateway against streams straight from the engine
 # make bench-ready     seconds from the command to the first token, first and later starts
 
 PYTHON ?= python3
@@ -19,7 +20,7 @@ SOURCES := slimserve.py contracts workloads compress serve loadtest compare benc
 
 export HF_HUB_OFFLINE ?= 1
 
-BENCHES := $(addprefix bench-,launch scoring decode ready quantize prune memory load)
+BENCHES := $(addprefix bench-,launch scoring decode gateway ready quantize prune memory load)
 
 .PHONY: demo test install lock lint types unit clean $(BENCHES)
 
@@ -50,9 +51,10 @@ $(VENV)/.installed: $(LOCK) pyproject.toml
 	@sh requirements/install.sh $(PYTHON) $(VENV) $(LOCK) $(TORCH)
 	@touch $@
 
-# The browser in which a test opens the report.
+# The browser in which a test opens the report, and the Prometheus that scrapes a server and checks its own rules.
 $(VENV)/.test-system: $(VENV)/.installed
 	@sh requirements/system.sh chromium chromium "the test that opens the report in a browser"
+	@sh requirements/system.sh promtool prometheus "the tests of deploy/"
 	@touch $@
 
 lock:
