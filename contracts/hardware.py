@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import psutil
 
+_CGROUP = Path("/sys/fs/cgroup")
 _ISA_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "asimd", "bf16")
 
 
@@ -20,8 +22,9 @@ class Hardware:
 
     cpu: str
     cores: tuple[int, ...]
-    """Logical cores that this process may use (its affinity mask), ascending."""
+    """Logical cores that this process may use, ascending: its affinity mask, no more of it than a container's quota."""
     memory_gib: float
+    """Of the machine, or of the container where that has less."""
     isa: tuple[str, ...]
     gpus: tuple[str, ...]
     """Name and memory of each NVIDIA GPU; empty where there is none."""
@@ -47,12 +50,28 @@ def probe_hardware() -> Hardware:
         cores = tuple(range(os.cpu_count() or 1))
     return Hardware(
         cpu=facts.get("model name") or platform.processor() or platform.machine(),
-        cores=cores,
-        memory_gib=round(psutil.virtual_memory().total / 2**30, 1),
+        cores=cores[: _cpu_quota(_CGROUP) or None],
+        memory_gib=round(min(psutil.virtual_memory().total, _memory_limit(_CGROUP)) / 2**30, 1),
         isa=tuple(flag for flag in _ISA_FLAGS if flag in flags),
         gpus=_probe_gpus(),
         numa_nodes=len(list(Path("/sys/devices/system/node").glob("node[0-9]*"))) or 1,
     )
+
+
+def _cpu_quota(cgroup: Path) -> int:
+    """Whole cores that a container's quota (cgroup v2) is worth, at least one; 0 where there is none."""
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = (cgroup / "cpu.max").read_text(encoding="utf-8").split()
+        if quota != "max":
+            return max(1, int(quota) // int(period))
+    return 0
+
+
+def _memory_limit(cgroup: Path) -> float:
+    """Bytes that a container may use (cgroup v2); infinite where nothing limits it."""
+    with contextlib.suppress(OSError, ValueError):
+        return float((cgroup / "memory.max").read_text(encoding="utf-8").replace("max", "inf"))
+    return float("inf")
 
 
 def _probe_gpus() -> tuple[str, ...]:
