@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from contracts.hardware import Hardware
 from contracts.storage import cache_dir
+from serve.gemm import PACKED_BELOW
 
 Profile = Literal["recommendation", "reasoning", "balanced"]
 """What a server will mostly be asked: prompts to score, long answers, or both."""
@@ -90,6 +91,15 @@ def plan_launch(
         ),
         Choice("TORCHINDUCTOR_CACHE_DIR", str(cache_dir("compiled")), "the compiled graph outlives a reboot"),
     ]
+    if "amx_tile" in hardware.isa:
+        environment.append(
+            Choice(
+                PACKED_BELOW,
+                "1024",
+                "narrower layers get vLLM's packed AMX kernel: oneDNN runs them at half speed in steps of 500 to 1,300 "
+                "tokens",
+            )
+        )
     preload = [library for library in (_find_tcmalloc(), _find_iomp()) if library]
     if preload:
         environment.append(

@@ -104,6 +104,7 @@ def candidates(hardware: Hardware) -> list[Candidate]:
         if len(hardware.cores) > 1:
             fewer = str(len(hardware.cores) - 1)
             found.append(Candidate("a core left to the server", (Choice("OMP_NUM_THREADS", fewer, reason),)))
+        found.append(Candidate("blocks of 128 tokens", arguments=(Choice("--block-size", "128", reason),)))
         found.append(Candidate("huge pages", (Choice("THP_MEM_ALLOC_ENABLE", "1", reason),)))
     return found
 

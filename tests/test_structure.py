@@ -16,6 +16,7 @@ FORBIDDEN = {
 ONLY_IN: dict[str, set[str]] = {
     "vllm": {
         "serve/entry.py",
+        "serve/gemm.py",
         "serve/offline.py",
         "serve/partial_prefix.py",
         "serve/plugin.py",

@@ -1,10 +1,12 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from contracts.hardware import Hardware
 from serve import plan as module
+from serve.gemm import PACKED_BELOW
 from serve.plan import Choice, LaunchPlan, Profile, plan_launch
 
 CPU = Hardware(cpu="x", cores=(0, 1), memory_gib=24.0, isa=("avx512f",), gpus=())
@@ -40,6 +42,11 @@ def test_a_model_whose_longest_sequence_does_not_fit_gets_a_shorter_one(tmp_path
     kv_bytes = int(settings["--kv-cache-memory-bytes"])
     assert longest % 32 == 0
     assert longest * bytes_per_token <= kv_bytes < (longest + 32) * bytes_per_token
+
+
+def test_only_a_cpu_with_amx_has_a_packed_kernel_to_choose(tmp_path: Path) -> None:
+    assert PACKED_BELOW not in planned(tmp_path)
+    assert planned(tmp_path, replace(CPU, isa=("avx512f", "amx_tile")))[PACKED_BELOW] == "1024"
 
 
 def test_a_gpu_keeps_vllms_own_choices(tmp_path: Path) -> None:
