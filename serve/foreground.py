@@ -23,6 +23,7 @@ from serve.limits import KEY_VARIABLES
 from serve.metrics import gateway_metrics
 from serve.plan import LaunchPlan
 from serve.proxy import ProxyServer, Timeouts
+from serve.roof import describe_start, machine_roof
 from serve.stack import Stack
 from serve.supervisor import SupervisedEngine, supervise
 from serve.tune import kept_launch, tune_launch
@@ -54,6 +55,7 @@ def engine_specs(stack: Stack, plans: Sequence[LaunchPlan]) -> list[EngineSpec]:
 def serve_foreground(stack: Stack, plans: Sequence[LaunchPlan], say: Callable[[str], object]) -> None:
     """Serve until SystemExit (one variant) or a signal (several); UserError where nothing is left that serves."""
     specs = engine_specs(stack, plans)
+    machine_roof(environment={choice.name: choice.value for choice in plans[0].environment})
     for spec in specs:
         say(f"{spec.name}: engine log {spec.log}")
     if len(specs) == 1:
@@ -67,6 +69,7 @@ def serve_foreground(stack: Stack, plans: Sequence[LaunchPlan], say: Callable[[s
 def _serve_one(stack: Stack, spec: EngineSpec) -> Iterator[str]:
     with Engine(spec) as engine:
         yield f"ready in {engine.ready_s:.1f} s: {spec.name} at {spec.url}/v1, metrics at {spec.url}/metrics"
+        yield from describe_start(spec.directory, spec.log)
         yield _curl_line(stack, spec.url, spec.name)
         yield "stop with Ctrl-C"
         status = engine.wait()

@@ -43,7 +43,8 @@ if TYPE_CHECKING:
 SHARED_PREFIX_TOKENS = "shared_prefix_tokens"
 """The key of `kv_transfer_params` that counts a request's leading tokens that others have too."""
 _MAX_KEPT = 64
-"""Kept blocks; one of SmolLM2-135M is 0.7 MiB, one of an 8B model with 8 KV heads 4 MiB."""
+_MAX_KEPT_BYTES = 2**28
+"""Of kept blocks; one of 32 tokens has 0.7 MiB in SmolLM2-135M and 4 MiB in an 8B model with 8 KV heads."""
 
 _Tail = Hashable
 """What a kept block holds: the hash of the blocks before it, and the prefix's tokens inside it."""
@@ -79,6 +80,9 @@ class PartialPrefixConnector(KVConnectorBase_V1, SupportsHMA):
         self._leaders: dict[_Tail, _Leader] = {}
         self._step = _Step()
         self._num_blocks = kv_cache_config.num_blocks
+        first = kv_cache_config.kv_cache_groups[0]
+        block_bytes = first.kv_cache_spec.page_size_bytes * len(first.layer_names)
+        self._num_slots = max(1, min(_MAX_KEPT, _MAX_KEPT_BYTES // block_bytes))
         self._caches: list[torch.Tensor] = []
         self._kept: dict[int, list[torch.Tensor]] = {}
 
@@ -161,8 +165,8 @@ class PartialPrefixConnector(KVConnectorBase_V1, SupportsHMA):
     def _free_slot(self) -> int:
         """A slot that holds nothing, or the one that was not used for longest."""
         used = set(self._slots.values())
-        if len(used) < _MAX_KEPT:
-            return next(slot for slot in range(_MAX_KEPT) if slot not in used)
+        if len(used) < self._num_slots:
+            return next(slot for slot in range(self._num_slots) if slot not in used)
         return self._slots.popitem(last=False)[1]
 
     # --- the worker's side ---

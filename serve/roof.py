@@ -43,6 +43,7 @@ _MATRIX = re.compile(r"\.(weight|weight_packed|qweight)$")
 _KERNEL_LINE = re.compile(
     r"(?:Using|Selected) (\w*(?:Kernel|Experts)\w*) for (\w[\w. -]*?)\.?(?:\x1b\[0m)?\s*$", re.MULTILINE
 )
+_PHASE_LINE = re.compile(r"^serve\.entry: (.+) after ([\d.]+) s$", re.MULTILINE)
 _COUNTERS = ("vllm:generation_tokens_total", "vllm:prompt_tokens_total", "vllm:prompt_tokens_cached_total")
 
 
@@ -180,6 +181,17 @@ def describe_roof(cost: Cost, machine: Machine | None, kernels: Mapping[str, str
         kind = "int8" if cost.is_int8 else "bf16"
         lines.append(f"prefill roof {prefill:.0f} tokens/s at {flops / 1e12:.2f} {kind} TFLOP/s ({machine.source})")
     return lines
+
+
+def describe_start(directory: Path, log: Path) -> list[str]:
+    """Lines for people once an engine is ready: where its start went, from its log, and why it is not faster."""
+    text = log.read_text(encoding="utf-8", errors="replace")
+    phases = ", ".join(f"{phase} after {seconds} s" for phase, seconds in _PHASE_LINE.findall(text))
+    lines = [f"start: {phases}"] if phases else []
+    try:
+        return lines + describe_roof(read_cost(directory), machine_roof(measure=False), chosen_kernels(text))
+    except (OSError, ValueError, KeyError) as error:  # a figure for the curious is no reason not to serve
+        return [*lines, f"the roof is unknown: the model's cost could not be read ({error})"]
 
 
 def register_roof(metrics: RoofMetrics, cost: Cost, machine: Machine | None, kernels: Mapping[str, str]) -> None:

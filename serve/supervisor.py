@@ -19,6 +19,7 @@ from contracts.errors import UserError
 from serve.backend import Backend, fetch
 from serve.engine import EngineProcess, EngineSpec, free_port, last_error
 from serve.metrics import GatewayMetrics
+from serve.roof import describe_start
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,8 @@ class SupervisedEngine:
         self._metrics.up.labels(self.spec.name).set(1)
         self._metrics.ready_s.labels(self.spec.name).set(self.ready_s)
         self._say(f"{self.spec.name}: ready in {self.ready_s:.1f} s")
+        for line in describe_start(self.spec.directory, self.spec.log):
+            self._say(f"{self.spec.name}: {line}")
         watch = asyncio.create_task(self._watch_health())
         ready_at = loop.time()
         try:

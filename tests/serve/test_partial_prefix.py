@@ -72,18 +72,25 @@ def make_connector(role: str = "SCHEDULER", num_blocks: int = 9, groups: int = 1
     config = SimpleNamespace(
         cache_config=SimpleNamespace(block_size=BLOCK, enable_prefix_caching=True), kv_transfer_config=object()
     )
-    caches = SimpleNamespace(kv_cache_groups=[None] * groups, num_blocks=num_blocks)
+    group = SimpleNamespace(kv_cache_spec=SimpleNamespace(page_size_bytes=BLOCK_BYTES), layer_names=["a", "b"])
+    caches = SimpleNamespace(kv_cache_groups=[group] * groups, num_blocks=num_blocks)
     return PartialPrefixConnector(config, KVConnectorRole[role], caches)
 
 
-@pytest.fixture
-def scheduler() -> Scheduler:
+def make_scheduler() -> Scheduler:
     made = Scheduler(make_connector())
     made.connector._kv_cache_manager = made
     return made
 
 
+@pytest.fixture
+def scheduler() -> Scheduler:
+    return make_scheduler()
+
+
 PREFIX = list(range(40))
+BLOCK_BYTES = 1000
+"""Of one layer."""
 
 
 def item(name: str, *tokens: int, prefix: list[int] = PREFIX) -> Request:
@@ -159,12 +166,14 @@ def test_models_with_several_kinds_of_cache_are_left_alone() -> None:
     assert scheduler.ask(item("b", 7)) == 0
 
 
+@pytest.mark.parametrize("limit", [("_MAX_KEPT", 2), ("_MAX_KEPT_BYTES", 5 * BLOCK_BYTES)])
 def test_the_block_that_was_not_used_for_longest_makes_room(
-    scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
+    limit: tuple[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from serve import partial_prefix
 
-    monkeypatch.setattr(partial_prefix, "_MAX_KEPT", 2)
+    monkeypatch.setattr(partial_prefix, *limit)
+    scheduler = make_scheduler()
 
     def keep(start: int) -> int:
         request = item(f"r{start}", 7, prefix=[start, *PREFIX[1:]])

@@ -15,7 +15,17 @@ from safetensors.torch import save_file
 import serve.roof
 from contracts.hardware import Hardware
 from serve.metrics import RoofMetrics
-from serve.roof import Cost, Machine, Rates, chosen_kernels, describe_roof, machine_roof, read_cost, register_roof
+from serve.roof import (
+    Cost,
+    Machine,
+    Rates,
+    chosen_kernels,
+    describe_roof,
+    describe_start,
+    machine_roof,
+    read_cost,
+    register_roof,
+)
 
 _CONFIG = {"hidden_size": 8, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 3}
 _INT8 = {"input_activations": {"type": "int", "num_bits": 8}, "weights": {"num_bits": 8}}
@@ -87,6 +97,16 @@ def test_the_roofs_are_what_the_machine_can_do_over_what_a_token_costs() -> None
     assert value("slimserve_decode_bytes_per_token") == 2_000_000
     assert value("slimserve_decode_roof_tokens_per_second") == 500
     assert value("slimserve_prefill_roof_tokens_per_second") == 6e6
+
+
+def test_a_start_is_told_by_its_phases_and_a_model_that_cannot_be_read_is_no_reason_to_fail(tmp_path: Path) -> None:
+    log = tmp_path / "engine.log"
+    log.write_text("x\nserve.entry: imported after 6.2 s\nINFO y\nserve.entry: engine ready after 20.1 s\n")
+    phases, roof = describe_start(tmp_path, log)
+    assert phases == "start: imported after 6.2 s, engine ready after 20.1 s"
+    assert "config.json" in roof
+    log.write_text("")
+    assert describe_start(tmp_path, log) == [roof]
 
 
 def test_kernels_are_read_from_the_lines_that_vllm_writes() -> None:
