@@ -16,7 +16,7 @@ from serve.limits import Limits
 _NEW_SHARE = 0.2
 _FIRST_GUESS_S = 1.0
 _MAX_RETRY_S = 60
-_PATIENCE = 0.8
+_PATIENCE = 0.5
 _LEAST_PATIENCE_S = 0.25
 
 
@@ -38,7 +38,7 @@ class Admission:
 
     A place that is given back goes to the first in the queue, never to someone who just
     arrived. `service_s` is the moving mean of the time that a request keeps its place. Nobody
-    waits longer than 0.8 of it (or a quarter of a second, where that is more): requests of one
+    waits longer than half of it (or a quarter of a second, where that is more): requests of one
     length that came together end together, and who came just after would wait a whole service time.
     """
 

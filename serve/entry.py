@@ -38,6 +38,12 @@ _ANSWER = (
 )
 
 
+_ANSWER_S = 1.0
+"""How long a client may take to send its request, and again to send the rest of it when it has its answer."""
+_MAX_ANSWERING = 32
+"""Clients answered at once; a few that connect and say nothing must not hold up a probe."""
+
+
 class Starting:
     """Answers 503 on a listening socket until `stop`; who connects later waits for the server that comes next."""
 
@@ -45,6 +51,7 @@ class Starting:
         self._listener = listener
         self._listener.settimeout(0.1)
         self._stopped = threading.Event()
+        self._free = threading.Semaphore(_MAX_ANSWERING)
         self._thread = threading.Thread(target=self._run, name="starting", daemon=True)
         self._thread.start()
 
@@ -55,12 +62,28 @@ class Starting:
 
     def _run(self) -> None:
         while not self._stopped.is_set():
-            with contextlib.suppress(OSError):
+            if not self._free.acquire(timeout=0.1):
+                continue
+            try:
                 connection, _ = self._listener.accept()
-                with connection:
-                    connection.settimeout(1.0)
-                    connection.recv(65536)
-                    connection.sendall(_ANSWER)
+            except OSError:
+                self._free.release()
+            else:
+                threading.Thread(target=self._answer, args=(connection,), daemon=True).start()
+
+    def _answer(self, connection: socket.socket) -> None:
+        try:
+            with contextlib.suppress(OSError), connection:
+                connection.settimeout(_ANSWER_S)
+                connection.recv(65536)
+                connection.sendall(_ANSWER)
+                connection.shutdown(socket.SHUT_WR)
+                # Closing with unread bytes resets the connection, and the client never sees the answer.
+                end = time.monotonic() + _ANSWER_S
+                while time.monotonic() < end and connection.recv(65536):
+                    pass
+        finally:
+            self._free.release()
 
 
 def main() -> None:

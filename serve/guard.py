@@ -321,7 +321,7 @@ class Guard:
                 task.cancel()
 
     def _start(self, scope: Scope, background: list[asyncio.Task[None]]) -> None:
-        _log_to_stderr()
+        _set_up_logs()
         self._started = True
         self._server = getattr(getattr(scope.get("app"), "state", None), "server", None)
         if directory := os.environ.get("SLIMSERVE_MODEL_DIR"):
@@ -413,8 +413,13 @@ def _is_from_validation(error: Exception) -> bool:
     )
 
 
-def _log_to_stderr() -> None:
-    """Give our loggers a handler where nobody else has, as vLLM sets up only its own."""
+def _set_up_logs() -> None:
+    """Give our loggers a handler where nobody else has, as vLLM sets up only its own, and take uvicorn's access log's.
+
+    Its line for a request quotes the query string, in which some client sends its key, and knows no request id.
+    """
+    uvicorn_access = logging.getLogger("uvicorn.access")
+    uvicorn_access.handlers, uvicorn_access.propagate = [], False
     ours = logging.getLogger("slimserve")
     if not ours.handlers:
         handler = logging.StreamHandler(sys.stderr)

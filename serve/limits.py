@@ -30,7 +30,7 @@ class Limits(BaseModel):
     `max_queued` is what holds the tail under overload. Places come free at `max_running` per service time S, so who
     gets in has waited at most S × max_queued / max_running: with the default of half as many queued as running, a
     request takes 1.5 S where 2 S is the promise, which leaves room for the spread of S. Requests that run in step
-    come free all at once instead; the queue's patience (serve/admission.py) bounds that wait to 0.8 S. More than
+    come free all at once instead; the queue's patience (serve/admission.py) bounds that wait to 0.5 S. More than
     `max_running` in the queue breaks the promise, and throughput it never gives: the engine is already full.
     """
 
@@ -43,7 +43,7 @@ class Limits(BaseModel):
     max_queued: int = Field(default=32, ge=0)
     """Inference requests that wait for a place inside, first come first served; more are answered 429."""
     queue_timeout_s: float = Field(default=5.0, gt=0)
-    """Longest wait for a place, or 0.8 of the mean service time where that is shorter; then 429."""
+    """Longest wait for a place, or half of the mean service time where that is shorter; then 429."""
     request_timeout_s: float = Field(default=300.0, gt=0)
     """Longest life of a request, queue included; a header `X-Request-Timeout` may shorten it."""
     max_items: int = Field(default=1024, gt=0)

@@ -23,10 +23,12 @@ class Request:
     body: bytes = b""
     method: str = "POST"
     content_type: str = "application/json"
+    id: str = ""
 
     def encode(self, key: str) -> bytes:
+        id_line = f"X-Request-Id: {self.id}\r\n" if self.id else ""
         head = (
-            f"{self.method} {self.path} HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {key}\r\n"
+            f"{self.method} {self.path} HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {key}\r\n{id_line}"
             f"Content-Type: {self.content_type}\r\nContent-Length: {len(self.body)}\r\n\r\n"
         )
         return head.encode() + self.body
@@ -78,6 +80,7 @@ def real_requests(model: str) -> list[tuple[str, dict[str, Any]]]:
         ("/v1/systemone", {"model": model, "messages": hello}),
         ("/v1/responses/abc/cancel", {}),
         ("/scale_elastic_ep", {"new_data_parallel_size": 2}),
+        ("/is_scaling_elastic_ep", {}),
         ("/ping", {}),
         ("/nowhere", {}),
     ]
@@ -146,6 +149,18 @@ def garbage(model: str, num: int, seed: int) -> Iterator[Request]:
         yield Request(path, body, method, draw.choice(_CONTENT_TYPES))
 
 
+def with_each_text_replaced(body: Any, text: str) -> Iterator[Any]:
+    """Copies of a JSON value, in each of which one string (but the model's name) is `text`."""
+    if isinstance(body, str):
+        yield text
+    elif isinstance(body, dict | list):
+        for place in list(body) if isinstance(body, dict) else range(len(body)):
+            for value in with_each_text_replaced(body[place], text) if place != "model" else ():
+                copied = copy.copy(body)
+                copied[place] = value
+                yield copied
+
+
 async def send_all(port: int, key: str, requests: Sequence[Request], connections: int) -> list[tuple[Request, Answer]]:
     """Send every request, several at a time down each connection, and collect the answers."""
     waiting = iter(requests)
@@ -180,7 +195,11 @@ async def send_one(port: int, key: str, request: Request) -> Answer:
 
 async def read_answer(reader: asyncio.StreamReader) -> Answer:
     """One HTTP answer, chunked or of known length."""
-    head = (await reader.readuntil(b"\r\n\r\n")).lower()
+    return await read_body(reader, (await reader.readuntil(b"\r\n\r\n")).lower())
+
+
+async def read_body(reader: asyncio.StreamReader, head: bytes) -> Answer:
+    """The rest of an answer whose head, in lower case, was read."""
     body = b""
     if b"transfer-encoding: chunked" in head:
         while size := int(await reader.readline(), 16):

@@ -167,7 +167,20 @@ def test_requests_in_step_do_not_make_a_latecomer_wait_for_a_whole_one(monkeypat
         admission.service_s = 0.1
         taken, _ = await overload(admission, lambda: 0.1)
         assert len(taken) >= 60
-        assert taken[int(len(taken) * 0.99) - 1] <= 0.195
+        assert taken[int(len(taken) * 0.99) - 1] <= 0.19
 
     monkeypatch.setattr("serve.admission._LEAST_PATIENCE_S", 0.0)
+    run(test)
+
+
+def test_nobody_waits_longer_than_half_of_what_a_request_takes() -> None:
+    async def test() -> None:
+        admission = door(max_running=1, max_queued=4)
+        admission.service_s = 0.8
+        await admission.enter(never)
+        begin = asyncio.get_running_loop().time()
+        with pytest.raises(Refused, match="queue_timeout"):
+            await admission.enter(never)
+        assert 0.38 < asyncio.get_running_loop().time() - begin < 0.55
+
     run(test)

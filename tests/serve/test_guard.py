@@ -119,10 +119,10 @@ def count(target: Guard, name: str, **labels: str) -> float:
 
 @pytest.fixture(autouse=True)
 def fresh_loggers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The guard sets a handler at a server's start; the next test has its own."""
-    ours = logging.getLogger("slimserve")
-    monkeypatch.setattr(ours, "handlers", [])
-    monkeypatch.setattr(ours, "propagate", True)
+    """The guard sets a handler at a server's start, and takes uvicorn's; the next test has its own."""
+    for name in ("slimserve", "uvicorn.access"):
+        monkeypatch.setattr(logging.getLogger(name), "handlers", [])
+        monkeypatch.setattr(logging.getLogger(name), "propagate", True)
 
 
 # Keys
@@ -257,6 +257,59 @@ def test_one_line_per_request_and_no_key_or_prompt_in_it(caplog: pytest.LogCaptu
     assert "KeyError" in ours
     assert "private" not in ours
     assert KEY not in ours
+
+
+def test_every_line_of_ours_during_a_request_has_its_id(caplog: pytest.LogCaptureFixture) -> None:
+    async def odd(scope: Scope, receive: Receive, send: Send, app: App) -> None:
+        if scope["path"] == "/v1/score":
+            raise AttributeError("of the server")
+        await endless_stream(scope, receive, send, app)
+
+    async def test() -> None:
+        target = guard(App(odd), keys=frozenset({KEY}), limits={"request_timeout_s": 0.1, "max_body_bytes": 10})
+        async with client(target) as http:
+            for number, (path, body, key) in enumerate(
+                [
+                    ("/v1/score", b"{}", KEY),  # fails
+                    ("/v1/completions", b"{}", KEY),  # late
+                    ("/v1/completions", b"{" * 20, KEY),  # too large
+                    ("/v1/completions", b"\xff", KEY),  # garbage
+                    ("/v1/completions", b"{}", "wrong"),
+                ]
+            ):
+                headers = {"Authorization": f"Bearer {key}", "X-Request-Id": f"r{number}"}
+                caplog.clear()
+                await http.post(path, content=body, headers=headers)
+                lines = [record.getMessage() for record in caplog.records if record.name.startswith("slimserve")]
+                assert lines
+                assert all(f"id=r{number} " in line for line in lines)
+                assert sum("method=POST" in line for line in lines) == 1
+
+    with caplog.at_level(logging.DEBUG):
+        run(test)
+
+
+def test_uvicorn_writes_no_access_lines_as_they_quote_the_query(capfd: pytest.CaptureFixture[str]) -> None:
+    async def test() -> None:
+        target = guard(App())
+        config = uvicorn.Config(target, port=0, lifespan="on", ws="none")  # with uvicorn's own handlers
+        server = uvicorn.Server(config)
+        server.capture_signals = contextlib.nullcontext  # type: ignore[assignment,method-assign]
+        task = asyncio.create_task(server.serve())
+        while not server.started:
+            await asyncio.sleep(0.01)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as http:
+            headers = {"X-Request-Id": "r1"}
+            assert (await http.get("/v1/models?api_key=secret", headers=headers)).status_code == 200
+        server.should_exit = True
+        await task
+
+    run(test)
+    out, err = capfd.readouterr()
+    assert "Application startup complete" in out + err
+    assert "slimserve.access id=r1 method=GET route=/v1/models status=200" in err
+    assert "api_key" not in out + err
 
 
 def test_requests_are_counted_by_a_bounded_set_of_routes() -> None:
