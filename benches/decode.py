@@ -41,7 +41,7 @@ _NO_AMX = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
 def main() -> None:
     dense = resolve_model(MODEL)
     variants = {"dense": dense, "w8a8": _built(dense, ()), "w8a8_int8head": _built(dense, ("quantize.head=int8",))}
-    llamacpp = peer_python("llamacpp", build={"CFLAGS": _NO_AMX, "CXXFLAGS": _NO_AMX})
+    llamacpp = peer_python("llama_cpp_python", build={"CFLAGS": _NO_AMX, "CXXFLAGS": _NO_AMX})
     sides = ["stock", *variants, "llamacpp"]
     figures: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
