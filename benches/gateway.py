@@ -5,10 +5,10 @@
 Each of seven rounds asks a real SmolLM2 engine for 8 and for 64 streams at once of 64 tokens, directly and through a
 gateway process beside it (the order swaps), and takes the ratio within the round; then for single streams in turn,
 of which the medians' difference is the added time to the first token. The client is a process of its own and keeps
-raw bytes, as it shares the cores. The last part gives the gateway a core of its own before a fake engine of 64
-streams, and counts chunks per second of that core's work: with a chunk each 10 ms per stream every chunk is read and
-written alone, as from a real engine; emitted at once, many are read together. Last line: one JSON object. About five
-minutes on 2 cores.
+raw bytes, as it shares the cores; a stream that does not end within a minute ends the benchmark. The last part gives
+the gateway a core of its own before a fake engine of 64 streams, and counts chunks per second of that core's work: with
+a chunk each 10 ms per stream every chunk is read and written alone, as from a real engine; emitted at once, many are
+read together. Last line: one JSON object. About three minutes on 2 cores.
 """
 
 from __future__ import annotations
@@ -49,10 +49,13 @@ NAME = "model"
 NUM_ROUNDS = 7
 NUM_FAKE_ROUNDS = 3
 NUM_TOKENS = 64
-NUM_SINGLE = 8
+NUM_SINGLE = 24
 """Single streams per side and round, for the time to the first token."""
-FAKE_STREAMS, FAKE_CHUNKS = 64, 400
-FAKE_GAP_MS = 10
+FAKE_STREAMS = 64
+FAKE_GAP_MS, FAKE_CHUNKS = 10, 400
+INSTANT_CHUNKS = 4000
+_END = b"data: [DONE]\n\n\r\n0\r\n\r\n"
+_LONGEST_S = 60.0
 _CHUNK = b'data: {"id":"cmpl-0123456789abcdef","choices":[{"index":0,"text":" word","finish_reason":null}]}\n\n'
 
 
@@ -75,59 +78,87 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         plan = plan_launch(directory, probe_hardware())
         spec = EngineSpec(directory, NAME, plan, Path(folder) / "engine.log", free_port())
-        with Engine(spec), _beside("gateway", spec.port) as gateway:
+        with Engine(spec), _beside("gateway", spec.port) as gateway, _client_process() as client:
             sides = [("direct", spec.port), ("gateway", gateway.port)]
             for _, port in sides:
-                _ask(port, 8)
+                client.ask(port, 8)
             for number in range(NUM_ROUNDS):
-                measured = _measure_round(sides if number % 2 == 0 else sides[::-1])
+                measured = _measure_round(client, sides if number % 2 == 0 else sides[::-1])
                 say(f"round {number + 1}/{NUM_ROUNDS}: {', '.join(f'{k} {v:.3f}' for k, v in measured.items())}")
                 for name, value in measured.items():
                     figures.setdefault(name, []).append(value)
     for _ in range(NUM_FAKE_ROUNDS):
-        figures.setdefault("gateway_chunks_per_s_per_core", []).append(_chunks_per_core_second(FAKE_GAP_MS))
-        figures.setdefault("gateway_instant_chunks_per_s_per_core", []).append(_chunks_per_core_second(0))
+        rates = {
+            "gateway_chunks_per_s_per_core": _chunks_per_core_second(FAKE_GAP_MS, FAKE_CHUNKS),
+            "gateway_instant_chunks_per_s_per_core": _chunks_per_core_second(0, INSTANT_CHUNKS),
+        }
+        for name, rate in rates.items():
+            figures.setdefault(name, []).append(rate)
     print(bench_line("gateway", figures))
 
 
-def _measure_round(sides: list[tuple[str, int]]) -> dict[str, float]:
+def _measure_round(client: Client, sides: list[tuple[str, int]]) -> dict[str, float]:
     measured = {}
     for num_streams in (8, 64):
         for side, port in sides:
-            measured[f"{side}{num_streams}_tokens_per_s"] = num_streams * NUM_TOKENS / _ask(port, num_streams).seconds
+            seconds = client.ask(port, num_streams).seconds
+            measured[f"{side}{num_streams}_tokens_per_s"] = num_streams * NUM_TOKENS / seconds
         ratio = measured[f"gateway{num_streams}_tokens_per_s"] / measured[f"direct{num_streams}_tokens_per_s"]
         measured[f"gateway{num_streams}_throughput_ratio"] = ratio
     ttfts: dict[str, list[float]] = {"direct": [], "gateway": []}
     for _ in range(NUM_SINGLE):
         for side, port in sides:
-            ttfts[side] += _ask(port, 1, 2).ttfts_s
+            ttfts[side] += client.ask(port, 1, 2).ttfts_s
     measured["direct_ttft_ms"] = statistics.median(ttfts["direct"]) * 1e3
     measured["gateway_added_ttft_ms"] = statistics.median(ttfts["gateway"]) * 1e3 - measured["direct_ttft_ms"]
     return measured
 
 
-def _chunks_per_core_second(gap_ms: int) -> float:
+def _chunks_per_core_second(gap_ms: int, num_chunks: int) -> float:
     """Chunks that one second of the gateway's core forwards, from a fake engine on another core."""
     *others, own = probe_hardware().cores
-    with _beside("fake", gap_ms, cores=others) as fake, _beside("gateway", fake.port, cores=[own]) as gateway:
-        _ask(gateway.port, FAKE_STREAMS, cores=others)
+    with (
+        _beside("fake", gap_ms, num_chunks, cores=others) as fake,
+        _beside("gateway", fake.port, cores=[own]) as gateway,
+        _client_process(cores=others) as client,
+    ):
+        client.ask(gateway.port, FAKE_STREAMS)
         before = sum(gateway.process.cpu_times()[:2])
-        burst = _ask(gateway.port, FAKE_STREAMS, cores=others)
+        burst = client.ask(gateway.port, FAKE_STREAMS)
         used_s = sum(gateway.process.cpu_times()[:2]) - before
-    assert burst.num_chunks == FAKE_STREAMS * (FAKE_CHUNKS + 1)
+    assert burst.num_chunks == FAKE_STREAMS * (num_chunks + 1)
     say(
         f"fake engine, a chunk each {gap_ms} ms: {burst.num_chunks} chunks in {burst.seconds:.2f} s, CPU {used_s:.2f} s"
     )
     return float(burst.num_chunks / used_s)
 
 
-def _ask(port: int, num_streams: int, num_tokens: int = NUM_TOKENS, cores: Sequence[int] | None = None) -> Burst:
-    """Ask for streams at once, from a process of its own."""
-    command = _command("client", port, num_streams, num_tokens)
-    with subprocess.Popen(command, stdout=subprocess.PIPE) as client:
-        psutil.Process(client.pid).cpu_affinity(cores)
-        output, _ = client.communicate()
-    return Burst(**json.loads(output))
+class Client:
+    """The process that asks; it reads what to ask line by line, as its start takes longer than most bursts."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+
+    def ask(self, port: int, num_streams: int, num_tokens: int = NUM_TOKENS) -> Burst:
+        """Ask for streams at once and wait for their ends."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(f"{port} {num_streams} {num_tokens}\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"the client of port {port} failed with {num_streams} streams")
+        return Burst(**json.loads(answer))
+
+
+@contextmanager
+def _client_process(cores: Sequence[int] | None = None) -> Iterator[Client]:
+    with subprocess.Popen(_command("client"), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            psutil.Process(process.pid).cpu_affinity(cores)
+            yield Client(process)
+        finally:
+            process.kill()
 
 
 @dataclass(frozen=True)
@@ -139,9 +170,9 @@ class Beside:
 
 
 @contextmanager
-def _beside(role: str, argument: int, cores: Sequence[int] | None = None) -> Iterator[Beside]:
+def _beside(role: str, *arguments: int, cores: Sequence[int] | None = None) -> Iterator[Beside]:
     port = free_port()
-    process = subprocess.Popen(_command(role, port, argument))
+    process = subprocess.Popen(_command(role, port, *arguments))
     try:
         psutil.Process(process.pid).cpu_affinity(cores)
         while True:
@@ -160,17 +191,34 @@ def _command(role: str, *arguments: int) -> list[str]:
     return [sys.executable, "-m", "benches.gateway", role, *map(str, arguments)]
 
 
-async def _client(port: int, num_streams: int, num_tokens: int) -> None:
+async def _client() -> None:
+    """Ask as the lines of the standard input say, and print a Burst for each."""
+    for line in sys.stdin:
+        port, num_streams, num_tokens = map(int, line.split())
+        print(json.dumps(asdict(await _burst(port, num_streams, num_tokens))), flush=True)
+
+
+async def _burst(port: int, num_streams: int, num_tokens: int) -> Burst:
     loop = asyncio.get_running_loop()
     streams = []
     start = time.perf_counter()
     for _ in range(num_streams):
-        streams.append(_Stream(num_tokens, loop.create_future()))
-        await loop.create_connection(lambda: streams[-1], "127.0.0.1", port)
-    await asyncio.gather(*(stream.done for stream in streams))
+        stream = _Stream(num_tokens, loop.create_future())
+        streams.append(stream)
+        await loop.create_connection(lambda stream=stream: stream, "127.0.0.1", port)  # type: ignore[misc]
+    try:
+        async with asyncio.timeout(_LONGEST_S):
+            await asyncio.gather(*(stream.done for stream in streams))
+    except TimeoutError:
+        tails = [stream.tail for stream in streams if not stream.tail.endswith(_END)]
+        raise RuntimeError(
+            f"{len(tails)} of {num_streams} streams did not end; the first so far: {tails[0]!r}"
+        ) from None
     seconds = time.perf_counter() - start
+    for stream in streams:
+        stream.transport.close()
     num_chunks = sum(b"".join(stream.pieces).count(b"data: ") for stream in streams)
-    print(json.dumps(asdict(Burst(seconds, num_chunks, [stream.first - stream.start for stream in streams]))))
+    return Burst(seconds, num_chunks, [stream.first - stream.start for stream in streams])
 
 
 class _Stream(asyncio.Protocol):
@@ -179,21 +227,25 @@ class _Stream(asyncio.Protocol):
     def __init__(self, num_tokens: int, done: asyncio.Future[None]) -> None:
         self.done = done
         self.pieces: list[bytes] = []
+        self.tail = b""
+        """The last bytes, as the end of a stream may come in pieces."""
         self.start = self.first = 0.0
         prompt = random.choices(range(100, 49_000), k=32)
         wanted = {"prompt": prompt, "max_tokens": num_tokens, "ignore_eos": True, "stream": True, "temperature": 0}
         self._body = json.dumps({"model": NAME, **wanted}).encode()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: bench\r\nContent-Length: {len(self._body)}\r\n\r\n"
+        self.transport = transport
+        head = "POST /v1/completions HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\n"
         self.start = time.perf_counter()
-        transport.write(head.encode() + self._body)
+        transport.write(f"{head}Content-Length: {len(self._body)}\r\n\r\n".encode() + self._body)
 
     def data_received(self, data: bytes) -> None:
         if not self.first and b"data: " in data:
             self.first = time.perf_counter()
         self.pieces.append(data)
-        if data.endswith(b"0\r\n\r\n") and b"data: [DONE]" in b"".join(self.pieces[-3:]):
+        self.tail = (self.tail + data[-len(_END) :])[-len(_END) :]
+        if self.tail == _END:
             self.done.set_result(None)
 
     def connection_lost(self, error: Exception | None) -> None:
@@ -212,16 +264,17 @@ async def _gateway(port: int, engine_port: int) -> None:
     await asyncio.Event().wait()
 
 
-async def _fake(port: int, gap_ms: int) -> None:
+async def _fake(port: int, gap_ms: int, num_chunks: int) -> None:
     """An engine that emits a chunk to every stream each so many milliseconds, or as fast as it is read."""
     loop = asyncio.get_running_loop()
-    await loop.create_server(lambda: _FakeEngine(gap_ms / 1e3), "127.0.0.1", port)
+    await loop.create_server(lambda: _FakeEngine(gap_ms / 1e3, num_chunks), "127.0.0.1", port, backlog=2048)
     await asyncio.Event().wait()
 
 
 class _FakeEngine(asyncio.Protocol):
-    def __init__(self, gap_s: float) -> None:
+    def __init__(self, gap_s: float, num_chunks: int) -> None:
         self._gap_s = gap_s
+        self._num_chunks = num_chunks
         self._loop = asyncio.get_running_loop()
         self._asked = b""
         self._num_left = 0
@@ -234,7 +287,7 @@ class _FakeEngine(asyncio.Protocol):
         self._asked += data
         if self._asked.endswith(b"}"):
             self._asked = b""
-            self._num_left = FAKE_CHUNKS
+            self._num_left = self._num_chunks
             head = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
             self._transport.write(head)
             self._emit()

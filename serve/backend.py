@@ -65,6 +65,7 @@ class EngineSide(asyncio.Protocol):
         self._in_body = False
         self._in_chunk = False
         self._is_complete = False
+        self._is_kept = False
         self._num_messages = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -134,7 +135,7 @@ class EngineSide(asyncio.Protocol):
         self._in_body = False
         if data:
             self._to_client.write(data)
-        if self._parser.should_keep_alive() and not self._transport.is_closing():
+        if self._is_kept and not self._transport.is_closing():
             self.pause(False)
             self.idle_since = asyncio.get_running_loop().time()
             self.backend.idle.append(self)
@@ -195,6 +196,7 @@ class EngineSide(asyncio.Protocol):
 
     def on_message_complete(self) -> None:
         self._is_complete = True
+        self._is_kept = self._parser.should_keep_alive()
 
 
 async def fetch(

@@ -349,7 +349,7 @@ class _ClientSide(asyncio.Protocol):
         if isinstance(decision, Answer):
             self._answer(decision)
         elif not isinstance(decision, Backend):
-            self._task = self._loop.create_task(self._answer_later(decision))
+            self._begin_task(self._answer_later(decision))
         elif request.method == "HEAD":
             self._answer(error_answer(405, "HEAD is not supported here"))
         elif self._parser.get_http_version() != "1.1":
@@ -378,7 +378,19 @@ class _ClientSide(asyncio.Protocol):
             self._resend = message
             self._begin(engine, backend, message)
         else:
-            self._task = self._loop.create_task(self._connect(backend, message))
+            self._begin_task(self._connect(backend, message))
+
+    def _begin_task(self, work: Coroutine[Any, Any, None]) -> None:
+        self._task = self._loop.create_task(self._run_task(work))
+
+    async def _run_task(self, work: Coroutine[Any, Any, None]) -> None:
+        """Without an answer the client would wait for as long as for one that never comes."""
+        try:
+            await work
+        except Exception:
+            _log.exception("a request could not be handled")
+            self._task = None
+            self.interrupt(500, "the gateway failed", "internal_error")
 
     async def _connect(self, backend: Backend, message: bytes) -> None:
         try:
@@ -431,7 +443,7 @@ class _ClientSide(asyncio.Protocol):
         message, self._resend = self._resend, None
         if message and not got_bytes and self._loop.time() - engine.sent_s < _RESEND_WITHIN_S:
             # The engine had closed this idle connection before it saw the request; that happens once at most.
-            self._task = self._loop.create_task(self._connect(engine.backend, message))
+            self._begin_task(self._connect(engine.backend, message))
         else:
             self._break_off(502, "the engine stopped answering", "engine_lost", can_append)
 

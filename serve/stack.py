@@ -105,10 +105,10 @@ class Alias:
         """
         place = random.random() if user is None else _place(self.name, user)
         shares = [share for share in self.shares if share[0] in usable] if usable else []
-        picked = _at(place, self.shares)
+        picked, place_within = _at(place, self.shares)
         if picked in usable or not shares:
             return picked
-        return _at(place * sum(share for _, share in shares), shares)
+        return _at(place_within * sum(share for _, share in shares), shares)[0]
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def load_stack(
     else:
         raise UserError("MODEL", "", "is missing", "write: slimserve serve MODEL, NAME=MODEL …, or --config FILE.toml")
     if aliases:
-        given["aliases"] = dict(_parse_alias(alias) for alias in aliases)
+        given["aliases"] = _aliases_of(aliases)
     _merge(document, given, str(config_file))
     if limits and isinstance(document.setdefault("limits", {}), dict):
         _merge(document["limits"], limits, f"[limits] of {config_file}")
@@ -192,6 +192,16 @@ def _variants_of(models: Sequence[str]) -> dict[str, dict[str, str]]:
             raise UserError("NAME=MODEL", argument, f"names {name} a second time", "give every variant its own name")
         variants[name] = {"model": model}
     return variants
+
+
+def _aliases_of(arguments: Sequence[str]) -> dict[str, dict[str, float]]:
+    aliases: dict[str, dict[str, float]] = {}
+    for argument in arguments:
+        name, weights = _parse_alias(argument)
+        if name in aliases:
+            raise UserError("--alias", argument, f"names {name} a second time", "give every alias its own name")
+        aliases[name] = weights
+    return aliases
 
 
 def _parse_alias(argument: str) -> tuple[str, dict[str, float]]:
@@ -274,9 +284,10 @@ def _place(alias: str, user: str) -> float:
     return int.from_bytes(digest) / 2**64
 
 
-def _at(place: float, shares: Sequence[tuple[str, float]]) -> str:
+def _at(place: float, shares: Sequence[tuple[str, float]]) -> tuple[str, float]:
+    """The variant at a place, and where within its share that is, between 0 and 1."""
     for variant, share in shares:
+        if place < share:
+            return variant, place / share
         place -= share
-        if place < 0:
-            return variant
-    return shares[-1][0]
+    return shares[-1][0], 0.0

@@ -26,11 +26,12 @@ def peer_python(name: str, *, on_top_of_ours: bool = False, build: Mapping[str, 
     """The Python interpreter of peer `name`'s environment, which is made if needed.
 
     With `on_top_of_ours` the environment also sees the packages of the running one, and only
-    what `NAME.txt` lists is installed. `build` holds environment variables for packages that compile. Raises
-    UserError where a package is not to be had.
+    what `NAME.txt` lists is installed. `build` holds environment variables for packages that compile; pip would
+    take what it compiled with others from its cache. Raises UserError where a package is not to be had.
     """
     pins = _HERE / f"{name}.txt"
-    key = hashlib.sha256(pins.read_bytes() + sys.prefix.encode() * on_top_of_ours).hexdigest()[:8]
+    settings = f"{sys.prefix if on_top_of_ours else ''}{build or ''}"
+    key = hashlib.sha256(pins.read_bytes() + settings.encode()).hexdigest()[:8]
     folder = cache_dir("peers") / f"{name}-{_version(pins, name)}-{key}"
     python = folder / "bin" / "python"
     if (folder / _STAMP).is_file():
@@ -42,8 +43,8 @@ def peer_python(name: str, *, on_top_of_ours: bool = False, build: Mapping[str, 
         if on_top_of_ours:
             own = sysconfig.get_path("purelib", vars={"base": str(folder)})
             Path(own, "ours.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
-        dependencies = ["--no-deps"] if on_top_of_ours else []
-        _run([str(python), "-m", "pip", "install", *dependencies, "--requirement", str(pins)], pins, build or {})
+        options = ["--no-deps"] * on_top_of_ours + ["--no-cache-dir"] * bool(build)
+        _run([str(python), "-m", "pip", "install", *options, "--requirement", str(pins)], pins, build or {})
     (folder / _STAMP).touch()
     return python
 
