@@ -54,6 +54,21 @@ def test_what_is_within_the_spread_changes_nothing(model: Path, monkeypatch: pyt
     assert tune_launch(model, CPU, "balanced") == before == kept_launch(model, CPU, "balanced")
 
 
+@pytest.mark.parametrize(("rates", "is_kept"), [((130.0, 90.0), False), ((130.0, 120.0), True)])
+def test_what_was_fast_once_must_be_so_again(
+    rates: tuple[float, float], is_kept: bool, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = list(rates)
+
+    def measure(directory: Path, plan: LaunchPlan, profile: Profile) -> float:
+        return left.pop(0) if ("--max-num-batched-tokens", "8192") in named(plan.arguments) else 100.0
+
+    monkeypatch.setattr(module, "_measure", measure)
+    tuned = tune_launch(model, CPU, "balanced")
+    assert (("--max-num-batched-tokens", "8192") in named(tuned.arguments)) == is_kept
+    assert not left
+
+
 def test_a_candidate_that_does_not_start_is_left_out_but_the_plan_must(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
