@@ -139,7 +139,7 @@ class SupervisedEngine:
         self._metrics.up.labels(self.spec.name).set(1)
         self._metrics.ready_s.labels(self.spec.name).set(self.ready_s)
         self._say(f"{self.spec.name}: ready in {self.ready_s:.1f} s")
-        for line in describe_start(self.spec.directory, self.spec.log):
+        for line in await asyncio.to_thread(describe_start, self.spec.directory, self.spec.log):
             self._say(f"{self.spec.name}: {line}")
         watch = asyncio.create_task(self._watch_health())
         ready_at = loop.time()

@@ -76,6 +76,9 @@ class Supervised:
     def value(self, name: str) -> float | None:
         return self.registry.get_sample_value(name, {"variant": "a"})
 
+    def delays(self) -> list[str]:
+        return [line.rpartition(" in ")[2] for line in self.said if "starting again" in line]
+
     async def until_ready(self) -> None:
         await until(lambda: self.engine.state is State.READY)
 
@@ -104,7 +107,7 @@ async def supervised(
 
 def is_gone(process: psutil.Process) -> bool:
     with contextlib.suppress(psutil.NoSuchProcess):
-        return process.status() == psutil.STATUS_ZOMBIE
+        return bool(process.status() == psutil.STATUS_ZOMBIE)
     return True
 
 
@@ -149,13 +152,13 @@ def test_an_engine_that_is_killed_comes_back_by_itself_on_another_port(tmp_path:
 def test_the_delay_doubles_up_to_its_longest_and_a_time_of_health_starts_it_anew(tmp_path: Path) -> None:
     async def scenario(healthy_s: float, expected: list[str]) -> None:
         async with supervised(tmp_path, patience=replace(QUICK, healthy_s=healthy_s)) as one:
-            for number in range(1, 4):
+            for _ in expected:
                 await one.until_ready()
                 await asyncio.sleep(0.1)
                 one.process.kill()
-                await until(lambda number=number: len(one.said) >= 2 * number)  # type: ignore[misc]
-            delays = [line.rpartition(" in ")[2] for line in one.said if "starting again" in line]
-            assert delays == expected
+                await until(lambda: one.engine.state is State.RESTARTING)
+            await until(lambda: len(one.delays()) == len(expected))
+            assert one.delays() == expected
 
     run(scenario(60, ["0.1 s", "0.2 s", "0.3 s"]))
     run(scenario(0.05, ["0.1 s", "0.1 s", "0.1 s"]))
