@@ -1,7 +1,7 @@
 """The launch plan: vLLM arguments and environment for one model on this machine, each with its reason.
 
 vLLM's own defaults leave much of a small CPU machine idle; the choices below were
-measured on 2 cores (docs/log.md). On a GPU vLLM's defaults stand.
+measured on 2 cores (docs/log.md). On a GPU vLLM's defaults stand, but for what its documentation advises.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from serve.gemm import PACKED_BELOW
 Profile = Literal["recommendation", "reasoning", "balanced"]
 """What a server will mostly be asked: prompts to score, long answers, or both."""
 _KV_MEMORY_FRAC = 0.1
+_GPU_MEMORY_FRAC = 0.9
 _BLOCK_SIZE = 32
 PREFIX_CONNECTOR = {
     "kv_connector": "PartialPrefixConnector",
@@ -72,7 +73,7 @@ def plan_launch(
         Choice("VLLM_PLUGINS", "slimserve,bitsandbytes", "adds /v1/score, /v1/rerank and the bitsandbytes formats"),
     )
     if hardware.gpus:
-        return LaunchPlan(environment=everywhere)
+        return LaunchPlan(_on_gpu(profile, num_variants), everywhere)
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     environment = [
         *everywhere,
@@ -133,6 +134,22 @@ def plan_launch(
     if longest < config.get("max_position_embeddings", longest):
         arguments.append(Choice("--max-model-len", str(longest), "the longest sequence that the KV space holds"))
     return LaunchPlan(tuple(arguments), tuple(environment))
+
+
+def _on_gpu(profile: Profile, num_variants: int) -> tuple[Choice, ...]:
+    """What vLLM's guide to optimization and tuning advises; none of it was measured by us, and the reasons say so."""
+    choices = []
+    if num_variants > 1:
+        share = f"{_GPU_MEMORY_FRAC / num_variants:.3f}"
+        reason = f"each of {num_variants} engines on the GPU would else take {_GPU_MEMORY_FRAC:.0%} of its memory"
+        choices.append(Choice("--gpu-memory-utilization", share, f"{reason} (unmeasured)"))
+    if profile == "recommendation":
+        reason = "vLLM's documentation: over 8,192 tokens a step for the throughput of small models on large GPUs"
+        choices.append(Choice("--max-num-batched-tokens", "16384", f"{reason} (unmeasured)"))
+    elif profile == "reasoning":
+        reason = "vLLM's documentation: steps of 2,048 tokens, as fewer prefills slow down the tokens of others"
+        choices.append(Choice("--max-num-batched-tokens", "2048", f"{reason} (unmeasured)"))
+    return tuple(choices)
 
 
 def _one_process(cores: Sequence[int]) -> tuple[Choice, ...]:

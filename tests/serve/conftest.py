@@ -1,12 +1,15 @@
-"""One real engine that the tests of scoring share: stock vLLM, into which only our plugin and connector are let."""
+"""What tests on real engines share: an engine that scores, and a model for tests that are about the server."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from serve.engine import STOCK_COMMAND, Engine, EngineSpec, free_port
 from serve.plan import PREFIX_CONNECTOR, Choice, LaunchPlan
@@ -17,8 +20,24 @@ BLOCK = 32
 
 
 @pytest.fixture(scope="session")
+def tiny_model(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model of two layers under SmolLM2's tokenizer."""
+    directory = tmp_path_factory.mktemp("models") / "tiny"
+    vocabulary = json.loads((smollm2 / "config.json").read_text())["vocab_size"]
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": vocabulary}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 8192}
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes, **heads, tie_word_embeddings=True))
+    model.generation_config.max_new_tokens = 16  # where a request names no number: random weights never end
+    model.to(torch.bfloat16).save_pretrained(directory)
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(smollm2 / file, directory / file)
+    return directory
+
+
+@pytest.fixture(scope="session")
 def scoring_url(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """vLLM's own module and launch with /v1/score and /v1/rerank.
+    """vLLM's own module and launch with our plugin and connector alone: /v1/score and /v1/rerank.
 
     In float32, so that what is compared with transformers is our work and not the rounding of bf16: at this size that
     moves probabilities by up to 0.05 (transformers' own by as much), and a mistake could hide behind it.

@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -28,9 +27,7 @@ from typing import Any
 import psutil
 import pytest
 import requests
-import torch
 from prometheus_client.parser import text_string_to_metric_families
-from transformers import AutoModelForCausalLM, LlamaConfig
 
 from contracts.hardware import probe_hardware
 from serve.engine import Engine, EngineSpec, free_port
@@ -74,22 +71,6 @@ _SCALE_OUT = {
     "/v1/responses/render",
 }
 """What vLLM answers 403 unless started with --enable-scale-out."""
-
-
-@pytest.fixture(scope="module")
-def tiny_directory(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random model of two layers under SmolLM2's tokenizer: these tests are about the server, not the model."""
-    directory = tmp_path_factory.mktemp("abuse") / NAME
-    vocabulary = json.loads((smollm2 / "config.json").read_text())["vocab_size"]
-    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": vocabulary}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 2048}
-    torch.manual_seed(1)
-    model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes, **heads, tie_word_embeddings=True))
-    model.generation_config.max_new_tokens = 16  # where a request names no number: random weights never end
-    model.to(torch.bfloat16).save_pretrained(directory)
-    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(smollm2 / file, directory / file)
-    return directory
 
 
 @dataclass(frozen=True)
@@ -144,8 +125,8 @@ def rss_bytes(processes: list[psutil.Process]) -> int:
 
 
 @pytest.fixture(scope="module")
-def server(tiny_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    planned = plan_launch(tiny_directory, probe_hardware())
+def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    planned = plan_launch(tiny_model, probe_hardware())
     plan = LaunchPlan(planned.arguments, (*planned.environment, Choice("SLIMSERVE_API_KEY", KEY, "a key")))
     extra = [
         "--enforce-eager",
@@ -157,7 +138,7 @@ def server(tiny_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> It
         "2048",
     ]
     log = tmp_path_factory.mktemp("abuse") / "engine.log"
-    spec = EngineSpec(tiny_directory, NAME, plan, log, free_port(), extra=tuple(extra), limits=LIMITS)
+    spec = EngineSpec(tiny_model, NAME, plan, log, free_port(), extra=tuple(extra), limits=LIMITS)
     seen: list[tuple[float, int]] = []
     ready = threading.Event()
     watch = threading.Thread(target=watch_start, args=(spec.port, seen, ready))

@@ -1,6 +1,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import pytest
 
@@ -49,9 +50,17 @@ def test_only_a_cpu_with_amx_has_a_packed_kernel_to_choose(tmp_path: Path) -> No
     assert planned(tmp_path, replace(CPU, isa=("avx512f", "amx_tile")))[PACKED_BELOW] == "1024"
 
 
-def test_a_gpu_keeps_vllms_own_choices(tmp_path: Path) -> None:
+def test_a_gpu_keeps_vllms_own_choices_but_for_what_its_documentation_advises(tmp_path: Path) -> None:
     gpu = Hardware(cpu="x", cores=(0,), memory_gib=64.0, isa=(), gpus=("NVIDIA H100, 81559 MiB",))
     assert set(planned(tmp_path, gpu)) == {"VLLM_NO_USAGE_STATS", "HF_HUB_OFFLINE", "VLLM_PLUGINS"}
+    for profile, num_variants, expected in (
+        ("recommendation", 1, {"--max-num-batched-tokens": "16384"}),
+        ("reasoning", 1, {"--max-num-batched-tokens": "2048"}),
+        ("balanced", 3, {"--gpu-memory-utilization": "0.300"}),
+    ):
+        arguments = plan_launch(tmp_path, gpu, cast("Profile", profile), num_variants).arguments
+        assert {choice.name: choice.value for choice in arguments} == expected
+        assert all("unmeasured" in choice.reason for choice in arguments)
 
 
 def test_libraries_that_are_not_there_are_not_preloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

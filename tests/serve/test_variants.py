@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -21,10 +20,8 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
-import torch
 from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
-from transformers import AutoModelForCausalLM, LlamaConfig
 
 from serve.engine import free_port
 
@@ -35,21 +32,6 @@ HEADERS = {"Authorization": f"Bearer {KEY}"}
 DRAIN_S = 4.0
 NUM_STREAMS = 8
 _START_S = 150.0
-
-
-@pytest.fixture(scope="module")
-def tiny_directory(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random model of two layers under SmolLM2's tokenizer: these tests are about the servers, not the model."""
-    directory = tmp_path_factory.mktemp("variants") / "tiny"
-    vocabulary = json.loads((smollm2 / "config.json").read_text())["vocab_size"]
-    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": vocabulary}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 8192}
-    torch.manual_seed(1)
-    model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes, **heads, tie_word_embeddings=True))
-    model.to(torch.bfloat16).save_pretrained(directory)
-    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(smollm2 / file, directory / file)
-    return directory
 
 
 @dataclass(frozen=True)
@@ -84,7 +66,7 @@ class Stack:
 
 
 @pytest.fixture(scope="module")
-def stack(tiny_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+def stack(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     folder = tmp_path_factory.mktemp("stack")
     (folder / "keys.txt").write_text(f"{KEY}\n")
     (folder / "keys.txt").chmod(0o600)
@@ -92,7 +74,7 @@ def stack(tiny_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
     options = ["--alias", "chat=a:50,b:50", "--port", str(port), "--drain", f"{DRAIN_S:g}"]
     options += ["--api-key-file", str(folder / "keys.txt")]
     vllm = ["--enforce-eager", "--kv-cache-memory-bytes", str(2**28), "--block-size", "32", "--max-num-seqs", "16"]
-    models = [f"a={tiny_directory}", f"b={tiny_directory}"]
+    models = [f"a={tiny_model}", f"b={tiny_model}"]
     command = [sys.executable, "-m", "slimserve", "serve", *models, *options, "--", *vllm]
     # Any cores: two engines on two cores would else bind to the same one, as CI's other processes may.
     environment = os.environ | {"SLIMSERVE_CACHE": str(folder / "cache"), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
