@@ -29,7 +29,7 @@ import os
 import random
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -241,12 +241,15 @@ def _validated(document: dict[str, Any], source: str) -> StackConfig:
         if not weights:
             raise UserError("alias", alias, "stands for no variant", "name one with its weight")
         for variant in weights.keys() - names - {""}:
-            known = ", ".join(names)
-            raise UserError("alias", alias, f"names {variant}, which is no variant", f"choose from {known}")
+            raise UserError("alias", alias, f"names {variant}, which is no variant", _choice_of(names))
     if config.default is not None and config.default not in {*names, *config.aliases}:
-        known = ", ".join((*names, *config.aliases))
-        raise UserError("default", config.default, "is no variant and no alias", f"choose from {known}")
+        raise UserError("default", config.default, "is no variant and no alias", _choice_of((*names, *config.aliases)))
     return config
+
+
+def _choice_of(names: Iterable[str]) -> str:
+    known = ", ".join(filter(None, names))
+    return f"choose from {known}" if known else "write NAME=MODEL, so that it can be named"
 
 
 def _resolve(config: StackConfig, vllm_args: tuple[str, ...]) -> Stack:
