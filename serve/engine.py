@@ -21,6 +21,7 @@ from contracts.errors import UserError
 from contracts.progress import progress
 from serve.limits import KEYS_FILE_VARIABLE, LIMITS_VARIABLE, Limits
 from serve.plan import LaunchPlan
+from serve.roof import ENGINE_LOG_VARIABLE
 
 _READY_TIMEOUT_S = 1800
 _STOP_TIMEOUT_S = 20.0
@@ -76,6 +77,7 @@ class EngineSpec:
         if self.command != _OUR_COMMAND:
             return environment
         environment |= {"SLIMSERVE_VARIANT": self.name, "SLIMSERVE_MODEL_DIR": str(self.directory)}
+        environment[ENGINE_LOG_VARIABLE] = str(self.log.absolute())
         if self.limits is not None:
             environment[LIMITS_VARIABLE] = self.limits.model_dump_json()
         if self.api_key_file is not None:

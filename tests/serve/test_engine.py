@@ -13,7 +13,7 @@ import pytest
 
 from contracts.errors import UserError
 from serve import engine as module
-from serve.engine import Engine, EngineSpec, answers, check_port_is_free, free_port
+from serve.engine import STOCK_COMMAND, Engine, EngineSpec, answers, check_port_is_free, free_port
 from serve.plan import LaunchPlan
 from tests.conftest import FAKE_SERVER
 
@@ -107,3 +107,10 @@ def test_the_environment_of_the_plan_reaches_the_engine(tmp_path: Path) -> None:
     spec = fake_spec(tmp_path)
     with pytest.raises(UserError, match="exit status 3"):
         Engine(EngineSpec(tmp_path, "good", plan, spec.log, spec.port, command=spec.command)).__enter__()
+
+
+def test_our_server_is_told_its_own_log_in_which_vllm_names_the_kernels_and_stock_vllm_is_not(tmp_path: Path) -> None:
+    ours = EngineSpec(tmp_path, "good", LaunchPlan(), tmp_path / "engine.log", free_port())
+    assert ours.environment()["SLIMSERVE_ENGINE_LOG"] == str(tmp_path / "engine.log")
+    stock = EngineSpec(tmp_path, "good", LaunchPlan(), tmp_path / "engine.log", free_port(), command=STOCK_COMMAND)
+    assert "SLIMSERVE_ENGINE_LOG" not in stock.environment()
