@@ -7,10 +7,12 @@ every user of the machine can read.
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import logging
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -94,6 +96,32 @@ def load_api_keys(environment: Mapping[str, str] | None = None) -> frozenset[str
             # A header could not carry it; the key itself is not shown.
             raise UserError("API key", f"of {len(key)} characters", "is not printable ASCII", "make a new one")
     return frozenset(keys)
+
+
+class KeyRing:
+    """The keys that open a server; without one it is open, and the ring is false."""
+
+    def __init__(self, keys: Iterable[str]) -> None:
+        self._digests = [_digest(key.encode()) for key in keys]
+
+    def __bool__(self) -> bool:
+        return bool(self._digests)
+
+    def admits(self, headers: Iterable[tuple[bytes, bytes]]) -> bool:
+        """Whether a request with these headers, names in lower case, shows one of the keys."""
+        shown = b""
+        for name, value in headers:
+            if name == b"authorization" and value[:7].lower() == b"bearer ":
+                shown = value[7:].strip()
+            elif name == b"x-api-key" and not shown:  # as clients of /v1/messages send it
+                shown = value.strip()
+        digest = _digest(shown)
+        # All are compared, so that the time tells nothing about which one was near.
+        return sum(hmac.compare_digest(digest, key) for key in self._digests) > 0
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
 
 
 def error_body(
