@@ -19,9 +19,7 @@ from pathlib import Path
 
 from benches.heldout import packed_tokens
 from benches.peers.environment import peer_python, peer_variables
-from benches.served import MODEL, median, our_spec, served, stock_spec
-from compress.build import build_variant
-from compress.recipe import load_recipe
+from benches.served import MODEL, built, median, our_spec, served, stock_spec
 from compress.reference import divergences
 from contracts.hardware import probe_hardware
 from contracts.model import BUILTIN_MODELS, resolve_model
@@ -40,7 +38,7 @@ _NO_AMX = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
 
 def main() -> None:
     dense = resolve_model(MODEL)
-    variants = {"dense": dense, "w8a8": _built(dense, ()), "w8a8_int8head": _built(dense, ("quantize.head=int8",))}
+    variants = {"dense": dense, "w8a8": built("w8a8"), "w8a8_int8head": built("w8a8", "quantize.head=int8")}
     llamacpp = peer_python("llama_cpp_python", build={"CFLAGS": _NO_AMX, "CXXFLAGS": _NO_AMX})
     sides = ["stock", *variants, "llamacpp"]
     figures: dict[str, list[float]] = {}
@@ -69,11 +67,6 @@ def main() -> None:
     for side in ("w8a8", "w8a8_int8head"):
         figures[f"{side}_kl"] = [divergences(dense, [variants[side]], tokens)[0]]
     print(bench_line("decode", figures))
-
-
-def _built(dense: Path, settings: tuple[str, ...]) -> Path:
-    name, loaded = load_recipe("w8a8", settings)
-    return build_variant(MODEL, dense, name, loaded, None)
 
 
 async def _measure(url: str) -> dict[str, float]:

@@ -15,9 +15,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from benches.served import MODEL, ScoringLoad, median, our_spec, percentile, served, stock_spec
-from compress.build import build_variant
-from compress.recipe import load_recipe
+from benches.served import MODEL, ScoringLoad, built, median, our_spec, percentile, served, stock_spec
 from contracts.model import resolve_model
 from contracts.progress import say
 from contracts.provenance import bench_line
@@ -30,7 +28,7 @@ HEADLINE = ScoringLoad(1000, 32)
 CONCURRENT = ScoringLoad(200, 16)
 CONCURRENCIES = (1, 4, 16)
 REQUESTS_PER_USER = 3
-PRUNED = ("prune.kv_remove_frac=0.34",)
+PRUNED = "prune.kv_remove_frac=0.34"
 
 
 @dataclass(frozen=True)
@@ -51,8 +49,8 @@ def main() -> None:
     sides = [
         Side("stock", dense, stock=True),
         Side("dense", dense),
-        Side("w8a8", _built(dense, "w8a8")),
-        Side("pruned_w8a8", _built(dense, "prune25-w8a8", PRUNED)),
+        Side("w8a8", built("w8a8")),
+        Side("pruned_w8a8", built("prune25-w8a8", PRUNED)),
     ]
     figures: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -69,11 +67,6 @@ def main() -> None:
             for side in sides[1:]:
                 figures.setdefault(f"{side.name}_scoring_ratio", []).append(rates[side.name] / rates["stock"])
     print(bench_line("scoring", figures))
-
-
-def _built(dense: Path, recipe: str, settings: tuple[str, ...] = ()) -> Path:
-    name, loaded = load_recipe(recipe, settings)
-    return build_variant(MODEL, dense, name, loaded, None)
 
 
 async def _measure(url: str, path: str) -> dict[str, float]:

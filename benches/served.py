@@ -13,6 +13,8 @@ from pathlib import Path
 
 import httpx
 
+from compress.build import build_variant
+from compress.recipe import load_recipe
 from contracts.hardware import probe_hardware
 from contracts.model import resolve_model
 from serve.engine import STOCK_COMMAND, EngineSpec, free_port
@@ -47,6 +49,11 @@ def our_spec(log: Path, directory: Path | None = None, profile: Profile = "balan
     """Our launch of a variant."""
     directory = directory or resolve_model(MODEL)
     return EngineSpec(directory, _SERVED_NAME, plan_launch(directory, probe_hardware(), profile), log, free_port())
+
+
+def built(recipe: str, *settings: str) -> Path:
+    """The variant of a recipe, built if the cache has none."""
+    return build_variant(MODEL, resolve_model(MODEL), *load_recipe(recipe, settings), None)
 
 
 class Served:
