@@ -36,8 +36,6 @@ _ANSWER = (
     b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 5\r\n"
     b"Connection: close\r\nContent-Length: %d\r\n\r\n%b" % (len(_BODY), _BODY)
 )
-
-
 _ANSWER_S = 1.0
 """How long a client may take to send its request, and again to send the rest of it when it has its answer."""
 _MAX_ANSWERING = 32

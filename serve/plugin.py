@@ -36,6 +36,8 @@ from vllm.v1.metrics.prometheus import get_prometheus_registry
 
 from serve.limits import Limits, error_body
 from serve.metrics import label_series, score_metrics
+from serve.partial_prefix import SHARED_PREFIX_TOKENS
+from serve.plan import PREFIX_CONNECTOR
 from serve.rerank import RerankRequest, as_score_request, load_template, rerank_response
 from serve.scoring import (
     Plan,
@@ -50,8 +52,6 @@ from serve.scoring import (
 )
 
 VARIANT_VARIABLE = "SLIMSERVE_VARIANT"
-PREFIX_CONNECTOR = "PartialPrefixConnector"
-"""The KV connector of serve/partial_prefix.py, by the name that `--kv-transfer-config` gives it."""
 _STATE = "slimserve_scorer"
 
 
@@ -74,7 +74,7 @@ class Scorer:
         own = Tokenizer.from_str(backend.to_str()) if isinstance(backend, Tokenizer) else None
         self.tokenizer = PromptTokenizer(self._encode, own)
         transfer = engine_client.vllm_config.kv_transfer_config
-        self._shares_partial_blocks = transfer is not None and transfer.kv_connector == PREFIX_CONNECTOR
+        self._shares_partial_blocks = transfer is not None and transfer.kv_connector == PREFIX_CONNECTOR["kv_connector"]
         self.rerank_template = load_template(Path(config.model))
         self._metrics = score_metrics()
 
@@ -155,7 +155,7 @@ class Scorer:
         """What tells the connector which leading tokens all requests of a plan share; None without it."""
         if not self._shares_partial_blocks or not plan.num_prefix_tokens:
             return None
-        return {"shared_prefix_tokens": plan.num_prefix_tokens}
+        return {SHARED_PREFIX_TOKENS: plan.num_prefix_tokens}
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens))

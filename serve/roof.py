@@ -25,6 +25,7 @@ from typing import Any
 from prometheus_client import REGISTRY, CollectorRegistry
 
 from contracts.hardware import Hardware, probe_hardware
+from contracts.progress import say
 from contracts.storage import cache_dir, write_atomically
 from serve.metrics import RoofMetrics, roof_metrics
 
@@ -140,6 +141,7 @@ def machine_roof(
         return next((machine for name, machine in _GPUS.items() if name in hardware.gpus[0]), None)
     file = _cache_file(hardware)
     if not file.exists() and measure:
+        say("measuring this machine's memory bandwidth and FLOP/s, once")
         try:
             subprocess.run(
                 [sys.executable, "-m", "serve.roof"],

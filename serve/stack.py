@@ -74,7 +74,7 @@ class StackConfig(_Strict):
     port: int = Field(default=8000, ge=1, le=65535)
     api_key_file: str | None = None
     limits: dict[str, int | float] = Field(default_factory=dict)
-    """Fields of serve.limits.Limits that replace the profile's."""
+    """Fields of serve.limits.Limits that differ from its defaults."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,6 @@ class Stack:
     port: int = 8000
     api_key_file: Path | None = None
     limits: Limits = field(default_factory=Limits)
-    """Fields that were set replace the profile's."""
 
     def aliases_of(self, variant: str) -> tuple[str, ...]:
         """The further names that a variant must answer to."""
