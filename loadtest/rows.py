@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
-from json import dumps, loads
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+
+import msgspec
+
+from contracts.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,19 @@ class Row:
     """Candidates scored."""
     error: str | None = None
     """Kind of failure; None for a good answer."""
+    kind: str = ""
+    """Workload that the request belongs to: a mixed run has several."""
+    prompt: int = -1
+    """Number of the prompt in the order of the run's seed, the same for every server that is asked."""
+    first_answer_s: float | None = None
+    """When the first token after the chain of thought arrived; None where there was no such token."""
+    cached_tokens: int | None = None
+    """Prompt tokens that the server says it did not compute."""
+    finish_reason: str | None = None
+    text: str = ""
+    """What was generated, chain of thought included."""
+    scores: tuple[float, ...] = ()
+    """Per candidate the first label's share, as it came back under load."""
 
     @property
     def e2e_s(self) -> float:
@@ -36,23 +51,40 @@ class Row:
         """Seconds until the first token's bytes; None where nothing was streamed."""
         return self.arrivals[0][0] - self.due_s if self.arrivals else None
 
+    @property
+    def send_lag_s(self) -> float:
+        """How late the client was; beyond a few milliseconds the client is what was measured."""
+        return self.sent_s - self.due_s
+
+    @property
+    def tpot_s(self) -> float | None:
+        """Seconds per output token after the first chunk; None where there was one chunk."""
+        later = sum(count for _, count in self.arrivals[1:])
+        return (self.arrivals[-1][0] - self.arrivals[0][0]) / later if later else None
+
     def inter_token_gaps_s(self) -> Iterator[float]:
         """One gap per token after the first chunk; a chunk of k tokens counts as k equal gaps."""
         for (before, _), (at, count) in zip(self.arrivals, self.arrivals[1:], strict=False):
             yield from [(at - before) / count] * count
 
 
-def write_row(file: IO[str], row: Row) -> None:
-    file.write(dumps(asdict(row), separators=(",", ":")) + "\n")
+_encoder = msgspec.json.Encoder()
+_decoder = msgspec.json.Decoder(Row)
 
 
-def read_rows(path: Path) -> list[Row]:
-    """Rows of a file that write_row made."""
-    return list(_parse(path.read_text(encoding="utf-8").splitlines()))
+def row_line(row: Row) -> bytes:
+    """The row as one line of JSON."""
+    return _encoder.encode(row) + b"\n"
 
 
-def _parse(lines: Iterable[str]) -> Iterator[Row]:
-    for line in lines:
-        fields = loads(line)
-        fields["arrivals"] = tuple((at, count) for at, count in fields["arrivals"])
-        yield Row(**fields)
+def row_of(line: bytes) -> Row:
+    return _decoder.decode(line)
+
+
+def read_rows(file: Path) -> list[Row]:
+    """Rows of a file of such lines; a last line without its end, of a run that was killed, is left out."""
+    lines = file.read_bytes().split(b"\n")
+    try:
+        return [row_of(line) for line in lines[:-1] if line]
+    except msgspec.MsgspecError as error:
+        raise UserError("rows", file, f"is not a file of raw rows ({error})", "give a SUITE.rows.jsonl") from error
