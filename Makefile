@@ -10,6 +10,11 @@
 # make bench-decode    decoding speed against stock vLLM and llama.cpp
 # make bench-gateway   streams through the gateway against streams straight from the engine
 # make bench-ready     seconds from the command to the first token, first and later starts
+# make bench-loadtest-truth  our load generator, vLLM's and GuideLLM against a server of known latency
+# make bench-loadtest-stall  whether a freeze of the server shows in p99: open loop against plain Locust
+# make bench-loadtest-real   our latencies against those of vllm bench serve on the same server and arrivals
+# make bench-max-rate        --find-max-rate against the analytic limit of an M/D/1 queue
+# make compare         six variants of a real model over both workloads at full size, into results/compare
 
 PYTHON ?= python3
 VENV   := .venv
@@ -20,13 +25,18 @@ SOURCES := slimserve.py contracts workloads compress serve loadtest compare benc
 
 export HF_HUB_OFFLINE ?= 1
 
-BENCHES := $(addprefix bench-,launch scoring decode gateway ready quantize prune memory load)
+BENCHES := $(addprefix bench-,launch scoring decode gateway ready quantize prune memory load \
+    loadtest-truth loadtest-stall loadtest-real max-rate)
 
-.PHONY: demo test install lock lint types unit clean $(BENCHES)
+.PHONY: demo compare test install lock lint types unit clean $(BENCHES)
 
 demo: install
 	$(BIN)/slimserve compare --model smollm2-135m-instruct --recipes dense,w8a8,prune25-w8a8 \
 	    --workloads recommendation,reasoning --quick
+
+compare: install
+	$(BIN)/slimserve compare --model smollm2-135m-instruct --recipes dense,w8a8,w4a16,nf4,prune25,prune25-w8a8 \
+	    --workloads recommendation,reasoning -o results/compare
 
 test: install lint types unit
 
@@ -42,7 +52,7 @@ unit: $(VENV)/.test-system
 	$(BIN)/pytest
 
 $(BENCHES): bench-%: install
-	$(BIN)/python -m benches.$*
+	$(BIN)/python -m benches.$(subst -,_,$*)
 
 # A stamp per environment: a second `make install` has nothing to do.
 install: $(VENV)/.installed

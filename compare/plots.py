@@ -1,114 +1,130 @@
-"""The report's plots as inline SVG: readable at a phone's width, in colours that the colour-blind tell apart."""
+"""The comparison's own plots: quality against cost and speed, latency over rate, quality recovery."""
 
 from __future__ import annotations
 
-import io
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from loadtest.rows import Row
-from loadtest.summary import percentiles
+from compare.results import Spread
+from loadtest.plots import label_decades, style_of, svg_of
 from workloads.interface import Estimate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Okabe and Ito's palette."""
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-_LINES = ("-", "--", "-.", ":")
-_NUM_STEPS = 300
+
+@dataclass(frozen=True)
+class Point:
+    """One variant in a plot of quality against something; `number` is its place in the comparison."""
+
+    number: int
+    label: str
+    quality: Estimate
+    x: Spread
+    is_dominated: bool
+    is_winner: bool
 
 
 @dataclass(frozen=True)
-class QualityPoint:
-    """One variant in a quality-against-speed plot."""
+class Recovery:
+    """Share of the reference's quality that a variant keeps, with its 95% interval where there is one."""
 
-    name: str
-    speed: float
-    quality: Estimate
+    number: int
+    label: str
+    kept_frac: float
+    low: float | None
+    high: float | None
 
 
-def plot_quality(points: Sequence[QualityPoint], speed_label: str, quality_label: str) -> str:
-    """Quality with its interval against speed; up and to the right is better."""
+def plot_tradeoff(points: Sequence[Point], x_label: str, y_label: str, least: float | None, least_label: str) -> str:
+    """Quality over cost or speed; dominated variants are hollow, the winner has a ring, `least` is asked for."""
 
     def draw(axes: Axes) -> None:
-        for index, point in enumerate(points):
-            estimate = point.quality
+        for point in points:
+            style, quality = style_of(point.number), point.quality
             axes.errorbar(
-                point.speed,
-                estimate.value,
-                yerr=[[max(0.0, estimate.value - estimate.low)], [max(0.0, estimate.high - estimate.value)]],
-                marker=_MARKERS[index % len(_MARKERS)],
-                color=_COLOURS[index % len(_COLOURS)],
-                markersize=9,
-                capsize=4,
-                linestyle="none",
-                label=point.name,
+                point.x.median,
+                quality.value,
+                xerr=[[point.x.median - point.x.min], [point.x.max - point.x.median]],
+                yerr=[[max(0.0, quality.value - quality.low)], [max(0.0, quality.high - quality.value)]],
+                color=style.color,
+                elinewidth=1.2,
+                capsize=3,
             )
-        axes.set_xlabel(speed_label)
-        axes.set_ylabel(quality_label)
-        axes.set_xlim(left=0, right=max(point.speed for point in points) * 1.15 or 1)
+            axes.plot(
+                point.x.median,
+                quality.value,
+                marker=style.marker,
+                color=style.color,
+                markerfacecolor="white" if point.is_dominated else style.color,
+                markersize=9,
+                markeredgewidth=1.8,
+                linestyle="none",
+                label=point.label,
+            )
+            if point.is_winner:
+                axes.plot(point.x.median, quality.value, "o", markersize=19, markerfacecolor="none", color="black")
+        if least is not None:
+            axes.axhline(least, color="black", linestyle=":", linewidth=1.2, label=least_label)
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        axes.set_xlim(0, max(point.x.max for point in points) * 1.1 or 1)
+        axes.locator_params(axis="x", nbins=5)
 
-    return _svg(draw)
+    return svg_of(draw)
 
 
-def plot_latency(samples: Sequence[tuple[str, Sequence[float]]], latency_label: str) -> str:
-    """Share of samples that took at most so long, per variant; further left is better.
-
-    The axis ends a little after the largest 99th percentile, so that one straggler does
-    not squeeze the rest.
-    """
+def plot_over_rate(
+    series: Sequence[tuple[int, str, Sequence[tuple[float, Spread]]]], y_label: str, judged_rate: float | None
+) -> str:
+    """A latency in ms over the offered rate per variant: median over rounds, with the range of the rounds."""
 
     def draw(axes: Axes) -> None:
-        for index, (name, seconds) in enumerate(samples):
-            ordered = sorted(seconds)
-            if not ordered:
-                continue
-            ranks = sorted({round(step * (len(ordered) - 1) / _NUM_STEPS) for step in range(_NUM_STEPS + 1)})
-            axes.step(
-                [ordered[rank] * 1000 for rank in ranks],
-                [(rank + 1) / len(ordered) * 100 for rank in ranks],
-                where="post",
-                color=_COLOURS[index % len(_COLOURS)],
-                linestyle=_LINES[index % len(_LINES)],
-                linewidth=2,
-                label=f"{name} (n={len(ordered)})",
+        for number, label, course in series:
+            style = style_of(number)
+            medians = [found.median * 1000 for _, found in course]
+            rates = [rate for rate, _ in course]
+            spans = [
+                [(found.median - found.min) * 1000 for _, found in course],
+                [(found.max - found.median) * 1000 for _, found in course],
+            ]
+            axes.errorbar(rates, medians, yerr=spans, color=style.color, linestyle="none", capsize=3)
+            axes.plot(rates, medians, color=style.color, marker=style.marker, linestyle=style.linestyle, label=label)
+        if judged_rate is not None:
+            axes.axvline(judged_rate, color="black", linestyle=":", linewidth=1.2, label="objectives are judged here")
+        axes.set_xlabel("offered rate (requests/s)")
+        axes.set_xlim(left=0)
+        axes.set_ylabel(y_label)
+        axes.set_yscale("log")
+        label_decades(axes.yaxis)
+
+    return svg_of(draw)
+
+
+def plot_recovery(recoveries: Sequence[Recovery], x_label: str, least_frac: float) -> str:
+    """Percent of the reference's quality that each variant keeps; the dotted line is what is asked for."""
+
+    def draw(axes: Axes) -> None:
+        for place, one in enumerate(reversed(recoveries)):
+            style = style_of(one.number)
+            kept, low, high = (100 * (one.kept_frac if value is None else value) for value in (None, one.low, one.high))
+            axes.errorbar(
+                kept,
+                place,
+                xerr=[[max(0.0, kept - low)], [max(0.0, high - kept)]],
+                marker=style.marker,
+                color=style.color,
+                markersize=8,
+                capsize=3,
+                linestyle="none",
             )
-        axes.set_xlabel(latency_label)
-        axes.set_ylabel("answers at most so late (%)")
-        tails = [percentiles(seconds).p99 or 0.0 for _, seconds in samples]
-        axes.set_xlim(0, max(tails, default=0.0) * 1000 * 1.1 or 1)
-        axes.set_ylim(0, 101)
+        axes.axvline(100, color="black", linewidth=1, label="the reference")
+        axes.axvline(
+            100 * least_frac, color="black", linestyle=":", linewidth=1.2, label=f"asked for: {least_frac:.0%}"
+        )
+        axes.set_yticks(range(len(recoveries)), [one.label for one in reversed(recoveries)])
+        axes.set_ylim(-0.6, len(recoveries) - 0.4)
+        axes.set_xlabel(x_label)
 
-    return _svg(draw)
-
-
-def end_to_end(rows: Sequence[Row]) -> list[float]:
-    return [row.e2e_s for row in rows if row.error is None]
-
-
-def inter_token(rows: Sequence[Row]) -> list[float]:
-    return [gap for row in rows if row.error is None for gap in row.inter_token_gaps_s()]
-
-
-def _svg(draw: Callable[[Axes], None]) -> str:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4.4, 3.7), layout="constrained")
-    axes = figure.subplots()
-    draw(axes)
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", fontsize=9, frameon=False)
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    svg = buffer.getvalue()
-    return re.sub(
-        r'<svg [^>]*?viewBox="([^"]+)"[^>]*>',
-        r'<svg viewBox="\1" aria-hidden="true">',
-        svg[svg.index("<svg") :],
-        count=1,
-    )
+    return svg_of(draw, height_in=1.2 + 0.3 * len(recoveries))

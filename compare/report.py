@@ -1,68 +1,21 @@
-"""A comparison as a person sees it: one self-contained HTML page, and a table on the terminal."""
+"""A comparison as a person sees it: one self-contained page with the verdict on top, and tables on the terminal."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
-from compare.plots import QualityPoint, end_to_end, inter_token, plot_latency, plot_quality
-from compare.results import Comparison, VariantResult
+from compare import plots
+from compare.results import Comparison, LoadRun, Spread, VariantResult, spread
+from compare.tables import VIEWS, Cell, Table, Tables, VariantLine
 from contracts.storage import write_atomically
-from loadtest.rows import Row, read_rows
-from loadtest.summary import LoadSummary, Percentiles
-from workloads.interface import Estimate
+from loadtest.page import Line, Plot, number_text, origin_lines, percent_text, render_page, setting_lines, words
+from loadtest.plots import plot_distribution
+from loadtest.rows import read_rows
+from loadtest.slo import samples_of
 
 REPORT_FILE = "report.html"
-
-
-@dataclass(frozen=True)
-class _View:
-    """How a workload's speed and latency are named and read."""
-
-    speed_label: str
-    speed: Callable[[LoadSummary], float]
-    latency_label: str
-    latency: Callable[[Sequence[Row]], list[float]]
-    latencies: tuple[tuple[str, Callable[[LoadSummary], Percentiles]], ...]
-
-
-_VIEWS = {
-    "recommendation": _View(
-        "scored candidates per second",
-        lambda load: load.items_per_s,
-        "end-to-end latency of a slate (ms)",
-        end_to_end,
-        (("slate latency", lambda load: load.e2e_s),),
-    ),
-    "reasoning": _View(
-        "output tokens per second",
-        lambda load: load.output_tokens_per_s,
-        "time between tokens (ms)",
-        inter_token,
-        (
-            ("time to first token", lambda load: load.ttft_s),
-            ("time between tokens", lambda load: load.itl_s),
-            ("answer latency", lambda load: load.e2e_s),
-        ),
-    ),
-}
-_QUALITY_LABELS = {"auc": "ranking quality (AUC)", "accuracy": "answers right (share)"}
-
-
-@dataclass(frozen=True)
-class _Line:
-    """One row of the table: a figure, and per variant its text."""
-
-    label: str
-    texts: list[str]
-
-
-@dataclass(frozen=True)
-class _Plot:
-    title: str
-    hint: str
-    svg: str
 
 
 def write_report(comparison: Comparison, directory: Path) -> Path:
@@ -70,15 +23,21 @@ def write_report(comparison: Comparison, directory: Path) -> Path:
 
     The page embeds its plots and styles, so it opens without a network.
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(loader=PackageLoader("compare", "."), autoescape=True, undefined=StrictUndefined)
-    page = environment.get_template("report.html.j2").render(
+    tables = Tables(comparison)
+    page = render_page(
+        "compare",
+        "report.html.j2",
         comparison=comparison,
-        sections=_sections(comparison),
-        statements=_statements(comparison),
-        plots=_plots(comparison, directory),
-        hardware=comparison.origin["hardware"],
+        facts=_facts(comparison, tables),
+        faults=list(_faults(comparison)),
+        tables=[tables.overview(), *(tables.workload(workload) for workload in comparison.workloads)],
+        plots=_plots(comparison, tables, directory),
+        details=[*tables.quality(), *tables.regimes(), *tables.rank_drift()],
+        losses=_losses(comparison),
+        variants=[Line(variant.name, _described(variant)) for variant in comparison.variants],
+        settings=list(setting_lines({**asdict(comparison.effort), **asdict(comparison.requirements)})),
+        judged=[Line(name, f"{number_text(rate)} requests/s") for name, rate in comparison.judged_rates.items()],
+        origin=origin_lines(comparison.origin),
     )
     path = directory / REPORT_FILE
     write_atomically(path, page)
@@ -86,134 +45,203 @@ def write_report(comparison: Comparison, directory: Path) -> Path:
 
 
 def print_table(comparison: Comparison) -> None:
-    """Print the report's table to standard output."""
+    """Print the report's first tables, without their intervals, and the verdict to standard output."""
+    from rich.box import SIMPLE
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Table as RichTable
+    from rich.text import Text
 
-    table = Table(title=f"{comparison.model} on {comparison.origin['hardware']['cpu']}")
-    table.add_column("")
+    console = Console()
+    tables = Tables(comparison)
+    kinds = [tables.overview(), *(tables.workload(workload) for workload in comparison.workloads)]
+    for table in kinds:
+        shown = RichTable(title=table.title, box=SIMPLE, padding=(0, 1, 0, 0))
+        for place, heading in enumerate(table.headings):
+            shown.add_column(Text(heading), justify="right" if place else "left", overflow="fold")
+        for line in table.lines:
+            shown.add_row(*map(Text, [line.name, *(text for text, _ in line.cells)]))
+        console.print(shown)
+    for fault in _faults(comparison):
+        console.print(Text(fault, style="yellow"))
+    for line in kinds[0].lines:
+        console.print(Text(f"{line.name}: {line.status}"))
+    for number, sentence in enumerate(comparison.verdict.sentences if comparison.verdict else ()):
+        console.print(Text(sentence, style="" if number else "bold"))
+
+
+def _facts(comparison: Comparison, tables: Tables) -> list[tuple[str, Cell]]:
+    """The winner against the reference at a glance; empty where there is no winner or it is the reference."""
+    verdict = comparison.verdict
+    if verdict is None or verdict.winner is None:
+        return []
+    name, winner, reference = verdict.winner, comparison.variant(verdict.winner), comparison.reference
+    sure: tuple[str, Cell] = ("how sure", (percent_text(verdict.confidence), verdict.confidence_words))
+    if name == reference:
+        return [sure]
+    overview = next(line for line in tables.overview().lines if line.name == name).cells
+    whole = comparison.variant(reference)
+    facts: list[tuple[str, Cell]] = [("cost of a unit of work", (f"{overview[0][0]} of {reference}'s", overview[0][1]))]
+    for number, workload in enumerate(comparison.workloads, 1):
+        view = VIEWS[workload]
+        ratio = spread(
+            view.speed(ours.capacity[workload].summary) / speed
+            for ours, theirs in zip(winner.rounds, whole.rounds, strict=False)
+            if workload in ours.capacity and workload in theirs.capacity
+            if (speed := view.speed(theirs.capacity[workload].summary)) > 0
+        )
+        if ratio:
+            span = f"{ratio.min:.2f} to {ratio.max:.2f} over {ratio.n} rounds" if ratio.n > 1 else ""
+            facts.append((f"{workload}, {view.speed_label}", (f"{ratio.median:.2f} × {reference}'s", span)))
+        least = 1 - comparison.requirements.quality_tolerance_frac
+        text, interval = overview[number]
+        facts.append((f"{workload} quality kept", (text, f"{interval}; asked for: {least:.0%}".removeprefix("; "))))
+    if winner.disk_bytes and whole.disk_bytes:
+        sizes = f"{winner.disk_bytes / 2**20:,.0f} MiB instead of {whole.disk_bytes / 2**20:,.0f}"
+        facts.append(("size on disk", (f"{winner.disk_bytes / whole.disk_bytes:.0%} of {reference}'s", sizes)))
+    return [*facts, sure]
+
+
+def _loads(comparison: Comparison) -> Iterator[tuple[str, LoadRun]]:
+    """Every load that was run, with words that name it."""
     for variant in comparison.variants:
-        table.add_column(variant.recipe, justify="right")
-    for title, lines in _sections(comparison):
-        table.add_section()
-        table.add_row(f"[bold]{title}[/bold]")
-        for line in lines:
-            table.add_row(line.label, *line.texts)
-    Console().print(table)
+        for one in variant.rounds:
+            for workload, run in one.capacity.items():
+                yield f"{variant.name}, {workload} in closed loop, round {one.number}", run
+            for workload, runs in one.at_rate.items():
+                for run in runs:
+                    yield f"{variant.name}, {workload} at {run.rate_rps or 0:.3g} requests/s, round {one.number}", run
 
 
-def _sections(comparison: Comparison) -> list[tuple[str, list[_Line]]]:
-    variants = comparison.variants
-    size = [
-        _Line("size on disk, MiB", [f"{variant.disk_bytes / 2**20:.0f}" for variant in variants]),
-        _Line("parameters, millions", [f"{variant.num_parameters / 1e6:.1f}" for variant in variants]),
-        _Line("engine memory, peak, GiB", [f"{(variant.peak_rss_bytes or 0) / 2**30:.2f}" for variant in variants]),
-        _Line("time to build, s", [_build_text(variant) for variant in variants]),
-        _Line("time until ready, s", [f"{variant.ready_s or 0:.0f}" for variant in variants]),
-    ]
-    return [
-        ("size and start", size),
-        *((workload, _workload_lines(variants, workload)) for workload in comparison.workloads),
-    ]
+def _faults(comparison: Comparison) -> Iterator[str]:
+    """Loads whose figures are not the server's."""
+    for name, run in _loads(comparison):
+        if run.summary.invalid:
+            yield f"INVALID load ({name}): {'; '.join(run.summary.invalid)}."
 
 
-def _workload_lines(variants: Sequence[VariantResult], workload: str) -> list[_Line]:
-    view = _VIEWS[workload]
-    qualities = [variant.quality[workload] for variant in variants]
-    loads = [variant.load[workload] for variant in variants]
-    return [
-        *(
-            _Line(name.replace("_", " "), [_estimate_text(quality[name]) for quality in qualities])
-            for name in qualities[0]
-        ),
-        _Line(view.speed_label, [f"{view.speed(load):.1f}" for load in loads]),
-        *(
-            _Line(f"{label}, p50 / p90 / p99, ms", [_percentiles_text(pick(load)) for load in loads])
-            for label, pick in view.latencies
-        ),
-        _Line("prompt tokens from the prefix cache", [_share_text(load) for load in loads]),
-        _Line("requests, errors", [_requests_text(load) for load in loads]),
-    ]
-
-
-def _statements(comparison: Comparison) -> list[str]:
-    """One sentence per variant after the first: what it gains and what it costs against the first."""
-    reference, *others = comparison.variants
-    sentences = []
-    for variant in others:
-        parts = [f"{variant.disk_bytes / reference.disk_bytes:.0%} of the bytes on disk"]
-        for workload, headline in comparison.workloads.items():
-            speed = _VIEWS[workload].speed
-            before, after = speed(reference.load[workload]), speed(variant.load[workload])
-            if before > 0:
-                parts.append(f"{after / before:.2f}× the {_VIEWS[workload].speed_label}")
-            ours, theirs = variant.quality[workload][headline], reference.quality[workload][headline]
-            overlap = ours.low <= theirs.high and theirs.low <= ours.high
-            verdict = "the 95% intervals overlap" if overlap else "the 95% intervals do not overlap"
-            parts.append(f"{workload} {headline} {ours.value:.3f} against {theirs.value:.3f} ({verdict})")
-        sentences.append(f"{variant.recipe} against {reference.recipe}: {'; '.join(parts)}.")
-    return sentences
-
-
-def _plots(comparison: Comparison, directory: Path) -> list[_Plot]:
-    plots = []
-    for workload, headline in comparison.workloads.items():
-        view = _VIEWS[workload]
-        points = [
-            QualityPoint(variant.recipe, view.speed(variant.load[workload]), variant.quality[workload][headline])
-            for variant in comparison.variants
-        ]
-        plots.append(
-            _Plot(
-                f"{workload}: quality against speed",
-                "Up and to the right is better. Bars are 95% confidence intervals.",
-                plot_quality(points, view.speed_label, _QUALITY_LABELS[headline]),
-            )
+def _losses(comparison: Comparison) -> Table | None:
+    """What was lost since an earlier run."""
+    baseline = comparison.baseline
+    if baseline is None:
+        return None
+    lines = [
+        VariantLine(
+            loss.variant,
+            "LOST TOO MUCH" if loss.fails else "within the limit",
+            "",
+            [
+                (f"{loss.workload}: {words(loss.figure)}", ""),
+                (percent_text(loss.loss_frac, 1), f"{loss.low:.1%} to {loss.high:.1%}"),
+                (percent_text(loss.limit_frac, 1), ""),
+            ],
         )
-        samples = [
-            (
-                variant.recipe,
-                view.latency(_window_rows(comparison, directory / variant.name / f"{workload}.rows.jsonl")),
-            )
-            for variant in comparison.variants
+        for loss in baseline.losses
+    ]
+    return Table(
+        f"Against the earlier run {baseline.baseline}",
+        " ".join(baseline.notes),
+        ["variant", "figure", "loss (negative: gain)", "limit"],
+        lines,
+    )
+
+
+def _described(variant: VariantResult) -> str:
+    where = f"at {variant.url}, not started here" if variant.url else variant.directory or ""
+    built = "" if variant.build_s is None else f"; built in {variant.build_s:.1f} s"
+    return f"{variant.summary}{'; ' if variant.summary and where else ''}{where}{built}"
+
+
+def _plots(comparison: Comparison, tables: Tables, directory: Path) -> list[Plot]:
+    found = []
+    for workload in comparison.workloads:
+        found += [
+            *_tradeoffs(comparison, tables, workload),
+            *_recovery(comparison, tables, workload),
+            *_over_rate(comparison, workload),
+            *_distribution(comparison, workload, directory),
         ]
-        plots.append(
-            _Plot(
-                f"{workload}: latency distribution",
-                "Further left is better. Share of samples that took at most so long, up to the largest p99.",
-                plot_latency(samples, view.latency_label),
-            )
-        )
-    return plots
+    return found
 
 
-def _window_rows(comparison: Comparison, path: Path) -> list[Row]:
-    """The rows of the measured window, as summarize chooses them."""
-    start = comparison.settings["warmup_s"]
-    end = start + comparison.settings["duration_s"]
-    return [row for row in read_rows(path) if start <= row.due_s < end]
+def _tradeoffs(comparison: Comparison, tables: Tables, workload: str) -> Iterator[Plot]:
+    """Quality against cost and against speed."""
+    view, headline = VIEWS[workload], comparison.workloads[workload]
+    tolerance = comparison.requirements.quality_tolerance_frac
+    whole = comparison.variant(comparison.reference).quality.get(workload, {}).get(headline)
+    least = whole.value * (1 - tolerance) if whole and whole.value == whole.value else None
+    cost_label = f"{comparison.cost_unit} {words(view.cost)}"
+    axes: tuple[tuple[str, str, str, Callable[[VariantResult], Spread | None]], ...] = (
+        ("cost", cost_label, "Up and to the left", lambda one: one.costs.get(workload, {}).get(view.cost)),
+        ("speed", view.speed_label, "Up and to the right", lambda one: spread(map(view.speed, one.capacity(workload)))),
+    )
+    for against, x_label, better, pick in axes:
+        points = []
+        for number, variant in enumerate(comparison.variants):
+            x, quality = pick(variant), variant.quality.get(workload, {}).get(headline)
+            if x is None or quality is None or quality.value != quality.value:
+                continue
+            outcome = tables.outcomes.get(variant.name)
+            dominated = outcome.dominated_by if outcome else []
+            is_winner = comparison.verdict is not None and comparison.verdict.winner == variant.name
+            notes = ["ship this"] * is_winner + ([f"dominated by {', '.join(dominated)}"] if dominated else [])
+            label = f"{variant.name}{' (' + '; '.join(notes) + ')' if notes else ''}"
+            points.append(plots.Point(number, label, quality, x, bool(dominated), is_winner))
+        if points:
+            hint = f"{better} is better. Bars: 95% interval, range over rounds. Ring: ship this. Hollow: dominated."
+            asked = f"asked for: {1 - tolerance:.0%} of {comparison.reference}"
+            svg = plots.plot_tradeoff(points, x_label, view.quality_label, least, asked)
+            yield Plot(f"{workload.capitalize()}: quality against {against}", hint, svg)
 
 
-def _build_text(variant: VariantResult) -> str:
-    return f"{variant.build_s:.1f}{' (reused)' if variant.build_reused else ''}"
+def _recovery(comparison: Comparison, tables: Tables, workload: str) -> Iterator[Plot]:
+    recoveries = []
+    for number, variant in enumerate(comparison.variants):
+        outcome = tables.outcomes.get(variant.name)
+        if outcome and workload in outcome.quality and variant.name != comparison.reference:
+            low, high = tables.kept_interval(variant, workload) or (None, None)
+            recoveries.append(plots.Recovery(number, variant.name, outcome.quality[workload].kept_frac, low, high))
+    if recoveries:
+        label = f"{VIEWS[workload].quality_label}, % of {comparison.reference}"
+        svg = plots.plot_recovery(recoveries, label, 1 - comparison.requirements.quality_tolerance_frac)
+        hint = "Further right is better. Bars are 95% intervals, paired prompt by prompt."
+        yield Plot(f"{workload.capitalize()}: quality kept", hint, svg)
 
 
-def _estimate_text(estimate: Estimate) -> str:
-    digits = 3 if abs(estimate.value) < 10 else 1
-    return f"{estimate.value:.{digits}f} [{estimate.low:.{digits}f}, {estimate.high:.{digits}f}] n={estimate.n}"
+def _over_rate(comparison: Comparison, workload: str) -> Iterator[Plot]:
+    rates = comparison.rates(workload)
+    if len(rates) < 2:
+        return
+    name, pick = next(iter(VIEWS[workload].latencies.items()))
+    series = []
+    for number, variant in enumerate(comparison.variants):
+        course = [(rate, spread(pick(load).p99 for load in variant.at_rate(workload, rate))) for rate in rates]
+        known = [(rate, found) for rate, found in course if found]
+        if known:
+            series.append((number, variant.name, known))
+    if series:
+        svg = plots.plot_over_rate(series, f"{name}, p99 (ms)", comparison.judged_rates.get(workload))
+        hint = "Lower is better. Medians over rounds with their range; a missing point is a rate far beyond capacity."
+        yield Plot(f"{workload.capitalize()}: latency over rate", hint, svg)
 
 
-def _percentiles_text(figure: Percentiles) -> str:
-    if figure.p50 is None:
-        return "no answer"
-    values = [f"{(value or 0) * 1000:.0f}" for value in (figure.p50, figure.p90, figure.p99)]
-    return f"{' / '.join(values)} n={figure.n}"
-
-
-def _share_text(load: LoadSummary) -> str:
-    return "unknown" if load.prefix_cache_hit_frac is None else f"{load.prefix_cache_hit_frac:.0%}"
-
-
-def _requests_text(load: LoadSummary) -> str:
-    kinds = ", ".join(f"{count} {kind}" for kind, count in load.errors.items())
-    return f"{load.num_requests}, {kinds or 'none'}"
+def _distribution(comparison: Comparison, workload: str, directory: Path) -> Iterator[Plot]:
+    """Latency at the judged rate, or of the closed loop where there is none, over all rounds."""
+    view, rate = VIEWS[workload], comparison.judged_rates.get(workload)
+    begin_s = comparison.effort.warmup_s
+    end_s = begin_s + comparison.effort.duration_s
+    series: list[tuple[str, list[float]]] = []
+    for variant in comparison.variants:
+        samples: list[float] = []
+        for one in variant.rounds:
+            closed = [one.capacity[workload]] if workload in one.capacity else []
+            at_rate = [run for run in one.at_rate.get(workload, []) if run.rate_rps == rate]
+            for file in (directory / run.rows for run in (closed if rate is None else at_rate)):
+                rows = read_rows(file) if file.exists() else []
+                due = (row for row in rows if row.error is None and begin_s <= row.due_s < end_s)
+                samples += [sample for row in due for sample in samples_of(row, view.metric)]
+        series.append((variant.name, samples))
+    if any(samples for _, samples in series):
+        load = "in closed loop" if rate is None else f"at {number_text(rate)} requests/s"
+        hint = "Further left is better. All rounds together; the axis ends a little after the largest p99."
+        svg = plot_distribution(series, view.metric_label)
+        yield Plot(f"{workload.capitalize()}: distribution {load}", hint, svg)

@@ -1,8 +1,8 @@
 """When requests are due, drawn before the run from a seed: a schedule that waits for no answer.
 
 A renewal process of mean gap 1 (equal, exponential or gamma gaps) gives the number of expected requests at which each
-one is due; a rate over time turns that number into seconds (time rescaling: the i-th request is due when the integral of the rate
-reaches the i-th sum of gaps). So every kind of gap goes with every course of the rate.
+one is due; a rate over time turns that number into seconds (time rescaling: the i-th request is due when the integral
+of the rate reaches the i-th sum of gaps). So every kind of gap goes with every course of the rate.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def parse_rate(text: str, duration_s: float) -> list[Segment]:
         rates = [(float(step[2]), float(step[1])) for step in steps if step]
         times = [begin_s for begin_s, _ in rates]
         if len(rates) < len(steps) or times[0] != 0 or times != sorted(set(times)):
-            raise UserError("--rate", text, "is no course of a rate that begins at 0 s and goes on in time", _RATE_SYNTAX)
+            raise UserError("--rate", text, "does not begin at 0 s and go on in time", _RATE_SYNTAX)
         ends = [*times[1:], math.inf]
         segments = [
             Segment(begin_s, min(end_s, duration_s), rate, rate)

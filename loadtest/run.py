@@ -1,106 +1,327 @@
-"""Run a suite headless in a Locust process of its own, then turn its rows into a summary and a result file."""
+"""Run a suite headless in Locust processes of its own, then turn its rows into a summary, a result file and a page."""
 
 from __future__ import annotations
 
 import contextlib
-import json
+import os
+import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any, cast
+
+import msgspec
 
 from contracts.errors import UserError
-from contracts.progress import progress
+from contracts.progress import Tick, progress, say
 from contracts.provenance import provenance
 from contracts.storage import write_atomically
-from loadtest.rows import Row, read_rows
-from loadtest.summary import LoadSummary, summarize
-from loadtest.target import Target, prefix_cache_hit_frac, read_counters
+from loadtest.prompts import make_prompts, workload_of
+from loadtest.report import write_html
+from loadtest.rows import Row, read_rows, row_of
+from loadtest.server import ServerWatch, disagreements
+from loadtest.settings import SUITES, LoadSettings, suite_arguments
+from loadtest.slo import goodput, parse_objective
+from loadtest.summary import ClientCounts, LoadSummary, percentile, summarize
+from loadtest.target import Target
+from workloads.interface import Answer, ChatAnswer, Estimate, Prompt
 
-SUITES = ("recommendation", "reasoning")
-_GRACE_S = 120
+_BEGIN_S = 120.0
+"""Longest that Locust may take to its first row, beside the time that an answer takes."""
 _TERMINATE_S = 10
+_LOOK_S = 0.5
+_MOST_LAG_S = 0.010
+_MOST_LAG_FRAC = 0.1
+_MOST_CPU_FRAC = 0.9
 
 
 @dataclass(frozen=True)
-class LoadSettings:
-    """Closed-loop load: `users` of them, each sending its next request when the last is answered."""
+class Cluster:
+    """Locust's own distribution over machines: this process is the master of workers that others start."""
 
-    users: int = 4
-    duration_s: float = 60.0
-    """Length of the measured window, after the warm-up."""
-    warmup_s: float = 5.0
-    prompt_seed: int = 0
+    expect_workers: int
+    bind_host: str = "127.0.0.1"
+    bind_port: int = 5557
 
 
-def run_suite(suite: str, target: Target, settings: LoadSettings, output: Path) -> tuple[LoadSummary, list[Row]]:
+@dataclass
+class _Interruption:
+    """Filled in where a person ended the load early."""
+
+    after_s: float | None = None
+    exits: list[SystemExit] = field(default_factory=list)
+
+
+def run_suite(
+    suite: str,
+    target: Target,
+    settings: LoadSettings,
+    output: Path,
+    *,
+    cluster: Cluster | None = None,
+    calibration: Mapping[str, Any] | None = None,
+) -> tuple[LoadSummary, list[Row]]:
     """Load `target` and return the summary and the raw rows, both also left in `output`.
 
-    Writes `SUITE.rows.jsonl` (one line per request), `SUITE.json` (summary, settings and
-    provenance) and Locust's log. Raises UserError where the suite is unknown or Locust fails.
+    Writes `SUITE.rows.jsonl` (one line per request), `SUITE.json` (summary, settings and provenance), `SUITE.html`
+    and Locust's log. An interrupt ends the load; what was measured until then is summed up and written, then the
+    interrupt goes on its way. Raises UserError where the suite or a setting is unknown or Locust fails.
     """
     if suite not in SUITES:
         raise UserError("suite", suite, "is unknown", f"choose from {', '.join(SUITES)}")
-    if settings.users < 1 or settings.duration_s <= 0 or settings.warmup_s < 0:
-        raise UserError(
-            "load settings", settings, "make no load", "give at least one user, a positive duration and a warm-up >= 0"
-        )
+    settings.check()
+    if suite == "chat":
+        make_prompts(suite, settings.suite, 1, settings.seed)  # a file that holds no chat is refused before any work
     output.mkdir(parents=True, exist_ok=True)
     rows_file = output / f"{suite}.rows.jsonl"
-    rows_file.unlink(missing_ok=True)
-    before = read_counters(target)
-    _run_locust(suite, target, settings, rows_file, output / f"{suite}.locust.log")
-    rows = read_rows(rows_file)
-    summary = summarize(
-        rows,
-        settings.warmup_s,
-        settings.warmup_s + settings.duration_s,
-        prefix_cache_hit_frac(before, read_counters(target)),
-    )
-    document = {
-        "command": "loadtest",
-        "suite": suite,
-        "target": target.__dict__,
-        "settings": settings.__dict__,
-        **provenance(),
-        "summary": summary.as_dict(),
-    }
-    write_atomically(output / f"{suite}.json", json.dumps(document, indent=2) + "\n")
+    report_file = output / f".{suite}.client.json"
+    for file in (rows_file, report_file):
+        file.unlink(missing_ok=True)
+    arguments = _locust_arguments(suite, target, settings, rows_file, report_file, cluster)
+    interruption = _Interruption()
+    with ServerWatch(target) as watch:
+        _run_locust(arguments, _title(suite, target, settings), settings, rows_file, interruption)
+    rows = read_rows(rows_file) if rows_file.exists() else []
+    told = msgspec.json.decode(report_file.read_bytes()) if report_file.exists() else {}
+    report_file.unlink(missing_ok=True)
+    summary = _summarize(suite, settings, rows, watch, told, interruption.after_s)
+    more = {"calibration": dict(calibration)} if calibration else {}
+    document = write_document(output / f"{suite}.json", suite, target, settings, {**more, "summary": summary.as_dict()})
+    write_html(document, rows, output)
+    if interruption.exits:
+        say(f"interrupted; what was measured is in {output}")
+        raise interruption.exits[0]
     return summary, rows
 
 
-def _run_locust(suite: str, target: Target, settings: LoadSettings, rows_file: Path, log: Path) -> None:
-    total_s = settings.warmup_s + settings.duration_s
-    command = [
-        *(sys.executable, "-m", "locust", "--headless", "--only-summary", "--skip-log-setup"),
+def write_document(
+    file: Path, suite: str, target: Target, settings: LoadSettings, found: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Write what was found, with what was asked and where it comes from, and return it as it would be read back."""
+    asked = {"command": "loadtest", "suite": suite, "target": asdict(target), "settings": asdict(settings)}
+    text = msgspec.json.encode({**asked, **provenance(), **found})
+    write_atomically(file, msgspec.json.format(text, indent=2).decode() + "\n")
+    return cast("dict[str, Any]", msgspec.json.decode(text))
+
+
+def _summarize(
+    suite: str,
+    settings: LoadSettings,
+    rows: Sequence[Row],
+    watch: ServerWatch,
+    told: Mapping[str, Any],
+    interrupted_after_s: float | None,
+) -> LoadSummary:
+    end_s = settings.warmup_s + settings.duration_s
+    if interrupted_after_s is not None and rows:
+        end_s = max(min(end_s, max(row.end_s for row in rows)), settings.warmup_s + 1e-3)
+    summary = summarize(rows, settings.warmup_s, end_s)
+    counts = watch.counts()
+    client = ClientCounts(told.get("num_processes", 1), told.get("cpu_frac", 0.0), summary.client.send_lag)
+    warnings = [*summary.warnings, *disagreements(rows, counts, summary.ttft_s, summary.itl_s)]
+    if summary.num_repeats:
+        warnings.append(
+            f"{summary.num_repeats} of {len(rows)} requests repeated an earlier prompt, which a prefix cache answers: "
+            "load for less long, or bring more data"
+        )
+    invalid = _client_faults(summary, client)
+    if interrupted_after_s is not None:
+        invalid.append(f"interrupted after {interrupted_after_s:.0f} of {settings.total_s:.0f} s")
+    elif not told:
+        invalid.append("the load did not end by itself: a worker was lost")
+    if not summary.num_requests:
+        invalid.append("no request was due in the measured window")
+    judged = _judge(suite, settings, rows, summary, end_s)
+    return replace(judged, server=counts, client=client, warnings=warnings, invalid=invalid)
+
+
+def _judge(suite: str, settings: LoadSettings, rows: Sequence[Row], summary: LoadSummary, end_s: float) -> LoadSummary:
+    """The summary with what takes more than rows: objectives, quality of the answers, costs; of each kind too."""
+    window = [row for row in rows if settings.warmup_s <= row.due_s < end_s]
+    objectives = [parse_objective(text) for text in settings.slos]
+    numbers = max((row.prompt for row in rows), default=-1) + 1
+    prompts = make_prompts(suite, settings.suite, numbers, settings.seed) if numbers else []
+    price_per_s = settings.price_per_hour / 3600 if settings.price_per_hour is not None else None
+
+    def judged(part: LoadSummary, of_part: Sequence[Row]) -> LoadSummary:
+        quality, num_correct = _quality(of_part, prompts, settings)
+        return replace(
+            part,
+            objectives=[objective.judge(of_part) for objective in objectives],
+            goodput_per_s=goodput(of_part, objectives, part.window_s) if objectives else None,
+            quality=quality,
+            num_correct=num_correct,
+            costs=_costs(part, num_correct, price_per_s) if price_per_s is not None else {},
+        )
+
+    by_kind = {}
+    for kind, part in summary.by_kind.items():
+        found = judged(part, [row for row in window if row.kind == kind])
+        # An objective of first tokens says nothing of slates.
+        by_kind[kind] = replace(found, objectives=[one for one in found.objectives if one.value is not None])
+    return replace(judged(summary, window), by_kind=by_kind)
+
+
+def _quality(
+    rows: Sequence[Row], prompts: Sequence[tuple[str, Prompt]], settings: LoadSettings
+) -> tuple[dict[str, Estimate], int | None]:
+    """The workload's own figures over the good answers of rows of one kind, and how many answers were right."""
+    good = [row for row in rows if row.error is None and 0 <= row.prompt < len(prompts)]
+    workload = workload_of(good[0].kind, settings.suite) if good and len({row.kind for row in good}) == 1 else None
+    if workload is None:
+        return {}, None
+    answers: list[Answer] = [row.scores if row.num_items else ChatAnswer(row.text, row.output_tokens) for row in good]
+    figures = workload.judge([prompts[row.prompt][1] for row in good], answers)
+    known = {name: figure for name, figure in figures.items() if figure.value == figure.value}
+    accuracy = known.get("accuracy")
+    return known, round(accuracy.value * accuracy.n) if accuracy else None
+
+
+def _costs(part: LoadSummary, num_correct: int | None, price_per_s: float) -> dict[str, float]:
+    """What the server's time costs per unit of what it brought."""
+    rates = {
+        "per_million_output_tokens": part.output_tokens_per_s / 1e6,
+        "per_million_items": part.items_per_s / 1e6,
+        "per_correct_answer": (num_correct or 0) / part.window_s,
+    }
+    return {name: price_per_s / rate for name, rate in rates.items() if rate > 0}
+
+
+def _client_faults(summary: LoadSummary, client: ClientCounts) -> list[str]:
+    """Why what was measured is the client's doing: late by a tenth of what it measured, or short of CPU."""
+    faults = []
+    felt = summary.ttft_s.p99 if summary.ttft_s.p99 is not None else summary.e2e_s.p99
+    lag = client.send_lag.p99 if client.send_lag else None
+    if lag is not None and lag > max(_MOST_LAG_S, _MOST_LAG_FRAC * (felt or 0.0)):
+        faults.append(
+            f"the client sent 1 request in 100 more than {lag * 1000:.0f} ms late: give it more processes "
+            "(--processes), or a machine of its own"
+        )
+    if client.cpu_frac > _MOST_CPU_FRAC:
+        faults.append(
+            f"the client used {client.cpu_frac:.0%} of a core: give it more processes (--processes) or a lower rate"
+        )
+    return faults
+
+
+def _title(suite: str, target: Target, settings: LoadSettings) -> str:
+    if settings.is_open_loop:
+        return f"load {suite}, {settings.trace or settings.rate + '/s'}, {target.model}"
+    return f"load {suite}, {settings.users} user{'s' if settings.users > 1 else ''}, {target.model}"
+
+
+def _locust_arguments(
+    suite: str, target: Target, settings: LoadSettings, rows: Path, report: Path, cluster: Cluster | None
+) -> list[str]:
+    users = 1 if settings.is_open_loop else settings.users
+    distributed: list[str] = []
+    if cluster is not None:
+        distributed += ["--master", "--expect-workers", str(cluster.expect_workers)]
+        distributed += ["--master-bind-host", cluster.bind_host, "--master-bind-port", str(cluster.bind_port)]
+    elif settings.processes > 1:
+        distributed += ["--processes", str(settings.processes)]
+    num_workers = cluster.expect_workers if cluster else settings.processes
+    return [
+        *("--headless", "--only-summary", "--skip-log-setup", *distributed),
         *("--locustfile", str(Path(__file__).parent / "suites" / f"{suite}.py")),
         *("--host", target.url, "--model", target.model),
-        *("--users", str(settings.users), "--spawn-rate", str(settings.users)),
-        *("--load-seconds", str(total_s), "--stop-timeout", str(_GRACE_S), "--exit-code-on-error", "0"),
-        *("--rows", str(rows_file), "--prompt-seed", str(settings.prompt_seed)),
+        *("--users", str(max(users, num_workers)), "--spawn-rate", str(max(users, num_workers))),
+        *("--stop-timeout", str(_TERMINATE_S), "--exit-code-on-error", "0"),
+        *("--rows", str(rows), "--client-report", str(report)),
+        *("--load-seconds", str(settings.total_s), "--timeout", str(settings.timeout_s), "--seed", str(settings.seed)),
+        *(f"--rate={settings.rate}", f"--arrival={settings.arrival}", f"--burstiness={settings.burstiness}"),
+        *(f"--trace={settings.trace}", *suite_arguments(settings.suite)),
     ]
-    title = f"load {suite}, {settings.users} user{'s' if settings.users > 1 else ''}, {target.model}"
-    with log.open("wb") as log_file, progress(title, total_s, "s") as tick:
-        locust = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log_file, stderr=log_file)
-        started = None
+
+
+def _run_locust(
+    arguments: Sequence[str], title: str, settings: LoadSettings, rows: Path, interruption: _Interruption
+) -> None:
+    log = rows.with_name(rows.name.replace(".rows.jsonl", ".locust.log"))
+    with (
+        log.open("wb") as log_file,
+        progress(title, settings.total_s, "s") as tick,
+        _locust(arguments, log_file) as locust,
+    ):
+        started = time.monotonic()
+        view = _LiveView(rows, settings.total_s, tick)
         try:
             while locust.poll() is None:
-                time.sleep(0.5)
-                if started is None and rows_file.exists():
-                    started = time.monotonic()
-                if started is not None:
-                    elapsed = time.monotonic() - started
-                    tick(min(elapsed, total_s), note="letting the last requests end" if elapsed > total_s else "")
-                    if elapsed > total_s + _GRACE_S + 30:
-                        raise UserError("load", suite, "did not end in time", f"read {log}")
-        finally:
-            if locust.poll() is None:
-                locust.terminate()
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    locust.wait(_TERMINATE_S)
-                locust.kill()
-                locust.wait()
-    if locust.returncode != 0 or not rows_file.exists():
+                time.sleep(_LOOK_S)
+                view.look()
+                if time.monotonic() - started > _BEGIN_S + settings.total_s + settings.timeout_s:
+                    raise UserError("load", title, "did not end in time", f"read {log}")
+        except SystemExit as interrupt:
+            interruption.after_s = view.elapsed_s
+            interruption.exits.append(interrupt)
+            return
+    if locust.returncode != 0 or not rows.exists():
         lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        raise UserError("load", suite, f"failed ({lines[-1] if lines else 'no output'})", f"read {log}")
+        raise UserError("load", title, f"failed ({lines[-1] if lines else 'no output'})", f"read {log}")
+
+
+@contextmanager
+def _locust(arguments: Sequence[str], log: Any) -> Iterator[subprocess.Popen[bytes]]:
+    """Locust in a session of its own: a Ctrl-C is for us, who end it in good order."""
+    command = [sys.executable, "-m", "locust", *arguments]
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_TERMINATE_S)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # itself, if it did not end, and workers that outlived it
+        process.wait()
+
+
+class _LiveView:
+    """What has come so far, read from the end of the row file as it grows."""
+
+    def __init__(self, rows: Path, total_s: float, tick: Tick) -> None:
+        self._rows = rows
+        self._total_s = total_s
+        self._tick = tick
+        self._offset = 0
+        self._seen: list[Row] = []
+        self._num_requests = self._num_errors = 0
+        self.elapsed_s = 0.0
+        self._begun: float | None = None
+
+    def look(self) -> None:
+        if not self._rows.exists():
+            return
+        with self._rows.open("rb") as file:
+            file.seek(self._offset)
+            lines = file.read()
+        whole, newline, _ = lines.rpartition(b"\n")
+        self._offset += len(whole) + len(newline)
+        new = [row_of(line) for line in whole.split(b"\n") if line]
+        self._num_requests += len(new)
+        self._num_errors += sum(row.error is not None for row in new)
+        if new and self._begun is None:
+            self._begun = time.monotonic() - max(row.end_s for row in new)
+        if self._begun is None:
+            return
+        self.elapsed_s = time.monotonic() - self._begun
+        self._seen = [row for row in (*self._seen, *new) if row.end_s > self.elapsed_s - 10]
+        note = "letting the last requests end" if self.elapsed_s > self._total_s else self._note()
+        self._tick(min(self.elapsed_s, self._total_s), note=note)
+
+    def _note(self) -> str:
+        """Of the last ten seconds."""
+        good = [row for row in self._seen if row.error is None]
+        firsts = sorted(row.ttft_s for row in good if row.ttft_s is not None)
+        ends = sorted(row.e2e_s for row in good)
+        parts = [f"{self._num_requests} requests", f"{len(good) / min(10.0, max(self.elapsed_s, 1)):.1f}/s"]
+        if firsts:
+            parts.append(f"first token {percentile(firsts, 0.5) * 1000:.0f} ms")
+        if ends:
+            parts.append(f"p50 {percentile(ends, 0.5) * 1000:.0f} ms, p99 {percentile(ends, 0.99) * 1000:.0f} ms")
+        return ", ".join([*parts, f"{self._num_errors} errors"])

@@ -1,11 +1,20 @@
-"""Server-sent events out of the bytes of a streamed answer, each with the time at which its last byte had come."""
+"""Server-sent events out of the bytes of a streamed answer, each with the time at which its last byte had come.
+
+Tokens per chunk are what the server counts with each chunk (`continuous_usage_stats`). Where it counts only at the end
+or not at all, each chunk with text is one token for gaps and arrivals: how many it held nobody knows, and to share out
+the final count would invent gaps. The answer's number of tokens is then the final count, else the number of chunks.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import msgspec
+
+_OTHER_FIELDS = {b"event", b"id", b"retry"}
+_THINK_BEGIN, _THINK_END = "<think>", "</think>"
 
 
 class StreamError(Exception):
@@ -37,97 +46,163 @@ class _Usage(msgspec.Struct):
 class _Event(msgspec.Struct):
     choices: list[_Choice] = []
     usage: _Usage | None = None
-    error: msgspec.Raw | None = None
+    error: Any = None
 
 
-_event_of = msgspec.json.Decoder(_Event)
+_event_of = msgspec.json.Decoder(_Event).decode
+_NO_DELTA = _Delta()
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """Tokens that came together; times in the clock of the pieces."""
+class Chunk(NamedTuple):
+    """Tokens that came together; the time in the clock of the pieces."""
 
     at_s: float
     num_tokens: int
-    is_reasoning: bool
-    """Of the chain of thought, where the server tells it from the answer."""
 
 
 @dataclass
 class Streamed:
     """One streamed answer."""
 
-    chunks: list[Chunk]
+    chunks: list[Chunk] = field(default_factory=list)
     text: str = ""
     reasoning: str = ""
+    """The chain of thought, where the server sends it apart from the answer."""
+    first_answer_s: float | None = None
+    """When the first token after the chain of thought came: its first character that is no space, whether the server
+    sends the chain apart or between think tags; without a chain, the first token. None where the chain never ended."""
     prompt_tokens: int = 0
     output_tokens: int = 0
     cached_tokens: int | None = None
     finish_reason: str | None = None
     has_usage: bool = False
-    """Whether the server counted; else each chunk with text counts as one token."""
+    """Whether the server counted the answer's tokens."""
     error: str | None = None
     """Kind of failure; what came before it is kept."""
 
 
 def read_stream(pieces: Iterable[tuple[float, bytes]]) -> Streamed:
-    """The tokens of a streamed completion or chat; `error` says what was wrong with it."""
-    answer = Streamed([])
-    texts: list[str] = []
+    """The tokens of a streamed completion or chat.
+
+    Its `error` is one of: stream ended early (no [DONE]), half an event at the end, empty answer, error in stream,
+    broken json, invalid utf-8, broken event stream.
+    """
+    answer = Streamed()
+    said: list[tuple[float, str]] = []
     thoughts: list[str] = []
-    is_done = False
     try:
-        for at_s, data in events(pieces):
-            if data == b"[DONE]":
-                is_done = True
-                break
-            try:
-                event = _event_of.decode(data)
-            except UnicodeDecodeError as error:
-                raise StreamError("invalid utf-8") from error
-            except msgspec.MsgspecError as error:
-                raise StreamError("invalid utf-8" if "utf-8" in str(error).lower() else "broken json") from error
-            if event.error is not None:
-                raise StreamError("error in stream")
-            said = thought = ""
-            for choice in event.choices:
-                delta = choice.delta or _Delta()
-                said += choice.text or delta.content or ""
-                thought += delta.reasoning_content or delta.reasoning or ""
-                answer.finish_reason = choice.finish_reason or answer.finish_reason
-            texts.append(said)
-            thoughts.append(thought)
-            if event.usage is None:
-                new = int(bool(said or thought))
-            else:
-                answer.has_usage = True
-                new = event.usage.completion_tokens - answer.output_tokens
-                answer.prompt_tokens = event.usage.prompt_tokens
-                if event.usage.prompt_tokens_details is not None:
-                    answer.cached_tokens = event.usage.prompt_tokens_details.cached_tokens
-            if new > 0:
-                answer.output_tokens += new
-                answer.chunks.append(Chunk(at_s, new, bool(thought) and not said))
-        if not is_done:
-            raise StreamError("stream ended early")
+        _read_events(pieces, answer, said, thoughts)
         if not answer.chunks:
             raise StreamError("empty answer")
     except StreamError as error:
         answer.error = str(error)
-    answer.text, answer.reasoning = "".join(texts), "".join(thoughts)
+    answer.text, answer.reasoning = "".join(text for _, text in said), "".join(thoughts)
+    answer.output_tokens = answer.output_tokens or sum(chunk.num_tokens for chunk in answer.chunks)
+    answer.first_answer_s = _first_answer_s(answer, said)
     return answer
 
 
-def events(pieces: Iterable[tuple[float, bytes]]) -> Iterable[tuple[float, bytes]]:
-    """The data of each event and when its line had come whole; StreamError for what is no event stream."""
+def events(pieces: Iterable[tuple[float, bytes]]) -> Iterator[tuple[float, bytes]]:
+    """The data of each event and when the empty line after it had come; StreamError for what is no event stream.
+
+    Lines end in LF or CRLF, several lines of data are one event's, comments are passed over (HTML standard, section
+    9.2.6). A last [DONE] needs no empty line after it.
+    """
     rest = b""
+    data: list[bytes] = []
+    at_s = 0.0
     for at_s, piece in pieces:
         *lines, rest = (rest + piece).split(b"\n")
         for line in lines:
-            stripped = line.rstrip(b"\r")
-            if stripped.startswith(b"data:"):
-                yield at_s, stripped[5:].strip()
-            elif stripped and stripped[:1] != b":" and stripped.split(b":", 1)[0] not in {b"event", b"id", b"retry"}:
+            if line.startswith(b"data:"):
+                data.append(line[5:].strip())
+            elif line in {b"", b"\r"}:
+                if data:
+                    yield at_s, b"\n".join(data)
+                    data = []
+            elif line[:1] != b":" and line.strip().partition(b":")[0] not in _OTHER_FIELDS:
                 raise StreamError("broken event stream")
-    if rest.strip():
+    if rest.startswith(b"data:"):
+        data.append(rest[5:].strip())
+        rest = b""
+    if data == [b"[DONE]"]:
+        yield at_s, data[0]
+    elif data or rest.strip():
         raise StreamError("half an event at the end")
+
+
+def _read_events(
+    pieces: Iterable[tuple[float, bytes]], answer: Streamed, said: list[tuple[float, str]], thoughts: list[str]
+) -> None:
+    """Fill in what the events up to [DONE] say, which must come."""
+    num_counted = 0
+    is_counted_by_chunk: bool | None = None  # unknown until the first token
+    for at_s, data in events(pieces):
+        if data == b"[DONE]":
+            return
+        event = _decode(data)
+        text = thought = ""
+        for choice in event.choices:
+            delta = choice.delta or _NO_DELTA
+            text += choice.text or delta.content or ""
+            thought += delta.reasoning_content or delta.reasoning or ""
+            answer.finish_reason = choice.finish_reason or answer.finish_reason
+        if text:
+            said.append((at_s, text))
+        if thought:
+            thoughts.append(thought)
+        usage = event.usage
+        if usage is not None:
+            answer.has_usage = True
+            answer.prompt_tokens = usage.prompt_tokens
+            answer.output_tokens = max(answer.output_tokens, usage.completion_tokens)
+            if usage.prompt_tokens_details is not None:
+                answer.cached_tokens = usage.prompt_tokens_details.cached_tokens
+        # A count without a choice, or the first one after chunks that had none, is of the whole answer: no token came.
+        if usage is not None and event.choices and is_counted_by_chunk is not False:
+            num_tokens = usage.completion_tokens - num_counted
+        else:
+            num_tokens = int(bool(text or thought))
+        if num_tokens > 0:
+            if is_counted_by_chunk is None:
+                is_counted_by_chunk = usage is not None
+            num_counted += num_tokens
+            answer.chunks.append(Chunk(at_s, num_tokens))
+    raise StreamError("stream ended early")
+
+
+def _decode(data: bytes) -> _Event:
+    try:
+        event = _event_of(data)
+    except UnicodeDecodeError as error:
+        raise StreamError("invalid utf-8") from error
+    except msgspec.MsgspecError as error:
+        raise StreamError("invalid utf-8" if _is_not_utf8(data) else "broken json") from error
+    if event.error:
+        raise StreamError("error in stream")
+    return event
+
+
+def _is_not_utf8(data: bytes) -> bool:
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return True
+    return False
+
+
+def _first_answer_s(answer: Streamed, said: list[tuple[float, str]]) -> float | None:
+    """The verifier takes what follows the last closing tag for the answer, so this does too."""
+    tag_at = answer.text.rfind(_THINK_END)
+    if tag_at < 0 and not answer.reasoning:
+        if answer.text.lstrip().startswith(_THINK_BEGIN) or not answer.chunks:
+            return None
+        return answer.chunks[0].at_s
+    begin = tag_at + len(_THINK_END) if tag_at >= 0 else 0
+    first = len(answer.text) - len(answer.text[begin:].lstrip())
+    end = 0
+    for at_s, text in said:
+        end += len(text)
+        if end > first:
+            return at_s
+    return None

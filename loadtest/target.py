@@ -51,28 +51,3 @@ def find_target(url: str, model: str | None) -> Target:
     if model is None or model not in served:
         raise UserError("model", model, f"is not served at {base}", f"give --model {' or '.join(served)}")
     return Target(base, model)
-
-
-def read_counters(target: Target) -> dict[str, float]:
-    """Sums over labels of the server's Prometheus counters; empty where it exports none."""
-    from prometheus_client.parser import text_string_to_metric_families
-
-    totals: dict[str, float] = {}
-    try:
-        response = httpx.get(f"{target.url}/metrics", headers=auth_headers(), timeout=_TIMEOUT_S)
-        response.raise_for_status()
-        for family in text_string_to_metric_families(response.text):
-            for sample in family.samples:
-                if sample.name.endswith("_total"):
-                    totals[sample.name] = totals.get(sample.name, 0.0) + sample.value
-    except (httpx.HTTPError, ValueError):
-        return {}
-    return totals
-
-
-def prefix_cache_hit_frac(before: dict[str, float], after: dict[str, float]) -> float | None:
-    """Share of prompt tokens between two readings that vLLM took from its prefix cache."""
-    asked, found = "vllm:prefix_cache_queries_total", "vllm:prefix_cache_hits_total"
-    if asked not in after or after[asked] == before.get(asked, 0.0):
-        return None
-    return (after[found] - before.get(found, 0.0)) / (after[asked] - before.get(asked, 0.0))

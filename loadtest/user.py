@@ -1,104 +1,340 @@
-"""What the suites share: options, the prompts of a workload, and where measurements go."""
+"""What the suites share inside Locust: options, one run's traffic in a process, and its rows in one place.
+
+Open loop: a dispatcher sends each request when it is due, whatever became of those before; Locust's users only wait.
+Closed loop: each user sends its next request when the last is answered. With Locust's master and workers, every worker
+sends its share (each k-th arrival, or its users) and hands its raw rows to the master, so that figures over all workers
+are as exact as over one.
+"""
 
 from __future__ import annotations
 
+import gc
 import itertools
 import time
 from collections.abc import Iterator
-from typing import IO, Any
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, get_type_hints
 
 import gevent
-from locust import User, events
+import msgspec
+from gevent.event import Event
+from locust import User, events, task
 from locust.argument_parser import LocustArgumentParser
 from locust.env import Environment
+from locust.runners import MasterRunner, WorkerRunner
 
-from loadtest.rows import Row, write_row
-from loadtest.stream import TimedClient
+from loadtest.alarm import Alarm
+from loadtest.client import Client, Request
+from loadtest.prompts import MOST_PROMPTS, make_prompts
+from loadtest.rows import Row, row_line
+from loadtest.settings import LoadSettings, SuiteOptions
 from loadtest.target import auth_headers
-from workloads import load_workload
-from workloads.interface import Prompt
 
-_MAX_PROMPTS = 1000
-"""Enough that a run of minutes repeats no prompt, which the engine's prefix cache would answer."""
 _PAUSE_AFTER_FAILURE_S = 0.5
-"""A server that refuses at once must not turn the load into a busy loop."""
+"""A server that refuses at once must not turn a closed loop into a busy loop."""
+_HAND_OVER_S = 0.5
+_UNTIL_BEGIN_S = 0.5
+"""From the word that all are ready until the first request can be due: workers must hear of it."""
+_LATE_S = 10.0
+"""Beyond its timeout, no request lasts so long."""
 
 
-class WorkloadUser(User):
-    """Base of a suite's user: closed loop, the next prompt as soon as the last is answered."""
+class SuiteUser(User):
+    """Base of a suite's user."""
 
     abstract = True
-    workload: str
+    suite: str
     environment: Environment
 
-    def on_start(self) -> None:
+    @task
+    def take_part(self) -> None:
+        """Ask one request after the other in a closed loop; in an open loop requests need no user."""
         run: LoadRun = self.environment.slimserve_run
-        self.run_state = run
-        self.client = run.make_client()
-
-    def report(self, path: str, row: Row) -> None:
-        """Keep the raw row, and show its times in Locust's own statistics and web page."""
-        self.run_state.keep(row)
-        fire = self.environment.events.request.fire
-        failure = RuntimeError(row.error) if row.error else None
-        common: dict[str, Any] = {"name": path, "response_length": 0, "context": {}}
-        fire(request_type="POST", response_time=row.e2e_s * 1000, exception=failure, **common)
-        if row.ttft_s is not None and not failure:
-            fire(request_type="TTFT", response_time=row.ttft_s * 1000, exception=None, **common)
-            for gap in row.inter_token_gaps_s():
-                fire(request_type="ITL", response_time=gap * 1000, exception=None, **common)
-        if failure:
-            gevent.sleep(_PAUSE_AFTER_FAILURE_S)
+        run.begun.wait()
+        if run.is_open_loop or run.is_over:
+            gevent.sleep(1)
+        else:
+            run.ask_next()
 
 
 class LoadRun:
-    """State of one run in this process: prompts in turn, the clock's zero, the open row file."""
+    """One run's traffic in this process."""
 
-    def __init__(self, environment: Environment, workload: str) -> None:
+    def __init__(self, environment: Environment, suite: str) -> None:
         options: Any = environment.parsed_options
-        self.model: str = options.model
-        self._rows: IO[str] | None = open(options.rows, "w", encoding="utf-8") if options.rows else None  # noqa: SIM115
-        self._prompts: Iterator[Prompt] = itertools.cycle(
-            load_workload(workload).make_prompts("load", _MAX_PROMPTS, seed=options.prompt_seed)
-        )
-        self._url = ""
+        self.begun = Event()
+        self.is_over = False
+        self.is_open_loop = bool(options.rate or options.trace)
+        self.num_running = 0
+        self._environment = environment
+        self._suite = suite
+        self._seconds: float = options.load_seconds
+        self._settings = settings_of(options)
+        self._client: Client
+        self._requests: Iterator[Request]
+        self._due_s: list[float] = []
         self._epoch = 0.0
+        self._cpu_begin_s = 0.0
 
-    def start(self, url: str) -> None:
-        """Begin to load `url`, which under Locust's web page is known only now."""
-        self._url = url
-        self._epoch = time.perf_counter()
+    def prepare(self) -> None:
+        """Make every request before the load: nothing of it costs time while the clock runs."""
+        options = self._environment.parsed_options
+        settings = self._settings
+        self._client = Client(
+            str(self._environment.host), options.model, auth_headers(), settings.timeout_s, settings.suite.endpoint
+        )
+        if self.is_open_loop:
+            self._due_s = settings.due_s()
+        count = min(len(self._due_s), MOST_PROMPTS) if self.is_open_loop else MOST_PROMPTS
+        prompts = make_prompts(self._suite, settings.suite, count, settings.seed)
+        self._client.prepare(sorted({kind for kind, _ in prompts}))
+        exact = settings.suite.exact_tokens
+        self._prepared = [
+            self._client.make_request(number, kind, prompt, exact) for number, (kind, prompt) in enumerate(prompts)
+        ]
+        gc.collect()
+        gc.freeze()  # what is prepared needs no looking through while the clock runs
 
-    def next_prompt(self) -> Prompt:
-        return next(self._prompts)
+    def begin(self, epoch: float, index: int, count: int) -> None:
+        """Begin at `epoch` (perf_counter) as worker `index` of `count`: each takes every count-th request."""
+        self._epoch = epoch
+        self._requests = itertools.islice(itertools.cycle(self._prepared), index, None, count)
+        self._cpu_begin_s = time.process_time()
+        gevent.spawn(self._lead, self._due_s[index::count])
 
-    def make_client(self) -> TimedClient:
-        return TimedClient(self._url, auth_headers(), self._epoch)
+    def ask_next(self) -> None:
+        """One request of a closed loop."""
+        row = self._ask(next(self._requests), time.perf_counter() - self._epoch)
+        if row.error:
+            gevent.sleep(_PAUSE_AFTER_FAILURE_S)
+
+    def cpu_frac(self) -> float:
+        """CPU seconds per second of this process since the load began."""
+        return (time.process_time() - self._cpu_begin_s) / max(time.perf_counter() - self._epoch, 1e-3)
+
+    def _lead(self, due_s: list[float]) -> None:
+        """Let the load begin, keep its schedule, end it, and wait for what is still under way."""
+        alarm = Alarm()
+        alarm.wait_until(self._epoch)
+        self.begun.set()
+        for at_s in due_s:
+            alarm.wait_until(self._epoch + at_s)
+            if self.is_over:
+                break
+            gevent.spawn(self._ask, next(self._requests), at_s)
+        if self._seconds:
+            alarm.wait_until(self._epoch + self._seconds)
+        alarm.close()
+        if not self._seconds and not self.is_open_loop:
+            return
+        self.is_over = True
+        cpu_frac = self.cpu_frac()
+        last_s = time.perf_counter() + self._settings.timeout_s + _LATE_S
+        while self.num_running and time.perf_counter() < last_s:
+            gevent.sleep(0.02)
+        self._environment.slimserve_sink.end(cpu_frac)
+
+    def _ask(self, request: Request, due_s: float) -> Row:
+        self.num_running += 1
+        try:
+            row = self._client.send(request, due_s, self._epoch)
+        finally:
+            self.num_running -= 1
+        self._environment.slimserve_sink.keep(row)
+        self._show(request.path, row)
+        return row
+
+    def _show(self, path: str, row: Row) -> None:
+        """The row's times in Locust's own statistics and web page; those of tokens as entries of their own."""
+        failure = RuntimeError(row.error) if row.error else None
+        self._environment.events.request.fire(
+            request_type="POST",
+            name=path,
+            response_time=row.e2e_s * 1000,
+            response_length=0,
+            exception=failure,
+            context={},
+        )
+        if row.ttft_s is None or failure:
+            return
+        stats = self._environment.stats
+        stats.get(path, "TTFT").log(round(row.ttft_s * 1000), 0)
+        gaps = stats.get(path, "ITL")
+        for gap in row.inter_token_gaps_s():
+            gaps.log(gap * 1000, 0)
+
+
+class RowFile:
+    """Where the rows of a run go that has one process, or of the master of several."""
+
+    def __init__(self, environment: Environment) -> None:
+        options: Any = environment.parsed_options
+        self._environment = environment
+        self._file = Path(options.rows).open("wb") if options.rows else None  # noqa: SIM115  # open as long as the run
+        self._report = options.client_report
+        self._left = 1
+        self._cpu_fracs: list[float] = []
+
+    def expect(self, num_workers: int) -> None:
+        self._left = num_workers
 
     def keep(self, row: Row) -> None:
-        if self._rows:
-            write_row(self._rows, row)
-            self._rows.flush()
+        self.keep_lines(row_line(row))
+
+    def keep_lines(self, lines: bytes) -> None:
+        if self._file:
+            self._file.write(lines)
+            self._file.flush()
+
+    def end(self, cpu_frac: float) -> None:
+        """One process has ended its load; the last one ends the run, unless a person watches it."""
+        self._cpu_fracs.append(cpu_frac)
+        if len(self._cpu_fracs) < self._left:
+            return
+        if self._report:
+            report = {"num_processes": len(self._cpu_fracs), "cpu_frac": max(self._cpu_fracs)}
+            Path(self._report).write_bytes(msgspec.json.encode(report))
+        if self._environment.parsed_options.headless:
+            self._environment.runner.quit()
+        else:
+            self._environment.runner.stop()
 
 
-def register(user: type[WorkloadUser]) -> None:
-    """Hook a suite's user into Locust: its options, and a LoadRun per run."""
+class RowSender:
+    """Where the rows of a worker go: to the master, some at a time."""
+
+    def __init__(self, runner: WorkerRunner) -> None:
+        self._runner = runner
+        self._lines: list[bytes] = []
+        gevent.spawn(self._hand_over)
+
+    def keep(self, row: Row) -> None:
+        self._lines.append(row_line(row))
+
+    def end(self, cpu_frac: float) -> None:
+        self._flush()
+        self._runner.send_message("slimserve_end", cpu_frac)
+
+    def _hand_over(self) -> None:
+        while True:
+            gevent.sleep(_HAND_OVER_S)
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._lines:
+            lines, self._lines = b"".join(self._lines), []
+            self._runner.send_message("slimserve_rows", lines)
+
+
+def settings_of(options: Any) -> LoadSettings:
+    """The settings as Locust's parsed options hold them."""
+    suite = SuiteOptions(**{field.name: getattr(options, field.name) for field in fields(SuiteOptions)})
+    return LoadSettings(
+        rate=options.rate,
+        arrival=options.arrival,
+        burstiness=options.burstiness,
+        trace=options.trace,
+        duration_s=options.load_seconds,
+        warmup_s=0.0,
+        cooldown_s=0.0,
+        timeout_s=options.timeout,
+        seed=options.seed,
+        suite=suite,
+    )
+
+
+def register(user: type[SuiteUser]) -> None:
+    """Hook a suite's user into Locust: its options, and a run per start of the load."""
 
     @events.init_command_line_parser.add_listener
     def _add_options(parser: LocustArgumentParser) -> None:
-        parser.add_argument("--model", required=True, help="model name on the server's API")
-        parser.add_argument("--rows", default="", help="write one JSON line per request to this file")
-        parser.add_argument("--load-seconds", type=float, default=0.0, help="stop so long after the first request")
-        parser.add_argument("--prompt-seed", type=int, default=0, help="order of the workload's load prompts")
+        add = parser.add_argument
+        add("--model", default="", help="model name on the server's API (all but workers need it)")
+        add("--rows", default="", help="write one JSON line per request to this file")
+        add("--client-report", default="", help="write what the client says of itself to this file")
+        add("--load-seconds", type=float, default=0.0, help="length of the load; an open loop needs it")
+        add("--rate", default="", help="open loop: requests/s, as 5, 1..20 or 5@0,20@30")
+        add("--arrival", default="poisson", choices=["constant", "poisson", "gamma"], help="gaps between requests")
+        add("--burstiness", type=float, default=1.0, help="variance of gamma gaps over that of Poisson arrivals")
+        add("--trace", default="", help="file of timestamps to replay")
+        add("--timeout", type=float, default=300.0, help="longest wait for an answer, seconds")
+        add("--seed", type=int, default=0, help="of arrivals and of the order of prompts")
+        types = get_type_hints(SuiteOptions)
+        for field in fields(SuiteOptions):
+            kind = _flag if types[field.name] is bool else types[field.name]
+            add(f"--{field.name.replace('_', '-')}", type=kind, default=field.default, help="see loadtest/settings.py")
 
     @events.init.add_listener
-    def _make_run(environment: Environment, **_: object) -> None:
-        environment.slimserve_run = LoadRun(environment, user.workload)
+    def _meet(environment: Environment, runner: Any, **_: object) -> None:
+        if isinstance(runner, WorkerRunner):
+            environment.slimserve_sink = RowSender(runner)
+            runner.register_message("slimserve_begin", _begin_worker)
+        elif isinstance(runner, MasterRunner):
+            runner.register_message("slimserve_ready", _note_ready)
+            runner.register_message("slimserve_rows", _keep_rows)
+            runner.register_message("slimserve_end", _note_end)
 
     @events.test_start.add_listener
     def _start(environment: Environment, **_: object) -> None:
-        environment.slimserve_run.start(environment.host)
-        # Locust's own --run-time counts from before the users start, by up to a second.
-        seconds = environment.parsed_options.load_seconds
-        if seconds:
-            gevent.spawn_later(seconds, environment.runner.quit)
+        runner = environment.runner
+        if isinstance(runner, MasterRunner):
+            environment.slimserve_sink = RowFile(environment)
+            environment.slimserve_ready = set()
+            gevent.spawn(_begin_when_ready, environment)
+            return
+        run = environment.slimserve_run = LoadRun(environment, user.suite)
+        if isinstance(runner, WorkerRunner):
+            gevent.spawn(_prepare_worker, runner, run)
+        else:
+            environment.slimserve_sink = RowFile(environment)
+            run.prepare()
+            run.begin(time.perf_counter() + _UNTIL_BEGIN_S, 0, 1)
+
+    @events.test_stopping.add_listener
+    def _stop(environment: Environment, **_: object) -> None:
+        run = getattr(environment, "slimserve_run", None)
+        if run is not None:
+            run.is_over = True
+
+
+def _flag(text: str) -> bool:
+    return text.lower() in {"1", "true", "yes"}
+
+
+def _prepare_worker(runner: WorkerRunner, run: LoadRun) -> None:
+    run.prepare()
+    runner.send_message("slimserve_ready")
+
+
+def _begin_when_ready(environment: Environment) -> None:
+    """Once every worker that is there has its requests, tell each which share is its own and when to begin."""
+    runner = environment.runner
+    while True:
+        gevent.sleep(0.1)
+        clients = runner.clients
+        alive = sorted(node.id for node in (*clients.ready, *clients.spawning, *clients.running))
+        if alive and set(alive) <= environment.slimserve_ready:
+            break
+    environment.slimserve_sink.expect(len(alive))
+    at = time.time() + _UNTIL_BEGIN_S
+    for index, worker in enumerate(alive):
+        runner.send_message("slimserve_begin", {"at": at, "index": index, "count": len(alive)}, worker)
+
+
+def _note_ready(environment: Environment, msg: Any, **_: object) -> None:
+    environment.slimserve_ready.add(msg.node_id)
+
+
+def _keep_rows(environment: Environment, msg: Any, **_: object) -> None:
+    environment.slimserve_sink.keep_lines(msg.data)
+
+
+def _note_end(environment: Environment, msg: Any, **_: object) -> None:
+    environment.slimserve_sink.end(msg.data)
+
+
+def _begin_worker(environment: Environment, msg: Any, **_: object) -> None:
+    """The master's clock says when; machines' clocks must agree as well as arrivals of one are to fit another's."""
+    epoch = time.perf_counter() + msg.data["at"] - time.time()
+    environment.slimserve_run.begin(epoch, msg.data["index"], msg.data["count"])

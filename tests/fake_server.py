@@ -55,6 +55,14 @@ class _Handler(BaseHTTPRequestHandler):
             num_items = len(body["items"]) - (body["model"] == "few-scores")
             scores = [{"index": index, "score": 0.25} for index in reversed(range(num_items))]
             return self._answer(200, {"data": scores, "usage": {"prompt_tokens": 100}})
+        if self.path == "/v1/score":
+            time.sleep(SCORE_S)
+            num_items = len(body["items"]) - (body["model"] == "few-scores")
+            return self._answer(200, {"scores": [[0.25, 0.75]] * num_items, "usage": {"prompt_tokens": 100}})
+        if self.path == "/v1/completions":
+            listed = [{" yes": -1.0, " no": -2.0}] if body["model"] == "good" else [{" maybe": -1.0}]
+            choices = [{"index": index, "logprobs": {"top_logprobs": listed}} for index in range(len(body["prompt"]))]
+            return self._answer(200, {"choices": choices[::-1]})
         if not body.get("stream"):
             choice = {"message": {"content": "<think>\n1\n</think>\n42"}}
             return self._answer(200, {"choices": [choice], "usage": {"completion_tokens": 7}})

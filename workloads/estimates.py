@@ -1,16 +1,149 @@
-"""Quality figures with confidence intervals: ranking metrics over slates, proportions, means."""
+"""Quality figures with confidence intervals, and tests of two models' figures over the same prompts.
+
+A `Figure` is a statistic of rows (prompts, blocks of tokens) in groups that are resampled together. `estimate` gives
+it a 95% interval; `paired_samples` draws two models' figures over the same groups, so what is hard for both cancels.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from workloads.interface import Estimate
 
+_Metric = Callable[[Sequence[bool], Sequence[float]], float]
 _CONFIDENCE = 0.95
 _NUM_RESAMPLES = 400
+_NUM_PAIRED_RESAMPLES = 1000
+_NUM_POSTERIOR = 20_000
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One figure of quality as a statistic of rows."""
+
+    statistic: Callable[[list[int]], float]
+    """Of row numbers, with repeats; NaN where it is undefined."""
+    groups: Sequence[int]
+    """Per row, what it belongs to: rows of one group are not independent."""
+    n: int
+    """Samples behind it, in the figure's own unit."""
+    successes: tuple[bool, ...] | None = None
+    """Per row whether it succeeded, where the figure is the share of these."""
+
+    @property
+    def value(self) -> float:
+        return self.statistic(list(range(len(self.groups))))
+
+
+def estimate(figure: Figure) -> Estimate:
+    """The figure with its 95% interval: Wilson's for a share of successes, a bootstrap by group for the rest."""
+    if figure.successes is not None:
+        return proportion(sum(figure.successes), len(figure.successes))
+    return grouped(figure.statistic, figure.groups, figure.n)
+
+
+def slate_figures(
+    truths: Sequence[Sequence[bool]], scores: Sequence[Sequence[float]], members: Sequence[int]
+) -> dict[str, Figure]:
+    """Figures of scored slates: pooled `auc` and `calibration_error`, mean `within_member_auc` and `ndcg_at_10`."""
+
+    def pooled(metric: _Metric) -> Figure:
+        def statistic(rows: list[int]) -> float:
+            labels = [label for row in rows for label in truths[row]]
+            return metric(labels, [score for row in rows for score in scores[row]])
+
+        return Figure(statistic, members, sum(map(len, truths)))
+
+    def mean(metric: _Metric) -> Figure:
+        values = [metric(truth, given) for truth, given in zip(truths, scores, strict=True)]
+
+        def statistic(rows: list[int]) -> float:
+            known = [values[row] for row in rows if values[row] == values[row]]
+            return sum(known) / len(known) if known else float("nan")
+
+        return Figure(statistic, members, sum(value == value for value in values))
+
+    return {
+        "auc": pooled(roc_auc),
+        "within_member_auc": mean(roc_auc),
+        "ndcg_at_10": mean(ndcg_at_10),
+        "calibration_error": pooled(calibration_error),
+    }
+
+
+def answer_figures(right: Sequence[bool], kinds: Sequence[str], num_tokens: Sequence[int]) -> dict[str, Figure]:
+    """Figures of verified answers: `accuracy` over all and by kind, and mean `tokens_per_answer`."""
+
+    def share(rows_of_kind: Sequence[int]) -> Figure:
+        found = tuple(right[row] for row in rows_of_kind)
+        return Figure(lambda rows: sum(found[row] for row in rows) / len(rows), range(len(found)), len(found), found)
+
+    of_kind = {kind: [row for row, its in enumerate(kinds) if its == kind] for kind in dict.fromkeys(kinds)}
+    return {
+        "accuracy": share(range(len(right))),
+        **{f"accuracy_{kind}": share(rows) for kind, rows in of_kind.items()},
+        "tokens_per_answer": Figure(
+            lambda rows: sum(num_tokens[row] for row in rows) / len(rows), range(len(num_tokens)), len(num_tokens)
+        ),
+    }
+
+
+def paired_samples(figure: Figure, reference: Figure, seed: int = 0) -> NDArray[np.float64]:
+    """Both figures `[resamples, 2]` over the same bootstrap draws of groups, without draws that leave one undefined.
+
+    The figures must be of the same rows in the same groups, as those of two models that answered the same prompts.
+    """
+    if list(figure.groups) != list(reference.groups):
+        raise ValueError("paired figures are of different rows")
+    rows_of = _rows_of(figure.groups)
+    random = np.random.default_rng(seed)
+    samples = np.empty((_NUM_PAIRED_RESAMPLES, 2))
+    for index in range(_NUM_PAIRED_RESAMPLES):
+        drawn = random.choice(len(rows_of), size=len(rows_of))
+        rows = [row for member in drawn for row in rows_of[member]]
+        samples[index] = figure.statistic(rows), reference.statistic(rows)
+    return samples[~np.isnan(samples).any(axis=1)]
+
+
+def paired_difference(samples: NDArray[np.float64]) -> tuple[float, float, float]:
+    """95% interval of the first figure minus the second, and the two-sided p-value of no difference."""
+    if not len(samples):
+        return float("nan"), float("nan"), float("nan")
+    differences = samples[:, 0] - samples[:, 1]
+    tail = (1 - _CONFIDENCE) / 2
+    low, high = np.quantile(differences, [tail, 1 - tail])
+    # One is added to counts and draws alike, so that a finite number of draws never gives 0.
+    below, above = (1 + np.sum(differences <= 0)), (1 + np.sum(differences >= 0))
+    return float(low), float(high), float(min(1.0, 2 * min(below, above) / (1 + len(differences))))
+
+
+def probability_kept(
+    figure: Figure, reference: Figure, samples: NDArray[np.float64], least_frac: float, seed: int = 0
+) -> float:
+    """How likely `figure` is at least `least_frac` of `reference`, where `samples` are their paired draws.
+
+    The share of paired bootstrap draws in which it is. For shares of successes draws come from the posterior of the four
+    kinds of pairs instead (Jeffreys' prior): a bootstrap of few pairs that differ would pass for certainty.
+    """
+    if figure.successes is not None and reference.successes is not None:
+        kinds = [(ours, theirs) for ours in (True, False) for theirs in (True, False)]
+        pairs = list(zip(figure.successes, reference.successes, strict=True))
+        shares = np.random.default_rng(seed).dirichlet([pairs.count(kind) + 0.5 for kind in kinds], _NUM_POSTERIOR)
+        samples = np.stack([shares[:, 0] + shares[:, 1], shares[:, 0] + shares[:, 2]], axis=1)
+    return float(np.mean(samples[:, 0] >= least_frac * samples[:, 1])) if len(samples) else float("nan")
+
+
+def mcnemar(successes: Sequence[bool], reference: Sequence[bool]) -> float:
+    """Exact two-sided p-value of equal success: among pairs that differ, either side wins half (McNemar 1947)."""
+    from scipy.stats import binomtest
+
+    gained = sum(ours and not theirs for ours, theirs in zip(successes, reference, strict=True))
+    lost = sum(theirs and not ours for ours, theirs in zip(successes, reference, strict=True))
+    return float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
 
 
 def proportion(successes: int, n: int) -> Estimate:
@@ -28,15 +161,12 @@ def grouped(statistic: Callable[[list[int]], float], groups: Sequence[int], n: i
     Resampling groups, not rows, keeps the interval honest where the rows of one group
     are alike. Resamples on which the statistic is undefined (NaN) are left out.
     """
-    rows_of: dict[int, list[int]] = {}
-    for row, group in enumerate(groups):
-        rows_of.setdefault(group, []).append(row)
-    members = list(rows_of)
+    rows_of = _rows_of(groups)
     random = np.random.default_rng(seed)
     samples = []
     for _ in range(_NUM_RESAMPLES):
-        drawn = random.choice(len(members), size=len(members))
-        samples.append(statistic([row for index in drawn for row in rows_of[members[index]]]))
+        drawn = random.choice(len(rows_of), size=len(rows_of))
+        samples.append(statistic([row for index in drawn for row in rows_of[index]]))
     value = statistic(list(range(len(groups))))
     tail = (1 - _CONFIDENCE) / 2
     known = [sample for sample in samples if not np.isnan(sample)] or [value]
@@ -45,12 +175,19 @@ def grouped(statistic: Callable[[list[int]], float], groups: Sequence[int], n: i
 
 
 def roc_auc(truth: Sequence[bool], scores: Sequence[float]) -> float:
-    """Area under the ROC curve, ties counted half; NaN where only one class is present."""
-    from sklearn.metrics import roc_auc_score
+    """Area under the ROC curve, ties counted half; NaN where only one class is present.
 
-    if len(set(truth)) < 2:
+    By the sum of ranks (Mann and Whitney 1947): a bootstrap asks for it thousands of times.
+    """
+    from scipy.stats import rankdata
+
+    positive = np.asarray(truth, dtype=bool)
+    num_positive = int(positive.sum())
+    num_negative = len(positive) - num_positive
+    if not num_positive or not num_negative:
         return float("nan")
-    return float(roc_auc_score(truth, scores))
+    rank_sum = float(rankdata(scores)[positive].sum())
+    return (rank_sum - num_positive * (num_positive + 1) / 2) / (num_positive * num_negative)
 
 
 def ndcg_at_10(truth: Sequence[bool], scores: Sequence[float]) -> float:
@@ -72,3 +209,11 @@ def calibration_error(truth: Sequence[bool], scores: Sequence[float], num_bins: 
         for index in np.unique(bins)
     ]
     return float(np.sum(gaps) / len(labels))
+
+
+def _rows_of(groups: Sequence[int]) -> list[list[int]]:
+    """Row numbers of each group."""
+    rows_of: dict[int, list[int]] = {}
+    for row, group in enumerate(groups):
+        rows_of.setdefault(group, []).append(row)
+    return list(rows_of.values())

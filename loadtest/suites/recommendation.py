@@ -1,21 +1,10 @@
 """Slates of candidates behind a member's history, scored in one request each."""
 
-from typing import cast
-
-from locust import task
-
-from loadtest.user import WorkloadUser, register
-from workloads.interface import ScoringPrompt
+from loadtest.user import SuiteUser, register
 
 
-class RecommendationUser(WorkloadUser):
-    workload = "recommendation"
-
-    @task
-    def rank(self) -> None:
-        prompt = cast("ScoringPrompt", self.run_state.next_prompt())
-        row = self.client.score(self.run_state.model, prompt.query, prompt.items, prompt.labels)
-        self.report("/generative_scoring", row)
+class RecommendationUser(SuiteUser):
+    suite = "recommendation"
 
 
 register(RecommendationUser)

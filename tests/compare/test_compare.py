@@ -12,34 +12,52 @@ from pathlib import Path
 import psutil
 import pytest
 
-from compare.run import Effort, build, compare
+from compare.results import Effort
+from compare.run import build, compare
 from contracts.errors import UserError
 from tests.conftest import SMOLLM2
 
-TINY = Effort({"recommendation": 4, "reasoning": 6}, {"recommendation": 1, "reasoning": 2}, 4.0, 1.0)
+TINY = Effort(
+    {"recommendation": 4, "reasoning": 6},
+    {"recommendation": 1, "reasoning": 2},
+    duration_s=4.0,
+    warmup_s=1.0,
+    cooldown_s=0.0,
+    rounds=1,
+    text_sequences=1,
+    text_tokens=64,
+    rates={"recommendation": (1.0,)},
+    rate_fracs=(),
+)
 
 
 @pytest.mark.engine
 def test_a_variant_is_built_served_judged_loaded_and_reported(tmp_path: Path) -> None:
-    report = compare(SMOLLM2, ["w8a8"], ["recommendation", "reasoning"], TINY, tmp_path)
+    compare(SMOLLM2, ["w8a8"], ["recommendation", "reasoning"], TINY, tmp_path)
     document = json.loads((tmp_path / "results.json").read_text())
     (variant,) = document["variants"]
     assert variant["recipe"] == "w8a8"
     assert 150 * 2**20 < variant["disk_bytes"] < 170 * 2**20
     assert variant["num_parameters"] == 134_515_008
-    assert variant["ready_s"] > 5
-    assert variant["peak_rss_bytes"] > 2**30
     assert variant["quality"]["recommendation"]["auc"]["n"] == 64
     assert variant["quality"]["reasoning"]["accuracy"]["n"] == 6
     assert 0.2 < variant["quality"]["recommendation"]["auc"]["value"] <= 1.0
-    recommendation, reasoning = variant["load"]["recommendation"], variant["load"]["reasoning"]
+    assert 1 < variant["quality"]["text"]["perplexity"]["value"] < 100
+    (one,) = variant["rounds"]
+    assert one["ready_s"] > 5
+    assert one["peak_rss_bytes"] > 2**30
+    recommendation, reasoning = (one["capacity"][name]["summary"] for name in ("recommendation", "reasoning"))
     assert recommendation["errors"] == reasoning["errors"] == {}
     assert recommendation["items_per_s"] > 1
     assert reasoning["output_tokens_per_s"] > 1
     for figure in ("ttft_s", "itl_s", "e2e_s"):
         assert 0 < reasoning[figure]["p50"] <= reasoning[figure]["p90"] <= reasoning[figure]["p99"]
-    assert 0 < recommendation["prefix_cache_hit_frac"] < 1
-    assert report.read_text().count("<svg") == 4
+    assert 0 < recommendation["server"]["prefix_cache_hit_frac"] < 1
+    assert variant["regime"]["recommendation"]["bound"] == "prefill"
+    assert variant["costs"]["reasoning"]["per_million_output_tokens"]["median"] > 0
+    assert [run["rate_rps"] for run in one["at_rate"]["recommendation"]] == [1.0]
+    assert document["verdict"]["winner"] == "w8a8"
+    assert "<svg" in (tmp_path / "report.html").read_text()
 
 
 @pytest.mark.engine

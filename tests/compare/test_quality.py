@@ -1,40 +1,85 @@
+import json
+import math
+from pathlib import Path
+
 import pytest
 
-from compare.quality import measure_quality
+from compare.quality import Answers, ask_quality, ask_text, figures_of, read_answers, write_answers
 from contracts.errors import UserError
 from loadtest.target import Target
 from serve.engine import free_port
-from workloads import load_workload
+from workloads import estimates, load_workload
+from workloads.interface import ChatAnswer
 from workloads.reasoning import Reasoning, is_right
+from workloads.text import TextReading
 
 
 def test_scores_come_back_in_the_order_of_the_items(fake_url: str) -> None:
-    figures = measure_quality(Target(fake_url, "good"), load_workload("recommendation"), 5)
+    answers = ask_quality(Target(fake_url, "good"), "recommendation", 5, 0)
+    figures = figures_of("recommendation", 5, 0, answers)
     assert figures["auc"].value == 0.5
     assert figures["auc"].n == 5 * 16
 
 
 def test_answers_are_judged_by_the_verifier(fake_url: str) -> None:
-    workload = Reasoning()
-    figures = measure_quality(Target(fake_url, "good"), workload, 30)
+    answers = ask_quality(Target(fake_url, "good"), "reasoning", 30, 0)
+    figures = figures_of("reasoning", 30, 0, answers)
     # The fake server answers every problem with 42.
-    right = sum(is_right(problem, "42") for problem in workload.make_prompts("quality", 30))  # type: ignore[arg-type]
+    right = sum(is_right(problem, "42") for problem in Reasoning().make_prompts("quality", 30))  # type: ignore[arg-type]
     assert figures["accuracy"].value == right / 30
     assert figures["tokens_per_answer"].value == 7
+
+
+@pytest.mark.parametrize("workload", ["recommendation", "reasoning"])
+def test_figures_are_those_that_the_workload_itself_judges(workload: str) -> None:
+    prompts = load_workload(workload).make_prompts("quality", 12)
+    kept = [
+        tuple(math.sin(7 * row + item) / 2 + 0.5 for item in range(16))
+        if workload == "recommendation"
+        else ChatAnswer(f"<think></think>{row}", 10 + row)
+        for row in range(12)
+    ]
+    figures = figures_of(workload, 12, 0, Answers("", list(kept)))
+    judged = load_workload(workload).judge(prompts, kept)
+    assert {name: estimates.estimate(figure) for name, figure in figures.items()} == judged
+
+
+def test_raw_answers_are_kept_and_read_back(tmp_path: Path) -> None:
+    reading = TextReading((5, 6, 7), (-0.5, -1.0), ({6: -0.5, 1: -2.0}, {7: -1.0}))
+    answers = Answers("abc", [(0.25, 0.5), ChatAnswer("so\n42", 7), reading])
+    write_answers(tmp_path / "new" / "answers.jsonl", answers)
+    assert read_answers(tmp_path / "new" / "answers.jsonl") == answers
+    lines = (tmp_path / "new" / "answers.jsonl").read_text().splitlines()
+    assert json.loads(lines[1]) == {"prompt": 0, "scores": [0.25, 0.5]}
+
+
+def test_a_broken_file_of_answers_is_named(tmp_path: Path) -> None:
+    (tmp_path / "answers.jsonl").write_text('{"prompts_sha256": "a"}\n{"prompt"')
+    with pytest.raises(UserError, match="answers: .* cannot be read"):
+        read_answers(tmp_path / "answers.jsonl")
+
+
+def test_other_prompts_have_another_hash(fake_url: str) -> None:
+    hashes = {ask_quality(Target(fake_url, "good"), "reasoning", 4, seed).prompts_sha256 for seed in (0, 0, 1)}
+    assert len(hashes) == 2
+
+
+def test_a_server_without_log_probabilities_of_prompts_gives_no_text_figures(fake_url: str) -> None:
+    assert ask_text(Target(fake_url, "good"), 2, 8, 0).answers == []
 
 
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ("http-500", "quality request: '/tokenize' was answered 500"),
-        ("split-label", "label: ' yes' is 2 tokens of split-label"),
+        ("http-500", "quality request: .* was answered 500"),
+        ("few-scores", "quality request: '/v1/score' brought 15 scores for 16 items"),
     ],
 )
 def test_a_failed_request_ends_the_measurement(fake_url: str, model: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        measure_quality(Target(fake_url, model), load_workload("recommendation"), 3)
+        ask_quality(Target(fake_url, model), "recommendation", 3, 0)
 
 
 def test_a_server_that_is_gone_ends_the_measurement() -> None:
     with pytest.raises(UserError, match="got no answer"):
-        measure_quality(Target(f"http://127.0.0.1:{free_port()}", "m"), load_workload("reasoning"), 2)
+        ask_quality(Target(f"http://127.0.0.1:{free_port()}", "m"), "reasoning", 2, 0)

@@ -1,4 +1,5 @@
 import statistics
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,12 @@ def test_constant_arrivals_are_evenly_spaced_from_the_start() -> None:
     assert due_times(parse_rate("4", 2.0), "constant") == pytest.approx([0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75])
 
 
-@pytest.mark.parametrize(("arrival", "burstiness", "cv2"), [("poisson", 1.0, 1.0), ("gamma", 4.0, 4.0), ("gamma", 0.25, 0.25)])
+@pytest.mark.parametrize(
+    ("arrival", "burstiness", "cv2"), [("poisson", 1.0, 1.0), ("gamma", 4.0, 4.0), ("gamma", 0.25, 0.25)]
+)
 def test_gaps_have_the_mean_and_the_variance_that_were_asked_for(arrival: str, burstiness: float, cv2: float) -> None:
     due = due_times(parse_rate("50", 2000.0), arrival, burstiness, seed=3)  # type: ignore[arg-type]
-    gaps = [after - before for before, after in zip(due, due[1:], strict=False)]
+    gaps = [after - before for before, after in pairwise(due)]
     assert statistics.mean(gaps) == pytest.approx(0.02, rel=0.03)
     assert statistics.variance(gaps) / statistics.mean(gaps) ** 2 == pytest.approx(cv2, rel=0.06)
 

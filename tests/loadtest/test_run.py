@@ -1,85 +1,156 @@
 import json
 import re
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from contracts.errors import UserError
-from loadtest.run import LoadSettings, run_suite
+from loadtest.run import Cluster, LoadSettings, run_suite
+from loadtest.settings import SuiteOptions
 from loadtest.target import Target
+from serve.engine import free_port
 from tests.fake_server import CHUNKS, GAP_S, SCORE_S, TTFT_S
 
 _E2E_S = TTFT_S + GAP_S * (len(CHUNKS) - 1)
+_SUITES = Path(__file__).parents[2] / "loadtest" / "suites"
 
 
-def test_locust_reports_the_latency_that_the_server_has(fake_url: str, tmp_path: Path) -> None:
-    settings = LoadSettings(users=3, duration_s=4, warmup_s=1)
+def test_an_open_loop_reports_the_latency_that_the_server_has(fake_url: str, tmp_path: Path) -> None:
+    settings = LoadSettings(
+        rate="12", duration_s=4, warmup_s=1, cooldown_s=0.5, slos=("ttft_p50=500ms", "e2e_p99=1ms"), price_per_hour=3.6
+    )
     summary, rows = run_suite("reasoning", Target(fake_url, "good"), settings, tmp_path)
     assert summary.errors == {}
     assert summary.e2e_s.p50 == pytest.approx(_E2E_S, abs=0.025)
     assert summary.ttft_s.p50 == pytest.approx(TTFT_S, abs=0.020)
     assert summary.itl_s.p50 == pytest.approx(GAP_S, abs=0.005)
-    assert summary.output_tokens_per_s == pytest.approx(3 * sum(CHUNKS) / _E2E_S, rel=0.2)
-    assert len(rows) > summary.num_requests, "the warm-up's rows are kept but not counted"
+    assert [row.due_s for row in rows] != [row.sent_s for row in rows]
+    assert sorted(row.due_s for row in rows) == pytest.approx(settings.due_s()), "every arrival was sent"
+    assert len({row.prompt for row in rows}) == len(rows)
+    assert [outcome.is_met for outcome in summary.objectives] == [True, False]
+    assert summary.goodput_per_s == 0
+    assert summary.num_correct == 0
+    assert summary.costs["per_million_output_tokens"] == pytest.approx(1e3 / summary.output_tokens_per_s)
     document = json.loads((tmp_path / "reasoning.json").read_text())
     assert document["summary"]["e2e_s"]["n"] == summary.e2e_s.n
-    assert document["settings"]["users"] == 3
+    assert document["settings"]["rate"] == "12"
     assert document["versions"]["locust"]
+    assert (tmp_path / "reasoning.html").exists()
 
 
-def test_locust_counts_items(fake_url: str, tmp_path: Path) -> None:
-    settings = LoadSettings(users=2, duration_s=3, warmup_s=1)
-    summary, _ = run_suite("recommendation", Target(fake_url, "good"), settings, tmp_path)
+def test_a_closed_loop_waits_for_its_answers(fake_url: str, tmp_path: Path) -> None:
+    settings = LoadSettings(users=2, duration_s=3, warmup_s=1, cooldown_s=0)
+    summary, rows = run_suite("recommendation", Target(fake_url, "good"), settings, tmp_path)
     assert summary.e2e_s.p50 == pytest.approx(SCORE_S, abs=0.015)
     assert summary.items_per_s == pytest.approx(2 * 16 / SCORE_S, rel=0.3)
     assert summary.ttft_s.n == 0
+    assert summary.quality["auc"].value == 0.5, "every score is the same"
+    assert set(rows[0].scores) == {0.25}
+    assert len(rows) > summary.num_requests, "the warm-up's rows are kept but not counted"
+
+
+def test_a_mixed_run_is_told_apart_by_kind(fake_url: str, tmp_path: Path) -> None:
+    settings = LoadSettings(rate="20", duration_s=3, warmup_s=0, suite=SuiteOptions(share=0.4))
+    summary, _ = run_suite("mixed", Target(fake_url, "good"), settings, tmp_path)
+    slates, chats = summary.by_kind["recommendation"], summary.by_kind["reasoning"]
+    assert slates.num_requests + chats.num_requests == summary.num_requests
+    assert slates.e2e_s.p50 == pytest.approx(SCORE_S, abs=0.025)
+    assert chats.ttft_s.n == chats.num_requests
+    assert slates.quality
+    assert chats.num_correct == 0
 
 
 def test_failures_are_counted_and_do_not_spin(fake_url: str, tmp_path: Path) -> None:
-    settings = LoadSettings(users=1, duration_s=3, warmup_s=0)
+    settings = LoadSettings(users=1, duration_s=3, warmup_s=0, cooldown_s=0, slos=("errors=1%",))
     summary, _ = run_suite("reasoning", Target(fake_url, "http-500"), settings, tmp_path)
     assert set(summary.errors) == {"http 500"}
     assert 3 <= summary.errors["http 500"] <= 8
     assert summary.e2e_s.p50 is None
+    assert not summary.objectives[0].is_met
 
 
-@pytest.mark.parametrize("settings", [LoadSettings(users=0), LoadSettings(duration_s=0), LoadSettings(warmup_s=-1)])
-def test_settings_that_make_no_load_are_refused(settings: LoadSettings, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="make no load"):
+@pytest.mark.parametrize("count", ["processes", "workers"])
+def test_workers_send_one_schedule_and_their_rows_come_together(fake_url: str, tmp_path: Path, count: str) -> None:
+    settings = LoadSettings(rate="20", duration_s=3, warmup_s=1, cooldown_s=0)
+    workers = []
+    cluster = None
+    if count == "processes":
+        settings = replace(settings, processes=2)
+    else:
+        cluster = Cluster(2, bind_port=free_port())
+        command = [sys.executable, "-m", "locust", "-f", str(_SUITES / "reasoning.py"), "--worker"]
+        command += ["--master-port", str(cluster.bind_port)]
+        workers = [subprocess.Popen(command, stderr=subprocess.DEVNULL) for _ in range(2)]
+    try:
+        summary, rows = run_suite("reasoning", Target(fake_url, "good"), settings, tmp_path, cluster=cluster)
+        for worker in workers:
+            assert worker.wait(timeout=20) == 0
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+    assert sorted(row.due_s for row in rows) == pytest.approx(settings.due_s())
+    assert len({row.prompt for row in rows}) == len(rows)
+    assert summary.errors == {}
+    assert summary.client.num_processes == 2
+    assert summary.ttft_s.p50 == pytest.approx(TTFT_S, abs=0.020)
+
+
+@pytest.mark.parametrize(
+    ("settings", "field"),
+    [
+        (LoadSettings(users=0), "--users"),
+        (LoadSettings(duration_s=0), "--duration"),
+        (LoadSettings(warmup_s=-1), "--warmup"),
+        (LoadSettings(rate="0"), "--rate"),
+        (LoadSettings(rate="5", trace="t"), "--trace"),
+        (LoadSettings(slos=("ttft=5",)), "--slo"),
+        (LoadSettings(suite=SuiteOptions(candidates="9..3")), "--candidates"),
+    ],
+)
+def test_settings_that_make_no_load_are_refused(settings: LoadSettings, field: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"^{field}"):
         run_suite("reasoning", Target("http://127.0.0.1:1", "m"), settings, tmp_path)
 
 
-@pytest.mark.parametrize(("suite", "shown"), [("reasoning", ("TTFT", "ITL", "POST")), ("recommendation", ("POST",))])
-def test_a_suite_is_a_plain_locustfile_with_token_statistics(fake_url: str, suite: str, shown: tuple[str, ...]) -> None:
-    locustfile = Path(__file__).parents[2] / "loadtest" / "suites" / f"{suite}.py"
-    options = [
-        "--host",
-        fake_url,
-        "--model",
-        "good",
-        "--users",
-        "2",
-        "--run-time",
-        "3s",
-        "--headless",
-        "--only-summary",
-    ]
+@pytest.mark.parametrize(
+    ("suite", "options", "shown"),
+    [
+        ("reasoning", ["--rate", "4", "--load-seconds", "3"], ("TTFT", "ITL", "POST")),
+        ("recommendation", ["--users", "2", "--run-time", "3s"], ("POST",)),
+    ],
+)
+def test_a_suite_is_a_plain_locustfile_with_token_statistics(
+    fake_url: str, suite: str, options: list[str], shown: tuple[str, ...]
+) -> None:
+    command = [sys.executable, "-m", "locust", "-f", str(_SUITES / f"{suite}.py"), "--headless", "--only-summary"]
     done = subprocess.run(
-        [sys.executable, "-m", "locust", "-f", str(locustfile), *options], capture_output=True, text=True, timeout=60
+        [*command, "--host", fake_url, "--model", "good", *options], capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, done.stderr
     for kind in shown:
         assert re.search(rf"^{kind} +/", done.stderr, flags=re.MULTILINE), done.stderr
 
 
-def test_the_command_prints_a_table(
+def test_the_command_says_by_its_exit_whether_the_objectives_were_kept(
     fake_url: str, tmp_path: Path, run_cli: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
-    options = ["--url", fake_url, "--model", "good", "--users", "1", "--duration", "2", "--warmup", "0"]
-    done = run_cli("loadtest", "reasoning", *options, "-o", str(tmp_path))
-    assert done.returncode == 0, done.stderr
-    assert "between tokens, ms" in done.stdout
+    options = ["--url", fake_url, "--model", "good", "--rate", "5", "--duration", "2s", "--warmup", "0"]
+    done = run_cli("loadtest", "reasoning", *options, "--slo", "ttft_p99=1ms", "-o", str(tmp_path))
+    assert done.returncode == 1, done.stderr
+    assert "ttft_p99=1ms" in done.stdout
     assert (tmp_path / "reasoning.rows.jsonl").exists()
+
+
+def test_a_port_that_nobody_listens_on_is_an_error_of_every_request(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+        settings = LoadSettings(rate="10", duration_s=1, warmup_s=0, cooldown_s=0)
+        summary, _ = run_suite("reasoning", Target(url, "m"), settings, tmp_path)
+    assert set(summary.errors) == {"connection refused"}

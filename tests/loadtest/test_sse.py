@@ -1,58 +1,150 @@
+import itertools
 import json
 import random
 
 import pytest
 
-from loadtest.sse import read_stream
+from loadtest.sse import Streamed, events, read_stream
+
+DONE = b"data: [DONE]\n\n"
 
 
 def event(text: str = "", usage: int | None = None, **delta: str) -> bytes:
     body: dict[str, object] = {"choices": [{"delta": {"content": text, **delta}}]}
     if usage is not None:
         body["usage"] = {"prompt_tokens": 7, "completion_tokens": usage}
-    return b"data: " + json.dumps(body).encode() + b"\n\n"
+    return b"data: " + json.dumps(body, ensure_ascii=False).encode() + b"\n\n"
 
 
-def test_tokens_arrive_when_their_line_is_whole_however_the_bytes_are_cut() -> None:
-    whole = event("a", 1) + event("bc", 3) + event("", 3) + event("d", 4) + b"data: [DONE]\n\n"
-    bounds = [len(event("a", 1)), len(event("a", 1) + event("bc", 3)), len(whole) - len(b"data: [DONE]\n\n")]
+def final_usage(num_tokens: int) -> bytes:
+    usage = {"prompt_tokens": 7, "completion_tokens": num_tokens, "prompt_tokens_details": {"cached_tokens": 3}}
+    return b"data: " + json.dumps({"choices": [], "usage": usage}).encode() + b"\n\n"
+
+
+def read(*parts: bytes) -> Streamed:
+    """The parts as pieces of which the i-th came at second i."""
+    return read_stream(list(enumerate(parts)))
+
+
+def test_however_the_bytes_are_cut_the_events_are_the_same_and_come_when_they_are_whole() -> None:
+    parts = [
+        event("a", 1),
+        b": ping\n\n",
+        event("bü中😀", 3).replace(b"\n", b"\r\n"),
+        b'event: message\ndata: {"choices": [{"text":\ndata: "d"}], "usage": {"completion_tokens": 4}}\n\n',
+        event("", 4),
+        event("e", 6),
+        DONE,
+    ]
+    whole = b"".join(parts)
+    ends = [sum(map(len, parts[: index + 1])) for index in range(len(parts))]
+    expected = list(events([(0.0, whole)]))
     numbers = random.Random(1)
-    for _ in range(200):
-        cuts = sorted(numbers.sample(range(1, len(whole)), 5))
-        edges = [0, *cuts, len(whole)]
-        pieces = [(float(index), whole[begin:end]) for index, (begin, end) in enumerate(zip(edges, edges[1:], strict=False))]
+    for _ in range(300):
+        edges = [0, *sorted(numbers.sample(range(1, len(whole)), numbers.randint(0, 40))), len(whole)]
+        cut = list(itertools.pairwise(edges))
+        pieces = [(float(index), whole[begin:end]) for index, (begin, end) in enumerate(cut)]
+        assert [data for _, data in events(pieces)] == [data for _, data in expected]
         answer = read_stream(pieces)
-        assert (answer.error, answer.text, answer.output_tokens, answer.prompt_tokens) == (None, "abcd", 4, 7)
-        # A line is whole with its line feed, one byte before the blank line ends the event.
-        expected = [next(index for index, end in enumerate(edges[1:]) if end >= bound - 1) for bound in bounds]
-        assert [(chunk.at_s, chunk.num_tokens) for chunk in answer.chunks] == list(zip(expected, (1, 2, 1), strict=True))
+        assert (answer.error, answer.text, answer.output_tokens) == (None, "abü中😀de", 6)
+        came = [next(index for index, edge in enumerate(edges[1:]) if edge >= ends[part]) for part in (0, 2, 3, 5)]
+        assert answer.chunks == list(zip(came, (1, 2, 1, 2), strict=True))
+
+
+def test_byte_by_byte_is_the_same_too() -> None:
+    whole = event("ü", 1) + event("中", 2) + DONE
+    answer = read(*(whole[index : index + 1] for index in range(len(whole))))
+    assert (answer.error, answer.text, answer.output_tokens) == (None, "ü中", 2)
 
 
 @pytest.mark.parametrize(
     ("body", "error"),
     [
         (event("a"), "stream ended early"),
-        (b"data: [DONE]\n\n", "empty answer"),
+        (b"", "stream ended early"),
+        (DONE, "empty answer"),
+        (event("") + final_usage(0) + DONE, "empty answer"),
         (event("a") + b'data: {"choices": [', "half an event at the end"),
-        (event("a") + b"data: {broken}\n\n", "broken json"),
-        (event("a") + b'data: {"choices": [{"text": "\xff"}]}\n\n', "invalid utf-8"),
-        (event("a") + b'data: {"error": {"message": "x"}}\n\n', "error in stream"),
+        (event("a") + b'data: {"choices": []}\n', "half an event at the end"),
+        (event("a") + b"dat", "half an event at the end"),
+        (event("a") + b"data: {broken}\n\n" + DONE, "broken json"),
+        (event("a") + b"data: \n\n" + DONE, "broken json"),
+        (b'data: {"choices": 3}\n\n' + DONE, "broken json"),
+        (event("a") + b'data: {"choices": [{"text": "\xff"}]}\n\n' + DONE, "invalid utf-8"),
+        (event("a") + b'data: {"choices": [{"delta": {"content": "\xe2\x82"}}]}\n\n' + DONE, "invalid utf-8"),
+        (event("a") + b"data: \xff\xfe\n\n" + DONE, "invalid utf-8"),
+        (event("a") + b'data: {"error": {"message": "x"}}\n\n' + DONE, "error in stream"),
         (b"<html>no</html>\n", "broken event stream"),
-        (b'data: {"choices": 3}\n\n', "broken json"),
+        (b'{"choices": []}\n', "broken event stream"),
     ],
 )
 def test_what_is_no_stream_is_counted_under_its_own_name(body: bytes, error: str) -> None:
-    assert read_stream([(0.0, body)]).error == error
+    answer = read(body)
+    assert answer.error == error
+    assert answer.text == ("a" if body.startswith(event("a")) else ""), "what came before is kept"
 
 
 def test_comments_other_fields_and_carriage_returns_are_no_tokens() -> None:
-    body = b": keep-alive\r\nevent: x\r\nid: 1\r\n" + event("a").replace(b"\n", b"\r\n") + b"data:[DONE]\r\n\r\n"
-    answer = read_stream([(1.0, body)])
-    assert (answer.error, answer.text, answer.output_tokens, answer.has_usage) == (None, "a", 1, False)
+    answer = read(
+        b": hi\r\nevent: x\r\nid: 1\r\nretry: 9\r\n" + event("a").replace(b"\n", b"\r\n") + b"data:[DONE]\r\n\r\n"
+    )
+    assert (answer.error, answer.text, answer.output_tokens) == (None, "a", 1)
 
 
-def test_the_chain_of_thought_is_told_from_the_answer_where_the_server_does() -> None:
-    pieces = [(1.0, event(reasoning_content="hm")), (2.0, event("yes")), (3.0, b"data: [DONE]\n\n")]
-    answer = read_stream(pieces)
-    assert [chunk.is_reasoning for chunk in answer.chunks] == [True, False]
-    assert (answer.reasoning, answer.text) == ("hm", "yes")
+def test_a_last_line_without_its_end_ends_the_stream_all_the_same() -> None:
+    assert read(event("a"), b"data: [DONE]\n").error is None
+    assert read(event("a"), b"data: [DONE]").error is None
+
+
+def test_without_usage_each_chunk_with_text_is_a_token() -> None:
+    answer = read(event(""), event("a"), event("b c"), event(reasoning="d"), DONE)
+    assert answer.chunks == [(1, 1), (2, 1), (3, 1)]
+    assert (answer.output_tokens, answer.has_usage) == (3, False)
+
+
+def test_a_count_at_the_end_is_the_answers_and_no_late_chunk() -> None:
+    for last in ([event("c"), final_usage(9)], [event("c"), event("", 9)], [event("c"), event("", 9), final_usage(9)]):
+        answer = read(event(""), event("a"), event("b"), *last, DONE)
+        assert answer.chunks == [(1, 1), (2, 1), (3, 1)]
+        assert (answer.output_tokens, answer.prompt_tokens, answer.has_usage) == (9, 7, True)
+
+
+def test_a_count_with_each_chunk_tells_how_many_tokens_it_held() -> None:
+    answer = read(event("", 0), event("a", 1), event("", 2), event("bcd", 5), event("", 5), final_usage(5), DONE)
+    assert answer.chunks == [(1, 1), (2, 1), (3, 3)], (
+        "a token without text, such as half a character, came all the same"
+    )
+    assert (answer.output_tokens, answer.cached_tokens, answer.error) == (5, 3, None)
+
+
+def test_null_fields_are_absent_ones() -> None:
+    body = (
+        b'data: {"choices": [{"delta": {"content": null, "reasoning": "x"}, "finish_reason": "stop"}], "usage": null, '
+    )
+    answer = read(body + b'"error": null}\n\n', DONE)
+    assert (answer.error, answer.reasoning, answer.finish_reason) == (None, "x", "stop")
+
+
+@pytest.mark.parametrize(
+    ("parts", "first_answer"),
+    [
+        ([event("yes"), event("no")], 0),
+        ([event(" "), event("no")], 0),
+        ([event(reasoning_content="hm"), event(reasoning="so"), event("yes")], 2),
+        ([event(reasoning="hm"), event("\n\n"), event("yes")], 2),
+        ([event(reasoning="hm")], None),
+        ([event("<think>"), event("hm"), event("</think>"), event("\n"), event("4"), event("2")], 4),
+        ([event("<think>hm</th"), event("in"), event("k>\n"), event("42")], 3),
+        ([event("<think>hm</think"), event(">4"), event("2")], 1),
+        ([event("<think>hm</think>42")], 0),
+        ([event("hm, as the prompt opened it"), event("</think>"), event("42")], 2),
+        ([event("<think>a</think> b </think>"), event("c")], 1),
+        ([event("<thi"), event("nk>"), event("hm")], None),
+        ([event("<think>hm</think>"), event("\n ")], None),
+        ([event("", 0)], None),
+    ],
+)
+def test_the_first_answer_is_the_first_visible_text_after_the_chain_of_thought(
+    parts: list[bytes], first_answer: int | None
+) -> None:
+    assert read(*parts, DONE).first_answer_s == first_answer

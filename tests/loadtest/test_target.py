@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 
 from contracts.errors import UserError
-from loadtest.target import Target, find_target, prefix_cache_hit_frac, read_counters
+from loadtest.target import Target, find_target
 from serve.engine import answers, free_port
 from tests.conftest import FAKE_SERVER
 
@@ -47,14 +47,3 @@ def test_nobody_there_is_said_with_what_to_do() -> None:
 def test_a_url_without_scheme_is_refused(url: str) -> None:
     with pytest.raises(UserError, match="has no scheme"):
         find_target(url, None)
-
-
-def test_a_server_without_metrics_has_no_counters(fake_url: str) -> None:
-    assert read_counters(Target(fake_url, "good")) == {}
-    assert prefix_cache_hit_frac({}, {}) is None
-
-
-def test_the_hit_rate_is_of_what_came_between() -> None:
-    before = {"vllm:prefix_cache_queries_total": 100.0, "vllm:prefix_cache_hits_total": 90.0}
-    after = {"vllm:prefix_cache_queries_total": 300.0, "vllm:prefix_cache_hits_total": 140.0}
-    assert prefix_cache_hit_frac(before, after) == 0.25

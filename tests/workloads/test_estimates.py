@@ -85,3 +85,57 @@ def test_undefined_resamples_are_left_out() -> None:
 
     estimate = estimates.grouped(auc, [0, 1, 2], 3)
     assert (estimate.value, estimate.low, estimate.high) == (1.0, 1.0, 1.0)
+
+
+def mean_figure(values: list[float], groups: list[int] | None = None) -> estimates.Figure:
+    def statistic(rows: list[int]) -> float:
+        return sum(values[row] for row in rows) / len(rows)
+
+    return estimates.Figure(statistic, groups or list(range(len(values))), len(values))
+
+
+def test_a_paired_interval_is_that_of_the_mean_difference() -> None:
+    draw = np.random.default_rng(1)
+    hardness = draw.normal(0, 5, 300)  # what both find hard; it must cancel
+    ours, theirs = hardness + draw.normal(0.2, 1, 300), hardness + draw.normal(0, 1, 300)
+    samples = estimates.paired_samples(mean_figure(list(ours)), mean_figure(list(theirs)))
+    low, high, p_value = estimates.paired_difference(samples)
+    differences = ours - theirs
+    half = 1.96 * differences.std(ddof=1) / math.sqrt(300)
+    assert (low, high) == pytest.approx((differences.mean() - half, differences.mean() + half), abs=0.03)
+    normal_p = math.erfc(abs(differences.mean()) / (differences.std(ddof=1) / math.sqrt(300)) / math.sqrt(2))
+    assert p_value == pytest.approx(normal_p, abs=0.02)
+
+
+def test_paired_draws_keep_groups_whole_and_sides_together() -> None:
+    values = [0.0, 0.0, 0.0, 1.0, 1.0, 1.0]
+    samples = estimates.paired_samples(
+        mean_figure(values, [7, 7, 7, 9, 9, 9]), mean_figure([value + 3 for value in values], [7, 7, 7, 9, 9, 9])
+    )
+    assert set(samples[:, 0]) == {0.0, 0.5, 1.0}
+    assert np.allclose(samples[:, 1] - samples[:, 0], 3)
+    low, high, p_value = estimates.paired_difference(samples)
+    assert low == high == pytest.approx(-3)
+    assert p_value < 0.005
+
+
+def test_figures_of_different_rows_are_not_paired() -> None:
+    with pytest.raises(ValueError, match="different rows"):
+        estimates.paired_samples(mean_figure([1.0, 2.0]), mean_figure([1.0, 2.0, 3.0]))
+
+
+@pytest.mark.parametrize(("gained", "lost", "same"), [(0, 0, 5), (1, 9, 20), (6, 6, 1), (12, 3, 0)])
+def test_mcnemar_is_the_exact_binomial_test_of_the_pairs_that_differ(gained: int, lost: int, same: int) -> None:
+    ours = [True] * gained + [False] * lost + [True] * same
+    theirs = [False] * gained + [True] * lost + [True] * same
+    num = gained + lost
+    # By its definition: twice the smaller tail of a fair coin, at most 1.
+    tail = sum(math.comb(num, count) for count in range(min(gained, lost) + 1)) / 2**num
+    assert estimates.mcnemar(ours, theirs) == pytest.approx(min(1.0, 2 * tail))
+
+
+def test_a_share_of_successes_gets_wilsons_interval() -> None:
+    figures = estimates.answer_figures([True, False, True, True], ["sum", "word", "sum", "word"], [1, 2, 3, 4])
+    assert estimates.estimate(figures["accuracy"]) == estimates.proportion(3, 4)
+    assert estimates.estimate(figures["accuracy_sum"]) == estimates.proportion(2, 2)
+    assert figures["tokens_per_answer"].value == 2.5

@@ -1,0 +1,85 @@
+"""Whether a load test shows a freeze: the server stops for 2 s once in 60 s, at 20 requests/s.
+
+    make bench-loadtest-stall
+
+A truth server (loadtest/truth.py) answers each request after 20 ms, but for the freeze. Ours sends Poisson arrivals
+on schedule whatever becomes of those before; plain Locust has four users who ask five times a second each and wait for
+their answers, so that they send nothing while the server is frozen, and hide it. p99 of the time to the answer of
+either, in turn; Locust's own is rounded to two digits. Last line: one JSON object. About six minutes; `--quick` takes
+one round.
+"""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from benches.peers.environment import peer_variables
+from contracts.hardware import probe_hardware
+from contracts.progress import progress, say
+from contracts.provenance import bench_line
+from loadtest.run import run_suite
+from loadtest.settings import LoadSettings, SuiteOptions
+from loadtest.target import Target
+from loadtest.truth import MODEL, Schedule, running_truth
+
+NUM_ROUNDS = 3
+RATE = 20
+DURATION_S = 60.0
+SCHEDULE = Schedule(ttft_s=0.02, stall_at_s=30.0, stall_s=2.0)
+NUM_USERS = 4
+_LOCUSTFILE = Path(__file__).parent / "peers" / "plain_locustfile.py"
+
+
+def main() -> None:
+    figures: dict[str, list[float]] = {}
+    sides = {"ours": _ours, "closed_loop": _closed_loop}
+    for number in range(1 if "--quick" in sys.argv[1:] else NUM_ROUNDS):
+        for side in sides if number % 2 == 0 else reversed(sides):
+            with (
+                tempfile.TemporaryDirectory() as folder,
+                running_truth(SCHEDULE, probe_hardware().cores[0]) as truth,
+            ):
+                p99_s, num_requests = sides[side](truth.url, Path(folder))
+            say(f"round {number + 1}, {side}: p99 {p99_s:.3f} s of {num_requests} requests")
+            figures.setdefault(f"{side}_p99_s", []).append(p99_s)
+            figures.setdefault(f"{side}_num_requests", []).append(num_requests)
+    print(bench_line("loadtest-stall", figures))
+
+
+def _ours(url: str, folder: Path) -> tuple[float, int]:
+    data = folder / "prompts.jsonl"
+    data.write_text('{"prompt": "Hello"}\n', encoding="utf-8")
+    settings = LoadSettings(
+        rate=str(RATE),
+        duration_s=DURATION_S,
+        warmup_s=1.0,
+        cooldown_s=0.0,
+        suite=SuiteOptions(data=str(data), max_tokens="1"),
+    )
+    summary, _ = run_suite("chat", Target(url, MODEL), settings, folder)
+    assert not summary.errors
+    assert summary.e2e_s.p99 is not None
+    return summary.e2e_s.p99, summary.num_requests
+
+
+def _closed_loop(url: str, folder: Path) -> tuple[float, int]:
+    command = [
+        *(sys.executable, "-m", "locust", "--locustfile", str(_LOCUSTFILE), "--host", url, "--headless"),
+        *("--users", str(NUM_USERS), "--spawn-rate", str(NUM_USERS), "--run-time", f"{DURATION_S:.0f}s"),
+        *("--only-summary", "--csv", str(folder / "plain")),
+    ]
+    with progress(f"plain Locust, {NUM_USERS} users", None, "s"):
+        done = subprocess.run(command, env=peer_variables(1), capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"plain Locust failed: {done.stderr[-500:]}")
+    with (folder / "plain_stats.csv").open(encoding="utf-8") as file:
+        total = list(csv.DictReader(file))[-1]
+    return float(total["99%"]) / 1e3, int(total["Request Count"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""What a comparison is asked for: options as they are written, checked before any work, and how long it will take."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from compare.results import Comparison, Effort
+from contracts.errors import UserError
+from loadtest.slo import parse_objective
+from workloads import WORKLOADS
+
+REFERENCE = "dense"
+_BUILD_S, _START_S, _LOAD_OVERHEAD_S, _QUALITY_S = 40.0, 40.0, 8.0, 120.0
+"""Of one variant; of an engine; of Locust's start and the last answers; of all quality prompts of one variant. For a
+model of 0.1B parameters on two cores; only the estimate uses them."""
+
+QUICK = Effort(
+    quality_prompts={"recommendation": 48, "reasoning": 64},
+    users={"recommendation": 4, "reasoning": 8},
+    duration_s=15.0,
+    warmup_s=3.0,
+    cooldown_s=1.0,
+    rounds=1,
+    text_sequences=4,
+    rate_fracs=(0.5,),
+)
+FULL = Effort(
+    quality_prompts={"recommendation": 128, "reasoning": 128},
+    users={"recommendation": 4, "reasoning": 8},
+    duration_s=20.0,
+    warmup_s=3.0,
+    cooldown_s=1.0,
+    rounds=2,
+)
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """A server that somebody else runs, as a row of the comparison."""
+
+    name: str
+    url: str
+    model: str | None
+    """None: the only one that it has."""
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """An earlier comparison, and how much may be lost against it."""
+
+    path: Path
+    """Its folder, or its results.json."""
+    max_quality_loss_frac: float = 0.01
+    max_goodput_loss_frac: float = 0.05
+
+
+def parse_endpoint(text: str) -> Endpoint:
+    """An endpoint from NAME=URL or NAME=URL#MODEL."""
+    name, _, rest = text.partition("=")
+    url, _, model = rest.partition("#")
+    if not re.fullmatch(r"[\w.-]+", name) or not url.startswith(("http://", "https://")):
+        raise UserError("--endpoint", text, "is no endpoint", "write NAME=http://HOST:PORT or NAME=URL#MODEL")
+    return Endpoint(name, url, model or None)
+
+
+def parse_rates(texts: Sequence[str]) -> dict[str, tuple[float, ...]]:
+    """Open-loop rates by workload from WORKLOAD=RATE[,RATE…], ascending."""
+    rates: dict[str, tuple[float, ...]] = {}
+    for text in texts:
+        workload, _, values = text.partition("=")
+        try:
+            found = sorted({float(value) for value in values.split(",")})
+        except ValueError:
+            found = []
+        if workload not in WORKLOADS or not found or not found[0] > 0:
+            raise UserError("--rate", text, "is no rate of a workload", "write recommendation=2 or reasoning=1,2,4")
+        rates[workload] = tuple(found)
+    return rates
+
+
+def parse_slos(texts: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Objectives by workload from WORKLOAD:OBJECTIVE."""
+    slos: dict[str, tuple[str, ...]] = {}
+    for text in texts:
+        workload, _, objective = text.partition(":")
+        if workload not in WORKLOADS:
+            raise UserError(
+                "--slo", text, "names no workload", "write recommendation:e2e_p99=2s or reasoning:itl_p99=50ms"
+            )
+        slos[workload] = (*slos.get(workload, ()), parse_objective(objective).text)
+    return slos
+
+
+def parse_share(option: str, text: str) -> float:
+    """A share from 3% or 0.03."""
+    try:
+        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share < 1:
+        raise UserError(option, text, "is no share", "write 3% or 0.03")
+    return share
+
+
+def rates_of(comparison: Comparison, workload: str) -> list[float]:
+    """The open-loop rates: those asked for, else shares of the reference's capacity in the first round."""
+    effort = comparison.effort
+    if workload in effort.rates:
+        return list(effort.rates[workload])
+    capacity = comparison.variant(comparison.reference).rounds[0].capacity[workload].summary.requests_per_s
+    return [rate for frac in sorted(effort.rate_fracs) if (rate := float(f"{frac * capacity:.3g}")) > 0]
+
+
+def load_seed(effort: Effort, round_number: int, index: int) -> int:
+    """The seed of the `index`-th load of a round: the same for all variants, another one for each load."""
+    return effort.seed * 10_000 + round_number * 100 + index
+
+
+def judged_rate(comparison: Comparison, workload: str) -> float | None:
+    """The rate at which objectives count: the highest that was asked for, else the lowest share of capacity."""
+    asked = comparison.effort.rates.get(workload)
+    return max(asked) if asked else min(rates_of(comparison, workload), default=None)
+
+
+def describe_plan(effort: Effort, workloads: Sequence[str], names: Sequence[str], reference: str) -> list[str]:
+    """Lines for people: what will be done, and about how many minutes it takes."""
+    rates = {workload: len(effort.rates.get(workload, effort.rate_fracs)) for workload in workloads}
+    load_s = effort.warmup_s + effort.duration_s + effort.cooldown_s + _LOAD_OVERHEAD_S
+    num_loads = sum(1 + count for count in rates.values())
+    rounds_s = effort.rounds * len(names) * (_START_S + num_loads * load_s)
+    total_s = len(names) * (_BUILD_S + _QUALITY_S) + rounds_s
+    prompts = ", ".join(f"{effort.quality_prompts[name]} {name}" for name in workloads)
+    return [
+        f"plan: {len(names)} variants in {effort.rounds} round(s), {reference} first: {', '.join(names)}",
+        f"  quality, in the first round: prompts {prompts}, texts {effort.text_sequences}",
+        f"  load, in every round: {num_loads} runs of {effort.duration_s:.0f} s per variant, capacity and stated rates",
+        f"  about {math.ceil(total_s / 60)} minutes for a model of 0.1B parameters on 2 cores; less where variants are "
+        "built or measured already",
+    ]

@@ -1,0 +1,267 @@
+"""Which variant to ship: the cheapest one that keeps quality and meets the objectives, why, and how sure.
+
+A variant keeps quality where each workload's headline figure is at least (1 - tolerance) of the reference's, both over
+the same prompts. How sure that is, is the share of draws from these prompts in which it holds. It meets the
+objectives where it met all of them in every round at the judged rate. Its cost is that of one unit of work (an item of
+a slate, an answer of a chat) at capacity over the reference's in the same round, the mean over workloads.
+
+One variant dominates another where it is at least as good in every headline, in cost and in latency, and clearly better
+in one: quality intervals that do not overlap, or ranges over at least two rounds that do not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from compare.judge import cost_ratio
+from compare.results import Comparison, Outcome, QualityOutcome, SloOutcome, Spread, VariantResult, Verdict, spread
+
+_WORDS = ((0.95, "very sure"), (0.8, "fairly sure"), (0.6, "more likely than not"))
+_NEAR_MISS = 0.2
+"""A cheaper variant that fails on quality is named where it keeps quality in so many of the resamples."""
+
+
+def make_verdict(comparison: Comparison, quality: Mapping[str, Mapping[str, QualityOutcome]]) -> Verdict:
+    """Judge all variants; `quality` holds, by variant and workload, how each headline fared."""
+    reference = comparison.variant(comparison.reference)
+    dominance = _dominance(comparison)
+    outcomes = []
+    for variant in comparison.variants:
+        of_workloads = dict(quality.get(variant.name, {}))
+        slo = {
+            workload: _slo_outcome(comparison, variant, workload)
+            for workload, texts in comparison.requirements.slos.items()
+            if texts and workload in comparison.workloads
+        }
+        kept = len(of_workloads) == len(comparison.workloads) and all(one.is_kept for one in of_workloads.values())
+        outcome = Outcome(
+            name=variant.name,
+            quality=of_workloads,
+            keeps_quality=kept,
+            quality_probability=math.prod(one.probability for one in of_workloads.values()),
+            slo=slo,
+            meets_slo=all(one.num_rounds > 0 and one.num_met == one.num_rounds for one in slo.values()),
+            cost_ratio=cost_ratio(variant, reference, list(comparison.workloads)),
+            dominated_by=dominance[variant.name][0],
+            alike=dominance[variant.name][1],
+            reason="",
+        )
+        outcomes.append(_with_reason(outcome, comparison))
+    ranked = sorted((one for one in outcomes if one.qualifies), key=lambda one: _median(one.cost_ratio))
+    if not ranked:
+        return _no_winner(outcomes)
+    return _winner(comparison, ranked, outcomes)
+
+
+def confidence_words(confidence: float) -> str:
+    """A probability in words."""
+    return next((words for least, words in _WORDS if confidence >= least), "not sure")
+
+
+def _winner(comparison: Comparison, ranked: Sequence[Outcome], outcomes: Sequence[Outcome]) -> Verdict:
+    winner, reference = ranked[0], comparison.reference
+    cheaper = [one for one in outcomes if _median(one.cost_ratio) < _median(winner.cost_ratio) and not one.qualifies]
+    near = [one for one in cheaper if one.meets_slo and one.quality_probability >= _NEAR_MISS]
+    if winner.name == reference:
+        # It loses nothing against itself; what can be wrong is that a cheaper one was turned down.
+        confidence = min((1 - one.quality_probability for one in cheaper if one.meets_slo), default=1.0)
+        sentences = [
+            f"Ship {winner.name}: no cheaper variant "
+            f"{'keeps quality and meets the objectives' if winner.slo else 'keeps quality'}."
+        ]
+    else:
+        confidence = winner.quality_probability
+        sentences = [
+            f"Ship {winner.name}: a unit of work costs {_percent(winner.cost_ratio)} of what {reference} takes, and "
+            f"{_quality_text(winner, comparison)}."
+        ]
+    sentences.append(_slo_text(winner))
+    sentences.append(
+        f"How sure: {confidence_words(confidence)} ({confidence:.0%}). " + _how_sure(winner, comparison, confidence)
+    )
+    if len(ranked) > 1 and not _is_below(winner.cost_ratio, ranked[1].cost_ratio):
+        sentences.append(
+            f"{ranked[1].name} qualifies too, and this run cannot tell its cost ({_percent(ranked[1].cost_ratio)}) "
+            f"from {winner.name}'s."
+        )
+    sentences += [
+        f"{one.name} would be cheaper ({_percent(one.cost_ratio)}), and it is only {1 - one.quality_probability:.0%} "
+        "sure that it loses too much quality: more prompts would settle it."
+        for one in near
+        if one.name != winner.name
+    ]
+    sentences += _dominated_texts(outcomes)
+    return Verdict(winner.name, sentences, confidence, confidence_words(confidence), list(outcomes))
+
+
+def _no_winner(outcomes: Sequence[Outcome]) -> Verdict:
+    def sure_of_failing(one: Outcome) -> float:
+        missed = [1 - slo.num_met / slo.num_rounds if slo.num_rounds else 1.0 for slo in one.slo.values()]
+        return max([1 - one.quality_probability, *missed])
+
+    confidence = min(map(sure_of_failing, outcomes))
+    sentences = ["Ship none of these: no variant both keeps quality and meets the objectives."]
+    sentences += [f"{one.name} {one.reason}." for one in outcomes]
+    sentences.append(f"How sure: {confidence_words(confidence)} ({confidence:.0%}).")
+    return Verdict(None, sentences, confidence, confidence_words(confidence), list(outcomes))
+
+
+def _with_reason(outcome: Outcome, comparison: Comparison) -> Outcome:
+    parts = []
+    least = 1 - comparison.requirements.quality_tolerance_frac
+    for workload, headline in comparison.workloads.items():
+        found = outcome.quality.get(workload)
+        if found is None:
+            parts.append(f"has no {headline} of {workload}")
+        elif not found.is_kept:
+            kept = f"{found.kept_frac:.1%} of {comparison.reference}'s {workload} {_words(headline)}"
+            parts.append(f"keeps only {kept}, where {least:.0%} is asked for")
+    for workload, slo in outcome.slo.items():
+        if not slo.num_rounds:
+            parts.append(f"was not loaded with {workload}")
+        elif slo.num_met < slo.num_rounds:
+            named = ", ".join(slo.worst) or "any latency: that is far beyond its capacity"
+            parts.append(
+                f"misses {named} of {workload} at {slo.rate_rps:g} requests/s in {slo.num_rounds - slo.num_met} of "
+                f"{slo.num_rounds} rounds"
+            )
+    if not parts:
+        met = " and meets the objectives" if outcome.slo else ""
+        if outcome.name == comparison.reference:
+            parts = [f"is what the others are measured against{met}"]
+        else:
+            parts = [f"keeps quality{met} at {_percent(outcome.cost_ratio)} of {comparison.reference}'s cost"]
+    return replace(outcome, reason=", and ".join(parts))
+
+
+def _slo_outcome(comparison: Comparison, variant: VariantResult, workload: str) -> SloOutcome:
+    rate = comparison.judged_rates.get(workload, math.nan)
+    summaries = variant.at_rate(workload, rate)
+    num_beyond = sum(rate in one.beyond.get(workload, []) for one in variant.rounds)
+    values: dict[str, list[float | None]] = {}
+    for summary in summaries:
+        for objective in summary.objectives:
+            values.setdefault(objective.text, []).append(objective.value)
+    worst = {text: _largest(found) for text, found in values.items()}
+    num_met = sum(bool(one.objectives) and all(found.is_met for found in one.objectives) for one in summaries)
+    return SloOutcome(rate, num_met, len(summaries) + num_beyond, worst)
+
+
+def _largest(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return max(known) if len(known) == len(values) else None
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """A variant on one axis, less is better; `low` and `high` enclose it as far as this run can tell."""
+
+    value: float
+    low: float
+    high: float
+
+
+def _axes(comparison: Comparison, variant: VariantResult) -> dict[str, _Axis]:
+    axes = {}
+    for workload, headline in comparison.workloads.items():
+        if (found := variant.quality.get(workload, {}).get(headline)) and found.value == found.value:
+            axes[f"{workload} quality"] = _Axis(-found.value, -found.high, -found.low)
+        rate = comparison.judged_rates.get(workload)
+        if rate is not None:
+            seen = spread(summary.e2e_s.p90 for summary in variant.at_rate(workload, rate))
+            if any(rate in one.beyond.get(workload, []) for one in variant.rounds):
+                axes[f"{workload} latency"] = _Axis(math.inf, math.inf, math.inf)
+            elif seen:
+                axes[f"{workload} latency"] = _ranged(seen)
+    if ratio := cost_ratio(variant, comparison.variant(comparison.reference), list(comparison.workloads)):
+        axes["cost"] = _ranged(ratio)
+    return axes
+
+
+def _ranged(found: Spread) -> _Axis:
+    """A single round says nothing of its spread, so nothing is clear of it."""
+    return _Axis(found.median, *((found.min, found.max) if found.n > 1 else (-math.inf, math.inf)))
+
+
+def _dominance(comparison: Comparison) -> dict[str, tuple[list[str], list[str]]]:
+    """By variant, those that dominate it and those that no axis tells from it."""
+    axes = {variant.name: _axes(comparison, variant) for variant in comparison.variants}
+    found = {}
+    for name, ours in axes.items():
+        above, alike = [], []
+        for other, theirs in axes.items():
+            shared = [(ours[axis], theirs[axis]) for axis in ours if axis in theirs]
+            if other == name or not shared:
+                continue
+            is_clear = any(their.high < our.low for our, their in shared)
+            if is_clear and all(their.value <= our.value for our, their in shared):
+                above.append(other)
+            if not is_clear and not any(our.high < their.low for our, their in shared):
+                alike.append(other)
+        found[name] = above, alike
+    return found
+
+
+def _dominated_texts(outcomes: Sequence[Outcome]) -> list[str]:
+    texts = [
+        f"{one.name} is dominated by {' and '.join(one.dominated_by)}: no better in quality, cost or latency, and "
+        "clearly worse in one of them."
+        for one in outcomes
+        if one.dominated_by
+    ]
+    pairs = sorted({tuple(sorted((one.name, other))) for one in outcomes for other in one.alike})
+    return texts + [f"{first} and {second} are not distinguishable in this run." for first, second in pairs]
+
+
+def _quality_text(outcome: Outcome, comparison: Comparison) -> str:
+    kept = [f"{one.kept_frac:.1%} of its {name} {_words(one.figure)}" for name, one in outcome.quality.items()]
+    return f"it keeps {' and '.join(kept)} ({1 - comparison.requirements.quality_tolerance_frac:.0%} is asked for)"
+
+
+def _slo_text(outcome: Outcome) -> str:
+    if not outcome.slo:
+        return "No objective was given, so latency did not count: it only had to keep quality and be cheap."
+    parts = []
+    for workload, slo in outcome.slo.items():
+        worst = ", ".join(f"{text} (worst {_value_text(text, value)})" for text, value in slo.worst.items())
+        parts.append(f"{workload} at {slo.rate_rps:g} requests/s in {slo.num_met} of {slo.num_rounds} rounds: {worst}")
+    return f"It met every objective: {'; '.join(parts)}."
+
+
+def _how_sure(winner: Outcome, comparison: Comparison, confidence: float) -> str:
+    tolerance = comparison.requirements.quality_tolerance_frac
+    if winner.name == comparison.reference:
+        return "It loses nothing against itself; the figure is how sure it is that each cheaper variant loses too much."
+    advice = "" if confidence >= _WORDS[1][0] else " More quality prompts would tell."
+    return (
+        f"Drawn anew from the same prompts, quality stays within {tolerance:.0%} of {comparison.reference} in "
+        f"{confidence:.0%} of the draws.{advice}"
+    )
+
+
+def _value_text(text: str, value: float | None) -> str:
+    if value is None:
+        return "no answer"
+    return f"{value:.1%}" if text.startswith("errors") else f"{value:.3g} s"
+
+
+def _percent(found: Spread | None) -> str:
+    if found is None:
+        return "an unknown share"
+    return f"{found.median:.0%}" + (
+        f" ({found.min:.0%} to {found.max:.0%} over {found.n} rounds)" if found.n > 1 else ""
+    )
+
+
+def _median(found: Spread | None) -> float:
+    return found.median if found else math.inf
+
+
+def _is_below(ours: Spread | None, theirs: Spread | None) -> bool:
+    return theirs is None or (ours is not None and ours.n > 1 and theirs.n > 1 and ours.max < theirs.min)
+
+
+def _words(figure: str) -> str:
+    return figure.replace("_", " ").replace("auc", "AUC")

@@ -1,0 +1,91 @@
+"""Runs of a suite at different rates: the highest rate within the objectives, or the curve of latency over rate."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from contracts.errors import UserError
+from contracts.progress import say
+from loadtest.report import print_curve, write_curve_html
+from loadtest.run import run_suite, write_document
+from loadtest.search import MaxRate, Measure, Point, Probe, find_max_rate, sweep
+from loadtest.settings import LoadSettings
+from loadtest.target import Target
+
+_START_RATE = "1"
+
+
+def find_rate(suite: str, target: Target, settings: LoadSettings, output: Path) -> MaxRate:
+    """Search the highest rate that keeps every objective, beginning at `settings.rate` (1/s if not given).
+
+    Each run leaves its files in a folder of `output` named by rate and seed; `SUITE.curve.json` and `SUITE.curve.html`
+    hold all of them. Raises UserError where there is no objective to keep.
+    """
+    if not settings.slos:
+        raise UserError("--slo", "", "is missing", "say what the highest rate must keep, as --slo ttft_p99=500ms")
+    (start_rate,) = _rates("--rate", settings.rate or _START_RATE, most=1)
+    found = find_max_rate(_measure(suite, target, settings, output), start_rate, first_seed=settings.seed)
+    _report(suite, target, settings, output, list(found.points), found)
+    return found
+
+
+def sweep_rates(suite: str, target: Target, settings: LoadSettings, rates: str, output: Path) -> list[Point]:
+    """One run at each of `rates` (1,2,4), which leave their files as those of a search do."""
+    points = sweep(_measure(suite, target, settings, output), _rates("--sweep", rates), settings.seed)
+    _report(suite, target, settings, output, points)
+    return points
+
+
+def _measure(suite: str, target: Target, settings: LoadSettings, output: Path) -> Measure:
+    if settings.trace:
+        raise UserError("--trace", settings.trace, "has a rate of its own", "leave it out of a search")
+
+    def measure(rate: float, seed: int) -> Probe:
+        at_rate = replace(settings, rate=f"{rate:.6f}", seed=seed)
+        summary, _ = run_suite(suite, target, at_rate, output / f"{rate:.4g}rps-seed{seed}")
+        met = all(outcome.is_met for outcome in summary.objectives)
+        said = ", ".join(
+            f"{outcome.text} {'kept' if outcome.is_met else 'missed'} ({_value(outcome.value)})"
+            for outcome in summary.objectives
+        )
+        say(f"{rate:.4g} requests/s: {said or f'{summary.num_requests} requests'}")
+        return Probe(met, summary)
+
+    return measure
+
+
+def _report(
+    suite: str,
+    target: Target,
+    settings: LoadSettings,
+    output: Path,
+    points: list[Point],
+    found: MaxRate | None = None,
+) -> None:
+    runs = [{"rate": one.rate, "seed": one.seed, "met": one.met, "summary": one.summary.as_dict()} for one in points]
+    told = {name: value for name, value in asdict(found).items() if name != "points"} if found else {}
+    document = write_document(
+        output / f"{suite}.curve.json", suite, target, settings, {"max_rate": told or None, "runs": runs}
+    )
+    curve = [(one.rate, one.summary, one.met) for one in points]
+    write_curve_html(document, curve, output, found.rate if found else None)
+    print_curve(curve)
+    if found:
+        rate = "none" if found.rate is None else f"{found.rate:.4g} requests/s{'' if found.is_found else ' at least'}"
+        say(f"highest rate within {', '.join(settings.slos)}: {rate} ({found.ended})")
+
+
+def _rates(name: str, text: str, most: int | None = None) -> list[float]:
+    try:
+        rates = [float(part) for part in text.split(",")]
+    except ValueError:
+        rates = []
+    if not rates or min(rates) <= 0 or (most is not None and len(rates) > most):
+        remedy = "write one rate, as 5" if most == 1 else "write rates above 0, as 1,2,4"
+        raise UserError(name, text, "is no rate" if most == 1 else "is no list of rates", remedy)
+    return rates
+
+
+def _value(value: float | None) -> str:
+    return "no sample" if value is None else f"{value:.4g}"

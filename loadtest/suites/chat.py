@@ -1,0 +1,10 @@
+"""A user's own chats, streamed: --data names a JSONL file."""
+
+from loadtest.user import SuiteUser, register
+
+
+class ChatUser(SuiteUser):
+    suite = "chat"
+
+
+register(ChatUser)

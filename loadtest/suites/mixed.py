@@ -1,0 +1,10 @@
+"""Slates and chats in one stream of requests; --share says how many of them are slates."""
+
+from loadtest.user import SuiteUser, register
+
+
+class MixedUser(SuiteUser):
+    suite = "mixed"
+
+
+register(MixedUser)

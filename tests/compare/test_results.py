@@ -1,0 +1,54 @@
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from compare.results import BaselineOutcome, Difference, Loss, Regime, load_comparison, spread
+from compare.verdict import make_verdict
+from contracts.errors import UserError
+from tests.compare.made_up import RATE, comparison, kept, variant
+from workloads.interface import Estimate
+
+
+def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+    variants = [variant(name, [50.0, 60.0], Estimate(0.7, 0.6, 0.8, 9), [0.5, math.inf]) for name in ("dense", "w8a8")]
+    written = comparison(variants)
+    written.verdict = make_verdict(written, {"dense": kept(1, 1), "w8a8": kept(1, 0.5)})
+    variants[1].differences = {"recommendation": {"auc": Difference(0.1, 0.0, 0.2, 0.04, 9, "bootstrap")}}
+    variants[1].regime = {"recommendation": Regime("prefill", 1.0, 2.0, 3.0, None, 0.5)}
+    written.baseline = BaselineOutcome("b", [Loss("w8a8", "recommendation", "auc", "quality", 0, 0, 0, 1, False)], [])
+    file = written.write(tmp_path)
+    read = load_comparison(file)
+    assert read == load_comparison(tmp_path)
+    assert read == written
+    assert read.rates("recommendation") == [RATE]
+    assert len(read.variant("w8a8").at_rate("recommendation", RATE)) == 1
+
+
+def test_undefined_figures_become_null_and_come_back(tmp_path: Path) -> None:
+    nan = math.nan
+    file = comparison([variant("dense", [50.0], Estimate(nan, nan, nan, 0), [0.5])]).write(tmp_path)
+    assert json.loads(file.read_text())["variants"][0]["quality"]["recommendation"]["auc"]["value"] is None
+    assert math.isnan(load_comparison(file).variants[0].quality["recommendation"]["auc"].low)
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "{}", '{"command": "loadtest", "commit": "", "hardware": {}, "versions": {}}']
+)
+def test_another_file_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "results.json").write_text(text)
+    with pytest.raises(UserError, match="is not a comparison of this version"):
+        load_comparison(tmp_path)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"results: .*results\.json' cannot be read"):
+        load_comparison(tmp_path)
+
+
+def test_a_spread_leaves_out_what_is_not_known() -> None:
+    found = spread([3.0, None, 1.0, math.nan, 2.0])
+    assert found is not None
+    assert (found.median, found.min, found.max, found.n) == (2.0, 1.0, 3.0, 3)
+    assert spread([None]) is None

@@ -1,0 +1,247 @@
+"""A comparison's course without an engine: order, rates, what is kept when it is killed, endpoints, a baseline.
+
+The engine is a stand-in whose speed is made up; quality is really asked of the server with a known clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from compare import run
+from compare.plan import Baseline, Endpoint
+from compare.results import Comparison, Effort, Requirements, VariantResult, load_comparison
+from contracts.errors import UserError
+from loadtest.rows import Row, row_line
+from loadtest.settings import LoadSettings
+from loadtest.summary import summarize
+from loadtest.target import Target
+
+EFFORT = Effort(
+    {"recommendation": 4},
+    {"recommendation": 2},
+    duration_s=10.0,
+    warmup_s=0.0,
+    cooldown_s=0.0,
+    rounds=2,
+    text_sequences=1,
+    rate_fracs=(0.5, 0.8),
+)
+RECIPES = ["w8a8", "dense", "nf4"]
+
+
+class Killed(BaseException):
+    """What a kill looks like from inside."""
+
+
+@dataclass
+class Machine:
+    """Speeds in slates a second by variant, and what happened on it."""
+
+    url: str
+    speeds: dict[str, float] = field(default_factory=lambda: {"dense": 4.0, "w8a8": 8.0, "nf4": 1.0, "other": 4.0})
+    versions: dict[str, str] = field(default_factory=dict)
+    events: list[str] = field(default_factory=list)
+    loads_until_killed: int = 10**6
+
+    @contextmanager
+    def engine(self, spec: Any) -> Iterator[Any]:
+        self.events.append(f"start {spec.name}")
+        yield SimpleNamespace(ready_s=30.0, peak_rss_bytes=lambda: 2**30)
+        self.events.append(f"stop {spec.name}")
+
+    def run_suite(self, suite: str, target: Target, settings: LoadSettings, folder: Path) -> Any:
+        if self.loads_until_killed == 0:
+            raise Killed
+        self.loads_until_killed -= 1
+        name = (
+            self.events[-1].split()[1] if not target.model == "good" or self.events[-1].startswith("start") else "other"
+        )
+        speed = self.speeds[name]
+        rate = min(float(settings.rate or speed), speed)
+        self.events.append(f"load {name} {settings.rate or 'capacity'} {settings.seed}")
+        self.events.append(f"start {name}")
+        rows = [
+            Row(at / rate, at / rate, (at + 0.5) / rate, num_items=16, prompt=at, scores=(0.1, 0.9, at / 100))
+            for at in range(int(10 * rate))
+        ]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{suite}.rows.jsonl").write_bytes(b"".join(map(row_line, rows)))
+        return summarize(rows, 0.0, 10.0), rows
+
+    def loads(self) -> list[list[str]]:
+        return [event.split()[1:] for event in self.events if event.startswith("load")]
+
+
+@pytest.fixture
+def machine(fake_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    made = Machine(fake_url)
+
+    def build(model: str, base: Path, recipe: str, started: object) -> VariantResult:
+        directory = tmp_path / "models" / f"{recipe}{made.versions.get(recipe, '')}"
+        directory.mkdir(parents=True, exist_ok=True)
+        return VariantResult(recipe, recipe, "made up", directory=str(directory), disk_bytes=1, num_parameters=1)
+
+    def spec(directory: Path, **fields: Any) -> Any:
+        return SimpleNamespace(
+            url=fake_url, **{**fields, "name": next(n for n in made.speeds if directory.name.startswith(n))}
+        )
+
+    replaced: dict[str, Any] = {
+        "resolve_model": Path,
+        "build": build,
+        "identity": lambda directory, profile: directory.name,
+        "model_name": lambda model, directory: directory.name,
+        "_plan": lambda directory, profile: None,
+        "EngineSpec": spec,
+        "Engine": made.engine,
+        "run_suite": made.run_suite,
+        "write_report": lambda comparison, folder: folder / "report.html",
+        "print_table": lambda comparison: None,
+    }
+    for name, stand_in in replaced.items():
+        monkeypatch.setattr(run, name, stand_in)
+    return made
+
+
+def compare(output: Path, **options: Any) -> Comparison:
+    return run.compare(
+        "a-model", options.pop("recipes", RECIPES), ["recommendation"], options.pop("effort", EFFORT), output, **options
+    )
+
+
+def test_rounds_turn_around_and_rates_are_the_references(machine: Machine, tmp_path: Path) -> None:
+    comparison = compare(tmp_path / "out", requirements=Requirements(slos={"recommendation": ("e2e_p90=1s",)}))
+    loads = machine.loads()
+    order = list(dict.fromkeys((name, int(seed) // 100) for name, _, seed in loads))
+    assert order == [("dense", 1), ("w8a8", 1), ("nf4", 1), ("nf4", 2), ("w8a8", 2), ("dense", 2)]
+    # Half and four fifths of what dense got through; far above what nf4 does, so not run with it.
+    assert [rate for name, rate, _ in loads if name == "w8a8"] == ["capacity", "2", "3.2"] * 2
+    assert [rate for name, rate, _ in loads if name == "nf4"] == ["capacity"] * 2
+    nf4 = comparison.variant("nf4")
+    assert nf4.rounds[0].beyond == {"recommendation": [2.0, 3.2]}
+    seeds = {name: [seed for its, _, seed in loads if its == name] for name in ("dense", "w8a8")}
+    assert seeds["dense"] == seeds["w8a8"]
+    assert len(set(seeds["dense"])) == 6
+    assert comparison.judged_rates == {"recommendation": 2.0}
+    assert comparison.verdict is not None
+    assert comparison.verdict.winner == "w8a8"
+    w8a8 = comparison.variant("w8a8")
+    assert w8a8.costs["recommendation"]["per_million_items"].median == pytest.approx(1e6 / (8 * 16))
+    drift = w8a8.rank_drift["recommendation"]
+    assert drift["kendall_tau"].value == drift["top10_overlap"].value == 1
+    assert w8a8.differences["recommendation"]["auc"].value == 0
+    goodputs = [one.goodput_per_s for one in w8a8.at_rate("recommendation", 2.0)]
+    assert goodputs == [2.0, 2.0]
+
+
+@pytest.mark.parametrize("num_loads", [1, 4, 9, 13])
+def test_a_killed_run_goes_on_where_it_was(machine: Machine, tmp_path: Path, num_loads: int) -> None:
+    machine.loads_until_killed = num_loads
+    with pytest.raises(Killed):
+        compare(tmp_path / "out")
+    machine.loads_until_killed = 10**6
+    resumed = compare(tmp_path / "out")
+    assert len(machine.loads()) == 14
+    assert [one.number for one in resumed.variant("nf4").rounds] == [1, 2]
+    whole = compare(tmp_path / "whole")
+    assert [variant.rounds for variant in resumed.variants] == [variant.rounds for variant in whole.variants]
+
+
+def test_a_finished_comparison_is_only_reported_anew(
+    machine: Machine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = compare(tmp_path / "out")
+    machine.events.clear()
+    stricter = compare(tmp_path / "out", requirements=Requirements(slos={"recommendation": ("e2e_p50=1ms",)}))
+    assert machine.events == []
+    assert capsys.readouterr().err.count("measured earlier, reused") == 6
+    assert first.verdict is not None
+    assert stricter.verdict is not None
+    assert (first.verdict.winner, stricter.verdict.winner) == ("w8a8", None)
+
+
+def test_only_a_changed_variant_is_measured_anew(machine: Machine, tmp_path: Path) -> None:
+    compare(tmp_path / "out")
+    machine.events.clear()
+    machine.versions["w8a8"] = "-new"
+    compare(tmp_path / "out")
+    assert {name for name, *_ in machine.loads()} == {"w8a8"}
+    machine.events.clear()
+    machine.versions["dense"] = "-new"
+    compare(tmp_path / "out")
+    assert {name for name, *_ in machine.loads()} == {"dense", "w8a8", "nf4"}
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [({"effort": replace(EFFORT, duration_s=11.0)}, "effort"), ({"recipes": ["dense", "w8a8"]}, "variants")],
+)
+def test_other_settings_in_the_same_folder_are_refused(
+    machine: Machine, tmp_path: Path, options: dict[str, Any], what: str
+) -> None:
+    compare(tmp_path / "out")
+    machine.events.clear()
+    with pytest.raises(UserError, match=rf"holds a comparison of other settings \({what}: .*name another folder"):
+        compare(tmp_path / "out", **options)
+    assert machine.events == []
+
+
+def test_an_external_endpoint_is_a_row_that_is_never_started(machine: Machine, tmp_path: Path) -> None:
+    endpoint = Endpoint("other", machine.url, "good")
+    comparison = compare(tmp_path / "out", recipes=["dense"], endpoints=[endpoint], effort=replace(EFFORT, rounds=1))
+    other = comparison.variant("other")
+    assert (other.directory, other.disk_bytes, other.ready_s, other.peak_rss_bytes) == (None, None, None, None)
+    assert other.url == machine.url
+    assert other.quality["recommendation"]["auc"].value == 0.5
+    assert len(other.at_rate("recommendation", 2.0)) == 1
+    assert "start other" not in machine.events[: machine.events.index("load other capacity 100")]
+
+
+def test_a_loss_against_a_baseline_fails_and_the_old_variant_runs_in_the_same_rounds(
+    machine: Machine, tmp_path: Path
+) -> None:
+    compare(tmp_path / "before")
+    machine.events.clear()
+    machine.versions["w8a8"] = "-slow"
+    machine.speeds = {"dense": 4.0, "w8a8-slow": 6.0, "w8a8": 8.0, "nf4": 1.0}
+    after = compare(tmp_path / "after", baseline=Baseline(tmp_path / "before"))
+    order = list(dict.fromkeys((name, int(seed) // 100) for name, _, seed in machine.loads()))
+    assert order[1:3] == [("w8a8-slow", 1), ("w8a8", 1)]
+    assert order[4:7] == [("nf4", 2), ("w8a8", 2), ("w8a8-slow", 2)] or order[4:6] == [("w8a8", 2), ("w8a8-slow", 2)]
+    assert after.baseline is not None
+    assert not after.baseline.passed
+    failed = [(loss.variant, loss.figure) for loss in after.baseline.losses if loss.fails]
+    assert failed == [("w8a8", "items_per_s")]
+    loss = next(loss for loss in after.baseline.losses if loss.fails)
+    assert (loss.loss_frac, loss.low, loss.high) == pytest.approx((0.25, 0.25, 0.25))
+    assert any(note.startswith("dense: ") and "drift" in note for note in after.baseline.notes)
+    assert load_comparison(tmp_path / "after").baseline == after.baseline
+
+
+def test_a_baseline_within_its_limits_passes(machine: Machine, tmp_path: Path) -> None:
+    compare(tmp_path / "before")
+    machine.speeds["w8a8"] = 7.8
+    after = compare(tmp_path / "after", baseline=Baseline(tmp_path / "before", 0.01, 0.05))
+    assert after.baseline is not None
+    assert after.baseline.passed
+    assert {loss.kind for loss in after.baseline.losses} == {"quality", "goodput"}
+
+
+def test_a_baseline_of_other_prompts_is_refused(machine: Machine, tmp_path: Path) -> None:
+    compare(tmp_path / "before")
+    effort = replace(EFFORT, quality_prompts={"recommendation": 5})
+    with pytest.raises(UserError, match="quality prompts of recommendation' were 4 and are 5"):
+        compare(tmp_path / "after", baseline=Baseline(tmp_path / "before"), effort=effort)
+
+
+def test_a_baseline_is_not_overwritten(machine: Machine, tmp_path: Path) -> None:
+    compare(tmp_path / "before")
+    with pytest.raises(UserError, match="is where this comparison goes"):
+        compare(tmp_path / "before", baseline=Baseline(tmp_path / "before"))

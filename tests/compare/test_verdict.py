@@ -1,0 +1,121 @@
+"""The verdict on made-up figures whose right answer can be told by hand."""
+
+import math
+
+import pytest
+
+from compare.results import VariantResult, Verdict
+from compare.verdict import confidence_words, make_verdict
+from tests.compare.made_up import comparison, kept, variant
+from workloads.interface import Estimate
+
+AUC = Estimate(0.75, 0.70, 0.80, 80)
+WORSE = Estimate(0.60, 0.55, 0.65, 80)
+
+
+def dense() -> VariantResult:
+    return variant("dense", [50.0, 52.0], AUC)
+
+
+def outcome_names(verdict: Verdict, field: str) -> dict[str, list[str]]:
+    return {one.name: getattr(one, field) for one in verdict.outcomes}
+
+
+def test_the_cheapest_that_keeps_quality_and_objectives_wins() -> None:
+    w8a8 = variant("w8a8", [100.0, 104.0], AUC)
+    pruned = variant("prune25", [200.0, 208.0], WORSE)
+    verdict = make_verdict(
+        comparison([dense(), w8a8, pruned]), {"dense": kept(1, 1), "w8a8": kept(0.99, 0.86), "prune25": kept(0.8, 0.0)}
+    )
+    assert verdict.winner == "w8a8"
+    assert (verdict.confidence, verdict.confidence_words) == (0.86, "fairly sure")
+    costs = {one.name: one.cost_ratio for one in verdict.outcomes}
+    assert costs["w8a8"] is not None
+    assert costs["w8a8"].median == 0.5
+    reasons = {one.name: one.reason for one in verdict.outcomes}
+    assert reasons["prune25"].startswith("keeps only 80.0% of dense's recommendation AUC, where 97% is asked for")
+    assert reasons["w8a8"] == "keeps quality and meets the objectives at 50% (50% to 50% over 2 rounds) of dense's cost"
+    assert verdict.sentences[0].startswith("Ship w8a8: a unit of work costs 50%")
+    assert "2 of 2 rounds" in verdict.sentences[1]
+
+
+def test_a_variant_that_misses_the_objective_in_one_round_does_not_win() -> None:
+    late = variant("w8a8", [100.0, 104.0], AUC, [0.9, 1.1])
+    verdict = make_verdict(comparison([dense(), late]), {"dense": kept(1, 1), "w8a8": kept(1, 1)})
+    assert verdict.winner == "dense"
+    assert verdict.outcomes[1].slo["recommendation"].num_met == 1
+    assert verdict.outcomes[1].slo["recommendation"].worst == {"e2e_p90=1s": 1.1}
+    assert "misses e2e_p90=1s of recommendation at 2 requests/s in 1 of 2 rounds" in verdict.outcomes[1].reason
+
+
+def test_a_rate_far_beyond_capacity_is_a_missed_objective() -> None:
+    slow = variant("nf4", [5.0, 5.0], AUC, [math.inf, math.inf])
+    verdict = make_verdict(comparison([dense(), slow]), {"dense": kept(1, 1), "nf4": kept(1, 1)})
+    assert not verdict.outcomes[1].meets_slo
+    assert "far beyond its capacity" in verdict.outcomes[1].reason
+    assert outcome_names(verdict, "dominated_by")["nf4"] == ["dense"]
+
+
+def test_where_the_reference_wins_doubt_is_that_a_cheaper_one_was_turned_down() -> None:
+    close = variant("w8a8", [100.0, 104.0], AUC)
+    verdict = make_verdict(comparison([dense(), close]), {"dense": kept(1, 1), "w8a8": kept(0.96, 0.3)})
+    assert verdict.winner == "dense"
+    assert verdict.confidence == pytest.approx(0.7)
+    assert any("w8a8 would be cheaper" in sentence and "70% sure" in sentence for sentence in verdict.sentences)
+
+
+def test_none_qualifies() -> None:
+    late = variant("dense", [50.0, 52.0], AUC, [1.5, 1.6])
+    pruned = variant("prune25", [100.0, 104.0], WORSE)
+    verdict = make_verdict(comparison([late, pruned]), {"dense": kept(1, 1), "prune25": kept(0.8, 0.02)})
+    assert verdict.winner is None
+    assert verdict.sentences[0] == "Ship none of these: no variant both keeps quality and meets the objectives."
+    assert any(sentence.startswith("dense misses e2e_p90=1s") for sentence in verdict.sentences)
+    assert verdict.confidence == pytest.approx(0.98)
+
+
+def test_without_objectives_only_quality_and_cost_count() -> None:
+    late = variant("w8a8", [100.0, 104.0], AUC, [9.0, 9.0])
+    verdict = make_verdict(comparison([dense(), late], slos={}), {"dense": kept(1, 1), "w8a8": kept(1, 1)})
+    assert verdict.winner == "w8a8"
+    assert "No objective was given" in verdict.sentences[1]
+
+
+def test_a_tie_in_cost_is_said() -> None:
+    first, second = variant("w8a8", [100.0, 130.0], AUC), variant("fp8", [101.0, 120.0], AUC)
+    verdict = make_verdict(
+        comparison([dense(), first, second]), {name: kept(1, 1) for name in ("dense", "w8a8", "fp8")}
+    )
+    assert verdict.winner == "w8a8"
+    assert any(sentence.startswith("fp8 qualifies too") for sentence in verdict.sentences)
+    assert "fp8 and w8a8 are not distinguishable in this run." in verdict.sentences
+
+
+def test_dominated_takes_no_worse_everywhere_and_clearly_better_somewhere() -> None:
+    better = variant("a", [100.0, 104.0], AUC, [0.4, 0.4])
+    slower_and_worse = variant("b", [50.0, 52.0], WORSE, [0.6, 0.7])
+    cheaper_but_worse = variant("c", [300.0, 304.0], WORSE, [0.4, 0.4])
+    verdict = make_verdict(
+        comparison([better, slower_and_worse, cheaper_but_worse]), {name: kept(1, 1) for name in "abc"}
+    )
+    assert outcome_names(verdict, "dominated_by") == {"a": [], "b": ["a", "c"], "c": []}
+
+
+def test_one_round_says_nothing_clear_of_speed() -> None:
+    one, two = variant("a", [50.0], AUC, [0.5]), variant("b", [100.0], AUC, [0.4])
+    verdict = make_verdict(comparison([one, two]), {"a": kept(1, 1), "b": kept(1, 1)})
+    assert outcome_names(verdict, "dominated_by") == {"a": [], "b": []}
+    assert outcome_names(verdict, "alike") == {"a": ["b"], "b": ["a"]}
+
+
+def test_a_variant_without_quality_does_not_qualify() -> None:
+    verdict = make_verdict(comparison([dense(), variant("w8a8", [100.0, 100.0], AUC)]), {"dense": kept(1, 1)})
+    assert verdict.winner == "dense"
+    assert verdict.outcomes[1].reason.startswith("has no auc of recommendation")
+
+
+@pytest.mark.parametrize(
+    ("share", "words"), [(1.0, "very sure"), (0.8, "fairly sure"), (0.79, "more likely than not"), (0.3, "not sure")]
+)
+def test_confidence_in_words(share: float, words: str) -> None:
+    assert confidence_words(share) == words

@@ -1,0 +1,160 @@
+"""A server of broken answers, byte by byte: the model's name asks for the fault, `in-turn` for one after the other.
+
+python faulty_server.py --port 9000 [--self-signed FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import socket
+import ssl
+import struct
+import threading
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+_SSE_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+_NEVER_S = 60.0
+
+
+def chunk(data: bytes) -> bytes:
+    """One chunk of a chunked HTTP body."""
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+def token(text: str = " a", usage: int | None = None) -> bytes:
+    """One event of a chat."""
+    body: dict[str, object] = {"choices": [{"index": 0, "delta": {"content": text}}]}
+    if usage is not None:
+        body["usage"] = {"prompt_tokens": 5, "completion_tokens": usage}
+    return b"data: " + json.dumps(body).encode() + b"\n\n"
+
+
+def stream(*parts: bytes) -> bytes:
+    """A whole streamed answer."""
+    return _SSE_HEAD + b"".join(map(chunk, parts)) + b"0\r\n\r\n"
+
+
+def status(code: int) -> bytes:
+    return b'HTTP/1.1 %d Whatever\r\nContent-Length: 12\r\n\r\n{"error": 1}' % code
+
+
+DONE = b"data: [DONE]\n\n"
+TOKENS = token(usage=1) + token(usage=2)
+ANSWERS: dict[str, tuple[bytes, str | None]] = {
+    "good": (stream(TOKENS, DONE), None),
+    "no-usage": (stream(token(), token(), DONE), None),
+    "http-401": (status(401), "http 401"),
+    "http-404": (status(404), "http 404"),
+    "http-500": (status(500), "http 500"),
+    "broken-json": (stream(TOKENS, b"data: {not json\n\n", DONE), "broken json"),
+    "no-events": (stream(b"<html>welcome</html>\n"), "broken event stream"),
+    "half-event": (stream(TOKENS, b'data: {"choices": [{"del'), "half an event at the end"),
+    "invalid-utf8": (stream(token("a").replace(b'"a"', b'"\xff\xfe"'), DONE), "invalid utf-8"),
+    "error-event": (stream(TOKENS, b'data: {"error": {"message": "out of memory"}}\n\n'), "error in stream"),
+    "no-done": (stream(TOKENS), "stream ended early"),
+    "empty": (stream(DONE), "empty answer"),
+    "broken-http": (b"SMTP/1.0 hello\r\n\r\n", "broken http"),
+    "broken-chunk": (_SSE_HEAD + chunk(TOKENS) + b"zz\r\n", "broken http"),
+    "half-chunk": (_SSE_HEAD + chunk(TOKENS) + b"ff\r\ndata: {", "closed in mid-stream"),
+    "closes-in-stream": (_SSE_HEAD + chunk(TOKENS), "closed in mid-stream"),
+    "closes-in-answer": (b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{", "closed in mid-answer"),
+    "closes-at-once": (b"", "closed before an answer"),
+    "resets": (_SSE_HEAD + chunk(TOKENS), "connection reset"),
+    "never-answers": (b"", "timeout"),
+    "stops-in-stream": (_SSE_HEAD + chunk(TOKENS), "timeout"),
+}
+"""By the model's name: what is sent, and the name under which the fault is to be counted (None: a good answer)."""
+_KEPT_OPEN = {name for name, (_, error) in ANSWERS.items() if error is None or error.startswith("http")}
+
+
+class FaultyServer:
+    """Each connection in a thread."""
+
+    def __init__(self) -> None:
+        self._turns = itertools.cycle(ANSWERS)
+
+    def serve(self, port: int, wrap: Callable[[socket.socket], socket.socket]) -> None:
+        with socket.create_server(("127.0.0.1", port), backlog=200) as listener:
+            while True:
+                connection, _ = listener.accept()
+                threading.Thread(target=self._answer_all, args=(connection, wrap), daemon=True).start()
+
+    def _answer_all(self, plain: socket.socket, wrap: Callable[[socket.socket], socket.socket]) -> None:
+        try:
+            with wrap(plain) as connection:
+                while self._answer(connection):
+                    pass
+        except OSError:
+            pass  # a client that leaves is no fault of ours
+
+    def _answer(self, connection: socket.socket) -> bool:
+        """Answer one request; whether the connection stays open."""
+        asked = b""
+        while b"\r\n\r\n" not in asked:
+            data = connection.recv(65536)
+            if not data:
+                return False
+            asked += data
+            if asked[:1] not in {b"G", b"P"}:
+                connection.sendall(status(400))
+                return False
+        head, _, body = asked.partition(b"\r\n\r\n")
+        fields = dict(line.lower().split(b": ", 1) for line in head.split(b"\r\n")[1:])
+        length = int(fields.get(b"content-length", 0))
+        while len(body) < length:
+            body += connection.recv(65536)
+        if head.startswith(b"GET"):
+            document = json.dumps({"data": [{"id": name} for name in ("in-turn", *ANSWERS)]}).encode()
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(document), document))
+            return True
+        model = json.loads(body)["model"]
+        name = next(self._turns) if model == "in-turn" else model
+        connection.sendall(ANSWERS[name][0])
+        if ANSWERS[name][1] == "timeout":
+            time.sleep(_NEVER_S)
+        if name == "resets":
+            time.sleep(0.05)  # the client is to read what was sent before
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        return name in _KEPT_OPEN
+
+
+def make_certificate(file: Path) -> None:
+    """Write a key and a certificate for 127.0.0.1 that nobody but itself has signed."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "127.0.0.1")])
+    now = datetime.now(UTC)
+    address = x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))])
+    builder = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+    builder = builder.not_valid_before(now - timedelta(days=1)).not_valid_after(now + timedelta(days=1))
+    certificate = builder.add_extension(address, critical=False).sign(key, hashes.SHA256())
+    pem = serialization.Encoding.PEM
+    plain_key = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    file.write_bytes(plain_key + certificate.public_bytes(pem))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="a server of broken answers")
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--self-signed", type=Path, help="speak TLS, with a certificate that is written to this file")
+    given = parser.parse_args()
+    if given.self_signed:
+        make_certificate(given.self_signed)
+        tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        tls.load_cert_chain(given.self_signed)
+        FaultyServer().serve(given.port, lambda plain: tls.wrap_socket(plain, server_side=True))
+    FaultyServer().serve(given.port, lambda plain: plain)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+import pytest
+
+from contracts.errors import UserError
+from loadtest.calibrate import calibrate, compare
+from loadtest.rows import Row
+from loadtest.truth import Schedule
+
+SCHEDULE = Schedule(ttft_s=0.1, gap_s=0.02, num_tokens=3)
+
+
+def row(ttft_s: float, gaps_s: tuple[float, ...], end_s: float) -> Row:
+    times = [ttft_s]
+    for gap_s in gaps_s:
+        times.append(times[-1] + gap_s)
+    return Row(due_s=0.0, sent_s=0.0, end_s=end_s, arrivals=tuple((at_s, 1) for at_s in times))
+
+
+def test_each_sample_is_compared_with_its_own_moment_of_the_schedule() -> None:
+    found = compare([row(0.101, (0.02, 0.025), 0.146)], SCHEDULE)
+    assert found == pytest.approx(
+        {
+            "num_requests": 1,
+            "ttft_p50_error_ms": 1.0,
+            "ttft_p99_error_ms": 1.0,
+            "itl_p50_error_ms": 0.0,
+            "itl_p99_error_ms": 5.0,
+            "e2e_p50_error_ms": 6.0,
+            "e2e_p99_error_ms": 6.0,
+        },
+        abs=1e-6,
+    )
+
+
+def test_errors_to_both_sides_do_not_cancel() -> None:
+    found = compare([row(0.098, (0.02, 0.02), 0.14), row(0.102, (0.02, 0.02), 0.14)], SCHEDULE)
+    assert found["ttft_p50_error_ms"] == pytest.approx(2.0)
+
+
+def test_no_sample_is_no_calibration() -> None:
+    with pytest.raises(UserError, match="calibrate"):
+        compare([], SCHEDULE)
+
+
+def test_the_client_is_right_to_a_few_milliseconds() -> None:
+    # The best of three tries, with the bounds of a busy test machine: alone it is a tenth of a millisecond.
+    tries = (calibrate(num_streams=4, tokens_per_s=50, seconds=2) for _ in range(3))
+    found = next((found for found in tries if found.e2e_p50_error_ms < 10 and found.itl_p50_error_ms < 5), None)
+    assert found is not None
+    assert found.num_requests >= 4
+    assert found.ttft_p50_error_ms < 5
+    assert set(found.as_dict()) >= {"ttft_p99_error_ms", "itl_p99_error_ms", "e2e_p99_error_ms", "server_lag_p99_ms"}

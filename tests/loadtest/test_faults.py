@@ -1,0 +1,110 @@
+"""Whole runs against servers that are broken, and a person who has seen enough: what was measured is reported."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import psutil
+import pytest
+
+from loadtest.rows import read_rows
+from loadtest.run import LoadSettings, run_suite
+from loadtest.summary import load_summary
+from loadtest.target import Target
+from serve.engine import free_port
+from tests.loadtest.faulty_server import ANSWERS
+from tests.loadtest.test_wire import faulty_server
+
+_SETTINGS = LoadSettings(
+    rate="40", arrival="constant", duration_s=1.05, warmup_s=0, cooldown_s=0, timeout_s=1.0, slos=("errors=1%",)
+)
+
+
+def test_each_fault_is_counted_under_its_own_name_and_none_ends_the_run(tmp_path: Path) -> None:
+    with faulty_server() as port:
+        summary, rows = run_suite("reasoning", Target(f"http://127.0.0.1:{port}", "in-turn"), _SETTINGS, tmp_path)
+    assert len(rows) == 2 * len(ANSWERS) == summary.num_requests
+    assert summary.errors == Counter(2 * [error for _, error in ANSWERS.values() if error])
+    assert Counter(row.error for row in rows)[None] == 2 * 2, "a server without a usage field is none of them"
+    assert all(
+        row.output_tokens == 2 for row in rows if row.error in {None, "closed in mid-stream", "connection reset"}
+    )
+    assert not summary.objectives[0].is_met
+    document = json.loads((tmp_path / "reasoning.json").read_text())
+    assert document["summary"]["errors"] == summary.errors
+    page = (tmp_path / "reasoning.html").read_text()
+    for error in summary.errors:
+        assert error in page
+
+
+def test_a_certificate_that_nobody_signed_is_counted(tmp_path: Path) -> None:
+    with faulty_server("--self-signed", str(tmp_path / "own.pem")) as port:
+        target = Target(f"https://127.0.0.1:{port}", "good")
+        summary, _ = run_suite("reasoning", target, _SETTINGS, tmp_path / "run")
+    assert summary.errors == {"tls failed": summary.num_requests}
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_ctrl_c_writes_the_report_of_what_was_measured(tmp_path: Path, processes: int) -> None:
+    with faulty_server() as port:
+        command = [sys.executable, "-m", "slimserve", "loadtest", "reasoning", "--url", f"http://127.0.0.1:{port}"]
+        command += [
+            "--model",
+            "good",
+            "--rate",
+            "20",
+            "--duration",
+            "10m",
+            "--warmup",
+            "0",
+            "--processes",
+            str(processes),
+        ]
+        run = subprocess.Popen([*command, "-o", str(tmp_path)], stderr=subprocess.PIPE, start_new_session=True)
+        rows_file = tmp_path / "reasoning.rows.jsonl"
+        try:
+            deadline = time.monotonic() + 60
+            while not (rows_file.exists() and len(read_rows(rows_file)) >= 20):
+                assert run.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+            offspring = psutil.Process(run.pid).children(recursive=True)
+            assert offspring
+            os.killpg(run.pid, signal.SIGINT)  # as a terminal does, to the whole foreground group
+            _, said = run.communicate(timeout=30)
+        finally:
+            run.kill()
+            run.wait()
+    assert run.returncode == 130, said.decode()
+    assert "Traceback" not in said.decode()
+    assert not [process for process in offspring if process.is_running()]
+    rows = read_rows(rows_file)
+    document = json.loads((tmp_path / "reasoning.json").read_text())
+    summary = load_summary(document["summary"])
+    assert 15 <= summary.num_requests <= len(rows)
+    assert summary.errors == {}
+    assert summary.window_s < 60, "rates are over what was measured, not over what was asked for"
+    assert summary.requests_per_s == pytest.approx(20, rel=0.5)
+    assert any(reason.startswith("interrupted") for reason in summary.invalid)
+    assert "interrupted" in (tmp_path / "reasoning.html").read_text()
+
+
+def test_a_wrong_url_a_wrong_key_and_a_wrong_model_end_before_the_load_with_what_to_do(tmp_path: Path) -> None:
+    with faulty_server() as port:
+        url = f"http://127.0.0.1:{port}"
+        for given, said in (
+            (["--url", f"http://127.0.0.1:{free_port()}"], "is not answered"),
+            (["--url", url.replace("http", "https"), "--model", "good"], "is not answered"),
+            (["--url", url, "--model", "unknown"], "is not served"),
+        ):
+            command = [sys.executable, "-m", "slimserve", "loadtest", "reasoning", "--rate", "5", *given]
+            done = subprocess.run([*command, "-o", str(tmp_path)], capture_output=True, text=True, timeout=60)
+            assert done.returncode == 2
+            assert said in done.stderr
+            assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())

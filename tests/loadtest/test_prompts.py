@@ -1,0 +1,95 @@
+import json
+from pathlib import Path
+from typing import cast
+
+import pytest
+
+from contracts.errors import UserError
+from loadtest.prompts import make_prompts
+from loadtest.settings import Sizes, SuiteOptions, parse_duration
+from workloads.interface import ChatPrompt, ScoringPrompt
+from workloads.recommendation import Recommendation
+
+
+def slates(options: SuiteOptions, count: int = 120) -> list[ScoringPrompt]:
+    return [cast("ScoringPrompt", prompt) for _, prompt in make_prompts("recommendation", options, count, 3)]
+
+
+def test_slates_are_the_workloads_own_where_nothing_else_is_asked() -> None:
+    assert slates(SuiteOptions()) == Recommendation().make_prompts("load", 120, 3)
+
+
+def test_sizes_follow_their_distributions() -> None:
+    drawn = slates(SuiteOptions(history="4..8", candidates="2,6"))
+    assert {slate.query.count("\n") for slate in drawn} == set(range(4, 9))
+    assert {len(slate.items) for slate in drawn} == {2, 6}
+    assert all(len(slate.truth) == len(slate.items) for slate in drawn)
+    assert drawn == slates(SuiteOptions(history="4..8", candidates="2,6"), 200)[:120], (
+        "more prompts change no earlier one"
+    )
+
+
+def test_repeat_visits_send_a_members_earlier_history_with_other_candidates() -> None:
+    plain, repeated = slates(SuiteOptions()), slates(SuiteOptions(repeat_visits=0.9))
+    assert len({slate.query for slate in plain}) == len(plain)
+    assert len({slate.query for slate in repeated}) < len(repeated)
+    assert [slate.items for slate in repeated] == [slate.items for slate in plain]
+    by_query: dict[str, set[int]] = {}
+    for slate in repeated:
+        by_query.setdefault(slate.query, set()).add(slate.group)
+    assert all(len(members) == 1 for members in by_query.values())
+
+
+def test_mixed_prompts_are_those_of_both_suites_in_their_order() -> None:
+    options = SuiteOptions(share=0.25, max_tokens="32..64")
+    mixed = make_prompts("mixed", options, 80, 1)
+    of_kind = {kind: [prompt for its, prompt in mixed if its == kind] for kind in ("recommendation", "reasoning")}
+    assert 8 < len(of_kind["recommendation"]) < 34
+    for kind, prompts in of_kind.items():
+        assert prompts == [prompt for _, prompt in make_prompts(kind, options, len(prompts), 1)]
+    assert all(32 <= cast("ChatPrompt", prompt).max_tokens <= 64 for prompt in of_kind["reasoning"])
+
+
+def test_chats_are_read_as_messages_or_prompts(tmp_path: Path) -> None:
+    file = tmp_path / "chats.jsonl"
+    messages = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Hi"}]
+    file.write_text(f"{json.dumps({'messages': messages, 'max_tokens': 7})}\n\n{json.dumps({'prompt': 'Ho'})}\n")
+    first, second = (
+        cast("ChatPrompt", prompt) for _, prompt in make_prompts("chat", SuiteOptions(data=str(file)), 9, 0)
+    )
+    assert (list(first.messages), first.max_tokens) == (messages, 7)
+    assert (second.messages, second.max_tokens) == (({"role": "user", "content": "Ho"},), 160)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [(None, "is missing"), ("", "has no chat"), ("{}", ":1' is no chat"), ('{"prompt": "a"}\n[1]', ":2' is no chat")],
+)
+def test_data_that_holds_no_chats_is_refused(tmp_path: Path, text: str | None, message: str) -> None:
+    file = tmp_path / "chats.jsonl"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(UserError, match=message):
+        make_prompts("chat", SuiteOptions(data="" if text is None else str(file)), 9, 0)
+
+
+def test_histories_longer_than_any_members_are_refused() -> None:
+    with pytest.raises(UserError, match="is longer than every member's"):
+        slates(SuiteOptions(history="5000"))
+
+
+@pytest.mark.parametrize("text", ["", "0", "5..2", "a", "1,,2", "-3"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match="is no size"):
+        Sizes("--candidates", text)
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90", 90), ("1.5m", 90), ("500ms", 0.5), ("1h", 3600), ("2s", 2)])
+def test_lengths_of_time(text: str, seconds: float) -> None:
+    assert parse_duration("--duration", text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "s", "-1", "1 day", "1e3"])
+def test_what_is_no_length_of_time_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match="is no length of time"):
+        parse_duration("--duration", text)

@@ -1,0 +1,63 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from contracts.errors import UserError
+from loadtest import rates
+from loadtest.rates import find_rate, sweep_rates
+from loadtest.rows import Row
+from loadtest.settings import LoadSettings
+from loadtest.slo import parse_objective
+from loadtest.summary import LoadSummary, summarize
+from loadtest.target import Target
+
+_TARGET = Target("http://127.0.0.1:1", "m")
+_LIMIT = 6.0
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[LoadSettings]:
+    """Settings of every run, none of which is made: a server that is slow from _LIMIT requests/s on answers."""
+    settings_seen: list[LoadSettings] = []
+
+    def answer(suite: str, target: Target, settings: LoadSettings, output: Path) -> tuple[LoadSummary, list[Row]]:
+        settings_seen.append(settings)
+        latency_s = 0.1 if float(settings.rate) < _LIMIT else 0.9
+        rows = [Row(at, at, at + latency_s) for at in range(30)]
+        objectives = [parse_objective(text).judge(rows) for text in settings.slos]
+        return replace(summarize(rows, 0.0, 30.0), objectives=objectives), rows
+
+    monkeypatch.setattr(rates, "run_suite", answer)
+    return settings_seen
+
+
+def test_the_highest_rate_is_found_and_left_with_its_curve(asked: list[LoadSettings], tmp_path: Path) -> None:
+    found = find_rate("reasoning", _TARGET, LoadSettings(slos=("e2e_p90=500ms",), seed=5), tmp_path)
+    assert found.rate == pytest.approx(_LIMIT, rel=0.03)
+    assert len({settings.seed for settings in asked}) == len(asked), "no run asks the prompts of another"
+    document = json.loads((tmp_path / "reasoning.curve.json").read_text())
+    assert document["max_rate"]["rate"] == found.rate
+    assert len(document["runs"]) == len(asked)
+    assert (tmp_path / "reasoning.curve.html").exists()
+
+
+def test_a_sweep_measures_each_rate_once(asked: list[LoadSettings], tmp_path: Path) -> None:
+    points = sweep_rates("reasoning", _TARGET, LoadSettings(slos=("e2e_p90=500ms",)), "8,2,4", tmp_path)
+    assert [(point.rate, point.met) for point in points] == [(2.0, True), (4.0, True), (8.0, False)]
+    assert json.loads((tmp_path / "reasoning.curve.json").read_text())["max_rate"] is None
+
+
+@pytest.mark.parametrize("text", ["", "a", "1,,2", "0", "-1"])
+def test_what_is_no_list_of_rates_is_refused(asked: list[LoadSettings], tmp_path: Path, text: str) -> None:
+    with pytest.raises(UserError, match="--sweep: .* is no list of rates"):
+        sweep_rates("reasoning", _TARGET, LoadSettings(), text, tmp_path)
+
+
+def test_a_search_needs_an_objective_and_one_rate(asked: list[LoadSettings], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--slo"):
+        find_rate("reasoning", _TARGET, LoadSettings(), tmp_path)
+    with pytest.raises(UserError, match=r"--rate: '1\.\.5' is no rate"):
+        find_rate("reasoning", _TARGET, LoadSettings(rate="1..5", slos=("e2e_p90=1s",)), tmp_path)
+    assert not asked

@@ -1,0 +1,96 @@
+import pytest
+
+from contracts.errors import UserError
+from loadtest.rows import Row
+from loadtest.slo import goodput, parse_objective
+
+
+def row(
+    e2e_s: float = 1.0,
+    arrivals: tuple[tuple[float, int], ...] = (),
+    error: str | None = None,
+    answer_s: float | None = None,
+) -> Row:
+    """A request that was due at second 10 and sent late."""
+    told = tuple((10.0 + at_s, count) for at_s, count in arrivals)
+    first = None if answer_s is None else 10.0 + answer_s
+    return Row(10.0, 10.25, 10.0 + e2e_s, told, error=error, first_answer_s=first)
+
+
+@pytest.mark.parametrize(
+    ("text", "metric", "frac", "limit"),
+    [
+        ("ttft_p99=500ms", "ttft", 0.99, 0.5),
+        ("itl_p50<=50ms", "itl", 0.5, 0.05),
+        (" e2e_p99.9 ≤ 2s ", "e2e", 0.999, 2.0),
+        ("tpot_mean=1.5s", "tpot", None, 1.5),
+        ("answer_p5=0.25s", "answer", 0.05, 0.25),
+        ("errors=0.5%", "errors", None, 0.005),
+    ],
+)
+def test_an_objective_is_written_as_metric_statistic_and_bound(
+    text: str, metric: str, frac: float | None, limit: float
+) -> None:
+    objective = parse_objective(text)
+    assert (objective.metric, objective.limit) == (metric, pytest.approx(limit))
+    assert objective.frac == (None if frac is None else pytest.approx(frac))
+    assert objective.text == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "ttft", "ttft=500ms", "ttft_p99", "ttft_p99=500", "ttft_p99=500us", "ttft_p100=1s", "ttft_p99=-1s"),
+        *("speed_p99=1s", "errors=1", "errors_p99=1%", "ttft_p99>1s", "ttft_p99=1s,e2e_p99=2s", "TTFT_p99=1s"),
+    ],
+)
+def test_what_is_no_objective_is_refused_with_how_to_write_one(text: str) -> None:
+    with pytest.raises(UserError, match="is no objective; write ttft_p99=500ms"):
+        parse_objective(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("e2e_p50=1s", 2.0),
+        ("e2e_p99=1s", 4.0),
+        ("e2e_mean=1s", 2.5),
+        ("ttft_p99=1s", 0.5),
+        ("itl_p99=1s", 0.5),  # gaps 0.5, and 1.0 shared by two tokens
+        ("tpot_p50=1s", 0.5),
+        ("answer_p50=1s", 1.5),
+    ],
+)
+def test_a_statistic_is_over_the_samples_counted_from_when_requests_were_due(text: str, value: float) -> None:
+    rows = [row(1), row(2, ((0.5, 1), (1.0, 1), (2.0, 2)), answer_s=1.5), row(3), row(4)]
+    outcome = parse_objective(text).judge(rows)
+    assert outcome.value == pytest.approx(value)
+    assert outcome.is_met == (value <= outcome.limit)
+
+
+def test_the_bound_itself_is_met_and_no_sample_is_not() -> None:
+    assert parse_objective("e2e_p50=1s").judge([row(1.0)]).is_met
+    assert not parse_objective("e2e_p50=1s").judge([row(1.0 + 1e-6)]).is_met
+    for rows in ([], [row(1.0)]):
+        outcome = parse_objective("ttft_p50=1s").judge(rows)
+        assert (outcome.value, outcome.is_met) == (None, False)
+    assert not parse_objective("errors=1%").judge([]).is_met
+    assert not parse_objective("e2e_p99=9s").judge([row(error="timeout")] * 3).is_met, "of failed requests alone"
+
+
+def test_errors_are_a_share_of_all_requests() -> None:
+    rows = [row(error="timeout"), row(error="http 500"), *[row()] * 98]
+    assert parse_objective("errors=2%").judge(rows).is_met
+    outcome = parse_objective("errors=1.9%").judge(rows)
+    assert (outcome.value, outcome.is_met) == (0.02, False)
+
+
+def test_goodput_counts_what_kept_every_objective_and_failures_as_misses() -> None:
+    objectives = [parse_objective("ttft_p99=500ms"), parse_objective("itl_p99=300ms")]
+    quick = row(2, ((0.4, 1), (0.6, 1), (1.2, 2)))
+    late = row(2, ((0.6, 1), (0.7, 1)))
+    one_slow_token = row(2, ((0.4, 1), (0.6, 1), (1.0, 1)))
+    failed = row(2, ((0.4, 1), (0.6, 1)), error="closed in mid-stream")
+    assert goodput([quick, quick, late, one_slow_token, failed], objectives, window_s=4.0) == 0.5
+    assert goodput([row(), failed], [parse_objective("errors=50%")], window_s=2.0) == 0.5
+    assert goodput([], objectives, window_s=2.0) == 0

@@ -1,0 +1,63 @@
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from workloads.text import TextReading, coarse_kl, make_documents, text_figures
+
+
+def listed(shares: NDArray[np.float64], count: int) -> dict[int, float]:
+    """What a server lists of a distribution: its `count` likeliest tokens."""
+    best = np.argsort(-shares)[:count]
+    return {int(token): float(np.log(shares[token])) for token in best}
+
+
+def reading(tops: Sequence[dict[int, float]], tokens: Sequence[int]) -> TextReading:
+    return TextReading((0, *tokens), tuple(top[token] for top, token in zip(tops, tokens, strict=True)), tuple(tops))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_divergence_over_listed_tokens_is_a_lower_bound(seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    p, q = draw.dirichlet(np.full(300, 0.05)), draw.dirichlet(np.full(300, 0.05))
+    p, q = (0.97 * side + 0.03 / 300 for side in (p, 0.7 * p + 0.3 * q))
+    full = float(np.sum(p * np.log(p / q)))
+    bound = coarse_kl(listed(p, 20), listed(q, 20))
+    assert 0 <= bound <= full
+    assert coarse_kl(listed(p, 300), listed(q, 300)) == pytest.approx(full)
+
+
+def test_the_divergence_is_exact_where_all_mass_is_listed() -> None:
+    p, q = (
+        {1: math.log(0.5), 2: math.log(0.25), 3: math.log(0.25)},
+        {1: math.log(0.25), 2: math.log(0.25), 3: math.log(0.5)},
+    )
+    assert coarse_kl(p, q) == pytest.approx(0.5 * math.log(2) - 0.25 * math.log(2))
+    assert coarse_kl(p, p) == 0
+
+
+def test_lists_without_a_common_token_bound_nothing_below_zero() -> None:
+    assert coarse_kl({1: math.log(0.9)}, {2: math.log(0.9)}) == 0
+
+
+def test_figures_by_hand() -> None:
+    p = [{1: math.log(0.5), 2: math.log(0.5 - 1e-9)}] * 70
+    q = [{1: math.log(0.2), 2: math.log(0.8)}] * 70
+    tokens = [1] * 70
+    figures = text_figures([reading(q, tokens)], [reading(p, tokens)])
+    assert figures["perplexity"].value == pytest.approx(1 / 0.2)
+    assert figures["kl_nats"].value == pytest.approx(0.5 * math.log(0.5 / 0.2) + 0.5 * math.log(0.5 / 0.8))
+    assert figures["top1_agreement"].value == 0
+    assert figures["perplexity"].n == 70
+    assert len(figures["perplexity"].groups) == 2
+    assert set(text_figures([reading(q, tokens)])) == {"perplexity"}
+
+
+def test_documents_are_long_enough_differ_and_take_turns() -> None:
+    documents = make_documents(4, 600)
+    assert len(set(documents)) == 4
+    assert all(len(document) >= 600 for document in documents)
+    assert ["<think>" in document for document in documents] == [False, True, False, True]
+    assert make_documents(2, 600) == documents[:2]
