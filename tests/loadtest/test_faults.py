@@ -13,7 +13,8 @@ import psutil
 import pytest
 
 from loadtest.rows import read_rows
-from loadtest.run import LoadSettings, run_suite
+from loadtest.run import run_suite
+from loadtest.settings import LoadSettings
 from loadtest.summary import load_summary
 from loadtest.target import Target
 from serve.engine import free_port

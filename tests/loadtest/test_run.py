@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from contracts.errors import UserError
-from loadtest.run import Cluster, LoadSettings, run_suite
-from loadtest.settings import SuiteOptions
+from loadtest.run import Cluster, run_suite
+from loadtest.settings import LoadSettings, SuiteOptions
 from loadtest.target import Target
 from serve.engine import free_port
 from tests.fake_server import CHUNKS, GAP_S, SCORE_S, TTFT_S

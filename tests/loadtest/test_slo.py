@@ -32,7 +32,8 @@ def test_an_objective_is_written_as_metric_statistic_and_bound(
     text: str, metric: str, frac: float | None, limit: float
 ) -> None:
     objective = parse_objective(text)
-    assert (objective.metric, objective.limit) == (metric, pytest.approx(limit))
+    assert objective.metric == metric
+    assert objective.limit == pytest.approx(limit)
     assert objective.frac == (None if frac is None else pytest.approx(frac))
     assert objective.text == text
 
