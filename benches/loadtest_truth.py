@@ -45,7 +45,7 @@ JUDGED = ("ttft", "itl", "e2e")
 TOLERANCE = {"p50": 0.05, "p99": 0.5}
 WARMUP_S, DURATION_S = 2.5, 8.0
 _NUM_PROMPTS = 2000
-_MOST_LAG_MS = 1.0
+_MOST_LAG_MS = 5.0
 """At p99, of the server's own writes."""
 _VLLM_BENCH = Path(__file__).parent / "peers" / "vllm_bench.py"
 

@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -32,8 +33,6 @@ from workloads.text import TextReading, make_documents, text_figures
 
 _CONCURRENCY = 8
 _TIMEOUT_S = 600.0
-_KEEPALIVE_S = 2.0
-"""Shorter than the 5 s after which uvicorn closes an idle connection, which could race with a new request."""
 _NUM_LISTED = 20
 """Log-probabilities per place, the most that vLLM gives by default."""
 _CHARACTERS_PER_TOKEN = 6
@@ -59,7 +58,7 @@ def ask_quality(target: Target, workload: str, num_prompts: int, seed: int) -> A
     Raises UserError naming the request that failed: a quality figure over some of the
     prompts would not be comparable.
     """
-    prompts = load_workload(workload).make_prompts("quality", num_prompts, seed)
+    prompts = _prompts(workload, num_prompts, seed)
 
     async def ask(asker: _Asker, prompt: Prompt) -> KeptAnswer:
         return await (asker.score(prompt) if isinstance(prompt, ScoringPrompt) else asker.chat(prompt))
@@ -73,7 +72,7 @@ def ask_text(target: Target, num_documents: int, num_tokens: int, seed: int) -> 
 
     It takes a server that counts tokens (`/tokenize`) and knows `prompt_logprobs`, as vLLM does.
     """
-    documents = make_documents(num_documents, num_tokens * _CHARACTERS_PER_TOKEN, seed)
+    documents = _documents(num_documents, num_tokens * _CHARACTERS_PER_TOKEN, seed)
 
     async def ask(asker: _Asker, document: str) -> KeptAnswer:
         return await asker.read(document, num_tokens)
@@ -113,7 +112,7 @@ def figures_of(
         pairs = reference is not None and reference.prompts_sha256 == answers.prompts_sha256
         theirs = cast("list[TextReading]", reference.answers) if reference and pairs else None
         return text_figures(cast("list[TextReading]", answers.answers), theirs)
-    prompts = load_workload(workload).make_prompts("quality", num_prompts, seed)
+    prompts = _prompts(workload, num_prompts, seed)
     if all(isinstance(prompt, ScoringPrompt) for prompt in prompts):
         slates = cast("list[ScoringPrompt]", prompts)
         scores = cast("list[tuple[float, ...]]", answers.answers)
@@ -123,6 +122,15 @@ def figures_of(
     right = [is_right(problem, answer.text) for problem, answer in zip(problems, given, strict=True)]
     kinds = [problem.kind for problem in problems]
     return estimates.answer_figures(right, kinds, [answer.num_tokens for answer in given])
+
+
+@cache
+def _prompts(workload: str, num_prompts: int, seed: int) -> list[Prompt]:
+    """Every variant is asked the same ones, and making them takes a second."""
+    return load_workload(workload).make_prompts("quality", num_prompts, seed)
+
+
+_documents = cache(make_documents)
 
 
 def _answer_of(line: dict[str, Any]) -> KeptAnswer:
@@ -145,7 +153,8 @@ def _ask_all(
     async def run(tick: Tick) -> list[KeptAnswer]:
         answers: dict[int, KeptAnswer] = {}
         waiting = asyncio.Semaphore(_CONCURRENCY)
-        limits = httpx.Limits(keepalive_expiry=_KEEPALIVE_S)
+        # A connection for each request: nothing is timed here, and a server may close a kept one just as it is used.
+        limits = httpx.Limits(max_keepalive_connections=0)
         async with httpx.AsyncClient(
             base_url=target.url, headers=auth_headers(), timeout=_TIMEOUT_S, limits=limits
         ) as client:

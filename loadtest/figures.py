@@ -96,7 +96,7 @@ def objective_lines(summary: LoadSummary) -> list[Line]:
 def _outcome_text(outcome: ObjectiveOutcome) -> str:
     is_share = outcome.text.strip().startswith("errors")
     if outcome.value is None:
-        return "MISSED: there was no sample"
+        return "MISSED: failed requests, or no sample"
     value = percent_text(outcome.value, 2) if is_share else f"{ms_text(outcome.value)} ms"
     limit = percent_text(outcome.limit, 2) if is_share else f"{ms_text(outcome.limit)} ms"
     return f"met: {value}, at most {limit}" if outcome.is_met else f"MISSED: {value}, more than {limit}"

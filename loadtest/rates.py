@@ -25,19 +25,27 @@ def find_rate(suite: str, target: Target, settings: LoadSettings, output: Path) 
     if not settings.slos:
         raise UserError("--slo", "", "is missing", "say what the highest rate must keep, as --slo ttft_p99=500ms")
     (start_rate,) = _rates("--rate", settings.rate or _START_RATE, most=1)
-    found = find_max_rate(_measure(suite, target, settings, output), start_rate, first_seed=settings.seed)
-    _report(suite, target, settings, output, list(found.points), found)
+    points: list[Point] = []
+    found = None
+    try:
+        found = find_max_rate(_measure(suite, target, settings, output, points), start_rate, first_seed=settings.seed)
+    finally:
+        _report(suite, target, settings, output, points, found)
     return found
 
 
 def sweep_rates(suite: str, target: Target, settings: LoadSettings, rates: str, output: Path) -> list[Point]:
     """One run at each of `rates` (1,2,4), which leave their files as those of a search do."""
-    points = sweep(_measure(suite, target, settings, output), _rates("--sweep", rates), settings.seed)
-    _report(suite, target, settings, output, points)
-    return points
+    points: list[Point] = []
+    wanted = _rates("--sweep", rates)
+    try:
+        return sweep(_measure(suite, target, settings, output, points), wanted, settings.seed)
+    finally:
+        _report(suite, target, settings, output, points)
 
 
-def _measure(suite: str, target: Target, settings: LoadSettings, output: Path) -> Measure:
+def _measure(suite: str, target: Target, settings: LoadSettings, output: Path, points: list[Point]) -> Measure:
+    """Runs the suite at a rate; what was measured is appended to `points`, so that an interrupt does not lose it."""
     if settings.trace:
         raise UserError("--trace", settings.trace, "has a rate of its own", "leave it out of a search")
 
@@ -50,6 +58,7 @@ def _measure(suite: str, target: Target, settings: LoadSettings, output: Path) -
             for outcome in summary.objectives
         )
         say(f"{rate:.4g} requests/s: {said or f'{summary.num_requests} requests'}")
+        points.append(Point(rate, seed, met, summary))
         return Probe(met, summary)
 
     return measure
@@ -63,6 +72,8 @@ def _report(
     points: list[Point],
     found: MaxRate | None = None,
 ) -> None:
+    if not points:
+        return
     runs = [{"rate": one.rate, "seed": one.seed, "met": one.met, "summary": one.summary.as_dict()} for one in points]
     told = {name: value for name, value in asdict(found).items() if name != "points"} if found else {}
     document = write_document(
@@ -88,4 +99,4 @@ def _rates(name: str, text: str, most: int | None = None) -> list[float]:
 
 
 def _value(value: float | None) -> str:
-    return "no sample" if value is None else f"{value:.4g}"
+    return "failed requests or no sample" if value is None else f"{value:.4g}"

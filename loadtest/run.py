@@ -128,6 +128,8 @@ def _summarize(
             f"{summary.num_repeats} of {len(rows)} requests repeated an earlier prompt, which a prefix cache answers: "
             "load for less long, or bring more data"
         )
+    if any(row.output_tokens > sum(count for _, count in row.arrivals) for row in rows if row.error is None):
+        warnings.append("the server does not count the tokens of each chunk: gaps and tokens/s are of chunks")
     invalid = _client_faults(summary, client)
     if interrupted_after_s is not None:
         invalid.append(f"interrupted after {interrupted_after_s:.0f} of {settings.total_s:.0f} s")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,13 +29,14 @@ class Objective:
     limit: float
 
     def value_of(self, rows: Sequence[Row]) -> float | None:
-        """The statistic over these rows; None where there is no sample."""
+        """The statistic over these rows; None where there is no sample, or where it falls on a request that failed."""
         if self.metric == "errors":
             return sum(row.error is not None for row in rows) / len(rows) if rows else None
-        samples = [sample for row in rows if row.error is None for sample in samples_of(row, self.metric)]
+        samples = [sample for row in rows for sample in samples_of(row, self.metric)]
         if not samples:
             return None
-        return sum(samples) / len(samples) if self.frac is None else percentile(sorted(samples), self.frac)
+        value = sum(samples) / len(samples) if self.frac is None else percentile(sorted(samples), self.frac)
+        return value if math.isfinite(value) else None
 
     def judge(self, rows: Sequence[Row]) -> ObjectiveOutcome:
         """Whether these rows keep the bound; where there is no sample, nothing is met."""
@@ -43,9 +45,9 @@ class Objective:
 
     def is_met_by(self, row: Row) -> bool:
         """Whether one request keeps the bound: each of its samples for latencies, being answered for errors."""
-        if row.error is not None:
-            return False
-        return self.metric == "errors" or all(sample <= self.limit for sample in samples_of(row, self.metric))
+        if self.metric == "errors":
+            return row.error is None
+        return all(sample <= self.limit for sample in samples_of(row, self.metric))
 
 
 def parse_objective(text: str) -> Objective:
@@ -61,13 +63,21 @@ def parse_objective(text: str) -> Objective:
 
 
 def samples_of(row: Row, metric: Metric) -> list[float]:
-    """The latencies of one good answer, in seconds: one of each kind, but one ITL per token after the first chunk."""
+    """The latencies of one request, in seconds: one of each kind, but one ITL per token after the first chunk.
+
+    A failed request took for ever, so that a server gains nothing by refusing; so did an answer that never left its
+    chain of thought.
+    """
+    if row.error is not None:
+        return [math.inf]
     if metric == "e2e":
         return [row.e2e_s]
     if metric == "itl":
         return list(row.inter_token_gaps_s())
     if metric == "answer":
-        return [] if row.first_answer_s is None else [row.first_answer_s - row.due_s]
+        if row.first_answer_s is not None:
+            return [row.first_answer_s - row.due_s]
+        return [math.inf] if row.arrivals else []
     value = row.ttft_s if metric == "ttft" else row.tpot_s
     return [] if value is None else [value]
 

@@ -126,8 +126,8 @@ def probability_kept(
 ) -> float:
     """How likely `figure` is at least `least_frac` of `reference`, where `samples` are their paired draws.
 
-    The share of paired bootstrap draws in which it is. For shares of successes draws come from the posterior of the four
-    kinds of pairs instead (Jeffreys' prior): a bootstrap of few pairs that differ would pass for certainty.
+    The share of paired bootstrap draws in which it is. For shares of successes draws come from the posterior of the
+    four kinds of pairs instead (Jeffreys' prior): a bootstrap of few pairs that differ would pass for certainty.
     """
     if figure.successes is not None and reference.successes is not None:
         kinds = [(ours, theirs) for ours in (True, False) for theirs in (True, False)]

@@ -13,7 +13,7 @@ SUMMARY = replace(
 
 
 def test_the_larger_share_of_its_roof_is_what_binds() -> None:
-    # Half of each second for 2 requests of 250 computed tokens at 1,000/s, a quarter for 100 tokens at 8 streams × 50/s.
+    # Half a second for 2 requests of 250 computed tokens at 1,000/s, a quarter for 100 tokens at 8 streams × 50/s.
     regime = regime_of(SUMMARY, 8, Roofs(prefill=1000.0, decode=50.0))
     assert regime.bound == "prefill"
     assert regime.prefill_tokens_per_s == 500

@@ -135,7 +135,7 @@ def test_a_mixed_run_shows_both_kinds(tmp_path: Path) -> None:
 def test_a_run_without_a_good_answer_renders(tmp_path: Path, rows: list[Row]) -> None:
     summary = summary_of(rows)
     page = text_of(write_html(document_of("reasoning", summary), rows, tmp_path).read_text())
-    assert "MISSED: there was no sample" in page
+    assert "MISSED: failed requests, or no sample" in page
     assert ("1 × timeout" in page) == bool(rows)
     print_summary("reasoning", TARGET, summary)
 
