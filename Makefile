@@ -28,15 +28,18 @@ export HF_HUB_OFFLINE ?= 1
 BENCHES := $(addprefix bench-,launch scoring decode gateway ready quantize prune memory load \
     loadtest-truth loadtest-stall loadtest-real max-rate)
 
+# What a variant must keep at half of the dense model's capacity to be named the one to ship.
+OBJECTIVES := --slo recommendation:e2e_p95=1.5s --slo reasoning:ttft_p95=500ms --slo reasoning:itl_p95=100ms
+
 .PHONY: demo compare test install lock lint types unit clean $(BENCHES)
 
 demo: install
 	$(BIN)/slimserve compare --model smollm2-135m-instruct --recipes dense,w8a8,prune25-w8a8 \
-	    --workloads recommendation,reasoning --quick
+	    --workloads recommendation,reasoning --quick $(OBJECTIVES)
 
 compare: install
 	$(BIN)/slimserve compare --model smollm2-135m-instruct --recipes dense,w8a8,w4a16,nf4,prune25,prune25-w8a8 \
-	    --workloads recommendation,reasoning -o results/compare
+	    --workloads recommendation,reasoning $(OBJECTIVES) -o results/compare
 
 test: install lint types unit
 

@@ -248,7 +248,7 @@ def loadtest(
         int,
         typer.Option(help="Port where --master listens for workers", rich_help_panel="Several processes or machines"),
     ] = 5557,
-    seed: Annotated[int, typer.Option(help="Of arrivals and of the order of prompts", rich_help_panel="Traffic")] = 0,
+    seed: Annotated[int, typer.Option(help="Of arrivals", rich_help_panel="Traffic")] = 0,
     endpoint: Annotated[
         str,
         typer.Option(
@@ -271,6 +271,11 @@ def loadtest(
     exact_tokens: Annotated[
         bool, typer.Option("--exact-tokens", help="Answers go on until --max-tokens", rich_help_panel="Requests")
     ] = False,
+    prompt_seed: Annotated[int, typer.Option(help="Of the order of prompts", rich_help_panel="Requests")] = 0,
+    first_prompt: Annotated[
+        int,
+        typer.Option(help="Where in it to begin, to ask others than an earlier run", rich_help_panel="Requests"),
+    ] = 0,
     share: Annotated[float, typer.Option(help="mixed: the share of slates", rich_help_panel="Requests")] = 0.5,
     data: Annotated[
         str,
@@ -298,7 +303,9 @@ def loadtest(
 
     if arrival not in get_args(Arrival):
         raise UserError("--arrival", arrival, "is unknown", f"choose from {', '.join(get_args(Arrival))}")
-    options = SuiteOptions(endpoint, history, candidates, repeat_visits, max_tokens, exact_tokens, share, data)
+    options = SuiteOptions(
+        endpoint, history, candidates, repeat_visits, max_tokens, exact_tokens, share, prompt_seed, first_prompt, data
+    )
     settings = LoadSettings(
         rate=rate,
         arrival=cast("Arrival", arrival),

@@ -19,19 +19,32 @@ MOST_PROMPTS = 2000
 """Closed loops begin anew after so many, and say so."""
 
 
-def make_prompts(suite: str, options: SuiteOptions, num_prompts: int, seed: int) -> list[tuple[str, Prompt]]:
-    """At most `num_prompts` prompts, each with its kind (the workload that judges its answer)."""
+def make_prompts(suite: str, options: SuiteOptions, num_prompts: int) -> list[tuple[str, Prompt]]:
+    """At most `num_prompts` prompts, each with its kind (the workload that judges its answer).
+
+    They begin at `options.first_prompt` of the order of `options.prompt_seed`, and go round where that is near its end.
+    """
+    first = options.first_prompt
+    known = _in_order(suite, options, first + num_prompts)
+    if len(known) < first + num_prompts:
+        first %= len(known)
+        known = [*known[first:], *known[:first]]
+        first = 0
+    return known[first : first + num_prompts]
+
+
+def _in_order(suite: str, options: SuiteOptions, num_prompts: int) -> list[tuple[str, Prompt]]:
     if suite == "recommendation":
-        return [("recommendation", prompt) for prompt in _slates(options, num_prompts, seed)]
+        return [("recommendation", prompt) for prompt in _slates(options, num_prompts)]
     if suite == "reasoning":
-        return [("reasoning", prompt) for prompt in _problems(options, num_prompts, seed)]
+        return [("reasoning", prompt) for prompt in _problems(options, num_prompts)]
     if suite == "chat":
-        return [("chat", prompt) for prompt in _chats(options, num_prompts, seed)]
-    numbers = random.Random(f"mixed {seed}")
+        return [("chat", prompt) for prompt in _chats(options, num_prompts)]
+    numbers = random.Random(f"mixed {options.prompt_seed}")
     kinds = ["recommendation" if numbers.random() < options.share else "reasoning" for _ in range(num_prompts)]
     left: dict[str, Iterator[Prompt]] = {
-        "recommendation": iter(_slates(options, kinds.count("recommendation"), seed)),
-        "reasoning": iter(_problems(options, kinds.count("reasoning"), seed)),
+        "recommendation": iter(_slates(options, kinds.count("recommendation"))),
+        "reasoning": iter(_problems(options, kinds.count("reasoning"))),
     }
     drawn = ((kind, next(left[kind], None)) for kind in kinds)
     return [(kind, prompt) for kind, prompt in drawn if prompt is not None]
@@ -52,11 +65,11 @@ def _recommendation(options: SuiteOptions) -> Recommendation:
     )
 
 
-def _slates(options: SuiteOptions, num_prompts: int, seed: int) -> list[ScoringPrompt]:
+def _slates(options: SuiteOptions, num_prompts: int) -> list[ScoringPrompt]:
     """Slates with histories and candidates of drawn lengths; a repeat visit has another one's history."""
-    numbers = random.Random(f"slates {seed}")
+    numbers = random.Random(f"slates {options.prompt_seed}")
     history, candidates = Sizes("--history", options.history), Sizes("--candidates", options.candidates)
-    drawn = cast("list[ScoringPrompt]", _recommendation(options).make_prompts("load", num_prompts, seed))
+    drawn = cast("list[ScoringPrompt]", _recommendation(options).make_prompts("load", num_prompts, options.prompt_seed))
     if not drawn:
         remedy = "ask for shorter histories or fewer candidates"
         raise UserError("--history", options.history, "is longer than every member's", remedy)
@@ -74,15 +87,15 @@ def _slates(options: SuiteOptions, num_prompts: int, seed: int) -> list[ScoringP
     return slates
 
 
-def _problems(options: SuiteOptions, num_prompts: int, seed: int) -> list[ChatPrompt]:
-    numbers, sizes = random.Random(f"problems {seed}"), Sizes("--max-tokens", options.max_tokens)
-    problems = cast("list[ChatPrompt]", Reasoning().make_prompts("load", num_prompts, seed))
+def _problems(options: SuiteOptions, num_prompts: int) -> list[ChatPrompt]:
+    numbers, sizes = random.Random(f"problems {options.prompt_seed}"), Sizes("--max-tokens", options.max_tokens)
+    problems = cast("list[ChatPrompt]", Reasoning().make_prompts("load", num_prompts, options.prompt_seed))
     return [replace(problem, max_tokens=sizes.draw(numbers)) for problem in problems]
 
 
-def _chats(options: SuiteOptions, num_prompts: int, seed: int) -> list[ChatPrompt]:
+def _chats(options: SuiteOptions, num_prompts: int) -> list[ChatPrompt]:
     """A user's chats in their order: `messages`, or `prompt` for one message, and `max_tokens` if it has its own."""
-    numbers, sizes = random.Random(f"chats {seed}"), Sizes("--max-tokens", options.max_tokens)
+    numbers, sizes = random.Random(f"chats {options.prompt_seed}"), Sizes("--max-tokens", options.max_tokens)
     if not options.data:
         raise UserError("--data", "", "is missing", "name a JSONL file with `messages` or `prompt` on each line")
     try:

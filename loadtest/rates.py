@@ -49,8 +49,14 @@ def _measure(suite: str, target: Target, settings: LoadSettings, output: Path, p
     if settings.trace:
         raise UserError("--trace", settings.trace, "has a rate of its own", "leave it out of a search")
 
+    num_asked = settings.suite.first_prompt
+
     def measure(rate: float, seed: int) -> Probe:
-        at_rate = replace(settings, rate=f"{rate:.6f}", seed=seed)
+        nonlocal num_asked
+        # Arrivals of their own, and prompts that no earlier run asked while there are such: caches know those.
+        unasked = replace(settings.suite, first_prompt=num_asked)
+        at_rate = replace(settings, rate=f"{rate:.6f}", seed=seed, suite=unasked)
+        num_asked += len(at_rate.due_s())
         summary, _ = run_suite(suite, target, at_rate, output / f"{rate:.4g}rps-seed{seed}")
         met = all(outcome.is_met for outcome in summary.objectives)
         said = ", ".join(

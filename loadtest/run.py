@@ -75,7 +75,7 @@ def run_suite(
         raise UserError("suite", suite, "is unknown", f"choose from {', '.join(SUITES)}")
     settings.check()
     if suite == "chat":
-        make_prompts(suite, settings.suite, 1, settings.seed)  # a file that holds no chat is refused before any work
+        make_prompts(suite, settings.suite, 1)  # a file that holds no chat is refused before any work
     output.mkdir(parents=True, exist_ok=True)
     rows_file = output / f"{suite}.rows.jsonl"
     report_file = output / f".{suite}.client.json"
@@ -146,7 +146,7 @@ def _judge(suite: str, settings: LoadSettings, rows: Sequence[Row], summary: Loa
     window = [row for row in rows if settings.warmup_s <= row.due_s < end_s]
     objectives = [parse_objective(text) for text in settings.slos]
     numbers = max((row.prompt for row in rows), default=-1) + 1
-    prompts = make_prompts(suite, settings.suite, numbers, settings.seed) if numbers else []
+    prompts = make_prompts(suite, settings.suite, numbers) if numbers else []
     price_per_s = settings.price_per_hour / 3600 if settings.price_per_hour is not None else None
 
     def judged(part: LoadSummary, of_part: Sequence[Row]) -> LoadSummary:

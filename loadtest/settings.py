@@ -37,6 +37,10 @@ class SuiteOptions:
     """Whether answers go on past their end until max_tokens (vLLM's ignore_eos)."""
     share: float = 0.5
     """Of mixed traffic, the share of recommendation requests."""
+    prompt_seed: int = 0
+    """Of the order of prompts, and of all that is drawn for them."""
+    first_prompt: int = 0
+    """Where in that order a run begins, so that it asks others than an earlier one."""
     data: str = ""
     """chat: a JSONL file with `messages` or `prompt` per line; recommendation: a folder of atomic files."""
 
@@ -61,7 +65,7 @@ class LoadSettings:
     timeout_s: float = 300.0
     """Longest wait for an answer, from when it was sent."""
     seed: int = 0
-    """Of arrivals and of the order of prompts."""
+    """Of arrivals."""
     processes: int = 1
     """Locust workers that share the load."""
     slos: tuple[str, ...] = ()
@@ -89,6 +93,7 @@ class LoadSettings:
             ("--cooldown", self.cooldown_s, lambda value: value >= 0, "give 0 or more seconds"),
             ("--timeout", self.timeout_s, lambda value: value > 0, "give seconds above 0"),
             ("--repeat-visits", self.suite.repeat_visits, lambda value: 0 <= value < 1, "give a share from 0 to 0.99"),
+            ("--first-prompt", self.suite.first_prompt, lambda value: value >= 0, "give 0 or more"),
             ("--share", self.suite.share, lambda value: 0 < value < 1, "give a share between 0 and 1"),
             ("--price-per-hour", self.price_per_hour or 0.0, lambda value: value >= 0, "give 0 or more"),
         ]

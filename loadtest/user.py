@@ -87,7 +87,7 @@ class LoadRun:
         if self.is_open_loop:
             self._due_s = settings.due_s()
         count = min(len(self._due_s), MOST_PROMPTS) if self.is_open_loop else MOST_PROMPTS
-        prompts = make_prompts(self._suite, settings.suite, count, settings.seed)
+        prompts = make_prompts(self._suite, settings.suite, count)
         self._client.prepare(sorted({kind for kind, _ in prompts}))
         exact = settings.suite.exact_tokens
         self._prepared = [
@@ -259,7 +259,7 @@ def register(user: type[SuiteUser]) -> None:
         add("--burstiness", type=float, default=1.0, help="variance of gamma gaps over that of Poisson arrivals")
         add("--trace", default="", help="file of timestamps to replay")
         add("--timeout", type=float, default=300.0, help="longest wait for an answer, seconds")
-        add("--seed", type=int, default=0, help="of arrivals and of the order of prompts")
+        add("--seed", type=int, default=0, help="of arrivals")
         types = get_type_hints(SuiteOptions)
         for field in fields(SuiteOptions):
             kind = _flag if types[field.name] is bool else types[field.name]

@@ -12,11 +12,11 @@ from workloads.recommendation import Recommendation
 
 
 def slates(options: SuiteOptions, count: int = 120) -> list[ScoringPrompt]:
-    return [cast("ScoringPrompt", prompt) for _, prompt in make_prompts("recommendation", options, count, 3)]
+    return [cast("ScoringPrompt", prompt) for _, prompt in make_prompts("recommendation", options, count)]
 
 
 def test_slates_are_the_workloads_own_where_nothing_else_is_asked() -> None:
-    assert slates(SuiteOptions()) == Recommendation().make_prompts("load", 120, 3)
+    assert slates(SuiteOptions()) == Recommendation().make_prompts("load", 120)
 
 
 def test_sizes_follow_their_distributions() -> None:
@@ -42,11 +42,11 @@ def test_repeat_visits_send_a_members_earlier_history_with_other_candidates() ->
 
 def test_mixed_prompts_are_those_of_both_suites_in_their_order() -> None:
     options = SuiteOptions(share=0.25, max_tokens="32..64")
-    mixed = make_prompts("mixed", options, 80, 1)
+    mixed = make_prompts("mixed", options, 80)
     of_kind = {kind: [prompt for its, prompt in mixed if its == kind] for kind in ("recommendation", "reasoning")}
     assert 8 < len(of_kind["recommendation"]) < 34
     for kind, prompts in of_kind.items():
-        assert prompts == [prompt for _, prompt in make_prompts(kind, options, len(prompts), 1)]
+        assert prompts == [prompt for _, prompt in make_prompts(kind, options, len(prompts))]
     assert all(32 <= cast("ChatPrompt", prompt).max_tokens <= 64 for prompt in of_kind["reasoning"])
 
 
@@ -54,9 +54,7 @@ def test_chats_are_read_as_messages_or_prompts(tmp_path: Path) -> None:
     file = tmp_path / "chats.jsonl"
     messages = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Hi"}]
     file.write_text(f"{json.dumps({'messages': messages, 'max_tokens': 7})}\n\n{json.dumps({'prompt': 'Ho'})}\n")
-    first, second = (
-        cast("ChatPrompt", prompt) for _, prompt in make_prompts("chat", SuiteOptions(data=str(file)), 9, 0)
-    )
+    first, second = (cast("ChatPrompt", prompt) for _, prompt in make_prompts("chat", SuiteOptions(data=str(file)), 9))
     assert (list(first.messages), first.max_tokens) == (messages, 7)
     assert (second.messages, second.max_tokens) == (({"role": "user", "content": "Ho"},), 160)
 
@@ -70,7 +68,14 @@ def test_data_that_holds_no_chats_is_refused(tmp_path: Path, text: str | None, m
     if text is not None:
         file.write_text(text)
     with pytest.raises(UserError, match=message):
-        make_prompts("chat", SuiteOptions(data="" if text is None else str(file)), 9, 0)
+        make_prompts("chat", SuiteOptions(data="" if text is None else str(file)), 9)
+
+
+def test_a_run_begins_where_an_earlier_one_ended_and_goes_round() -> None:
+    everything = slates(SuiteOptions(), 2000)
+    assert slates(SuiteOptions(first_prompt=100), 50) == everything[100:150]
+    assert slates(SuiteOptions(first_prompt=len(everything) - 10), 30) == everything[-10:] + everything[:20]
+    assert slates(SuiteOptions(prompt_seed=1), 50) != everything[:50]
 
 
 def test_histories_longer_than_any_members_are_refused() -> None:

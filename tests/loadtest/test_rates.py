@@ -36,7 +36,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[LoadSettings]:
 def test_the_highest_rate_is_found_and_left_with_its_curve(asked: list[LoadSettings], tmp_path: Path) -> None:
     found = find_rate("reasoning", _TARGET, LoadSettings(slos=("e2e_p90=500ms",), seed=5), tmp_path)
     assert found.rate == pytest.approx(_LIMIT, rel=0.03)
-    assert len({settings.seed for settings in asked}) == len(asked), "no run asks the prompts of another"
+    assert len({settings.seed for settings in asked}) == len(asked)
+    ends = [settings.suite.first_prompt + len(settings.due_s()) for settings in asked]
+    assert [settings.suite.first_prompt for settings in asked[1:]] == ends[:-1], "no run asks the prompts of another"
     document = json.loads((tmp_path / "reasoning.curve.json").read_text())
     assert document["max_rate"]["rate"] == found.rate
     assert len(document["runs"]) == len(asked)
