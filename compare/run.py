@@ -47,7 +47,7 @@ from contracts.progress import say
 from contracts.provenance import versions
 from contracts.variant import disk_bytes, read_manifest
 from loadtest.run import run_suite
-from loadtest.settings import LoadSettings
+from loadtest.settings import LoadSettings, SuiteOptions
 from loadtest.target import Target, find_target
 from serve.engine import Engine, EngineSpec, free_port
 from serve.plan import LaunchPlan, Profile, plan_launch
@@ -56,6 +56,10 @@ from workloads import load_workload
 _BEYOND = 1.5
 """A rate so many times what the closed loop got through is not run on a CPU: it gains little from more requests at
 once, the queue would only grow, and letting it run dry takes minutes."""
+_STEPS = 10
+"""More loads of a workload than a round has."""
+_PROMPTS_APART = 250
+"""About as many as a load asks: the loads of one start ask different prompts, which its prefix cache does not know."""
 _TIMEOUT_S = 60.0
 """Longest wait for an answer under load."""
 
@@ -322,7 +326,7 @@ class _Measurement:
     def _load(self, variant: VariantResult, one: Round, target: Target, workload: str, folder: Path) -> None:
         """Capacity first: that of the reference's first round says which rates follow, for all."""
         users = self._comparison.effort.users[workload]
-        index = 10 * list(self._comparison.workloads).index(workload)
+        index = _STEPS * list(self._comparison.workloads).index(workload)
         place = folder / f"round-{one.number}" / workload
         if workload not in one.capacity:
             roofs = read_roofs(target)
@@ -363,6 +367,9 @@ class _Measurement:
             cooldown_s=effort.cooldown_s,
             timeout_s=_TIMEOUT_S,
             seed=load_seed(effort, one.number, index),
+            suite=SuiteOptions(
+                prompt_seed=load_seed(effort, one.number, 0), first_prompt=index % _STEPS * _PROMPTS_APART
+            ),
         )
         with self._meter.running():
             summary, _ = run_suite(workload, target, settings, folder)

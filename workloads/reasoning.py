@@ -55,16 +55,9 @@ class Reasoning:
         problems = cast("Sequence[ChatPrompt]", prompts)
         given = cast("Sequence[ChatAnswer]", answers)
         right = [is_right(problem, answer.text) for problem, answer in zip(problems, given, strict=True)]
-        figures = {"accuracy": estimates.proportion(sum(right), len(right))}
-        for kind in KINDS:
-            of_kind = [ok for problem, ok in zip(problems, right, strict=True) if problem.kind == kind]
-            if of_kind:
-                figures[f"accuracy_{kind}"] = estimates.proportion(sum(of_kind), len(of_kind))
-        tokens = [answer.num_tokens for answer in given]
-        figures["tokens_per_answer"] = estimates.grouped(
-            lambda rows: sum(tokens[row] for row in rows) / len(rows), range(len(tokens)), len(tokens)
-        )
-        return figures
+        kinds = [problem.kind for problem in problems]
+        figures = estimates.answer_figures(right, kinds, [answer.num_tokens for answer in given])
+        return {name: estimates.estimate(figure) for name, figure in figures.items()}
 
     def _prompts_of(self, kind: str, split: Split, num_prompts: int, seed: int) -> list[ChatPrompt]:
         examples = _examples(kind)

@@ -22,9 +22,8 @@ from __future__ import annotations
 import csv
 import importlib.util
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -34,7 +33,6 @@ from workloads.interface import Answer, Estimate, Prompt, ScoringPrompt, Split, 
 
 LABELS = (" yes", " no")
 _LIKED_FROM = 4.0
-_Metric = Callable[[Sequence[bool], Sequence[float]], float]
 
 
 @dataclass(frozen=True)
@@ -83,38 +81,8 @@ class Recommendation:
         """
         slates = cast("Sequence[ScoringPrompt]", prompts)
         scores = cast("Sequence[Sequence[float]]", answers)
-        members = [slate.group for slate in slates]
-        num_items = sum(len(slate.items) for slate in slates)
-
-        def pooled(metric: _Metric, rows: list[int]) -> float:
-            return metric(
-                [label for row in rows for label in slates[row].truth],
-                [score for row in rows for score in scores[row]],
-            )
-
-        per_slate: dict[_Metric, list[float]] = {
-            metric: [metric(slate.truth, given) for slate, given in zip(slates, scores, strict=True)]
-            for metric in (estimates.roc_auc, estimates.ndcg_at_10)
-        }
-
-        def mean(metric: _Metric, rows: list[int]) -> float:
-            values = [per_slate[metric][row] for row in rows]
-            known = [value for value in values if value == value]
-            return sum(known) / len(known) if known else float("nan")
-
-        def defined(metric: _Metric) -> int:
-            return sum(value == value for value in per_slate[metric])
-
-        return {
-            "auc": estimates.grouped(partial(pooled, estimates.roc_auc), members, num_items),
-            "within_member_auc": estimates.grouped(
-                partial(mean, estimates.roc_auc), members, defined(estimates.roc_auc)
-            ),
-            "ndcg_at_10": estimates.grouped(
-                partial(mean, estimates.ndcg_at_10), members, defined(estimates.ndcg_at_10)
-            ),
-            "calibration_error": estimates.grouped(partial(pooled, estimates.calibration_error), members, num_items),
-        }
+        figures = estimates.slate_figures([slate.truth for slate in slates], scores, [slate.group for slate in slates])
+        return {name: estimates.estimate(figure) for name, figure in figures.items()}
 
 
 def movielens_directory() -> Path:
