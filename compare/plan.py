@@ -14,13 +14,13 @@ from loadtest.slo import parse_objective
 from workloads import WORKLOADS
 
 REFERENCE = "dense"
-_BUILD_S, _START_S, _LOAD_OVERHEAD_S, _QUALITY_S = 40.0, 40.0, 8.0, 120.0
+_BUILD_S, _START_S, _LOAD_OVERHEAD_S, _QUALITY_S = 15.0, 35.0, 6.0, 80.0
 """Of one variant; of an engine; of Locust's start and the last answers; of all quality prompts of one variant. For a
 model of 0.1B parameters on two cores; only the estimate uses them."""
 
 QUICK = Effort(
     quality_prompts={"recommendation": 48, "reasoning": 64},
-    users={"recommendation": 4, "reasoning": 8},
+    users={"recommendation": 8, "reasoning": 8},
     duration_s=15.0,
     warmup_s=3.0,
     cooldown_s=1.0,
@@ -29,9 +29,9 @@ QUICK = Effort(
     rate_fracs=(0.5,),
 )
 FULL = Effort(
-    quality_prompts={"recommendation": 128, "reasoning": 128},
-    users={"recommendation": 4, "reasoning": 8},
-    duration_s=20.0,
+    quality_prompts={"recommendation": 128, "reasoning": 256},
+    users={"recommendation": 8, "reasoning": 8},
+    duration_s=18.0,
     warmup_s=3.0,
     cooldown_s=1.0,
     rounds=2,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import logging
 import time
 from collections.abc import Iterator
 from dataclasses import fields
@@ -24,6 +25,7 @@ from locust.argument_parser import LocustArgumentParser
 from locust.env import Environment
 from locust.runners import MasterRunner, WorkerRunner
 
+from contracts.errors import UserError
 from loadtest.alarm import Alarm
 from loadtest.client import Client, Request
 from loadtest.prompts import MOST_PROMPTS, make_prompts
@@ -38,6 +40,8 @@ _UNTIL_BEGIN_S = 0.5
 """From the word that all are ready until the first request can be due: workers must hear of it."""
 _LATE_S = 10.0
 """Beyond its timeout, no request lasts so long."""
+_ALONE_S = 15.0
+"""A master without workers gives up after so long."""
 
 
 class SuiteUser(User):
@@ -81,13 +85,18 @@ class LoadRun:
         """Make every request before the load: nothing of it costs time while the clock runs."""
         options = self._environment.parsed_options
         settings = self._settings
+        if self.is_open_loop and not self._seconds:
+            raise UserError(
+                "--load-seconds", "", "is missing", "say how long the open loop lasts, as --load-seconds 60"
+            )
         self._client = Client(
             str(self._environment.host), options.model, auth_headers(), settings.timeout_s, settings.suite.endpoint
         )
         if self.is_open_loop:
             self._due_s = settings.due_s()
         count = min(len(self._due_s), MOST_PROMPTS) if self.is_open_loop else MOST_PROMPTS
-        prompts = make_prompts(self._suite, settings.suite, count)
+        # In a thread: a worker that does not answer for three seconds is lost to Locust's master.
+        prompts = gevent.get_hub().threadpool.spawn(make_prompts, self._suite, settings.suite, count).get()
         self._client.prepare(sorted({kind for kind, _ in prompts}))
         exact = settings.suite.exact_tokens
         self._prepared = [
@@ -188,13 +197,17 @@ class RowFile:
             self._file.flush()
 
     def end(self, cpu_frac: float) -> None:
-        """One process has ended its load; the last one ends the run, unless a person watches it."""
+        """One process has ended its load; the last one ends the run."""
         self._cpu_fracs.append(cpu_frac)
         if len(self._cpu_fracs) < self._left:
             return
         if self._report:
             report = {"num_processes": len(self._cpu_fracs), "cpu_frac": max(self._cpu_fracs)}
             Path(self._report).write_bytes(msgspec.json.encode(report))
+        self.stop()
+
+    def stop(self) -> None:
+        """End the run, or leave Locust's web page to a person who watches it."""
         if self._environment.parsed_options.headless:
             self._environment.runner.quit()
         else:
@@ -280,16 +293,16 @@ def register(user: type[SuiteUser]) -> None:
         runner = environment.runner
         if isinstance(runner, MasterRunner):
             environment.slimserve_sink = RowFile(environment)
-            environment.slimserve_ready = set()
-            gevent.spawn(_begin_when_ready, environment)
+            environment.slimserve_ready, environment.slimserve_ended = set(), set()
+            gevent.spawn(_lead_workers, environment)
             return
         run = environment.slimserve_run = LoadRun(environment, user.suite)
         if isinstance(runner, WorkerRunner):
             gevent.spawn(_prepare_worker, runner, run)
         else:
             environment.slimserve_sink = RowFile(environment)
-            run.prepare()
-            run.begin(time.perf_counter() + _UNTIL_BEGIN_S, 0, 1)
+            if _is_prepared(run, environment):
+                run.begin(time.perf_counter() + _UNTIL_BEGIN_S, 0, 1)
 
     @events.test_stopping.add_listener
     def _stop(environment: Environment, **_: object) -> None:
@@ -302,24 +315,47 @@ def _flag(text: str) -> bool:
     return text.lower() in {"1", "true", "yes"}
 
 
+def _is_prepared(run: LoadRun, environment: Environment) -> bool:
+    """Whether the run has its requests; where an option stands in the way, says so and ends this process."""
+    try:
+        run.prepare()
+    except UserError as error:
+        logging.getLogger("slimserve").error("%s", error)
+        environment.process_exit_code = 2
+        gevent.spawn(environment.runner.quit)
+        return False
+    return True
+
+
 def _prepare_worker(runner: WorkerRunner, run: LoadRun) -> None:
-    run.prepare()
-    runner.send_message("slimserve_ready")
+    if _is_prepared(run, runner.environment):
+        runner.send_message("slimserve_ready")
 
 
-def _begin_when_ready(environment: Environment) -> None:
-    """Once every worker that is there has its requests, tell each which share is its own and when to begin."""
+def _lead_workers(environment: Environment) -> None:
+    """Once all workers have their requests, tell each its share and when to begin; end when all that are left have."""
     runner = environment.runner
-    while True:
+    begun_s = time.perf_counter()
+    while not (alive := _alive(runner)) or not alive <= environment.slimserve_ready:
+        if not alive and time.perf_counter() - begun_s > _ALONE_S:
+            logging.getLogger("slimserve").error("no worker is left that could begin")
+            environment.process_exit_code = 2
+            environment.slimserve_sink.stop()
+            return
         gevent.sleep(0.1)
-        clients = runner.clients
-        alive = sorted(node.id for node in (*clients.ready, *clients.spawning, *clients.running))
-        if alive and set(alive) <= environment.slimserve_ready:
-            break
     environment.slimserve_sink.expect(len(alive))
     at = time.time() + _UNTIL_BEGIN_S
-    for index, worker in enumerate(alive):
+    for index, worker in enumerate(sorted(alive)):
         runner.send_message("slimserve_begin", {"at": at, "index": index, "count": len(alive)}, worker)
+    while _alive(runner) - environment.slimserve_ended:
+        gevent.sleep(0.5)
+    if len(environment.slimserve_ended) < len(alive):
+        environment.slimserve_sink.stop()
+
+
+def _alive(runner: MasterRunner) -> set[str]:
+    clients = runner.clients
+    return {node.id for node in (*clients.ready, *clients.spawning, *clients.running)}
 
 
 def _note_ready(environment: Environment, msg: Any, **_: object) -> None:
@@ -331,6 +367,7 @@ def _keep_rows(environment: Environment, msg: Any, **_: object) -> None:
 
 
 def _note_end(environment: Environment, msg: Any, **_: object) -> None:
+    environment.slimserve_ended.add(msg.node_id)
     environment.slimserve_sink.end(msg.data)
 
 

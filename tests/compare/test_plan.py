@@ -73,5 +73,5 @@ def test_no_two_loads_share_a_seed() -> None:
 def test_the_plan_says_what_and_how_long() -> None:
     text = "\n".join(describe_plan(FULL, ["recommendation", "reasoning"], ["dense", "w8a8"], "dense"))
     assert "plan: 2 variants in 2 round(s), dense first: dense, w8a8" in text
-    assert "128 recommendation, 128 reasoning" in text
-    assert "6 runs of 20 s" in text
+    assert "128 recommendation, 256 reasoning" in text
+    assert "6 runs of 18 s" in text

@@ -3,6 +3,7 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -99,6 +100,33 @@ def test_workers_send_one_schedule_and_their_rows_come_together(fake_url: str, t
     assert summary.errors == {}
     assert summary.client.num_processes == 2
     assert summary.ttft_s.p50 == pytest.approx(TTFT_S, abs=0.020)
+
+
+def test_a_worker_that_dies_makes_the_run_invalid_and_not_endless(fake_url: str, tmp_path: Path) -> None:
+    settings = LoadSettings(rate="20", duration_s=8, warmup_s=0, cooldown_s=0)
+    cluster = Cluster(2, bind_port=free_port())
+    command = [sys.executable, "-m", "locust", "-f", str(_SUITES / "reasoning.py"), "--worker"]
+    command += ["--master-port", str(cluster.bind_port)]
+    workers = [subprocess.Popen(command, stderr=subprocess.DEVNULL) for _ in range(2)]
+    killer = threading.Timer(10, workers[0].kill)
+    killer.start()
+    try:
+        summary, rows = run_suite("reasoning", Target(fake_url, "good"), settings, tmp_path, cluster=cluster)
+    finally:
+        killer.cancel()
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+    assert any("a worker was lost" in reason for reason in summary.invalid)
+    assert len(settings.due_s()) / 2 - 2 <= len(rows) < len(settings.due_s())
+
+
+def test_a_locustfile_says_in_one_line_what_it_lacks(fake_url: str) -> None:
+    command = [sys.executable, "-m", "locust", "-f", str(_SUITES / "reasoning.py"), "--headless", "--rate", "4"]
+    done = subprocess.run([*command, "--host", fake_url, "--model", "good"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "--load-seconds: '' is missing; say how long" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(
