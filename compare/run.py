@@ -58,7 +58,7 @@ _BEYOND = 1.5
 once, the queue would only grow, and letting it run dry takes minutes."""
 _STEPS = 10
 """More loads of a workload than a round has."""
-_PROMPTS_APART = 250
+_PROMPTS_APART = 340
 """About as many as a load asks: the loads of one start ask different prompts, which its prefix cache does not know."""
 _TIMEOUT_S = 60.0
 """Longest wait for an answer under load."""

@@ -67,10 +67,8 @@ def _winner(comparison: Comparison, ranked: Sequence[Outcome], outcomes: Sequenc
     if winner.name == reference:
         # It loses nothing against itself; what can be wrong is that a cheaper one was turned down.
         confidence = min((1 - one.quality_probability for one in cheaper if one.meets_slo), default=1.0)
-        sentences = [
-            f"Ship {winner.name}: no cheaper variant "
-            f"{'keeps quality and meets the objectives' if winner.slo else 'keeps quality'}."
-        ]
+        wanted = "keeps quality and meets the objectives" if winner.slo else "keeps quality"
+        sentences = [f"Ship {winner.name}: {f'no cheaper variant {wanted}' if cheaper else 'no other is cheaper'}."]
     else:
         confidence = winner.quality_probability
         sentences = [
@@ -79,7 +77,8 @@ def _winner(comparison: Comparison, ranked: Sequence[Outcome], outcomes: Sequenc
         ]
     sentences.append(_slo_text(winner))
     sentences.append(
-        f"How sure: {confidence_words(confidence)} ({confidence:.0%}). " + _how_sure(winner, comparison, confidence)
+        f"How sure: {confidence_words(confidence)} ({confidence:.0%}). "
+        + _how_sure(winner, comparison, confidence, bool(cheaper))
     )
     if len(ranked) > 1 and not _is_below(winner.cost_ratio, ranked[1].cost_ratio):
         sentences.append(
@@ -92,7 +91,7 @@ def _winner(comparison: Comparison, ranked: Sequence[Outcome], outcomes: Sequenc
         for one in near
         if one.name != winner.name
     ]
-    sentences += _dominated_texts(outcomes)
+    sentences += _dominated_texts(comparison, outcomes)
     return Verdict(winner.name, sentences, confidence, confidence_words(confidence), list(outcomes))
 
 
@@ -204,7 +203,12 @@ def _dominance(comparison: Comparison) -> dict[str, tuple[list[str], list[str]]]
     return found
 
 
-def _dominated_texts(outcomes: Sequence[Outcome]) -> list[str]:
+def _dominated_texts(comparison: Comparison, outcomes: Sequence[Outcome]) -> list[str]:
+    if comparison.effort.rounds == 1 and len(outcomes) > 1:
+        return [
+            "There was one round only, so how much speeds vary is not known and small differences mean nothing: two "
+            "rounds or more tell which variants are clearly worse than others."
+        ]
     texts = [
         f"{one.name} is dominated by {' and '.join(one.dominated_by)}: no better in quality, cost or latency, and "
         "clearly worse in one of them."
@@ -230,8 +234,10 @@ def _slo_text(outcome: Outcome) -> str:
     return f"It met every objective: {'; '.join(parts)}."
 
 
-def _how_sure(winner: Outcome, comparison: Comparison, confidence: float) -> str:
+def _how_sure(winner: Outcome, comparison: Comparison, confidence: float, is_any_cheaper: bool) -> str:
     tolerance = comparison.requirements.quality_tolerance_frac
+    if winner.name == comparison.reference and not is_any_cheaper:
+        return "It loses nothing against itself, and nothing cheaper was turned down."
     if winner.name == comparison.reference:
         return "It loses nothing against itself; the figure is how sure it is that each cheaper variant loses too much."
     advice = "" if confidence >= _WORDS[1][0] else " More quality prompts would tell."

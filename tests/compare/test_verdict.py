@@ -1,6 +1,7 @@
 """The verdict on made-up figures whose right answer can be told by hand."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -64,6 +65,15 @@ def test_where_the_reference_wins_doubt_is_that_a_cheaper_one_was_turned_down() 
     assert any("w8a8 would be cheaper" in sentence and "70% sure" in sentence for sentence in verdict.sentences)
 
 
+def test_the_reference_wins_where_nothing_is_cheaper() -> None:
+    verdict = make_verdict(
+        comparison([dense(), variant("nf4", [20.0, 21.0], WORSE)]), {"dense": kept(1, 1), "nf4": kept(0.8, 0.1)}
+    )
+    assert (verdict.winner, verdict.confidence) == ("dense", 1.0)
+    assert verdict.sentences[0] == "Ship dense: no other is cheaper."
+    assert "nf4 is dominated by dense" in verdict.sentences[-1]
+
+
 def test_none_qualifies() -> None:
     late = variant("dense", [50.0, 52.0], AUC, [1.5, 1.6])
     pruned = variant("prune25", [100.0, 104.0], WORSE)
@@ -103,7 +113,10 @@ def test_dominated_takes_no_worse_everywhere_and_clearly_better_somewhere() -> N
 
 def test_one_round_says_nothing_clear_of_speed() -> None:
     one, two = variant("a", [50.0], AUC, [0.5]), variant("b", [100.0], AUC, [0.4])
-    verdict = make_verdict(comparison([one, two]), {"a": kept(1, 1), "b": kept(1, 1)})
+    made = comparison([one, two])
+    made.effort = replace(made.effort, rounds=1)
+    verdict = make_verdict(made, {"a": kept(1, 1), "b": kept(1, 1)})
+    assert any(sentence.startswith("There was one round only") for sentence in verdict.sentences)
     assert outcome_names(verdict, "dominated_by") == {"a": [], "b": []}
     assert outcome_names(verdict, "alike") == {"a": ["b"], "b": ["a"]}
 
