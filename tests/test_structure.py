@@ -15,6 +15,7 @@ FORBIDDEN = {
 }
 ONLY_IN: dict[str, set[str]] = {
     "vllm": {
+        "benches/peers/vllm_bench.py",
         "serve/entry.py",
         "serve/gemm.py",
         "serve/offline.py",
