@@ -9,8 +9,9 @@ with which it is more exact on one core than with its ten. What GuideLLM calls I
 `itl` with the `tpot` of the others, which is that mean too.
 
 Then each tool's streams per core: the most streams of a ladder (by bisection, in equal rounds) at which it is still
-right, that is, p50 of TTFT, ITL and end to end within 5% of the schedule and p99 within 50%. Last line: one JSON
-object. About 20 minutes; `--quick` takes one round.
+right, that is, p50 of TTFT, ITL and end to end within 5% of the schedule and p99 within 50%. The ladder ends where the
+server's own core is full, so a tool on its last step may bear more. Last line: one JSON object. About 20 minutes;
+`--quick` takes one round.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,9 @@ JUDGED = ("ttft", "itl", "e2e")
 TOLERANCE = {"p50": 0.05, "p99": 0.5}
 WARMUP_S, DURATION_S = 2.5, 8.0
 _NUM_PROMPTS = 2000
-_MOST_LAG_MS = 5.0
+_MOST_LAG_MS = 1.0
 """At p99, of the server's own writes."""
+_NICENESS = -10
 _VLLM_BENCH = Path(__file__).parent / "peers" / "vllm_bench.py"
 
 Reported = dict[tuple[str, str], float]
@@ -207,13 +209,17 @@ def _run(command: Sequence[str], variables: dict[str, str] | None = None) -> Non
 
 @contextmanager
 def _on_core(core: int) -> Iterator[None]:
-    """This process and those that it starts meanwhile, on one core."""
-    before = os.sched_getaffinity(0)
+    """This process and those that it starts meanwhile, on one core, and before others there (where that is allowed)."""
+    cores, niceness = os.sched_getaffinity(0), os.getpriority(os.PRIO_PROCESS, 0)
     os.sched_setaffinity(0, {core})
+    with suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, 0, _NICENESS)
     try:
         yield
     finally:
-        os.sched_setaffinity(0, before)
+        os.sched_setaffinity(0, cores)
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, 0, niceness)
 
 
 if __name__ == "__main__":
