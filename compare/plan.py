@@ -14,9 +14,9 @@ from loadtest.slo import parse_objective
 from workloads import WORKLOADS
 
 REFERENCE = "dense"
-_BUILD_S, _START_S, _LOAD_OVERHEAD_S, _QUALITY_S = 15.0, 35.0, 6.0, 80.0
-"""Of one variant; of an engine; of Locust's start and the last answers; of all quality prompts of one variant. For a
-model of 0.1B parameters on two cores; only the estimate uses them."""
+_BUILD_S, _START_S, _LOAD_OVERHEAD_S, _QUALITY_S = 40.0, 55.0, 6.0, 90.0
+"""Of one variant; of an engine, the first start among them; of Locust's start and the last answers; of all quality
+prompts of one variant. For a model of 0.1B parameters on two cores; only the estimate uses them."""
 
 QUICK = Effort(
     quality_prompts={"recommendation": 48, "reasoning": 64},
@@ -31,7 +31,7 @@ QUICK = Effort(
 FULL = Effort(
     quality_prompts={"recommendation": 128, "reasoning": 256},
     users={"recommendation": 8, "reasoning": 8},
-    duration_s=18.0,
+    duration_s=16.0,
     warmup_s=3.0,
     cooldown_s=1.0,
     rounds=2,
@@ -106,13 +106,18 @@ def parse_share(option: str, text: str) -> float:
     return share
 
 
-def rates_of(comparison: Comparison, workload: str) -> list[float]:
-    """The open-loop rates: those asked for, else shares of the reference's capacity in the first round."""
+def rates_of(comparison: Comparison, workload: str, round_number: int = 1) -> list[float]:
+    """The open-loop rates of a round: those asked for, else shares of the reference's capacity in the first round.
+
+    Of shares, later rounds have only the lowest one, at which objectives count: the others draw a curve, for which one
+    round is enough.
+    """
     effort = comparison.effort
     if workload in effort.rates:
         return list(effort.rates[workload])
     capacity = comparison.variant(comparison.reference).rounds[0].capacity[workload].summary.requests_per_s
-    return [rate for frac in sorted(effort.rate_fracs) if (rate := float(f"{frac * capacity:.3g}")) > 0]
+    rates = [rate for frac in sorted(effort.rate_fracs) if (rate := float(f"{frac * capacity:.3g}")) > 0]
+    return rates if round_number == 1 else rates[:1]
 
 
 def load_seed(effort: Effort, round_number: int, index: int) -> int:
@@ -128,16 +133,17 @@ def judged_rate(comparison: Comparison, workload: str) -> float | None:
 
 def describe_plan(effort: Effort, workloads: Sequence[str], names: Sequence[str], reference: str) -> list[str]:
     """Lines for people: what will be done, and about how many minutes it takes."""
-    rates = {workload: len(effort.rates.get(workload, effort.rate_fracs)) for workload in workloads}
     load_s = effort.warmup_s + effort.duration_s + effort.cooldown_s + _LOAD_OVERHEAD_S
-    num_loads = sum(1 + count for count in rates.values())
-    rounds_s = effort.rounds * len(names) * (_START_S + num_loads * load_s)
-    total_s = len(names) * (_BUILD_S + _QUALITY_S) + rounds_s
+    firsts = [1 + len(effort.rates.get(workload, effort.rate_fracs)) for workload in workloads]
+    laters = [1 + len(effort.rates.get(workload, effort.rate_fracs[:1])) for workload in workloads]
+    num_loads = sum(firsts) + (effort.rounds - 1) * sum(laters)
+    rounds_s = effort.rounds * _START_S + num_loads * load_s
+    total_s = len(names) * (_BUILD_S + _QUALITY_S + rounds_s)
     prompts = ", ".join(f"{effort.quality_prompts[name]} {name}" for name in workloads)
     return [
         f"plan: {len(names)} variants in {effort.rounds} round(s), {reference} first: {', '.join(names)}",
         f"  quality, in the first round: prompts {prompts}, texts {effort.text_sequences}",
-        f"  load, in every round: {num_loads} runs of {effort.duration_s:.0f} s per variant, capacity and stated rates",
+        f"  load: {num_loads} runs of {effort.duration_s:.0f} s per variant over all rounds, capacity and stated rates",
         f"  about {math.ceil(total_s / 60)} minutes for a model of 0.1B parameters on 2 cores; less where variants are "
         "built or measured already",
     ]

@@ -3,7 +3,7 @@
 All variants are built first. Then each is served once a round, in their order in odd rounds and in reverse in even
 ones, so that a drift of the machine does not favour one of them. A round loads every workload: in closed loop, which
 measures capacity, then with Poisson arrivals at rates that are the same for all variants. Quality is asked for in the
-first round.
+first round, and so are the rates that only draw a curve.
 
 results.json is written after every piece of that. The same command with the same folder goes on where it was killed,
 and measures again only variants whose files or launch changed.
@@ -321,7 +321,7 @@ class _Measurement:
 
     def _rates_left(self, one: Round, workload: str) -> list[float]:
         done = {run.rate_rps for run in one.at_rate.get(workload, [])} | set(one.beyond.get(workload, []))
-        return [rate for rate in rates_of(self._comparison, workload) if rate not in done]
+        return [rate for rate in rates_of(self._comparison, workload, one.number) if rate not in done]
 
     def _load(self, variant: VariantResult, one: Round, target: Target, workload: str, folder: Path) -> None:
         """Capacity first: that of the reference's first round says which rates follow, for all."""
@@ -336,7 +336,7 @@ class _Measurement:
                 variant.regime[workload] = regime_of(run.summary, users, roofs)
             self.write()
         capacity = one.capacity[workload].summary.requests_per_s
-        for step, rate in enumerate(rates_of(self._comparison, workload), start=1):
+        for step, rate in enumerate(rates_of(self._comparison, workload, one.number), start=1):
             if rate not in self._rates_left(one, workload):
                 continue
             if variant.directory is not None and not probe_hardware().gpus and rate > _BEYOND * capacity:

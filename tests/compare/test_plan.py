@@ -59,9 +59,10 @@ def test_rates_are_shares_of_the_references_capacity_unless_they_were_asked_for(
     made = comparison([variant("dense", [80.0, 90.0], Estimate(0.7, 0.6, 0.8, 9))])
     # 80 items/s in slates of 16 are 5 requests/s in the first round.
     assert rates_of(made, "recommendation") == [2.5, 4.0]
+    assert rates_of(made, "recommendation", 2) == [2.5], "a curve takes one round"
     assert judged_rate(made, "recommendation") == 2.5
     made.effort = replace(made.effort, rates={"recommendation": (1.0, 3.0)})
-    assert rates_of(made, "recommendation") == [1.0, 3.0]
+    assert rates_of(made, "recommendation") == rates_of(made, "recommendation", 2) == [1.0, 3.0]
     assert judged_rate(made, "recommendation") == 3.0
 
 
@@ -74,4 +75,4 @@ def test_the_plan_says_what_and_how_long() -> None:
     text = "\n".join(describe_plan(FULL, ["recommendation", "reasoning"], ["dense", "w8a8"], "dense"))
     assert "plan: 2 variants in 2 round(s), dense first: dense, w8a8" in text
     assert "128 recommendation, 256 reasoning" in text
-    assert "6 runs of 18 s" in text
+    assert "10 runs of 16 s" in text

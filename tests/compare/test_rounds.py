@@ -122,13 +122,13 @@ def test_rounds_turn_around_and_rates_are_the_references(machine: Machine, tmp_p
     order = list(dict.fromkeys((name, int(seed) // 100) for name, _, seed in loads))
     assert order == [("dense", 1), ("w8a8", 1), ("nf4", 1), ("nf4", 2), ("w8a8", 2), ("dense", 2)]
     # Half and four fifths of what dense got through; far above what nf4 does, so not run with it.
-    assert [rate for name, rate, _ in loads if name == "w8a8"] == ["capacity", "2", "3.2"] * 2
+    assert [rate for name, rate, _ in loads if name == "w8a8"] == ["capacity", "2", "3.2", "capacity", "2"]
     assert [rate for name, rate, _ in loads if name == "nf4"] == ["capacity"] * 2
     nf4 = comparison.variant("nf4")
     assert nf4.rounds[0].beyond == {"recommendation": [2.0, 3.2]}
     seeds = {name: [seed for its, _, seed in loads if its == name] for name in ("dense", "w8a8")}
     assert seeds["dense"] == seeds["w8a8"]
-    assert len(set(seeds["dense"])) == 6
+    assert len(set(seeds["dense"])) == 5
     assert comparison.judged_rates == {"recommendation": 2.0}
     assert comparison.verdict is not None
     assert comparison.verdict.winner == "w8a8"
@@ -141,7 +141,7 @@ def test_rounds_turn_around_and_rates_are_the_references(machine: Machine, tmp_p
     assert goodputs == [2.0, 2.0]
 
 
-@pytest.mark.parametrize("num_loads", [1, 4, 9, 13])
+@pytest.mark.parametrize("num_loads", [1, 4, 9, 11])
 def test_a_killed_run_goes_on_where_it_was(machine: Machine, tmp_path: Path, num_loads: int) -> None:
     machine.loads_until_killed = num_loads
     with pytest.raises(Killed):
@@ -149,7 +149,7 @@ def test_a_killed_run_goes_on_where_it_was(machine: Machine, tmp_path: Path, num
     machine.running = ""
     machine.loads_until_killed = 10**6
     resumed = compare(tmp_path / "out")
-    assert len(machine.loads()) == 14
+    assert len(machine.loads()) == 12
     assert [one.number for one in resumed.variant("nf4").rounds] == [1, 2]
     whole = compare(tmp_path / "whole")
     assert [variant.rounds for variant in resumed.variants] == [variant.rounds for variant in whole.variants]
