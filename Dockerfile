@@ -22,6 +22,7 @@ COPY pyproject.toml README.md slimserve.py ./
 COPY requirements requirements
 COPY contracts contracts
 COPY workloads workloads
+COPY distill distill
 COPY compress compress
 COPY serve serve
 COPY loadtest loadtest

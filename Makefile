@@ -21,7 +21,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 LOCK   := requirements/cpu.lock
 TORCH  := $(shell sed -n 's/^\(torch==[^ ]*\).*/\1/p' $(LOCK))
-SOURCES := slimserve.py contracts workloads compress serve loadtest compare benches tests
+SOURCES := slimserve.py contracts workloads distill compress serve loadtest compare benches tests
 
 export HF_HUB_OFFLINE ?= 1
 

@@ -1,4 +1,4 @@
-"""The front door: `slimserve {compress,serve,loadtest,compare} …`; a part is imported only when it is called."""
+"""The front door: `slimserve {distill,compress,serve,loadtest,compare} …`; a part is imported only when it is called."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import typer
 from typer.core import TyperCommand
 
 from contracts.errors import UserError
+from distill import command as distill_command
 
 app = typer.Typer(
     help="Make a small language model smaller, serve it on vLLM, load it with real traffic, and compare the variants.",
@@ -21,6 +22,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+app.add_typer(distill_command.app, name="distill")
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Directory, Hugging Face id, .gguf file or built-in name")]
 
@@ -299,7 +302,7 @@ def loadtest(
     from loadtest.rates import find_rate, sweep_rates
     from loadtest.run import Cluster, run_suite
     from loadtest.settings import LoadSettings, SuiteOptions, parse_duration
-    from loadtest.target import find_target
+    from contracts.target import find_target
 
     if arrival not in get_args(Arrival):
         raise UserError("--arrival", arrival, "is unknown", f"choose from {', '.join(get_args(Arrival))}")

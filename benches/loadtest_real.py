@@ -26,7 +26,7 @@ from contracts.provenance import bench_line
 from loadtest.run import run_suite
 from loadtest.settings import LoadSettings, SuiteOptions
 from loadtest.summary import LoadSummary
-from loadtest.target import Target
+from contracts.target import Target
 from serve.engine import Engine
 
 NUM_ROUNDS = 6

@@ -23,7 +23,7 @@ from contracts.progress import progress, say
 from contracts.provenance import bench_line
 from loadtest.run import run_suite
 from loadtest.settings import LoadSettings, SuiteOptions
-from loadtest.target import Target
+from contracts.target import Target
 from loadtest.truth import MODEL, Schedule, running_truth
 
 NUM_ROUNDS = 3

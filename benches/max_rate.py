@@ -20,7 +20,7 @@ from contracts.progress import say
 from contracts.provenance import bench_line
 from loadtest.rates import find_rate
 from loadtest.settings import LoadSettings, SuiteOptions
-from loadtest.target import Target
+from contracts.target import Target
 from loadtest.truth import MODEL, Schedule, running_truth
 
 SEEDS = range(5)

@@ -24,7 +24,7 @@ from contracts.errors import UserError
 from contracts.progress import Tick, progress, say
 from contracts.storage import write_atomically
 from loadtest.client import SCORING
-from loadtest.target import Target, auth_headers
+from contracts.target import Target, auth_headers
 from workloads import estimates, load_workload
 from workloads.estimates import Figure
 from workloads.interface import ChatAnswer, ChatPrompt, Prompt, ScoringPrompt

@@ -12,7 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from compare.results import Regime
 from loadtest.summary import LoadSummary
-from loadtest.target import Target, auth_headers
+from contracts.target import Target, auth_headers
 
 _TIMEOUT_S = 10.0
 _POWERCAP = Path("/sys/class/powercap")

@@ -48,7 +48,7 @@ from contracts.provenance import versions
 from contracts.variant import disk_bytes, read_manifest
 from loadtest.run import run_suite
 from loadtest.settings import LoadSettings, SuiteOptions
-from loadtest.target import Target, find_target
+from contracts.target import Target, find_target
 from serve.engine import Engine, EngineSpec, free_port
 from serve.plan import LaunchPlan, Profile, plan_launch
 from workloads import load_workload

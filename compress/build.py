@@ -7,14 +7,12 @@ at the block where it stopped, with the same result to the bit.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import resource
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +34,14 @@ from compress.stream import Stream
 from contracts.errors import UserError
 from contracts.model import count_parameters, model_hash, model_name, weight_files
 from contracts.progress import progress, say
-from contracts.storage import atomic_directory, cache_dir, sha256_of_files, write_atomically, write_remedy
+from contracts.storage import (
+    atomic_directory,
+    cache_dir,
+    sha256_of_files,
+    work_folder,
+    write_atomically,
+    write_remedy,
+)
 from contracts.variant import MANIFEST_FILE, Manifest, Source, Step, disk_bytes, read_manifest, write_manifest
 
 _JUDGED_SEQUENCES = 8
@@ -91,7 +96,7 @@ def build_variant(
         return _reuse(target, made_of, needs_data)
 
     try:
-        with _work_folder(target, key) as work:
+        with work_folder(target, key, "step-*/state.json") as work:
             calibration = _calibrate(recipe, directory) if needs_data else None
             builder = _Builder(name, work, roles, calibration, between_rounds)
             done: list[Step] = []
@@ -342,38 +347,6 @@ def _calibrate(recipe: Recipe, directory: Path) -> Calibration:
     if found < asked.num_samples:
         say(f"calibration: only {found} of {asked.num_samples} sequences found in {asked.source}")
     return calibration
-
-
-@contextmanager
-def _work_folder(target: Path, key: str) -> Iterator[Path]:
-    """The folder beside `target` in which its build is under way; kept when the build is interrupted.
-
-    One of another recipe or model is thrown away. UserError where another process builds the same target.
-    """
-    work = target.parent / f".{target.name}.building"
-    work.mkdir(parents=True, exist_ok=True)
-    with (work / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(
-                "output directory", target, "is being built by another process", "wait for it, or name another"
-            ) from error
-        identity = work / "identity"
-        if not identity.is_file() or identity.read_text(encoding="utf-8") != key:
-            for leftover in work.glob("step-*"):
-                shutil.rmtree(leftover)
-            write_atomically(identity, key)
-        try:
-            yield work
-        except BaseException as error:
-            is_hopeless = isinstance(error, UserError) and not isinstance(error.__cause__, OSError | SafetensorError)
-            if not is_hopeless and any(work.glob("step-*/state.json")):
-                say(f"what is done lies in {work}: the same command resumes it; delete the folder to start anew")
-            else:
-                shutil.rmtree(work, ignore_errors=True)
-            raise
-        shutil.rmtree(work)
 
 
 def _read_state(folder: Path) -> tuple[list[Detail], float]:

@@ -171,12 +171,9 @@ def _prompts(name: str, seed: int) -> Iterator[Prompt]:
 def document_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
     """Token ids of a prompt with its true answer, as the server would build them."""
     if isinstance(prompt, ScoringPrompt):
-        answers = [prompt.labels[0] if true else prompt.labels[1] for true in prompt.truth]
-        lines = [f"{item}{answer}\n" for item, answer in zip(prompt.items, answers, strict=True)]
-        ids: list[int] = tokenizer(prompt.query + "".join(lines))["input_ids"]
+        ids: list[int] = tokenizer(prompt.solved)["input_ids"]
         return ids
-    solution = f"<think>\n{prompt.chain_of_thought}\n</think>\n{prompt.answer}"
-    messages = [*prompt.messages, {"role": "assistant", "content": solution}]
+    messages = [*prompt.messages, {"role": "assistant", "content": prompt.solution}]
     if tokenizer.chat_template is None:
         plain: list[int] = tokenizer("\n\n".join(message["content"] for message in messages))["input_ids"]
         return plain

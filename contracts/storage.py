@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import os
 import shutil
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from contracts.errors import UserError
+from contracts.progress import say
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -70,6 +72,45 @@ def atomic_directory(target: Path) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def work_folder(target: Path, key: str, resumable: str) -> Iterator[Path]:
+    """The folder beside `target` in which it is being made: `.NAME.building`, gone when that is done.
+
+    Kept when the making is interrupted and a file of the pattern `resumable` is there to go on from, but not after a
+    UserError that no full disk caused: the same command would meet it again. One of another `key` is emptied first.
+    UserError where another process makes the same target.
+    """
+    work = target.parent / f".{target.name}.building"
+    work.mkdir(parents=True, exist_ok=True)
+    with (work / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                "output directory", target, "is being built by another process", "wait for it, or name another"
+            ) from error
+        identity = work / "identity"
+        if not identity.is_file() or identity.read_text(encoding="utf-8") != key:
+            for leftover in work.iterdir():
+                if leftover.is_dir():
+                    shutil.rmtree(leftover)
+                elif leftover.name != "lock":
+                    leftover.unlink()
+            write_atomically(identity, key)
+        try:
+            yield work
+        except BaseException as error:
+            from safetensors import SafetensorError
+
+            is_hopeless = isinstance(error, UserError) and not isinstance(error.__cause__, OSError | SafetensorError)
+            if not is_hopeless and any(work.glob(resumable)):
+                say(f"what is done lies in {work}: the same command resumes it; delete the folder to start anew")
+            else:
+                shutil.rmtree(work, ignore_errors=True)
+            raise
+        shutil.rmtree(work)
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -16,7 +16,7 @@ from loadtest.rows import Row
 from loadtest.run import run_suite
 from loadtest.settings import LoadSettings, SuiteOptions
 from loadtest.summary import percentile
-from loadtest.target import Target
+from contracts.target import Target
 from loadtest.truth import MODEL, Schedule, running_truth
 
 _TTFT_S = 0.1

@@ -20,7 +20,7 @@ from loadtest.page import (
 from loadtest.rows import Row
 from loadtest.slo import Metric, samples_of
 from loadtest.summary import LoadSummary, load_summary
-from loadtest.target import Target
+from contracts.target import Target
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

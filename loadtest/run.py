@@ -27,7 +27,7 @@ from loadtest.server import ServerWatch, disagreements
 from loadtest.settings import SUITES, LoadSettings, suite_arguments
 from loadtest.slo import goodput, parse_objective
 from loadtest.summary import ClientCounts, LoadSummary, percentile, summarize
-from loadtest.target import Target
+from contracts.target import Target
 from workloads.interface import Answer, ChatAnswer, Estimate, Prompt
 
 _BEGIN_S = 120.0

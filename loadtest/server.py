@@ -12,7 +12,7 @@ import httpx
 
 from loadtest.rows import Row
 from loadtest.summary import Percentiles, ServerCounts
-from loadtest.target import Target, auth_headers
+from contracts.target import Target, auth_headers
 
 _TIMEOUT_S = 5.0
 _EVERY_S = 1.0

@@ -16,6 +16,7 @@ import uvloop
 
 from contracts.errors import UserError
 from contracts.hardware import Hardware
+from contracts.machine import machine_roof
 from contracts.storage import cache_dir
 from serve.engine import Engine, EngineSpec, base_url, last_error
 from serve.gateway import Gateway
@@ -23,7 +24,7 @@ from serve.limits import KEY_VARIABLES
 from serve.metrics import gateway_metrics
 from serve.plan import LaunchPlan
 from serve.proxy import ProxyServer, Timeouts
-from serve.roof import describe_start, machine_roof
+from serve.roof import describe_start
 from serve.stack import Stack
 from serve.supervisor import SupervisedEngine, supervise
 from serve.tune import kept_launch, tune_launch

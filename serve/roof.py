@@ -2,8 +2,8 @@
 
 Decoding one stream reads every weight once per token, so bandwidth over bytes is its roof (Pope et al. 2022,
 arXiv 2211.05102, section 2). A prompt token costs two FLOPs per weight of the layers, so FLOP/s over FLOPs is the
-roof of prefill; attention is left out, which a long prompt makes too kind. A CPU is measured once and kept
-(`python -m serve.roof` measures now); a GPU's figures are its datasheet's.
+roof of prefill; attention is left out, which a long prompt makes too kind. What the machine could do is in
+contracts/machine.py.
 """
 
 from __future__ import annotations
@@ -14,24 +14,19 @@ import math
 import os
 import re
 import struct
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from prometheus_client import REGISTRY, CollectorRegistry
 
-from contracts.hardware import Hardware, probe_hardware
-from contracts.progress import say
-from contracts.storage import cache_dir, write_atomically
+from contracts.machine import Machine, machine_roof
 from serve.metrics import RoofMetrics, roof_metrics
 
 ENGINE_LOG_VARIABLE = "SLIMSERVE_ENGINE_LOG"
 _WINDOW_S = 10.0
-_MEASURE_TIMEOUT_S = 60
 _DTYPE_BYTES = {
     **dict.fromkeys(("BOOL", "F8_E4M3", "F8_E5M2", "I8", "U8"), 1),
     **dict.fromkeys(("BF16", "F16", "I16", "U16"), 2),
@@ -46,32 +41,6 @@ _KERNEL_LINE = re.compile(
 )
 _PHASE_LINE = re.compile(r"^serve\.entry: (.+) after ([\d.]+) s$", re.MULTILINE)
 _COUNTERS = ("vllm:generation_tokens_total", "vllm:prompt_tokens_total", "vllm:prompt_tokens_cached_total")
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What the hardware can do."""
-
-    bandwidth: float
-    """Bytes a second read from memory."""
-    bf16_flops: float
-    """FLOP a second of a large product of bfloat16 matrices."""
-    int8_flops: float
-    """The same of int8 matrices; 0 where nothing was found that computes it."""
-    source: str
-    """`measured`, or `datasheet` of a GPU."""
-
-
-_GPUS = {
-    "H200": Machine(4.8e12, 989e12, 1979e12, "datasheet"),
-    "H100 PCIe": Machine(2.0e12, 756e12, 1513e12, "datasheet"),
-    "H100": Machine(3.35e12, 989e12, 1979e12, "datasheet"),
-    "A100-PCIE-40GB": Machine(1.555e12, 312e12, 624e12, "datasheet"),
-    "A100-SXM4-40GB": Machine(1.555e12, 312e12, 624e12, "datasheet"),
-    "A100": Machine(1.935e12, 312e12, 624e12, "datasheet"),
-    "L4": Machine(0.3e12, 121e12, 242e12, "datasheet"),
-}
-"""By a part of the name that nvidia-smi gives, the first that fits; dense products, no sparsity."""
 
 
 @dataclass(frozen=True)
@@ -125,37 +94,6 @@ def read_cost(directory: Path) -> Cost:
         kv_bytes=2 * 2 * config["num_hidden_layers"] * kv_heads * head_dim,
         is_int8=any(_is_int8(group) for group in (quantization.get("config_groups") or {}).values()),
     )
-
-
-def machine_roof(
-    hardware: Hardware | None = None, measure: bool = True, environment: Mapping[str, str] | None = None
-) -> Machine | None:
-    """What this machine can do; None for an unknown GPU, and where it was never measured and must not be now.
-
-    Measuring takes two seconds of every core and a process that imports torch: call it before an engine starts, with
-    the engine's environment (a launch plan's), as the OpenMP library that it preloads makes int8 products eight times
-    as fast.
-    """
-    hardware = hardware or probe_hardware()
-    if hardware.gpus:
-        return next((machine for name, machine in _GPUS.items() if name in hardware.gpus[0]), None)
-    file = _cache_file(hardware)
-    if not file.exists() and measure:
-        say("measuring this machine's memory bandwidth and FLOP/s, once")
-        try:
-            subprocess.run(
-                [sys.executable, "-m", "serve.roof"],
-                env=os.environ | dict(environment or {}),
-                timeout=_MEASURE_TIMEOUT_S,
-                check=True,
-                capture_output=True,
-            )
-        except (OSError, subprocess.SubprocessError):
-            return None  # a figure for the curious is no reason not to serve
-    try:
-        return Machine(**json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return None
 
 
 def chosen_kernels(log: str) -> dict[str, str]:
@@ -269,42 +207,3 @@ def _num_bits(quantization: Mapping[str, Any]) -> int:
 def _is_int8(group: Mapping[str, Any]) -> bool:
     inputs = group.get("input_activations") or {}
     return inputs.get("type") == "int" and inputs.get("num_bits") == 8
-
-
-def _cache_file(hardware: Hardware) -> Path:
-    name = re.sub(r"\W+", "-", f"{hardware.cpu} {len(hardware.cores)}").strip("-").lower()
-    return cache_dir("roof") / f"{name}.json"
-
-
-def _measure() -> Machine:
-    """Best of several runs, so that a neighbour on the machine does not become its limit. About two seconds."""
-    import torch
-
-    torch.set_num_threads(len(probe_hardware().cores))
-    memory, vector = torch.ones(8192, 16384), torch.ones(16384)  # 512 MiB, above any cache
-    size = 2048
-    a, b = torch.ones(size, size, dtype=torch.bfloat16), torch.ones(size, size, dtype=torch.bfloat16)
-    bandwidth = memory.numel() * 4 / _best_s(lambda: memory @ vector)
-    bf16 = 2 * size**3 / _best_s(lambda: a @ b)
-    try:
-        a8, b8 = a.to(torch.int8), b.to(torch.int8)
-        int8 = 2 * size**3 / _best_s(lambda: torch._int_mm(a8, b8))
-    except RuntimeError:
-        int8 = 0.0
-    return Machine(bandwidth, bf16, int8, "measured")
-
-
-def _best_s(run: Callable[[], object], budget_s: float = 0.5) -> float:
-    run()
-    best, end = math.inf, time.monotonic() + budget_s
-    while time.monotonic() < end:
-        begin = time.perf_counter()
-        run()
-        best = min(best, time.perf_counter() - begin)
-    return best
-
-
-if __name__ == "__main__":
-    measured = json.dumps(asdict(_measure()))
-    write_atomically(_cache_file(probe_hardware()), measured)
-    sys.stdout.write(measured + "\n")

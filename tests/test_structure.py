@@ -9,7 +9,8 @@ ROOT = Path(__file__).parent.parent
 FORBIDDEN = {
     "contracts": {"workloads", "distill", "compress", "serve", "loadtest", "compare"},
     "workloads": {"distill", "compress", "serve", "loadtest", "compare"},
-    "compress": {"serve", "loadtest", "compare"},
+    "distill": {"compress", "serve", "loadtest", "compare"},
+    "compress": {"distill", "serve", "loadtest", "compare"},
     "serve": {"distill", "compress", "loadtest", "compare"},
     "loadtest": {"distill", "compress", "compare"},
 }

@@ -35,6 +35,12 @@ class ScoringPrompt:
     group: int
     """Whose prompt it is: prompts of one group are not independent samples."""
 
+    @property
+    def solved(self) -> str:
+        """The prompt with the true label behind each candidate, a line each as in the history."""
+        answers = [self.labels[0] if true else self.labels[1] for true in self.truth]
+        return self.query + "".join(f"{item}{answer}\n" for item, answer in zip(self.items, answers, strict=True))
+
 
 @dataclass(frozen=True)
 class ChatPrompt:
@@ -48,6 +54,11 @@ class ChatPrompt:
     answer: str
     entry: dict[str, Any]
     """What the workload's own verifier needs."""
+
+    @property
+    def solution(self) -> str:
+        """The reply that a model should give: the derivation between think tags, then the answer."""
+        return f"<think>\n{self.chain_of_thought}\n</think>\n{self.answer}"
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,5 @@ def _likeliest(top: Mapping[int, float]) -> int:
 def _solved(prompt: Prompt) -> str:
     """A prompt with its true answer, without the worked examples that all reasoning prompts begin with."""
     if isinstance(prompt, ScoringPrompt):
-        answers = [prompt.labels[0] if true else prompt.labels[1] for true in prompt.truth]
-        return prompt.query + "".join(f"{item}{answer}\n" for item, answer in zip(prompt.items, answers, strict=True))
-    question = prompt.messages[-1]["content"]
-    return f"{question}\n<think>\n{prompt.chain_of_thought}\n</think>\n{prompt.answer}\n\n"
+        return prompt.solved
+    return f"{prompt.messages[-1]['content']}\n{prompt.solution}\n\n"

@@ -6,7 +6,7 @@ import pytest
 
 from compare.quality import Answers, ask_quality, ask_text, figures_of, read_answers, write_answers
 from contracts.errors import UserError
-from loadtest.target import Target
+from contracts.target import Target
 from serve.engine import free_port
 from workloads import estimates, load_workload
 from workloads.interface import ChatAnswer

@@ -5,7 +5,7 @@ import pytest
 
 from compare.regime import EnergyMeter, Roofs, read_roofs, regime_of
 from loadtest.summary import ServerCounts, summarize
-from loadtest.target import Target
+from contracts.target import Target
 
 SUMMARY = replace(
     summarize([], 0.0, 10.0), requests_per_s=2.0, prompt_tokens_mean=1000.0, cached_frac=0.75, output_tokens_per_s=100.0

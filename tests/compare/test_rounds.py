@@ -21,7 +21,7 @@ from contracts.errors import UserError
 from loadtest.rows import Row, row_line
 from loadtest.settings import LoadSettings
 from loadtest.summary import summarize
-from loadtest.target import Target
+from contracts.target import Target
 from workloads import estimates
 
 EFFORT = Effort(

@@ -11,7 +11,7 @@ from loadtest.rows import Row
 from loadtest.settings import LoadSettings
 from loadtest.slo import parse_objective
 from loadtest.summary import LoadSummary, summarize
-from loadtest.target import Target
+from contracts.target import Target
 
 _TARGET = Target("http://127.0.0.1:1", "m")
 _LIMIT = 6.0

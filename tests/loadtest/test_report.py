@@ -18,7 +18,7 @@ from loadtest.rows import Row
 from loadtest.settings import LoadSettings
 from loadtest.slo import goodput, parse_objective
 from loadtest.summary import LoadSummary, ServerCounts, summarize
-from loadtest.target import Target
+from contracts.target import Target
 from workloads.interface import Estimate
 
 TARGET = Target("http://127.0.0.1:8000", "a-model")

@@ -13,7 +13,7 @@ import pytest
 from contracts.errors import UserError
 from loadtest.run import Cluster, run_suite
 from loadtest.settings import LoadSettings, SuiteOptions
-from loadtest.target import Target
+from contracts.target import Target
 from serve.engine import free_port
 from tests.fake_server import CHUNKS, GAP_S, SCORE_S, TTFT_S
 

@@ -3,7 +3,7 @@ import pytest
 from loadtest.rows import Row
 from loadtest.server import counts_between, disagreements, read_metrics
 from loadtest.summary import ServerCounts, percentiles
-from loadtest.target import Target
+from contracts.target import Target
 
 _BUCKETS = "vllm:time_to_first_token_seconds_bucket"
 

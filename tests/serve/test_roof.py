@@ -13,23 +13,20 @@ from prometheus_client import CollectorRegistry, Counter
 from safetensors.torch import save_file
 
 import serve.roof
-from contracts.hardware import Hardware
+from contracts.machine import Machine
 from serve.metrics import RoofMetrics
 from serve.roof import (
     Cost,
-    Machine,
     Rates,
     chosen_kernels,
     describe_roof,
     describe_start,
-    machine_roof,
     read_cost,
     register_roof,
 )
 
 _CONFIG = {"hidden_size": 8, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 3}
 _INT8 = {"input_activations": {"type": "int", "num_bits": 8}, "weights": {"num_bits": 8}}
-_CPU = Hardware("Some CPU @ 2.0GHz", (0, 1), 8.0, (), ())
 MACHINE = Machine(bandwidth=1e9, bf16_flops=2e12, int8_flops=6e12, source="measured")
 
 
@@ -121,42 +118,6 @@ def test_kernels_are_read_from_the_lines_that_vllm_writes() -> None:
         "CompressedTensorsWNA16": "MacheteLinearKernel",
     }
     assert chosen_kernels("") == {}
-
-
-@pytest.mark.parametrize(
-    ("gpu", "bandwidth"),
-    [("NVIDIA H200, 143771 MiB", 4.8e12), ("NVIDIA H100 PCIe, 81559 MiB", 2.0e12), ("NVIDIA L4, 23034 MiB", 0.3e12)],
-)
-def test_a_known_gpu_has_its_datasheets_figures(gpu: str, bandwidth: float) -> None:
-    machine = machine_roof(Hardware("cpu", (0,), 1.0, (), (gpu,)))
-    assert machine is not None
-    assert (machine.bandwidth, machine.source) == (bandwidth, "datasheet")
-    assert machine_roof(Hardware("cpu", (0,), 1.0, (), ("NVIDIA GeForce RTX 3090, 24576 MiB",))) is None
-
-
-def test_a_cpu_is_measured_once_and_by_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SLIMSERVE_CACHE", str(tmp_path))
-    assert machine_roof(_CPU, measure=False) is None
-    runs: list[dict[str, str]] = []
-
-    def measure(command: list[str], env: dict[str, str], **options: object) -> None:
-        assert command[-1] == "serve.roof"
-        runs.append(env)
-        serve.roof._cache_file(_CPU).write_text(json.dumps(asdict(MACHINE)))
-
-    monkeypatch.setattr("serve.roof.subprocess.run", measure)
-    assert [machine_roof(_CPU, environment={"LD_PRELOAD": "x"}) for _ in range(2)] == [MACHINE, MACHINE]
-    assert [env["LD_PRELOAD"] for env in runs] == ["x"]
-    assert machine_roof(Hardware("Some CPU @ 2.0GHz", (0,), 8.0, (), ()), measure=False) is None
-
-
-def test_measuring_finds_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = serve.roof._best_s
-    monkeypatch.setattr("serve.roof._best_s", lambda run: real(run, 0.05))
-    machine = serve.roof._measure()
-    assert 1e8 < machine.bandwidth < 1e13
-    assert 1e9 < machine.bf16_flops < 1e16
-    assert machine.source == "measured"
 
 
 def test_rates_are_what_was_counted_since_the_last_look_cached_prompts_left_out() -> None:

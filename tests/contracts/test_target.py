@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 
 from contracts.errors import UserError
-from loadtest.target import Target, find_target
+from contracts.target import Target, find_target
 from serve.engine import answers, free_port
 from tests.conftest import FAKE_SERVER
 

@@ -1,0 +1,93 @@
+"""The chunked loss against the plain one: values, and gradients of hidden states and output layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from distill.chunked import TeacherStates, chunked_loss, plain_losses
+from distill.losses import LossSettings, TopK, top_of
+
+N, D, WIDER, V, PADDED = 23, 12, 20, 57, 64
+
+
+def draw(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def inputs() -> tuple[Tensor, Tensor, Tensor, TeacherStates]:
+    labels = torch.randint(0, V, (N,), generator=torch.Generator().manual_seed(0))
+    teacher = TeacherStates(draw(N, WIDER, seed=3), draw(PADDED, WIDER, seed=4))
+    return draw(N, D, seed=1).requires_grad_(), draw(V, D, seed=2).requires_grad_(), labels, teacher
+
+
+@pytest.mark.parametrize("kind", ["none", "states", "top"])
+@pytest.mark.parametrize("name", ["forward_kl", "js"])
+@pytest.mark.parametrize("chunk", [1, 7, 23, 100])
+def test_a_chunked_loss_is_the_plain_one(chunk: int, name: Any, kind: str) -> None:
+    hidden, head, labels, states = inputs()
+    settings = LossSettings(name, kd_weight=0.0 if kind == "none" else 0.7, temperature=1.5)
+    theirs = states.hidden_ND @ states.head_VD.T
+    top = top_of(theirs[:, :V], 5, 1.5)
+    teacher: Any = {"none": None, "states": states, "top": top}[kind]
+    plain_teacher: Any = {"none": None, "states": theirs, "top": top}[kind]
+
+    found = chunked_loss(hidden, head, labels, teacher, settings, chunk)
+    gradients = torch.autograd.grad(3 * found.total, (hidden, head))
+
+    losses = plain_losses(hidden @ head.T, labels, plain_teacher, settings)
+    expected = torch.autograd.grad(3 * losses[0].sum(), (hidden, head))
+    for ours, its in zip(found, losses, strict=True):
+        torch.testing.assert_close(ours, its.sum(), rtol=1e-5, atol=1e-5)
+    for ours, its in zip(gradients, expected, strict=True):
+        assert float((ours - its).norm() / its.norm()) < 1e-5
+
+
+def test_no_matrix_of_all_tokens_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, head, labels, states = inputs()
+    seen: list[int] = []
+    import distill.chunked
+
+    def watch(logits: Tensor, *rest: Any) -> Tensor:
+        seen.append(len(logits))
+        return plain_losses(logits, *rest)
+
+    monkeypatch.setattr(distill.chunked, "plain_losses", watch)
+    chunked_loss(hidden, head, labels, states, LossSettings(), 5).total.backward()
+    assert seen == [5, 5, 5, 5, 3]
+    assert hidden.grad is not None
+    assert head.grad is not None
+
+
+def test_a_frozen_output_layer_gets_no_gradient_and_a_frozen_student_none_at_all() -> None:
+    hidden, head, labels, states = inputs()
+    chunked_loss(hidden, head.detach(), labels, states, LossSettings(), 5).total.backward()
+    assert hidden.grad is not None
+    with torch.no_grad():
+        assert not chunked_loss(hidden, head, labels, states, LossSettings()).total.requires_grad
+
+
+def test_bfloat16_states_keep_a_float32_output_layer_and_loss() -> None:
+    hidden, head, labels, _ = inputs()
+    narrow = hidden.detach().bfloat16().requires_grad_()
+    found = chunked_loss(narrow, head, labels, None, LossSettings(kd_weight=0.0), 7)
+    found.total.backward()
+    exact = torch.nn.functional.cross_entropy(hidden @ head.T, labels, reduction="sum")
+    assert found.total.dtype == torch.float32
+    torch.testing.assert_close(found.total, exact, rtol=0.02, atol=0.1)
+    assert narrow.grad is not None
+    assert narrow.grad.dtype == torch.bfloat16
+    assert head.grad is not None
+    assert head.grad.dtype == torch.float32
+
+
+def test_no_target_at_all_is_a_loss_of_nothing() -> None:
+    hidden, head, labels, _ = inputs()
+    found = chunked_loss(hidden[:0], head, labels[:0], None, LossSettings(kd_weight=0.0))
+    found.total.backward()
+    assert float(found.total.detach()) == 0
+    top = TopK(torch.zeros(0, 3, dtype=torch.int32), torch.zeros(0, 3))
+    assert float(chunked_loss(hidden[:0], head, labels[:0], top, LossSettings()).total) == 0

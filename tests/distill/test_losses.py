@@ -1,0 +1,142 @@
+"""Every divergence against float64 sums written out, at odd shapes, temperatures and paddings; zero at equality."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from distill.losses import (
+    LossSettings,
+    TopK,
+    divergence_from_top,
+    divergence_per_token,
+    hidden_distance,
+    top_of,
+)
+
+NAMES = ("forward_kl", "reverse_kl", "skewed_forward_kl", "skewed_reverse_kl", "js")
+
+
+def logits(*shape: int, seed: int, scale: float = 3.0) -> Tensor:
+    return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def by_hand(q: Tensor, p: Tensor, settings: LossSettings) -> Tensor:
+    """The definitions, outcome by outcome in float64."""
+    found = []
+    for ours, theirs in zip(q.double(), p.double(), strict=True):
+        ours, theirs = ((row / settings.temperature).exp() for row in (ours, theirs))
+        ours, theirs = ours / ours.sum(), theirs / theirs.sum()
+
+        def kl(a: Tensor, b: Tensor) -> Tensor:
+            return sum((x * (x / y).log() for x, y in zip(a, b, strict=True)), torch.tensor(0.0))
+
+        alpha, beta = settings.skew, settings.beta
+        found.append(
+            {
+                "forward_kl": lambda: kl(theirs, ours),
+                "reverse_kl": lambda: kl(ours, theirs),
+                "skewed_forward_kl": lambda: kl(theirs, alpha * theirs + (1 - alpha) * ours),
+                "skewed_reverse_kl": lambda: kl(ours, (1 - alpha) * theirs + alpha * ours),
+                "js": lambda: beta * kl(theirs, beta * theirs + (1 - beta) * ours)
+                + (1 - beta) * kl(ours, beta * theirs + (1 - beta) * ours),
+            }[settings.divergence]()
+            * settings.temperature**2
+        )
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 3.0])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_divergence_is_its_definition(name: Any, temperature: float) -> None:
+    settings = LossSettings(name, temperature=temperature, skew=0.3, beta=0.2)
+    student, teacher = logits(5, 13, seed=1), logits(5, 13, seed=2)
+    torch.testing.assert_close(
+        divergence_per_token(student, teacher, settings).double(),
+        by_hand(student, teacher, settings),
+        rtol=1e-5,
+        atol=1e-6,
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_padding_of_either_vocabulary_counts_for_nothing(name: Any) -> None:
+    settings = LossSettings(name)
+    student, teacher = logits(3, 11, seed=3), logits(3, 17, seed=4)
+    expected = by_hand(student, teacher[:, :11], settings)
+    torch.testing.assert_close(divergence_per_token(student, teacher, settings).double(), expected, rtol=1e-5, atol=1e-6)
+    other = divergence_per_token(teacher, student, settings).double()
+    torch.testing.assert_close(other, by_hand(teacher[:, :11], student, settings), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_student_and_teacher_that_agree_are_at_zero_and_stay_there(name: Any) -> None:
+    student = logits(4, 9, seed=5).requires_grad_()
+    loss = divergence_per_token(student, student.detach() + 2.5, LossSettings(name, temperature=1.7)).sum()
+    (gradient,) = torch.autograd.grad(loss, student)
+    assert abs(float(loss.detach())) < 1e-5
+    assert float(gradient.abs().max()) < 1e-6
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_are_those_of_the_definition(name: Any) -> None:
+    settings = LossSettings(name, temperature=1.3)
+    teacher = logits(2, 7, seed=7)
+    ours = logits(2, 7, seed=6).requires_grad_()
+    reference = ours.detach().clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(divergence_per_token(ours, teacher, settings).sum(), ours)
+    (expected,) = torch.autograd.grad(by_hand(reference, teacher, settings).sum(), reference)
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_far_apart_give_finite_losses_and_gradients(name: Any) -> None:
+    student = torch.tensor([[300.0, -300.0, 0.0]], requires_grad=True)
+    teacher = torch.tensor([[-300.0, 300.0, 0.0]])
+    loss = divergence_per_token(student, teacher, LossSettings(name)).sum()
+    (gradient,) = torch.autograd.grad(loss, student)
+    assert torch.isfinite(loss)
+    assert torch.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_kept_tokens_bound_the_whole_divergence_from_below_and_reach_it(name: Any) -> None:
+    settings = LossSettings(name, temperature=1.2)
+    student, teacher = logits(6, 31, seed=8, scale=1.0), logits(6, 31, seed=9, scale=1.0)
+    whole = divergence_per_token(student, teacher, settings)
+    before = torch.zeros(6)
+    for kept in (1, 4, 12, 30):
+        found = divergence_from_top(student, top_of(teacher, kept, 1.2), settings)
+        assert (found <= whole + 1e-4).all()
+        assert (found >= before - 1e-4).all(), "more tokens see no less"
+        before = found
+    torch.testing.assert_close(before, whole, rtol=1e-3, atol=1e-4)
+    same = divergence_from_top(teacher, top_of(teacher, 4, 1.2), settings)
+    assert float(same.abs().max()) < 1e-5
+
+
+def test_a_student_is_drawn_to_the_kept_mass() -> None:
+    teacher = TopK(torch.tensor([[2]], dtype=torch.int32), torch.tensor([[0.9]]).log())
+    student = torch.zeros(1, 4, requires_grad=True)
+    for _ in range(3000):
+        loss = divergence_from_top(student, teacher, LossSettings()).sum()
+        (gradient,) = torch.autograd.grad(loss, student)
+        student = (student - gradient).detach().requires_grad_()
+    shares = student.softmax(-1)[0]
+    torch.testing.assert_close(shares[2], torch.tensor(0.9), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(shares[[0, 1, 3]], torch.full((3,), 0.1 / 3), rtol=1e-3, atol=1e-3)
+
+
+def test_hidden_distances_are_their_definitions() -> None:
+    ours, theirs = logits(4, 5, seed=10), logits(4, 5, seed=11)
+    cosine = [
+        1 - float(a @ b / (a.norm() * b.norm())) for a, b in zip(ours.double(), theirs.double(), strict=True)
+    ]
+    torch.testing.assert_close(hidden_distance(ours, theirs, "cosine").double(), torch.tensor(cosine).double())
+    error = ((ours - theirs) ** 2).sum(-1) / (theirs**2).sum(-1)
+    torch.testing.assert_close(hidden_distance(ours, theirs, "mse"), error)
+    assert float(hidden_distance(ours, ours, "cosine").abs().max()) < 1e-6
+    assert float(hidden_distance(ours, ours, "mse").max()) == 0

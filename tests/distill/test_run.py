@@ -1,0 +1,118 @@
+"""Distillation as a user asks for it: what is refused, in one line; what is reused; what a student's directory holds."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from contracts.errors import UserError
+from distill.recipe import load_distill_recipe
+from distill.run import distill
+from tests.distill.conftest import make_recipe, save_tiny
+
+
+def test_a_teacher_of_another_tokenizer_is_refused(tiny_student: Path, tiny_teacher: Path, tmp_path: Path) -> None:
+    file = tiny_teacher / "tokenizer.json"
+    told = json.loads(file.read_text())
+    vocabulary = told["model"]["vocab"]
+    vocabulary["Ġthe"], vocabulary["Ġof"] = vocabulary["Ġof"], vocabulary["Ġthe"]
+    file.write_text(json.dumps(told))
+    with pytest.raises(UserError, match="has another tokenizer than the student"):
+        distill(str(tiny_student), str(tiny_teacher), make_recipe(), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["supervision.lead_span=0"], "recipe key supervision.lead_span: '0' is refused"),
+        (["supervision.lead_span=1.5"], "recipe key supervision.lead_span"),
+        (["supervision.sections=thought"], "names no sections"),
+        (["training.lernrate=1"], "recipe key training.lernrate"),
+        (["loss.kd_weight=2"], "recipe key loss.kd_weight"),
+        (["loss.top_k=8", "stages.0.kind=on_policy"], "needs a teacher that runs"),
+        (["stages.0.steps=3", "stages.0.epochs=2"], "give steps or epochs, not both"),
+        (["stages.1.steps=3"], "names stage 1, which is not there"),
+        (["training"], "is not KEY=VALUE"),
+    ],
+)
+def test_a_key_that_is_wrong_is_named(settings: list[str], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_distill_recipe(None, settings, {})
+    assert message in str(caught.value)
+
+
+def test_what_cannot_teach_is_refused_before_any_work(tiny_student: Path, tiny_teacher: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--teacher: '' is missing"):
+        distill(str(tiny_student), None, make_recipe(), tmp_path / "out")
+    with pytest.raises(UserError, match=r"would teach nothing, as loss.kd_weight is 0"):
+        distill(str(tiny_student), str(tiny_teacher), make_recipe(loss={"kd_weight": 0.0}), tmp_path / "out")
+    with pytest.raises(UserError, match="leaves no training example"):
+        distill(str(tiny_student), str(tiny_teacher), make_recipe(data={"max_tokens": 8}), tmp_path / "out")
+    cut = make_recipe(supervision={"sections": "answer", "lead_span": 0.3})
+    with pytest.raises(UserError, match="leaves no token to learn"):
+        distill(str(tiny_student), str(tiny_teacher), cut, tmp_path / "out")
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_a_quantized_student_and_a_head_that_does_more_are_refused(
+    smollm2: Path, tiny_teacher: Path, tmp_path: Path
+) -> None:
+    quantized = save_tiny(smollm2, tmp_path / "quantized", 3)
+    config = json.loads((quantized / "config.json").read_text())
+    (quantized / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "x"}}))
+    with pytest.raises(UserError, match="is quantized and cannot be trained"):
+        distill(str(quantized), str(tiny_teacher), make_recipe(), tmp_path / "out")
+    from transformers import AutoModelForCausalLM, GraniteConfig
+
+    scaled = tmp_path / "scaled"
+    granite = GraniteConfig(
+        vocab_size=49_152, hidden_size=24, intermediate_size=44, num_hidden_layers=1, num_attention_heads=4, logits_scaling=8.0
+    )
+    AutoModelForCausalLM.from_config(granite).save_pretrained(scaled)
+    shutil.copyfile(smollm2 / "tokenizer.json", scaled / "tokenizer.json")
+    shutil.copyfile(smollm2 / "tokenizer_config.json", scaled / "tokenizer_config.json")
+    with pytest.raises(UserError, match="does more than multiply in its output layer"):
+        distill(str(scaled), str(tiny_teacher), make_recipe(), tmp_path / "out")
+
+
+def test_the_same_student_is_reused_and_another_is_not_overwritten(
+    tiny_student: Path, tiny_teacher: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    target = distill(str(tiny_student), str(tiny_teacher), make_recipe(), tmp_path / "out")
+    distill(str(tiny_student), str(tiny_teacher), make_recipe(training={"save_every_s": 9}), target)
+    assert "reused, distilled earlier" in capfd.readouterr().err
+    with pytest.raises(UserError, match="exists and holds something else"):
+        distill(str(tiny_student), str(tiny_teacher), make_recipe(data={"seed": 1}), target)
+
+
+def test_recommendation_is_judged_by_its_labels(tiny_student: Path, tmp_path: Path) -> None:
+    data = {"source": "recommendation", "num_validation": 6, "max_tokens": 300}
+    recipe = make_recipe(data=data, loss={"kd_weight": 0.0}, supervision={"sections": "answer"})
+    target = distill(str(tiny_student), None, recipe, tmp_path / "out")
+    history = json.loads((target / "slimserve.json").read_text())["steps"][0]["detail"]["validation"]
+    assert all(0 < row["auc"] < 1 and 0 < row["within_member_auc"] < 1 for row in history)
+
+
+def test_the_command_makes_a_student_and_refuses_in_one_line(
+    tiny_student: Path, tiny_teacher: Path, tmp_path: Path, run_cli: Callable[..., Any]
+) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(
+        '[data]\nnum_examples = 4\nnum_validation = 1\n[training]\nbatch_size = 2\n[[stages]]\nsteps = 1\n', "utf-8"
+    )
+    models = ("--teacher", str(tiny_teacher), "--student", str(tiny_student))
+    options = ("--recipe", str(recipe), "--sections", "cot", "--lead-span", "0.95", "-o", str(tmp_path / "out"))
+    done = run_cli("distill", *models, *options)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(tmp_path / "out")
+    resolved = json.loads((tmp_path / "out" / "slimserve.json").read_text())["resolved_recipe"]
+    assert resolved["supervision"] == {"sections": "cot", "lead_span": 0.95, "window": "left"}
+    refused = run_cli("distill", *models, "--lead-span", "0", "-o", str(tmp_path / "other"))
+    assert refused.returncode == 2
+    assert refused.stderr.count("\n") == 1
+    assert "lead_span" in refused.stderr

@@ -1,0 +1,145 @@
+"""Sections of replies written out by hand, on odd tags, templates, multi-byte text and cuts."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+
+from contracts.errors import UserError
+from distill.sections import Section, chat_example, label_example, reply_sections, sampled_example
+from workloads.interface import ScoringPrompt
+
+P, C, A = Section.PROMPT, Section.COT, Section.ANSWER
+QUESTION = {"role": "user", "content": "What is 2 + 3?"}
+
+
+def parts(reply: str, is_open: bool = False) -> list[tuple[str, Section]]:
+    return [(reply[begin:end], section) for begin, end, section in reply_sections(reply, is_open)]
+
+
+@pytest.mark.parametrize(
+    ("reply", "expected"),
+    [
+        ("<think>a</think>5", [("<think>a</think>", C), ("5", A)]),
+        ("a</think>5", [("a</think>", C), ("5", A)]),  # the template opened it
+        ("<think>a", [("<think>a", C)]),  # never closed
+        ("so: <think>a", [("so: <think>a", C)]),
+        ("5", [("5", A)]),
+        ("<think>a</think>b<think>c</think>5", [("<think>a</think>b<think>c</think>", C), ("5", A)]),
+        ("<think>a</think>5<think>b", [("<think>a</think>", C), ("5", A), ("<think>b", C)]),
+        ("<think></think>", [("<think></think>", C)]),
+        ("</think></think>5", [("</think></think>", C), ("5", A)]),
+        ("", []),
+    ],
+)
+def test_a_reply_is_divided_at_its_last_closing_tag(reply: str, expected: list[tuple[str, Section]]) -> None:
+    assert parts(reply) == expected
+
+
+def test_a_chain_that_the_prompt_opened_and_nothing_closed_is_all_chain() -> None:
+    assert parts("still at it", is_open=True) == [("still at it", C)]
+    assert parts("done</think>5", is_open=True) == [("done</think>", C), ("5", A)]
+
+
+def texts(tokenizer: Any, example: Any) -> dict[Section, str]:
+    """The text of each section's tokens."""
+    return {
+        section: tokenizer.decode(
+            [token for token, its in zip(example.tokens, example.sections, strict=True) if its is section]
+        )
+        for section in Section
+    }
+
+
+def test_a_conversation_is_prompt_chain_and_answer_with_its_stop_token(tokenizer: Any) -> None:
+    reply = "<think>\n2 + 3 = 5. Né 💡\n</think>\n5"
+    example = chat_example(tokenizer, [QUESTION, {"role": "assistant", "content": reply}], "x", 500, {2})
+    assert example is not None
+    found = texts(tokenizer, example)
+    assert found[P].endswith("<|im_start|>assistant\n")
+    assert "What is 2 + 3?" in found[P]
+    # The newline after the tag is one token with its ">", which the chain's first character decides.
+    assert found[C].startswith("<think>")
+    assert found[C].rstrip("\n") == "<think>\n2 + 3 = 5. Né 💡\n</think>"
+    assert found[A].lstrip("\n") == "5<|im_end|>"
+    assert example.tokens[-1] == 2, "what the template puts after the stop token is never written by a model"
+    assert example.sections[example.num_prompt - 1] is P
+    assert example.sections[example.num_prompt] is not P
+    prompt = tokenizer.apply_chat_template([QUESTION], add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert list(example.tokens[: example.num_prompt]) == prompt, "what a server would be given"
+
+
+def test_a_stop_token_after_a_chain_that_never_ends_is_part_of_the_chain(tokenizer: Any) -> None:
+    example = chat_example(tokenizer, [QUESTION, {"role": "assistant", "content": "<think>hm"}], "x", 500, {2})
+    assert example is not None
+    assert set(example.sections) == {P, C}
+    assert example.tokens[-1] == 2
+
+
+def test_an_empty_reply_is_an_empty_answer(tokenizer: Any) -> None:
+    example = chat_example(tokenizer, [QUESTION, {"role": "assistant", "content": ""}], "x", 500, {2})
+    assert example is not None
+    assert example.sections[-1] is A
+    assert example.tokens[example.num_prompt :] == (2,)
+
+
+def test_a_cut_leaves_what_is_left_of_each_section(tokenizer: Any) -> None:
+    messages = [QUESTION, {"role": "assistant", "content": "<think>one two three</think>5"}]
+    whole = chat_example(tokenizer, messages, "x", 500, {2})
+    assert whole is not None
+    for length in range(whole.num_prompt + 1, len(whole.tokens)):
+        cut = chat_example(tokenizer, messages, "x", length, {2})
+        assert cut is not None
+        assert (cut.tokens, cut.sections) == (whole.tokens[:length], whole.sections[:length])
+    assert chat_example(tokenizer, messages, "x", whole.num_prompt, {2}) is None
+
+
+def test_no_template_and_a_template_that_rewrites_earlier_turns(tokenizer: Any) -> None:
+    messages = [QUESTION, {"role": "assistant", "content": "<think>a</think>5"}]
+    plain = copy.deepcopy(tokenizer)
+    plain.chat_template = None
+    example = chat_example(plain, messages, "x", 500, {2})
+    assert example is not None
+    assert tokenizer.decode(example.tokens) == "What is 2 + 3?\n\n<think>a</think>5<|im_end|>"
+    rewriting = copy.deepcopy(tokenizer)
+    rewriting.chat_template = (
+        "{{ messages | length }}:{% for m in messages %}{{ m.content }}|{% endfor %}"
+        "{% if add_generation_prompt %}<think>{% endif %}"
+    )
+    example = chat_example(rewriting, [QUESTION, {"role": "assistant", "content": "hm"}], "x", 500, {2})
+    assert example is not None
+    assert tokenizer.decode(example.tokens) == "1:What is 2 + 3?|<think>hm|"
+    assert example.sections[-1] is C, "the prompt opened the chain"
+    swallowing = copy.deepcopy(tokenizer)
+    swallowing.chat_template = "{% for m in messages %}{{ m.role }}{% endfor %}{% if add_generation_prompt %}!{% endif %}"
+    with pytest.raises(UserError, match="does not show the reply as it is"):
+        chat_example(swallowing, messages, "x", 500, {2})
+
+
+def test_every_label_of_a_history_is_an_answer(tokenizer: Any) -> None:
+    prompt = ScoringPrompt(
+        "Yes no (1990): yes\nA bad film: no\n", ("No yes:", "Amélie (2001):"), (" yes", " no"), (False, True), 1
+    )
+    example = label_example(tokenizer, prompt, "x", 500)
+    assert tokenizer.decode(example.tokens) == "Yes no (1990): yes\nA bad film: no\nNo yes: no\nAmélie (2001): yes\n"
+    answers = [
+        tokenizer.decode([token])
+        for token, section in zip(example.tokens, example.sections, strict=True)
+        if section is A
+    ]
+    assert answers == [" yes", " no", " no", " yes"]
+    assert label_example(tokenizer, prompt, "x", 5).tokens == example.tokens[:5]
+
+
+def test_a_written_reply_keeps_its_own_tokens(tokenizer: Any) -> None:
+    prompt = tokenizer("What is 2 + 3?")["input_ids"]
+    # Not how the tokenizer would divide it.
+    reply = [token for letter in "<think>né</think>5" for token in tokenizer(letter)["input_ids"]] + [2]
+    example = sampled_example(tokenizer, "x", prompt, reply)
+    assert example.tokens == (*prompt, *reply)
+    found = texts(tokenizer, example)
+    assert found[C] == "<think>né</think>"
+    assert found[A] == "5<|im_end|>"
+    assert sampled_example(tokenizer, "x", prompt, []).tokens == tuple(prompt)

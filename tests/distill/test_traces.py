@@ -1,0 +1,90 @@
+"""Rejection sampling from a server that is right at its third try, wrong, cut short, or gone."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from contracts.errors import UserError
+from contracts.target import Target
+from distill.traces import write_traces
+from workloads import load_workload
+
+TRUTH = {
+    prompt.messages[-1]["content"]: prompt.answer  # type: ignore[union-attr]
+    for prompt in load_workload("reasoning").make_prompts("calibration", 8, 0)
+}
+
+
+class Teacher(BaseHTTPRequestHandler):
+    """Wrong, cut short, then right; never right about one problem."""
+
+    asked: Counter[str] = Counter()
+    seeds: list[int] = []
+    status = 200
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        question = body["messages"][-1]["content"]
+        Teacher.asked[question] += 1
+        Teacher.seeds.append(body["seed"])
+        tries = Teacher.asked[question]
+        right = tries >= 3 and question != next(iter(TRUTH))
+        reply = f"<think>hm</think>{TRUTH[question]}" if right or tries == 2 else "<think>hm</think>-1.5"
+        choice = {"message": {"content": reply}, "finish_reason": "length" if tries == 2 else "stop"}
+        text = json.dumps({"choices": [choice]}).encode()
+        self.send_response(Teacher.status)
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def url() -> Iterator[str]:
+    Teacher.asked, Teacher.seeds, Teacher.status = Counter(), [], 200
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Teacher)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+def test_only_right_replies_that_ended_by_themselves_are_kept(url: str, tmp_path: Path) -> None:
+    file = tmp_path / "traces.jsonl"
+    found = write_traces(Target(url, "m"), "reasoning", 8, file)
+    assert (found.num_asked, found.num_kept, found.num_replies) == (8, 7, 7 * 3 + 4)
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert len(rows) == 8
+    for row in rows:
+        if "messages" in row:
+            assert row["messages"][-1]["content"].endswith(TRUTH[row["question"]])
+    assert [row for row in rows if "messages" not in row] == [{"question": next(iter(TRUTH))}]
+    assert len(set(Teacher.seeds)) == len(Teacher.seeds)
+
+
+def test_the_same_command_asks_only_what_is_not_known(url: str, tmp_path: Path) -> None:
+    file = tmp_path / "traces.jsonl"
+    write_traces(Target(url, "m"), "reasoning", 4, file)
+    text = file.read_text()
+    file.write_text(text + '{"question": "cut sho')
+    Teacher.asked.clear()
+    again = write_traces(Target(url, "m"), "reasoning", 8, file)
+    assert len(Teacher.asked) == 4
+    assert (again.num_asked, again.num_kept) == (8, 7)
+    assert len(file.read_text().splitlines()) == 8
+
+
+def test_a_server_that_fails_ends_it_in_one_error_and_keeps_what_came(url: str, tmp_path: Path) -> None:
+    Teacher.status = 500
+    with pytest.raises(UserError, match="did not answer"):
+        write_traces(Target(url, "m"), "reasoning", 4, tmp_path / "traces.jsonl")
+    with pytest.raises(UserError, match="has no replies to verify"):
+        write_traces(Target(url, "m"), "recommendation", 4, tmp_path / "other.jsonl")

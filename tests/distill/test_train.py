@@ -1,0 +1,258 @@
+"""The loop: accumulation, packing, resuming and several processes change nothing; a student like its teacher stays."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from contracts.errors import UserError
+from distill.recipe import DistillRecipe
+from distill.run import LOG_FILE, distill
+from distill.train import rate_frac
+from tests.distill.conftest import make_recipe
+
+STUDENT_AND_TEACHER = """
+import json, sys
+from pathlib import Path
+from distill.recipe import parse_distill_recipe
+from distill.run import distill
+from contracts.errors import UserError
+student, teacher, target, recipe = sys.argv[1:]
+try:
+    distill(student, teacher or None, parse_distill_recipe(json.loads(recipe), "test"), Path(target))
+except UserError as error:
+    sys.exit(f"error: {error}")
+"""
+
+
+def steps_of(directory: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (directory / LOG_FILE).read_text().splitlines()]
+
+
+def losses_of(directory: Path) -> list[float]:
+    return [row["loss"] for row in steps_of(directory)]
+
+
+def weights_of(directory: Path) -> dict[str, torch.Tensor]:
+    return load_file(directory / "model.safetensors")
+
+
+def assert_same_weights(one: Path, other: Path, **tolerances: float) -> None:
+    ours, theirs = weights_of(one), weights_of(other)
+    assert ours.keys() == theirs.keys()
+    for name, weight in ours.items():
+        torch.testing.assert_close(weight, theirs[name], **tolerances)
+
+
+def in_process(
+    student: Path, teacher: Path | str, target: Path, recipe: DistillRecipe, *launcher: str
+) -> subprocess.Popen[str]:
+    script = target.with_suffix(".py")
+    script.write_text(STUDENT_AND_TEACHER)
+    told = json.dumps(recipe.model_dump(mode="json"))
+    command = [sys.executable, *launcher, str(script), str(student), str(teacher), str(target), told]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def test_a_student_learns_from_its_teacher(tiny_student: Path, tiny_teacher: Path, tmp_path: Path) -> None:
+    recipe = make_recipe(stages=[{"steps": 12}], loss={"kd_weight": 1.0}, training={"learning_rate": 5e-3})
+    target = distill(str(tiny_student), str(tiny_teacher), recipe, tmp_path / "out")
+    losses = losses_of(target)
+    assert len(losses) == 12
+    assert losses[-1] < 0.8 * losses[0]
+    manifest = json.loads((target / "slimserve.json").read_text())
+    detail = manifest["steps"][0]["detail"]
+    assert [row["step"] for row in detail["validation"]] == [0, 2, 4, 6, 8, 10, 12]
+    assert detail["validation"][-1]["loss"] < detail["validation"][0]["loss"]
+    assert detail["tokens_read"] == sum(row["tokens"] for row in steps_of(target))
+    assert detail["flops"] == pytest.approx(sum(row["flops"] for row in steps_of(target)))
+    assert manifest["base"]["model"] == str(tiny_student)
+    from transformers import AutoModelForCausalLM
+
+    assert AutoModelForCausalLM.from_pretrained(target).dtype == torch.bfloat16
+    assert not list(tmp_path.glob(".out*")), "nothing is left of the work"
+
+
+def test_dividing_a_step_or_packing_it_changes_nothing(tiny_student: Path, tiny_teacher: Path, tmp_path: Path) -> None:
+    def made(name: str, **training: Any) -> Path:
+        recipe = make_recipe(training={"keep": "last", **training}, supervision={"sections": "cot+answer"})
+        return distill(str(tiny_student), str(tiny_teacher), recipe, tmp_path / name)
+
+    whole = made("whole", micro_batch_tokens=10_000)
+    for name, options in {
+        "single": {"micro_batch_tokens": 1},
+        "divided": {"micro_batch_tokens": 1000},
+        "packed": {"micro_batch_tokens": 10_000, "packed": True},
+        "checkpointed": {"micro_batch_tokens": 10_000, "checkpointing": True},
+    }.items():
+        other = made(name, **options)
+        assert losses_of(other) == pytest.approx(losses_of(whole), rel=1e-5), name
+        assert_same_weights(other, whole, rtol=2e-2, atol=1e-3)
+
+
+def test_a_student_equal_to_its_teacher_has_no_divergence_and_stays_put(tiny_student: Path, tmp_path: Path) -> None:
+    recipe = make_recipe(loss={"kd_weight": 1.0}, training={"weight_decay": 0.0, "keep": "last", "learning_rate": 1e-6})
+    target = distill(str(tiny_student), str(tiny_student), recipe, tmp_path / "out")
+    assert max(map(abs, losses_of(target))) < 1e-5
+    assert max(row["gradient_norm"] for row in steps_of(target)) < 1e-3
+    before = {name: weight.bfloat16() for name, weight in weights_of(tiny_student).items()}
+    for name, weight in weights_of(target).items():
+        torch.testing.assert_close(weight, before[name], rtol=1e-2, atol=1e-5)
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(
+    tiny_student: Path, tiny_teacher: Path, tmp_path: Path
+) -> None:
+    recipe = make_recipe(stages=[{"steps": 6}, {"kind": "on_policy", "steps": 4, "max_new_tokens": 6}])
+    straight = distill(str(tiny_student), str(tiny_teacher), recipe, tmp_path / "straight")
+    target = tmp_path / "killed"
+    kills = 0
+    for at_step in (2, 5, 8):
+        process = in_process(tiny_student, tiny_teacher, target, recipe)
+        log = tmp_path / ".killed.building" / "steps.jsonl"
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            if log.exists() and len(log.read_text().splitlines()) >= at_step:
+                process.send_signal(signal.SIGKILL)
+                kills += 1
+                break
+            time.sleep(0.002)
+        process.wait()
+    last = in_process(tiny_student, tiny_teacher, target, recipe)
+    told, _ = last.communicate()
+    assert last.returncode == 0, told
+    assert kills >= 2
+    assert "resumed at step" in told
+    assert losses_of(target) == losses_of(straight)
+    assert_same_weights(target, straight, rtol=0, atol=0)
+
+
+def test_another_recipe_does_not_go_on_from_a_killed_run(
+    tiny_student: Path, tiny_teacher: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "out"
+    process = in_process(tiny_student, tiny_teacher, target, make_recipe(stages=[{"steps": 500}]))
+    state = tmp_path / ".out.building" / "state" / "progress.json"
+    while not state.exists():
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    distill(str(tiny_student), str(tiny_teacher), make_recipe(stages=[{"steps": 2}]), target)
+    assert "resumed" not in capfd.readouterr().err
+    assert len(losses_of(target)) == 2
+
+
+def test_two_processes_do_what_one_does(tiny_student: Path, tiny_teacher: Path, tmp_path: Path) -> None:
+    recipe = make_recipe(training={"keep": "last"})
+    alone = distill(str(tiny_student), str(tiny_teacher), recipe, tmp_path / "alone")
+    launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1")
+    options = ("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0")
+    process = in_process(tiny_student, tiny_teacher, tmp_path / "two", recipe, *launcher, *options)
+    told, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, told
+    assert losses_of(tmp_path / "two") == pytest.approx(losses_of(alone), rel=1e-5)
+    assert_same_weights(tmp_path / "two", alone, rtol=2e-2, atol=1e-3)
+
+
+def test_plain_fine_tuning_needs_no_teacher_and_no_validation(tiny_student: Path, tmp_path: Path) -> None:
+    recipe = make_recipe(loss={"kd_weight": 0.0}, data={"num_validation": 0})
+    target = distill(str(tiny_student), None, recipe, tmp_path / "out")
+    rows = steps_of(target)
+    assert all(row["loss"] == row["cross_entropy"] and row["divergence"] == 0 for row in rows)
+
+
+def test_a_cached_teacher_says_what_it_leaves_out_and_teaches_the_same_way(
+    tiny_teacher: Path, tiny_student: Path, tmp_path: Path
+) -> None:
+    def made(name: str, top_k: int) -> Path:
+        loss = {"kd_weight": 1.0, "top_k": top_k}
+        return distill(str(tiny_student), str(tiny_teacher), make_recipe(loss=loss), tmp_path / name)
+
+    online, cached = made("online", 0), made("cached", 2000)
+    error = json.loads((cached / "slimserve.json").read_text())["steps"][0]["detail"]["cache_error"]
+    assert 0 < error["missing_mass"] < 1
+    assert 0 < error["divergence_frac"] < 1
+    num_targets = sum(row["targets"] for row in steps_of(cached))
+    assert error["num_bytes"] == num_targets * 2000 * 8, "each example once, at four bytes a token and four a number"
+    # What is left out lowers the divergence, and only that.
+    seen = losses_of(cached)[0] / losses_of(online)[0]
+    assert 1 - error["missing_mass"] - 0.3 < seen < 1
+    assert losses_of(cached)[-1] < losses_of(cached)[0]
+
+
+def test_hidden_states_are_matched_through_a_width_map(tiny_student: Path, tiny_teacher: Path, tmp_path: Path) -> None:
+    for kind in ("cosine", "mse"):
+        loss = {"hidden_weight": 1.0, "hidden_kind": kind, "hidden_pairs": 2}
+        target = distill(str(tiny_student), str(tiny_teacher), make_recipe(loss=loss), tmp_path / kind)
+        row = steps_of(target)[0]
+        assert row["loss"] > 0.5 * row["divergence"] + 0.5 * row["cross_entropy"]
+        assert not [name for name in weights_of(target) if "maps" in name]
+    same = distill(
+        str(tiny_student),
+        str(tiny_student),
+        make_recipe(loss={"hidden_weight": 1.0, "kd_weight": 1.0}),
+        tmp_path / "same",
+    )
+    assert abs(losses_of(same)[0]) < 1e-4
+
+
+def test_low_rank_training_is_merged_when_saved(tiny_student: Path, tiny_teacher: Path, tmp_path: Path) -> None:
+    recipe = make_recipe(training={"lora_rank": 3, "learning_rate": 1e-2, "keep": "last"})
+    target = distill(str(tiny_student), str(tiny_teacher), recipe, tmp_path / "out")
+    before, after = weights_of(tiny_student), weights_of(target)
+    assert before.keys() == after.keys()
+    embedding, layer = "model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight"
+    torch.testing.assert_close(after[embedding], before[embedding].bfloat16(), rtol=0, atol=0)
+    assert float((after[layer].float() - before[layer]).abs().max()) > 1e-3
+
+
+def test_on_policy_steps_learn_the_divergence_of_what_the_student_wrote(
+    tiny_student: Path, tiny_teacher: Path, tmp_path: Path
+) -> None:
+    def sampler(student: Any, prompts: Any, settings: Any, seed: int) -> list[list[int]]:
+        assert settings.max_new_tokens == 7
+        return [[100 + len(prompt), 5, 6, 2] for prompt in prompts]
+
+    recipe = make_recipe(stages=[{"kind": "on_policy", "steps": 2, "fraction": 1.0, "max_new_tokens": 7}])
+    target = distill(str(tiny_student), str(tiny_teacher), recipe, tmp_path / "out", sampler=sampler)
+    rows = steps_of(target)
+    assert [row["targets"] for row in rows] == [16, 16], "four replies of four tokens"
+    assert all(row["loss"] == pytest.approx(row["divergence"]) for row in rows)
+    half = make_recipe(stages=[{"kind": "on_policy", "steps": 1, "fraction": 0.5, "max_new_tokens": 7}])
+    row = steps_of(distill(str(tiny_student), str(tiny_teacher), half, tmp_path / "half", sampler=sampler))[0]
+    assert row["targets"] > 8
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_sequences(
+    tiny_student: Path, tmp_path: Path
+) -> None:
+    recipe = make_recipe(loss={"kd_weight": 0.0}, training={"learning_rate": 1e30}, data={"num_validation": 0})
+    with pytest.raises(UserError, match="is not finite at step") as caught:
+        distill(str(tiny_student), None, recipe, tmp_path / "out")
+    file = tmp_path / "out.bad-batch.json"
+    assert str(file) in str(caught.value)
+    assert json.loads(file.read_text())["sequences"][0].startswith("reasoning/")
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / ".out.building").exists()
+
+
+def test_a_learning_rate_rises_and_falls() -> None:
+    fractions = [rate_frac(step, 100, 0.1) for step in range(100)]
+    assert fractions[0] == pytest.approx(0.1)
+    assert max(fractions) == pytest.approx(1.0)
+    assert fractions.index(max(fractions)) in (9, 10)
+    assert all(after <= before for before, after in pairwise(fractions[10:]))
+    assert fractions[-1] == pytest.approx(0.1, abs=0.01)
+    assert rate_frac(0, 1, 0.0) == 1.0
