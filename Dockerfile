@@ -18,7 +18,7 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 
 WORKDIR /opt/slimserve
-COPY pyproject.toml README.md slimserve.py ./
+COPY pyproject.toml README.md slimserve.py pipeline.py ./
 COPY requirements requirements
 COPY contracts contracts
 COPY workloads workloads

@@ -14,6 +14,10 @@
 # make bench-loadtest-stall  whether a freeze of the server shows in p99: open loop against plain Locust
 # make bench-loadtest-real   our latencies against those of vllm bench serve on the same server and arrivals
 # make bench-max-rate        --find-max-rate against the analytic limit of an M/D/1 queue
+# make bench-distill-cost    time, memory and FLOPs of distilling half of every sequence against the whole
+# make bench-kd-memory       peak memory and time of the chunked loss against the plain one
+# make bench-distill-quality AUC lost by pruning and won back by distillation, up to W8A8 behind the server
+# make bench-truncation      students over the share of each trace that they read, into results/truncation
 # make compare         six variants of a real model over both workloads at full size, into results/compare
 
 PYTHON ?= python3
@@ -21,12 +25,13 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 LOCK   := requirements/cpu.lock
 TORCH  := $(shell sed -n 's/^\(torch==[^ ]*\).*/\1/p' $(LOCK))
-SOURCES := slimserve.py contracts workloads distill compress serve loadtest compare benches tests
+SOURCES := slimserve.py pipeline.py contracts workloads distill compress serve loadtest compare benches tests
 
 export HF_HUB_OFFLINE ?= 1
 
 BENCHES := $(addprefix bench-,launch scoring decode gateway ready quantize prune memory load \
-    loadtest-truth loadtest-stall loadtest-real max-rate)
+    loadtest-truth loadtest-stall loadtest-real max-rate \
+    distill-cost kd-memory distill-quality truncation)
 
 # What a variant must keep at half of the dense model's capacity to be named the one to ship.
 OBJECTIVES := --slo recommendation:e2e_p95=1.5s --slo reasoning:ttft_p95=500ms --slo reasoning:itl_p95=100ms

@@ -1,4 +1,4 @@
-"""The front door: `slimserve {distill,compress,serve,loadtest,compare} …`; a part is imported only when it is called."""
+"""The front door: `slimserve {distill,compress,serve,loadtest,compare}`; a part is imported only when it is called."""
 
 from __future__ import annotations
 
@@ -298,11 +298,11 @@ def loadtest(
     """
     from typing import cast, get_args
 
+    from contracts.target import find_target
     from loadtest.arrivals import Arrival
     from loadtest.rates import find_rate, sweep_rates
     from loadtest.run import Cluster, run_suite
     from loadtest.settings import LoadSettings, SuiteOptions, parse_duration
-    from contracts.target import find_target
 
     if arrival not in get_args(Arrival):
         raise UserError("--arrival", arrival, "is unknown", f"choose from {', '.join(get_args(Arrival))}")
@@ -352,11 +352,26 @@ def loadtest(
 
 
 @app.command()
+def pipeline(
+    file: Annotated[Path, typer.Argument(metavar="FILE.toml", help="The steps; see docs/distill.md")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for every step's model and the comparison")],
+) -> None:
+    """A chain of distilling and compressing, then a comparison of what came of it; goes on where it was interrupted."""
+    from pipeline import load_pipeline, run_pipeline
+
+    for name, directory in run_pipeline(load_pipeline(file), output).items():
+        typer.echo(f"{name}: {directory}")
+
+
+@app.command()
 def compare(
     model: Annotated[str, typer.Option(help="The model to make variants of")],
     recipes: Annotated[str, typer.Option(help="Recipes, separated by commas")] = "dense,w8a8,prune25-w8a8",
     workloads: Annotated[str, typer.Option(help="Workloads, separated by commas")] = "recommendation,reasoning",
     quick: Annotated[bool, typer.Option("--quick", help="One round, fewer prompts, wider intervals")] = False,
+    variant: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=MODEL", help="A finished model as one more row")
+    ] = None,
     endpoint: Annotated[
         list[str] | None, typer.Option(metavar="NAME=URL[#MODEL]", help="A running server as one more row")
     ] = None,
@@ -383,7 +398,7 @@ def compare(
 
     The same command with the same -o goes on where it was interrupted.
     """
-    from compare.plan import FULL, QUICK, Baseline, parse_endpoint, parse_rates, parse_share, parse_slos
+    from compare.plan import FULL, QUICK, Baseline, parse_endpoint, parse_finished, parse_rates, parse_share, parse_slos
     from compare.results import Requirements
     from compare.run import compare as run_comparison
 
@@ -405,6 +420,7 @@ def compare(
         replace(QUICK if quick else FULL, rates=parse_rates(rate or ())),
         output or _new_run_folder(model.rstrip("/").rsplit("/", 1)[-1]),
         requirements=requirements,
+        finished=[parse_finished(text) for text in variant or ()],
         endpoints=[parse_endpoint(text) for text in endpoint or ()],
         baseline=against,
     )

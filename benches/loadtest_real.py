@@ -23,10 +23,10 @@ from benches.served import MODEL, our_spec
 from contracts.model import resolve_model
 from contracts.progress import progress, say
 from contracts.provenance import bench_line
+from contracts.target import Target
 from loadtest.run import run_suite
 from loadtest.settings import LoadSettings, SuiteOptions
 from loadtest.summary import LoadSummary
-from contracts.target import Target
 from serve.engine import Engine
 
 NUM_ROUNDS = 6

@@ -21,9 +21,9 @@ from benches.peers.environment import peer_variables
 from contracts.hardware import probe_hardware
 from contracts.progress import progress, say
 from contracts.provenance import bench_line
+from contracts.target import Target
 from loadtest.run import run_suite
 from loadtest.settings import LoadSettings, SuiteOptions
-from contracts.target import Target
 from loadtest.truth import MODEL, Schedule, running_truth
 
 NUM_ROUNDS = 3

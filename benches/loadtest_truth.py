@@ -31,9 +31,9 @@ from contracts.hardware import probe_hardware
 from contracts.model import resolve_model
 from contracts.progress import say
 from contracts.provenance import bench_line
+from contracts.target import Target
 from loadtest.run import run_suite
 from loadtest.settings import LoadSettings, SuiteOptions
-from contracts.target import Target
 from loadtest.truth import MODEL, Schedule, running_truth
 
 NUM_STREAMS = (1, 16, 64, 128)

@@ -18,9 +18,9 @@ from pathlib import Path
 from contracts.hardware import probe_hardware
 from contracts.progress import say
 from contracts.provenance import bench_line
+from contracts.target import Target
 from loadtest.rates import find_rate
 from loadtest.settings import LoadSettings, SuiteOptions
-from contracts.target import Target
 from loadtest.truth import MODEL, Schedule, running_truth
 
 SEEDS = range(5)

@@ -14,6 +14,8 @@ from loadtest.slo import parse_objective
 from workloads import WORKLOADS
 
 REFERENCE = "dense"
+_NAME = re.compile(r"[\w.-]+")
+"""Of a row: it names a folder too."""
 _BUILD_S, _START_S, _LOAD_OVERHEAD_S, _QUALITY_S = 40.0, 55.0, 6.0, 90.0
 """Of one variant; of an engine, the first start among them; of Locust's start and the last answers; of all quality
 prompts of one variant. For a model of 0.1B parameters on two cores; only the estimate uses them."""
@@ -49,6 +51,15 @@ class Endpoint:
 
 
 @dataclass(frozen=True)
+class Finished:
+    """A model that is not to be built any more, as a row of the comparison."""
+
+    name: str
+    model: str
+    """A model argument."""
+
+
+@dataclass(frozen=True)
 class Baseline:
     """An earlier comparison, and how much may be lost against it."""
 
@@ -58,11 +69,19 @@ class Baseline:
     max_goodput_loss_frac: float = 0.05
 
 
+def parse_finished(text: str) -> Finished:
+    """A finished model from NAME=MODEL."""
+    name, _, model = text.partition("=")
+    if not _NAME.fullmatch(name) or not model:
+        raise UserError("--variant", text, "is no named model", "write NAME=DIR, or NAME= and any other model argument")
+    return Finished(name, model)
+
+
 def parse_endpoint(text: str) -> Endpoint:
     """An endpoint from NAME=URL or NAME=URL#MODEL."""
     name, _, rest = text.partition("=")
     url, _, model = rest.partition("#")
-    if not re.fullmatch(r"[\w.-]+", name) or not url.startswith(("http://", "https://")):
+    if not _NAME.fullmatch(name) or not url.startswith(("http://", "https://")):
         raise UserError("--endpoint", text, "is no endpoint", "write NAME=http://HOST:PORT or NAME=URL#MODEL")
     return Endpoint(name, url, model or None)
 

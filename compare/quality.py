@@ -23,8 +23,8 @@ from compare.results import TEXT
 from contracts.errors import UserError
 from contracts.progress import Tick, progress, say
 from contracts.storage import write_atomically
-from loadtest.client import SCORING
 from contracts.target import Target, auth_headers
+from loadtest.client import SCORING
 from workloads import estimates, load_workload
 from workloads.estimates import Figure
 from workloads.interface import ChatAnswer, ChatPrompt, Prompt, ScoringPrompt
@@ -59,12 +59,17 @@ def ask_quality(target: Target, workload: str, num_prompts: int, seed: int) -> A
     prompts would not be comparable.
     """
     prompts = _prompts(workload, num_prompts, seed)
+    answers = ask_prompts(target, f"quality {workload}, {target.model}", prompts)
+    return Answers(_sha256_of([asdict(prompt) for prompt in prompts]), answers)
+
+
+def ask_prompts(target: Target, title: str, prompts: Sequence[Prompt]) -> list[KeptAnswer]:
+    """Scores or greedy answers of the served model, in the order of the prompts; UserError where one fails."""
 
     async def ask(asker: _Asker, prompt: Prompt) -> KeptAnswer:
         return await (asker.score(prompt) if isinstance(prompt, ScoringPrompt) else asker.chat(prompt))
 
-    answers = _ask_all(target, f"quality {workload}, {target.model}", prompts, ask)
-    return Answers(_sha256_of([asdict(prompt) for prompt in prompts]), answers)
+    return _ask_all(target, title, prompts, ask)
 
 
 def ask_text(target: Target, num_documents: int, num_tokens: int, seed: int) -> Answers:

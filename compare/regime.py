@@ -11,8 +11,8 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from compare.results import Regime
-from loadtest.summary import LoadSummary
 from contracts.target import Target, auth_headers
+from loadtest.summary import LoadSummary
 
 _TIMEOUT_S = 10.0
 _POWERCAP = Path("/sys/class/powercap")

@@ -23,7 +23,7 @@ from typing import cast
 
 from compare.baseline import check_baseline, counterparts, effort_like, load_baseline
 from compare.judge import answers_file, judge_loads, judge_quality
-from compare.plan import REFERENCE, Baseline, Endpoint, describe_plan, judged_rate, load_seed, rates_of
+from compare.plan import REFERENCE, Baseline, Endpoint, Finished, describe_plan, judged_rate, load_seed, rates_of
 from compare.quality import ask_quality, ask_text, write_answers
 from compare.regime import EnergyMeter, read_roofs, regime_of
 from compare.report import print_table, write_report
@@ -45,10 +45,10 @@ from contracts.hardware import probe_hardware
 from contracts.model import count_parameters, model_hash, model_name, resolve_model
 from contracts.progress import say
 from contracts.provenance import versions
+from contracts.target import Target, find_target
 from contracts.variant import disk_bytes, read_manifest
 from loadtest.run import run_suite
 from loadtest.settings import LoadSettings, SuiteOptions
-from contracts.target import Target, find_target
 from serve.engine import Engine, EngineSpec, free_port
 from serve.plan import LaunchPlan, Profile, plan_launch
 from workloads import load_workload
@@ -72,15 +72,19 @@ def compare(
     output: Path,
     *,
     requirements: Requirements | None = None,
+    finished: Sequence[Finished] = (),
     endpoints: Sequence[Endpoint] = (),
     baseline: Baseline | None = None,
 ) -> Comparison:
     """Build, serve, judge and load every variant; results.json, report.html and the raw data go to `output`.
 
+    Rows are the variants of `recipes`, then models that are `finished`, then `endpoints`; `dense`, or else the first
+    one, is what the others are measured against.
+
     Goes on with a comparison of the same settings that `output` holds. Raises UserError before any work where a name is
     unknown, or where it holds one of other settings.
     """
-    names = _check_names(recipes, workloads, endpoints)
+    names = _check_names(recipes, workloads, [*finished, *endpoints])
     reference = REFERENCE if REFERENCE in names else names[0]
     names.sort(key=lambda name: name != reference)  # its capacity says which rates all variants get
     before = load_baseline(baseline, output) if baseline else None
@@ -88,6 +92,7 @@ def compare(
         effort = effort_like(before, effort, workloads)
     earlier = _earlier(output, model, workloads, effort, names)
     base = resolve_model(model)
+    directories = {one.name: resolve_model(one.model) for one in finished}
     targets = {endpoint.name: find_target(endpoint.url, endpoint.model) for endpoint in endpoints}
     output.mkdir(parents=True, exist_ok=True)
     for line in describe_plan(effort, workloads, names, reference):
@@ -95,6 +100,9 @@ def compare(
     started = datetime.now(UTC).replace(microsecond=0)
     begin = time.monotonic()
     variants = [build(model, base, recipe, started) for recipe in recipes]
+    variants += [
+        _described(one.name, "", f"{one.model}, made before", directories[one.name], started) for one in finished
+    ]
     variants += [_external(name, target) for name, target in targets.items()]
     comparison = Comparison(
         model=model,
@@ -146,11 +154,16 @@ def build(model: str, base: Path, recipe_name: str, started: datetime) -> Varian
         if finished.returncode != 0:
             raise UserError("recipe", recipe_name, "could not be built", "see the message above")
         directory = Path(finished.stdout.strip().splitlines()[-1])
+    return _described(name, name, recipe.summary, directory, started)
+
+
+def _described(name: str, recipe: str, summary: str, directory: Path, started: datetime) -> VariantResult:
+    """What a variant's directory says of it."""
     manifest = read_manifest(directory)
     return VariantResult(
         name=name,
-        recipe=name,
-        summary=recipe.summary,
+        recipe=recipe,
+        summary=summary,
         directory=str(directory),
         disk_bytes=disk_bytes(directory),
         num_parameters=manifest.num_parameters if manifest else count_parameters(directory),
@@ -181,11 +194,11 @@ def _external(name: str, target: Target) -> VariantResult:
     return VariantResult(name=name, recipe="", summary=summary, url=target.url, identity=key)
 
 
-def _check_names(recipes: Sequence[str], workloads: Sequence[str], endpoints: Sequence[Endpoint]) -> list[str]:
-    """Names of all variants; UserError where one is unknown, stands twice, or there is nothing to do."""
-    if not (recipes or endpoints) or not workloads:
+def _check_names(recipes: Sequence[str], workloads: Sequence[str], others: Sequence[Finished | Endpoint]) -> list[str]:
+    """Names of all rows; UserError where one is unknown, stands twice, or there is nothing to do."""
+    if not (recipes or others) or not workloads:
         raise UserError("recipes or workloads", "", "name nothing", "give at least one of each")
-    names = [*(load_recipe(recipe)[0] for recipe in recipes), *(endpoint.name for endpoint in endpoints)]
+    names = [*(load_recipe(recipe)[0] for recipe in recipes), *(other.name for other in others)]
     twice = [name for name in names if names.count(name) > 1]
     if twice:
         raise UserError("recipes", twice[0], "stands twice", "name each recipe once, under a name of its own")

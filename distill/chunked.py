@@ -94,7 +94,7 @@ def plain_losses(logits_NV: Tensor, labels_N: Tensor, teacher: Tensor | TopK | N
     if teacher is None:
         return torch.stack((cross_entropy, torch.zeros_like(cross_entropy), cross_entropy))
     compare = divergence_from_top if isinstance(teacher, TopK) else divergence_per_token
-    divergence = compare(logits_NV, teacher, settings)  # type: ignore[arg-type]
+    divergence = compare(logits_NV, teacher, settings)
     total = (1 - settings.kd_weight) * cross_entropy + settings.kd_weight * divergence
     return torch.stack((total, divergence, cross_entropy))
 
@@ -150,4 +150,3 @@ class _ChunkedLoss(torch.autograd.Function):
         # In place: nothing else holds them, and a copy of the output layer's gradient is as large as the layer.
         scaled = [None if grad is None else grad.mul_(scale) for grad in (grad_hidden, grad_head)]
         return (*scaled, None, None, None, None)
-

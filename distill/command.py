@@ -19,7 +19,8 @@ Teacher = Annotated[str | None, typer.Option(metavar="MODEL", help="Whom to foll
 Student = Annotated[str, typer.Option(metavar="MODEL", help="What to train, as it is at the start")]
 RecipeFile = Annotated[Path | None, typer.Option("--recipe", metavar="FILE.toml", help="See docs/distill.md")]
 Source = Annotated[
-    str | None, typer.Option("--workload", metavar="NAME | FILE.jsonl", help="What to learn from: reasoning if not given")
+    str | None,
+    typer.Option("--workload", metavar="NAME | FILE.jsonl", help="What to learn from: reasoning if not given"),
 ]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="TABLE.KEY=VALUE", help="A key of the recipe; may be given again")
@@ -107,7 +108,9 @@ def traces(
         max_tokens=max_tokens,
         seed=seed,
     )
-    typer.echo(f"{found.num_kept} of {found.num_asked} problems solved, {found.num_replies} replies asked for: {output}")
+    typer.echo(
+        f"{found.num_kept} of {found.num_asked} problems solved, {found.num_replies} replies asked for: {output}"
+    )
 
 
 def _recipe(

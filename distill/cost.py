@@ -89,7 +89,7 @@ class PeakMemory:
         if self._is_cuda:
             import torch
 
-            return torch.cuda.memory_allocated()
+            return int(torch.cuda.memory_allocated())
         return _status_bytes("VmRSS")
 
     def peak_bytes(self) -> int:
@@ -97,7 +97,7 @@ class PeakMemory:
         if self._is_cuda:
             import torch
 
-            return torch.cuda.max_memory_allocated()
+            return int(torch.cuda.max_memory_allocated())
         return _status_bytes("VmHWM")
 
     def reset(self) -> None:

@@ -1,8 +1,8 @@
 """Training and validation examples from a workload, or from a file of conversations.
 
 A line of a JSONL file is one conversation: `{"messages": [{"role": …, "content": …}, …]}` with the reply to learn last,
-or `{"prompt": …, "completion": …}`. A message's `reasoning_content`, as servers give it, becomes its chain between think
-tags. `slimserve distill traces` writes such files from a served teacher's own replies.
+or `{"prompt": …, "completion": …}`. A message's `reasoning_content`, as servers give it, becomes its chain between
+think tags. `slimserve distill traces` writes such files from a served teacher's own replies.
 
 A workload's training examples are of its `calibration` split: quality and load are judged on others. Validation takes
 every tenth of them by a hash of the member or the question, so that no member's taste is in both.

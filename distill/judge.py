@@ -1,7 +1,7 @@
 """Figures of a student's validation beside its loss: for recommendation, how well it ranks films by their labels.
 
-Every label in a member's sequence is a question: given all before it, is P(label) high where it is true? The first films
-of a history have little before them, so judging begins at the 9th.
+Every label in a member's sequence is a question: given all before it, is P(label) high where it is true? The first
+films of a history have little before them, so judging begins at the 9th.
 """
 
 from __future__ import annotations

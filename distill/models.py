@@ -32,12 +32,16 @@ def load_model(directory: Path, dtype: torch.dtype) -> nn.Module:
 
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     if "quantization_config" in config:
-        raise UserError("model", directory, "is quantized and cannot be trained", "give the model that it was made from")
+        raise UserError(
+            "model", directory, "is quantized and cannot be trained", "give the model that it was made from"
+        )
     logging.disable_progress_bar()
     try:
         model: nn.Module = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
     except Exception as error:  # transformers raises whatever the config or the weights made it raise
-        raise UserError("model", directory, f"cannot be loaded ({error})", "check its files with slimserve check") from error
+        raise UserError(
+            "model", directory, f"cannot be loaded ({error})", "check its files with slimserve check"
+        ) from error
     _check_head(model, directory)
     return model
 

@@ -9,7 +9,6 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -156,11 +155,18 @@ def _make_job(
             online.model.to("cuda")
         sequences = recipe.supervision.supervision.apply_all(examples.training)
         cached = make_cache(
-            online, sequences, loss.settings, loss.top_k, work, model_hash(pair.teacher_directory), training.micro_batch_tokens
+            online,
+            sequences,
+            loss.settings,
+            loss.top_k,
+            work,
+            model_hash(pair.teacher_directory),
+            training.micro_batch_tokens,
         )
+        error = cached.error
         say(
-            f"teacher's {loss.top_k} likeliest tokens: {cached.error.num_bytes / 2**20:.0f} MiB, {cached.error.missing_mass:.2%} "
-            f"of the probability and {cached.error.divergence_frac:.2%} of the divergence left out"
+            f"teacher's {loss.top_k} likeliest tokens: {error.num_bytes / 2**20:.0f} MiB, {error.missing_mass:.2%} of "
+            f"the probability and {error.divergence_frac:.2%} of the divergence left out"
         )
         job.cached = cached
     return job
@@ -170,12 +176,12 @@ def _with_lora(student: nn.Module, rank: int) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    wrapped: nn.Module = get_peft_model(student, config)  # type: ignore[arg-type]
+    wrapped: nn.Module = get_peft_model(student, config)
     return wrapped
 
 
 def _save(job: Job, pair: Pair, output: Path) -> None:
-    """The student as bfloat16, under the names that stock tools know, with its tokenizer's and chat template's files."""
+    """The student as bfloat16, under the names that stock tools know, with its tokenizer and chat template."""
     student: Any = job.student
     if hasattr(student, "merge_and_unload"):
         student = student.merge_and_unload()
@@ -207,7 +213,9 @@ def _write_manifest(
         "num_validation": len(examples.validation),
         "num_too_long": examples.num_too_long,
         "steps": outcome.num_steps,
-        "kept_step": where.best_step if recipe.training.keep == "best" and where.best_loss is not None else outcome.num_steps,
+        "kept_step": where.best_step
+        if recipe.training.keep == "best" and where.best_loss is not None
+        else outcome.num_steps,
         "tokens_read": where.tokens_read,
         "targets": where.targets,
         "flops": where.flops,
@@ -263,8 +271,6 @@ def _summary(outcome: Outcome) -> str:
     where = outcome.progress
     best = f", validation loss {where.best_loss:.4f} at step {where.best_step}" if where.best_loss is not None else ""
     return (
-        f"{outcome.num_steps} steps, {where.tokens_read} tokens, {where.flops / 1e12:.0f} TFLOP in {where.train_s:.0f} s, "
-        f"{where.peak_bytes / 2**30:.1f} GiB{best}"
+        f"{outcome.num_steps} steps, {where.tokens_read} tokens, {where.flops / 1e12:.0f} TFLOP in {where.train_s:.0f} "
+        f"s, {where.peak_bytes / 2**30:.1f} GiB{best}"
     )
-
-

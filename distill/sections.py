@@ -4,8 +4,9 @@ Found in the text, then carried over to tokens by the tokenizer's offsets, as th
 a token belongs to the section in which its first character lies. Prompt and reply are tokenized apart, as a server does
 it, so that what is trained on is what is generated from.
 
-The tags belong to the chain, for the student has to write them too. The answer is what follows the last closing tag, by
-the rule of the workload's verifier. It ends with the first stop token; what a chat template puts after that is left out.
+The tags belong to the chain, for the student has to write them too. The answer is what follows the last closing tag,
+by the rule of the workload's verifier. It ends with the first stop token; what a chat template puts after that is left
+out.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """What a killed run goes on from, as safetensors and JSON: nothing here is unpickled.
 
-No random state is kept: every step seeds its own. Written under a new name and renamed, with the old state kept until then, so that a run killed while it writes goes on
-from the state before. Torch's own distributed state dictionaries name parameters and moments alike whether the module is
-wrapped or not, so a run may go on with another number of processes.
+No random state is kept: every step seeds its own. Written under a new name and renamed, with the old state kept until
+then, so that a run killed while it writes goes on from the state before. Torch's own distributed state dictionaries
+name parameters and moments alike whether the module is wrapped or not, so a run may go on with another number of
+processes.
 """
 
 from __future__ import annotations
@@ -92,7 +93,9 @@ def load_state(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer
             return None
         tensors = load_file(place / "tensors.safetensors")
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise UserError("training state", place, f"cannot be read ({error})", f"delete {folder} to begin anew") from error
+        raise UserError(
+            "training state", place, f"cannot be read ({error})", f"delete {folder} to begin anew"
+        ) from error
     weights = {name.removeprefix("weights/"): value for name, value in tensors.items() if name.startswith("weights/")}
     moments: dict[str, dict[str, Tensor]] = {}
     for name, value in tensors.items():

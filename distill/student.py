@@ -107,10 +107,8 @@ def read_states(model: Any, batch: Batch, hidden: HiddenSettings) -> tuple[Tenso
         use_cache=False,
         output_hidden_states=is_matched,
     )
-    matched: list[Tensor] = []
-    if is_matched:
-        states = outputs.hidden_states
-        num_blocks = len(states) - 1
-        for pair in range(1, hidden.num_pairs + 1):
-            matched.append(states[round(pair * num_blocks / hidden.num_pairs)].flatten(0, 1)[batch.before_N])
-    return outputs.last_hidden_state, matched
+    if not is_matched:
+        return outputs.last_hidden_state, ()
+    states, num_pairs = outputs.hidden_states, hidden.num_pairs
+    depths = [round(pair * (len(states) - 1) / num_pairs) for pair in range(1, num_pairs + 1)]
+    return outputs.last_hidden_state, [states[depth].flatten(0, 1)[batch.before_N] for depth in depths]

@@ -1,8 +1,8 @@
 """What of a sequence is learnt: the sections that count, and the part of it that is read at all.
 
 Two knobs, kept apart. Sections choose targets: both models still read every token, so a mask saves no time but the
-output layer's. The lead span removes tokens from the forward pass, and with them time, memory and FLOPs ("Distilling the
-Essence", arXiv 2512.21002).
+output layer's. The lead span removes tokens from the forward pass, and with them time, memory and FLOPs ("Distilling
+the Essence", arXiv 2512.21002).
 """
 
 from __future__ import annotations
@@ -40,9 +40,7 @@ class Supervision:
     def apply(self, example: Example) -> Supervised:
         """The example's window, and its targets there; a section is what the window leaves of it."""
         begin, end = window_of(len(example.tokens), self.lead_span, self.window)
-        targets = tuple(
-            place for place in range(1, end - begin) if example.sections[begin + place] in self.sections
-        )
+        targets = tuple(place for place in range(1, end - begin) if example.sections[begin + place] in self.sections)
         return Supervised(example.name, example.tokens[begin:end], targets)
 
     def apply_all(self, examples: Sequence[Example]) -> list[Supervised]:

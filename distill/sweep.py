@@ -38,7 +38,7 @@ class Point:
         return f"{self.sections.replace('+', '-')}-{self.window}-{self.lead_span:g}{kind}"
 
     def apply(self, recipe: DistillRecipe) -> DistillRecipe:
-        """The recipe of this point: a control has as many more examples, and as many more steps for them, as it reads less."""
+        """The recipe of this point: a control has as many more examples and steps as it reads less of each."""
         raw = recipe.model_dump(mode="json", exclude_unset=True)
         asked = {"sections": self.sections, "lead_span": self.lead_span, "window": self.window}
         raw["supervision"] = {**raw.get("supervision", {}), **asked}

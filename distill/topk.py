@@ -51,9 +51,7 @@ class CachedTeacher:
             self.error = CacheError(**json.loads(tensors.metadata()["error"]))
 
     def guide(self, batch: Batch) -> Guidance:
-        rows = torch.cat(
-            [torch.arange(self._begins[number], self._begins[number + 1]) for number in batch.numbers]
-        )
+        rows = torch.cat([torch.arange(self._begins[number], self._begins[number + 1]) for number in batch.numbers])
         device = batch.tokens_BT.device
         return Guidance(TopK(self._tokens[rows].to(device), self._logprobs[rows].to(device)))
 

@@ -1,7 +1,7 @@
 """A served teacher's own replies as training data, kept only where the workload's verifier finds them right.
 
-Rejection sampling: each problem is asked up to `num_tries` times at a temperature, and the first right reply that ended by
-itself is kept. Replies are appended to the file as they come, so the same command goes on where it was interrupted.
+Rejection sampling: each problem is asked up to `num_tries` times at a temperature, and the first right reply that ended
+by itself is kept. Replies are appended to the file as they come, so the same command goes on where it was interrupted.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def write_traces(
 ) -> Traces:
     """Ask the teacher `target` for replies to a workload's training problems; the right ones go to `file` as JSONL.
 
-    A line without `messages` notes a problem that no try solved. Raises UserError where the workload has no verifier, or
-    the server does not answer.
+    A line without `messages` notes a problem that no try solved. Raises UserError where the workload has no verifier,
+    or the server does not answer.
     """
     prompts = load_workload(workload).make_prompts("calibration", num_problems, seed)
     if not prompts or not isinstance(prompts[0], ChatPrompt):

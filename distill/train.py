@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from safetensors import SafetensorError
@@ -140,7 +141,7 @@ class _Loop:
             student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         teacher_config: Any = job.online.model.config if job.online else None
         module = StudentLoss(job.student, loss.hidden, teacher_config)
-        self.shape = ModelShape.of(module.student.config.to_dict())  # type: ignore[union-attr,operator]
+        self.shape = ModelShape.of(module.student.config.to_dict())
         self.teacher_shape = ModelShape.of(teacher_config.to_dict()) if teacher_config and not job.cached else None
         if job.online:
             job.online.model.to(self.device)
@@ -170,12 +171,12 @@ class _Loop:
     @property
     def autocast(self) -> AbstractContextManager[Any]:
         if self.job.recipe.training.precision == "bf16":
-            return torch.autocast(self.device.type, dtype=torch.bfloat16)
+            return cast("AbstractContextManager[Any]", torch.autocast(self.device.type, dtype=torch.bfloat16))
         return nullcontext()
 
     @property
     def is_first(self) -> bool:
-        return self.rank == 0
+        return bool(self.rank == 0)
 
     @property
     def done(self) -> int:
@@ -286,19 +287,19 @@ class _Loop:
         # A reply is as long as it is: nothing is cut off it.
         whole = replace(self.job.recipe.supervision.supervision, lead_span=1.0)
         by_name = {example.name: example for example in self.job.training}
-        chosen = [
-            number
-            for numbers in round_of
-            for number in numbers[: max(1, round(stage.fraction * len(numbers)))]
-            if by_name[self.sequences[number].name].num_prompt
-        ]
+        seed = self.job.recipe.data.seed + self.done
+        chosen = []
+        for place, numbers in enumerate(round_of):
+            asked = [number for number in numbers if by_name[self.sequences[number].name].num_prompt]
+            num_written = min(len(asked), max(1, round(stage.fraction * len(numbers))))
+            # A step's sequences are sorted by length, so the first ones would always be the shortest.
+            chosen += random.Random(f"{seed} {place}").sample(asked, num_written)
         if not chosen:
             raise UserError(
                 "stages", "on_policy", "has no prompt that a reply could be written to", "give data of conversations"
             )
         examples = [by_name[self.sequences[number].name] for number in chosen]
         prompts = [example.tokens[: example.num_prompt] for example in examples]
-        seed = self.job.recipe.data.seed + self.done
         mine = range(self.rank, len(prompts), self.world)
         unwrapped: Any = self.accelerator.unwrap_model(self.module)
         with self.autocast:
@@ -449,7 +450,10 @@ def _means(losses_3N: Tensor, sections: Sequence[Section], chosen: Collection[Se
     row = dict(zip(("loss", "divergence", "cross_entropy"), mean(chosen).tolist(), strict=True))
     for section in sorted(set(sections)):
         _, divergence, cross_entropy = mean({section}).tolist()
-        row |= {f"divergence_{section.name.lower()}": divergence, f"cross_entropy_{section.name.lower()}": cross_entropy}
+        row |= {
+            f"divergence_{section.name.lower()}": divergence,
+            f"cross_entropy_{section.name.lower()}": cross_entropy,
+        }
     return row
 
 
@@ -469,4 +473,3 @@ def _optimizer(module: nn.Module, weight_decay: float) -> torch.optim.Optimizer:
     others = [parameter for parameter in learnt if parameter.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0, betas=_BETAS, fused=True)
-

@@ -12,11 +12,11 @@ from typing import Any
 from contracts.errors import UserError
 from contracts.hardware import probe_hardware
 from contracts.progress import say
+from contracts.target import Target
 from loadtest.rows import Row
 from loadtest.run import run_suite
 from loadtest.settings import LoadSettings, SuiteOptions
 from loadtest.summary import percentile
-from contracts.target import Target
 from loadtest.truth import MODEL, Schedule, running_truth
 
 _TTFT_S = 0.1

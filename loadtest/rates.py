@@ -7,11 +7,11 @@ from pathlib import Path
 
 from contracts.errors import UserError
 from contracts.progress import say
+from contracts.target import Target
 from loadtest.report import print_curve, write_curve_html
 from loadtest.run import run_suite, write_document
 from loadtest.search import MaxRate, Measure, Point, Probe, find_max_rate, sweep
 from loadtest.settings import LoadSettings
-from contracts.target import Target
 
 _START_RATE = "1"
 

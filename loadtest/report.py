@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from contracts.storage import write_atomically
+from contracts.target import Target
 from loadtest import plots
 from loadtest.figures import LATENCY_HEADINGS, Part, interval_cell, objective_lines, parts_of
 from loadtest.page import (
@@ -20,7 +21,6 @@ from loadtest.page import (
 from loadtest.rows import Row
 from loadtest.slo import Metric, samples_of
 from loadtest.summary import LoadSummary, load_summary
-from contracts.target import Target
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -20,6 +20,7 @@ from contracts.errors import UserError
 from contracts.progress import Tick, progress, say
 from contracts.provenance import provenance
 from contracts.storage import write_atomically
+from contracts.target import Target
 from loadtest.prompts import make_prompts, workload_of
 from loadtest.report import write_html
 from loadtest.rows import Row, read_rows, row_of
@@ -27,7 +28,6 @@ from loadtest.server import ServerWatch, disagreements
 from loadtest.settings import SUITES, LoadSettings, suite_arguments
 from loadtest.slo import goodput, parse_objective
 from loadtest.summary import ClientCounts, LoadSummary, percentile, summarize
-from contracts.target import Target
 from workloads.interface import Answer, ChatAnswer, Estimate, Prompt
 
 _BEGIN_S = 120.0

@@ -10,9 +10,9 @@ from types import TracebackType
 
 import httpx
 
+from contracts.target import Target, auth_headers
 from loadtest.rows import Row
 from loadtest.summary import Percentiles, ServerCounts
-from contracts.target import Target, auth_headers
 
 _TIMEOUT_S = 5.0
 _EVERY_S = 1.0

@@ -26,12 +26,12 @@ from locust.env import Environment
 from locust.runners import MasterRunner, WorkerRunner
 
 from contracts.errors import UserError
+from contracts.target import auth_headers
 from loadtest.alarm import Alarm
 from loadtest.client import Client, Request
 from loadtest.prompts import MOST_PROMPTS, make_prompts
 from loadtest.rows import Row, row_line
 from loadtest.settings import LoadSettings, SuiteOptions
-from contracts.target import auth_headers
 
 _PAUSE_AFTER_FAILURE_S = 0.5
 """A server that refuses at once must not turn a closed loop into a busy loop."""

@@ -85,6 +85,21 @@ class Recommendation:
         return {name: estimates.estimate(figure) for name, figure in figures.items()}
 
 
+def label_prompts(prompt: ScoringPrompt, first: int = 0) -> list[ScoringPrompt]:
+    """Every label of a solved prompt, from the `first`-th on, as the one candidate behind all that comes before it.
+
+    A server that scores these answers what training on the whole sequence asks of a model in one pass.
+    """
+    found: list[ScoringPrompt] = []
+    query = ""
+    for line in prompt.solved.splitlines(keepends=True):
+        label = next(label for label in prompt.labels if line.endswith(f"{label}\n"))
+        item = line.removesuffix(f"{label}\n")
+        found.append(ScoringPrompt(query, (item,), prompt.labels, (label == prompt.labels[0],), prompt.group))
+        query += line
+    return found[first:]
+
+
 def movielens_directory() -> Path:
     """Where the installed recbole package keeps MovieLens-100K; recbole itself is not imported."""
     spec = importlib.util.find_spec("recbole")

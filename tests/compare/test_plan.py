@@ -5,10 +5,12 @@ import pytest
 from compare.plan import (
     FULL,
     Endpoint,
+    Finished,
     describe_plan,
     judged_rate,
     load_seed,
     parse_endpoint,
+    parse_finished,
     parse_rates,
     parse_share,
     parse_slos,
@@ -17,6 +19,13 @@ from compare.plan import (
 from contracts.errors import UserError
 from tests.compare.made_up import comparison, variant
 from workloads.interface import Estimate
+
+
+def test_finished_models_are_named() -> None:
+    assert parse_finished("student=models/a=b") == Finished("student", "models/a=b")
+    for text in ("student", "student=", "=dir", "a b=dir"):
+        with pytest.raises(UserError, match="--variant: .* is no named model"):
+            parse_finished(text)
 
 
 def test_endpoints_are_named_urls_with_a_model_if_they_have_several() -> None:

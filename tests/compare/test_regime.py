@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 
 from compare.regime import EnergyMeter, Roofs, read_roofs, regime_of
-from loadtest.summary import ServerCounts, summarize
 from contracts.target import Target
+from loadtest.summary import ServerCounts, summarize
 
 SUMMARY = replace(
     summarize([], 0.0, 10.0), requests_per_s=2.0, prompt_tokens_mean=1000.0, cached_frac=0.75, output_tokens_per_s=100.0

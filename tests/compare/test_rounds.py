@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 
 from compare import run
-from compare.plan import Baseline, Endpoint
+from compare.plan import Baseline, Endpoint, Finished
 from compare.results import Comparison, Effort, Requirements, VariantResult, load_comparison
 from contracts.errors import UserError
+from contracts.target import Target
 from loadtest.rows import Row, row_line
 from loadtest.settings import LoadSettings
 from loadtest.summary import summarize
-from contracts.target import Target
 from workloads import estimates
 
 EFFORT = Effort(
@@ -246,3 +246,18 @@ def test_a_baseline_is_not_overwritten(machine: Machine, tmp_path: Path) -> None
     compare(tmp_path / "before")
     with pytest.raises(UserError, match="is where this comparison goes"):
         compare(tmp_path / "before", baseline=Baseline(tmp_path / "before"))
+
+
+def test_a_finished_model_is_a_row_and_the_first_one_the_reference_without_dense(
+    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("w8a8", "nf4"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr(run, "disk_bytes", lambda directory: 1)
+    monkeypatch.setattr(run, "count_parameters", lambda directory: 1)
+    finished = [Finished("nf4", str(tmp_path / "nf4")), Finished("small", str(tmp_path / "w8a8"))]
+    comparison = compare(tmp_path / "out", recipes=[], finished=finished, effort=replace(EFFORT, rounds=1))
+    assert comparison.reference == "nf4"
+    assert [variant.name for variant in comparison.variants] == ["nf4", "small"]
+    assert {name for name, *_ in machine.loads()} == {"nf4", "w8a8"}
+    assert [variant.build_reused for variant in comparison.variants] == [True, True]

@@ -24,29 +24,28 @@ def logits(*shape: int, seed: int, scale: float = 3.0) -> Tensor:
     return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def by_hand(q: Tensor, p: Tensor, settings: LossSettings) -> Tensor:
+def by_hand(q_NV: Tensor, p_NV: Tensor, settings: LossSettings) -> Tensor:
     """The definitions, outcome by outcome in float64."""
-    found = []
-    for ours, theirs in zip(q.double(), p.double(), strict=True):
-        ours, theirs = ((row / settings.temperature).exp() for row in (ours, theirs))
-        ours, theirs = ours / ours.sum(), theirs / theirs.sum()
+    return torch.stack([_of_token(q, p, settings) for q, p in zip(q_NV.double(), p_NV.double(), strict=True)])
 
-        def kl(a: Tensor, b: Tensor) -> Tensor:
-            return sum((x * (x / y).log() for x, y in zip(a, b, strict=True)), torch.tensor(0.0))
 
-        alpha, beta = settings.skew, settings.beta
-        found.append(
-            {
-                "forward_kl": lambda: kl(theirs, ours),
-                "reverse_kl": lambda: kl(ours, theirs),
-                "skewed_forward_kl": lambda: kl(theirs, alpha * theirs + (1 - alpha) * ours),
-                "skewed_reverse_kl": lambda: kl(ours, (1 - alpha) * theirs + alpha * ours),
-                "js": lambda: beta * kl(theirs, beta * theirs + (1 - beta) * ours)
-                + (1 - beta) * kl(ours, beta * theirs + (1 - beta) * ours),
-            }[settings.divergence]()
-            * settings.temperature**2
-        )
-    return torch.stack(found)
+def _of_token(q_V: Tensor, p_V: Tensor, settings: LossSettings) -> Tensor:
+    q, p = ((row / settings.temperature).exp() for row in (q_V, p_V))
+    q, p = q / q.sum(), p / p.sum()
+    alpha, beta = settings.skew, settings.beta
+
+    def kl(a: Tensor, b: Tensor) -> Tensor:
+        return sum((x * (x / y).log() for x, y in zip(a, b, strict=True)), torch.tensor(0.0))
+
+    middle = beta * p + (1 - beta) * q
+    found = {
+        "forward_kl": lambda: kl(p, q),
+        "reverse_kl": lambda: kl(q, p),
+        "skewed_forward_kl": lambda: kl(p, alpha * p + (1 - alpha) * q),
+        "skewed_reverse_kl": lambda: kl(q, (1 - alpha) * p + alpha * q),
+        "js": lambda: beta * kl(p, middle) + (1 - beta) * kl(q, middle),
+    }
+    return found[settings.divergence]() * settings.temperature**2
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 3.0])
@@ -67,7 +66,9 @@ def test_padding_of_either_vocabulary_counts_for_nothing(name: Any) -> None:
     settings = LossSettings(name)
     student, teacher = logits(3, 11, seed=3), logits(3, 17, seed=4)
     expected = by_hand(student, teacher[:, :11], settings)
-    torch.testing.assert_close(divergence_per_token(student, teacher, settings).double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        divergence_per_token(student, teacher, settings).double(), expected, rtol=1e-5, atol=1e-6
+    )
     other = divergence_per_token(teacher, student, settings).double()
     torch.testing.assert_close(other, by_hand(teacher[:, :11], student, settings), rtol=1e-5, atol=1e-6)
 
@@ -132,9 +133,7 @@ def test_a_student_is_drawn_to_the_kept_mass() -> None:
 
 def test_hidden_distances_are_their_definitions() -> None:
     ours, theirs = logits(4, 5, seed=10), logits(4, 5, seed=11)
-    cosine = [
-        1 - float(a @ b / (a.norm() * b.norm())) for a, b in zip(ours.double(), theirs.double(), strict=True)
-    ]
+    cosine = [1 - float(a @ b / (a.norm() * b.norm())) for a, b in zip(ours.double(), theirs.double(), strict=True)]
     torch.testing.assert_close(hidden_distance(ours, theirs, "cosine").double(), torch.tensor(cosine).double())
     error = ((ours - theirs) ** 2).sum(-1) / (theirs**2).sum(-1)
     torch.testing.assert_close(hidden_distance(ours, theirs, "mse"), error)

@@ -1,4 +1,4 @@
-"""Distillation as a user asks for it: what is refused, in one line; what is reused; what a student's directory holds."""
+"""Distillation as a user asks for it: what is refused in one line, what is reused, what a student's directory holds."""
 
 from __future__ import annotations
 
@@ -71,7 +71,12 @@ def test_a_quantized_student_and_a_head_that_does_more_are_refused(
 
     scaled = tmp_path / "scaled"
     granite = GraniteConfig(
-        vocab_size=49_152, hidden_size=24, intermediate_size=44, num_hidden_layers=1, num_attention_heads=4, logits_scaling=8.0
+        vocab_size=49_152,
+        hidden_size=24,
+        intermediate_size=44,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        logits_scaling=8.0,
     )
     AutoModelForCausalLM.from_config(granite).save_pretrained(scaled)
     shutil.copyfile(smollm2 / "tokenizer.json", scaled / "tokenizer.json")
@@ -103,7 +108,7 @@ def test_the_command_makes_a_student_and_refuses_in_one_line(
 ) -> None:
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(
-        '[data]\nnum_examples = 4\nnum_validation = 1\n[training]\nbatch_size = 2\n[[stages]]\nsteps = 1\n', "utf-8"
+        "[data]\nnum_examples = 4\nnum_validation = 1\n[training]\nbatch_size = 2\n[[stages]]\nsteps = 1\n", "utf-8"
     )
     models = ("--teacher", str(tiny_teacher), "--student", str(tiny_student))
     options = ("--recipe", str(recipe), "--sections", "cot", "--lead-span", "0.95", "-o", str(tmp_path / "out"))

@@ -113,7 +113,9 @@ def test_no_template_and_a_template_that_rewrites_earlier_turns(tokenizer: Any) 
     assert tokenizer.decode(example.tokens) == "1:What is 2 + 3?|<think>hm|"
     assert example.sections[-1] is C, "the prompt opened the chain"
     swallowing = copy.deepcopy(tokenizer)
-    swallowing.chat_template = "{% for m in messages %}{{ m.role }}{% endfor %}{% if add_generation_prompt %}!{% endif %}"
+    swallowing.chat_template = (
+        "{% for m in messages %}{{ m.role }}{% endfor %}{% if add_generation_prompt %}!{% endif %}"
+    )
     with pytest.raises(UserError, match="does not show the reply as it is"):
         chat_example(swallowing, messages, "x", 500, {2})
 

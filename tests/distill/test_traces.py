@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -25,8 +26,8 @@ TRUTH = {
 class Teacher(BaseHTTPRequestHandler):
     """Wrong, cut short, then right; never right about one problem."""
 
-    asked: Counter[str] = Counter()
-    seeds: list[int] = []
+    asked: ClassVar[Counter[str]] = Counter()
+    seeds: ClassVar[list[int]] = []
     status = 200
 
     def do_POST(self) -> None:

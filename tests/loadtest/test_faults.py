@@ -12,11 +12,11 @@ from pathlib import Path
 import psutil
 import pytest
 
+from contracts.target import Target
 from loadtest.rows import read_rows
 from loadtest.run import run_suite
 from loadtest.settings import LoadSettings
 from loadtest.summary import load_summary
-from contracts.target import Target
 from serve.engine import free_port
 from tests.loadtest.faulty_server import ANSWERS
 from tests.loadtest.test_wire import faulty_server

@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 
 from contracts.errors import UserError
+from contracts.target import Target
 from loadtest import rates
 from loadtest.rates import find_rate, sweep_rates
 from loadtest.rows import Row
 from loadtest.settings import LoadSettings
 from loadtest.slo import parse_objective
 from loadtest.summary import LoadSummary, summarize
-from contracts.target import Target
 
 _TARGET = Target("http://127.0.0.1:1", "m")
 _LIMIT = 6.0

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 
 from contracts.provenance import provenance
+from contracts.target import Target
 from loadtest.plots import plot_distribution
 from loadtest.report import print_curve, print_summary, write_curve_html, write_html
 from loadtest.rows import Row
 from loadtest.settings import LoadSettings
 from loadtest.slo import goodput, parse_objective
 from loadtest.summary import LoadSummary, ServerCounts, summarize
-from contracts.target import Target
 from workloads.interface import Estimate
 
 TARGET = Target("http://127.0.0.1:8000", "a-model")

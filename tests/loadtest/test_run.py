@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from contracts.errors import UserError
+from contracts.target import Target
 from loadtest.run import Cluster, run_suite
 from loadtest.settings import LoadSettings, SuiteOptions
-from contracts.target import Target
 from serve.engine import free_port
 from tests.fake_server import CHUNKS, GAP_S, SCORE_S, TTFT_S
 

@@ -1,9 +1,9 @@
 import pytest
 
+from contracts.target import Target
 from loadtest.rows import Row
 from loadtest.server import counts_between, disagreements, read_metrics
 from loadtest.summary import ServerCounts, percentiles
-from contracts.target import Target
 
 _BUCKETS = "vllm:time_to_first_token_seconds_bucket"
 

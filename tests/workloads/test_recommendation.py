@@ -6,7 +6,7 @@ import pytest
 from contracts.errors import UserError
 from workloads import load_workload
 from workloads.interface import ScoringPrompt, Split, split_of
-from workloads.recommendation import Recommendation, load_ratings, movielens_directory
+from workloads.recommendation import Recommendation, label_prompts, load_ratings, movielens_directory
 
 SPLITS: tuple[Split, ...] = ("calibration", "quality", "load")
 
@@ -119,3 +119,16 @@ def test_data_of_another_form_is_refused(tmp_path: Path, files: dict[str, str], 
 def test_an_unknown_workload_is_refused_with_the_known_ones() -> None:
     with pytest.raises(UserError, match="'shopping' is unknown; choose from recommendation, reasoning"):
         load_workload("shopping")
+
+
+def test_every_label_of_a_sequence_is_a_question_behind_all_before_it() -> None:
+    prompt = ScoringPrompt("A: yes\nB yes: no\n", ("C:", "D no:"), (" yes", " no"), (True, False), 7)
+    asked = label_prompts(prompt)
+    assert [(one.query, one.items, one.truth) for one in asked] == [
+        ("", ("A:",), (True,)),
+        ("A: yes\n", ("B yes:",), (False,)),
+        ("A: yes\nB yes: no\n", ("C:",), (True,)),
+        ("A: yes\nB yes: no\nC: yes\n", ("D no:",), (False,)),
+    ]
+    assert label_prompts(prompt, 3) == asked[3:]
+    assert {one.group for one in asked} == {7}

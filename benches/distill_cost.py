@@ -1,0 +1,122 @@
+"""What half of every sequence costs of the whole: time, memory and FLOPs of distillation steps.
+
+    make bench-distill-cost
+
+SmolLM2-135M teaches its variant with a quarter fewer MLP neurons, forward KL and cross-entropy on all tokens of texts
+of 2,048 tokens, bfloat16 products: a step of one sequence, at lead spans 1.0 and 0.5. Each side runs in a process of
+its own, in turn. Memory is the peak above what does not depend on the sequence: weights, gradients and optimizer,
+which stand since a first step on a short text; `total_memory_ratio` counts them too. Last line: one JSON object. About
+six minutes.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from typing import Any
+
+import torch
+
+from benches.heldout import packed_tokens
+from benches.served import MODEL, built
+from contracts.model import resolve_model
+from contracts.progress import say
+from contracts.provenance import bench_line
+from distill.batches import Batch, make_batches
+from distill.cost import ModelShape, PeakMemory, training_flops
+from distill.losses import LossSettings
+from distill.models import load_model
+from distill.sections import Example, Section
+from distill.student import OnlineTeacher, StudentLoss
+from distill.supervision import Supervision
+
+SEQUENCE_LENGTH = 2048
+SPANS = (1.0, 0.5)
+NUM_ROUNDS, NUM_STEPS = 3, 3
+_WARM_UP_TOKENS = 32
+
+
+def main() -> None:
+    if len(sys.argv) > 1:
+        print(json.dumps(_measure(float(sys.argv[1]))))
+        return
+    built("prune25")
+    figures: dict[str, list[float]] = {}
+    for number in range(NUM_ROUNDS):
+        told = {span: _in_process(span) for span in (SPANS if number % 2 == 0 else SPANS[::-1])}
+        whole, half = (told[span] for span in SPANS)
+        for name, key in (
+            ("time", "seconds"),
+            ("memory", "step_bytes"),
+            ("total_memory", "peak_bytes"),
+            ("flops", "flops"),
+        ):
+            figures.setdefault(f"{name}_ratio", []).append(half[key] / whole[key])
+        for span, found in told.items():
+            figures.setdefault(f"seconds_{span:g}", []).append(found["seconds"])
+            figures.setdefault(f"step_gib_{span:g}", []).append(found["step_bytes"] / 2**30)
+            figures.setdefault(f"gflops_per_s_{span:g}", []).append(found["flops"] / found["seconds"] / 1e9)
+        say(f"round {number + 1}: {', '.join(f'{name} {values[-1]:.3g}' for name, values in figures.items())}")
+    print(bench_line("distill-cost", figures))
+
+
+def _in_process(span: float) -> dict[str, float]:
+    command = [sys.executable, "-m", "benches.distill_cost", str(span)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"lead span {span} failed: {done.stderr[-1000:]}")
+    found: dict[str, float] = json.loads(done.stdout)
+    return found
+
+
+def _measure(span: float) -> dict[str, float]:
+    """Median seconds of some steps, their peak memory and FLOPs."""
+    student_directory = built("prune25")
+    teacher = OnlineTeacher(load_model(resolve_model(MODEL), torch.bfloat16))
+    module = StudentLoss(load_model(student_directory, torch.float32))
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-6, fused=True)
+    (tokens,) = packed_tokens(student_directory, "calibration", 1, length=SEQUENCE_LENGTH)
+    memory = PeakMemory()
+    _step(module, teacher, optimizer, _batch(tokens[:_WARM_UP_TOKENS].tolist(), 1.0))
+    standing = memory.now_bytes()
+    batch = _batch(tokens.tolist(), span)
+    seconds = []
+    memory.reset()
+    for _ in range(NUM_STEPS):
+        begin = time.perf_counter()
+        _step(module, teacher, optimizer, batch)
+        seconds.append(time.perf_counter() - begin)
+    peak = memory.peak_bytes()
+    shapes = [ModelShape.of(model.config.to_dict()) for model in _models(module, teacher)]
+    flops = training_flops(shapes[0], shapes[1], batch.lengths, batch.num_targets)
+    return {
+        "seconds": sorted(seconds)[NUM_STEPS // 2],
+        "step_bytes": peak - standing,
+        "peak_bytes": peak,
+        "flops": flops,
+    }
+
+
+def _models(module: StudentLoss, teacher: OnlineTeacher) -> tuple[Any, Any]:
+    return module.student, teacher.model
+
+
+def _batch(tokens: list[int], span: float) -> Batch:
+    example = Example("text", tuple(tokens), (Section.COT,) * len(tokens))
+    (batch,) = make_batches([Supervision(lead_span=span).apply(example)], [0], len(tokens))
+    return batch
+
+
+def _step(module: StudentLoss, teacher: OnlineTeacher, optimizer: torch.optim.Optimizer, batch: Batch) -> None:
+    guidance = teacher.guide(batch)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses: Any = module(batch, guidance, LossSettings())
+    (losses.total / batch.num_targets).backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=False)
+
+
+if __name__ == "__main__":
+    main()

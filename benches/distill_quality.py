@@ -1,0 +1,153 @@
+"""How much of the AUC that pruning costs comes back by distillation, and what is left of it in INT8 behind the server.
+
+    make bench-distill-quality
+
+On MovieLens, every label of a member's films supervised: SmolLM2-135M is fine-tuned (the teacher), loses a quarter of
+its MLP neurons and one of three KV groups (the pruned student), and learns again from the same histories for equally
+many steps, with the teacher (`kd`) and without it (`sft`), with three seeds each; the `kd` students become W8A8 and
+are asked through the served endpoint. AUC is that of every label from a member's 9th film on, pooled over members that
+nothing was trained or calibrated on; within-member AUC beside it. `auc_recovered_frac` is (kd - pruned) / (teacher -
+pruned) of a seed. Every student is kept in the cache, so an interrupted run goes on. Last line: one JSON object. About
+an hour; `--quick` takes one seed.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import cast
+
+import torch
+
+from benches.served import MODEL, our_spec
+from compare.quality import ask_prompts
+from compress.build import build_variant
+from compress.recipe import Calibrate, Prune, Recipe, load_recipe
+from contracts.model import model_hash, resolve_model
+from contracts.progress import say
+from contracts.provenance import bench_line
+from contracts.storage import cache_dir, write_atomically
+from contracts.target import Target
+from distill.data import load_examples
+from distill.judge import FIRST_JUDGED, label_figures
+from distill.models import load_model, load_tokenizer
+from distill.recipe import DistillRecipe, parse_distill_recipe
+from distill.run import distill
+from distill.sections import label_example
+from serve.engine import Engine
+from workloads import estimates
+from workloads.interface import Estimate, ScoringPrompt
+from workloads.recommendation import Recommendation, label_prompts
+
+NUM_SEEDS = 3
+TEACHER_STEPS, STUDENT_STEPS, BATCH_SIZE = 60, 24, 8
+NUM_TEST = 64
+MAX_TOKENS = 1024
+_MICRO_TOKENS = 2048
+
+
+def main() -> None:
+    num_seeds = 1 if "--quick" in sys.argv[1:] else NUM_SEEDS
+    folder = cache_dir("bench-distill-quality")
+    figures: dict[str, list[float]] = {}
+
+    def note(name: str, found: dict[str, Estimate]) -> float:
+        for figure, key in (("auc", f"auc_{name}"), ("within_member_auc", f"within_member_auc_{name}")):
+            figures.setdefault(key, []).append(found[figure].value)
+        told = found["auc"]
+        say(f"{name}: AUC {told.value:.4f} [{told.low:.4f}, {told.high:.4f}] of {told.n} labels")
+        return told.value
+
+    note("untrained", _in_process(folder, resolve_model(MODEL)))
+    teacher = distill(MODEL, None, _recipe(TEACHER_STEPS, seed=42), folder / "teacher")
+    auc_teacher = note("teacher", _in_process(folder, teacher))
+    pruned = build_variant(str(teacher), teacher, "cut", _cut(), folder / "pruned")
+    auc_pruned = note("pruned", _in_process(folder, pruned))
+    for seed in range(num_seeds):
+        kd = distill(str(pruned), str(teacher), _recipe(STUDENT_STEPS, seed, 1.0), folder / f"kd-{seed}")
+        sft = distill(str(pruned), None, _recipe(STUDENT_STEPS, seed), folder / f"sft-{seed}")
+        for name, directory in (("kd", kd), ("sft", sft)):
+            auc = note(name, _in_process(folder, directory))
+            recovered = (auc - auc_pruned) / (auc_teacher - auc_pruned)
+            figures.setdefault("auc_recovered_frac" if name == "kd" else "auc_recovered_frac_sft", []).append(recovered)
+        quantized = build_variant(str(kd), kd, *load_recipe("w8a8"), folder / f"w8a8-{seed}")
+        note("served_w8a8", _served(folder, quantized))
+    print(bench_line("distill-quality", figures))
+
+
+def _recipe(num_steps: int, seed: int, kd_weight: float = 0.0) -> DistillRecipe:
+    return parse_distill_recipe(
+        {
+            "data": {
+                "source": "recommendation",
+                "num_examples": num_steps * BATCH_SIZE,
+                "num_validation": 16,
+                "max_tokens": MAX_TOKENS,
+                "seed": seed,
+            },
+            "supervision": {"sections": "answer"},
+            "loss": {"kd_weight": kd_weight},
+            "training": {
+                "learning_rate": 3e-5,
+                "batch_size": BATCH_SIZE,
+                "micro_batch_tokens": _MICRO_TOKENS,
+                "validate_every": 20,
+                "save_every_s": 120,
+            },
+            "stages": [{"steps": num_steps}],
+        },
+        "bench",
+    )
+
+
+def _cut() -> Recipe:
+    cut = Prune(step="prune", mlp_remove_frac=0.25, kv_remove_frac=0.34)
+    return Recipe(summary="", calibration=Calibrate(source="recommendation", num_samples=32), steps=(cut,))
+
+
+def _test_prompts() -> list[ScoringPrompt]:
+    return cast("list[ScoringPrompt]", Recommendation().make_prompts("quality", NUM_TEST))
+
+
+def _in_process(folder: Path, directory: Path) -> dict[str, Estimate]:
+    """AUC of every judged label by torch, in one pass over each member's films; kept by the model's hash."""
+    file = folder / f"auc-{model_hash(directory)[:16]}-{NUM_TEST}.json"
+    if not file.is_file():
+        tokenizer = load_tokenizer(directory)
+        prompts = _test_prompts()
+        examples = [label_example(tokenizer, one, str(number), 8192) for number, one in enumerate(prompts)]
+        labels = load_examples(tokenizer, directory, "recommendation", 1, 0, MAX_TOKENS, 0).labels
+        model = load_model(directory, torch.float32).eval()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = label_figures(model, examples, labels, [one.group for one in prompts], 4096)
+        write_atomically(file, json.dumps({name: vars(one) for name, one in found.items()}))
+    return _read(file)
+
+
+def _served(folder: Path, directory: Path) -> dict[str, Estimate]:
+    """The same labels, each asked of the server as the one candidate behind all films before it."""
+    file = folder / f"served-{model_hash(directory)[:16]}-{NUM_TEST}.json"
+    if not file.is_file():
+        prompts = _test_prompts()
+        asked = [label_prompts(one, FIRST_JUDGED) for one in prompts]
+        with Engine(our_spec(folder / "engine.log", directory, "recommendation")) as engine:
+            target = Target(engine.spec.url, engine.spec.name)
+            flat = ask_prompts(target, f"labels, {directory.name}", [one for several in asked for one in several])
+        scores = iter(cast("Sequence[tuple[float, ...]]", flat))
+        truths = [[one.truth[0] for one in several] for several in asked]
+        given = [[next(scores)[0] for _ in several] for several in asked]
+        figures = estimates.slate_figures(truths, given, [one.group for one in prompts])
+        found = {name: estimates.estimate(figure) for name, figure in figures.items()}
+        write_atomically(file, json.dumps({name: vars(one) for name, one in found.items()}))
+    return _read(file)
+
+
+def _read(file: Path) -> dict[str, Estimate]:
+    told = json.loads(file.read_text(encoding="utf-8"))
+    return {name: Estimate(**one) for name, one in told.items()}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""Points of a sweep, controls of equal tokens, and what a sweep of tiny students leaves behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from contracts.errors import UserError
+from distill.sweep import Point, make_points, sweep
+from tests.distill.conftest import make_recipe
+
+
+def test_points_are_spans_windows_sections_and_controls() -> None:
+    assert [point.name for point in make_points("0.5,1", "right@0.5", "all,cot", True)] == [
+        "prompt-cot-answer-left-0.5",
+        "prompt-cot-answer-left-1",
+        "prompt-cot-answer-right-0.5",
+        "cot-left-1",
+        "prompt-cot-answer-left-0.5-matched",
+        "prompt-cot-answer-right-0.5-matched",
+    ]
+    for spans, windows, message in (
+        ("half", "", "--lead-spans"),
+        ("0.5", "right", "--windows"),
+        ("0.5", "top@0.5", "is unknown"),
+        ("0", "", "is no share"),
+    ):
+        with pytest.raises(UserError, match=message):
+            make_points(spans, windows, "all", False)
+
+
+def test_a_control_reads_as_many_tokens_by_more_examples() -> None:
+    recipe = make_recipe(stages=[{"steps": 6}])
+    control = Point("cot", 0.25, "left", True).apply(recipe)
+    assert control.data.num_examples == 4 * recipe.data.num_examples
+    assert control.stages[0].steps == 24
+    assert (control.supervision.sections, control.supervision.lead_span) == ("cot", 0.25)
+    assert Point("cot", 0.25).apply(recipe).stages == recipe.stages
+
+
+def test_a_sweep_is_a_table_a_plot_and_figures_and_goes_on_where_it_was(
+    tiny_student: Path, tiny_teacher: Path, tmp_path: Path
+) -> None:
+    points = make_points("0.8,1", "", "all", True)
+    judged: list[str] = []
+
+    def judge(directory: Path) -> dict[str, float]:
+        judged.append(directory.name)
+        return {"accuracy": 0.25}
+
+    recipe = make_recipe(stages=[{"steps": 2}], data={"num_examples": 8})
+    rows = sweep(str(tiny_student), str(tiny_teacher), recipe, points[:2], tmp_path, judge)
+    rows = sweep(str(tiny_student), str(tiny_teacher), recipe, points, tmp_path, judge)
+    assert judged == [point.name for point in points], "each student once"
+    short, whole, control = rows
+    assert short["tokens_read"] < 0.85 * whole["tokens_read"]
+    assert short["flops"] < 0.85 * whole["flops"]
+    assert control["steps"] == 2  # round(2 / 0.8)
+    assert all(row["validation_before"] == rows[0]["validation_before"] for row in rows), "the same whole sequences"
+    document = json.loads((tmp_path / "sweep.json").read_text())
+    assert document["points"] == json.loads(json.dumps(rows))
+    table = (tmp_path / "sweep.md").read_text().splitlines()
+    assert len(table) == 2 + 3
+    assert "left, as many tokens | 0.8" in table[-1]
+    assert table[-1].endswith("| 0.25 |")
+    assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")

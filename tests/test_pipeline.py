@@ -1,0 +1,127 @@
+"""A chain of tiny models: each step's input, distillation between pruning's rounds, what is reused, what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+import compare.run
+from compare.plan import QUICK, Finished
+from contracts.errors import UserError
+from pipeline import load_pipeline, run_pipeline
+
+CHAIN = """
+model = "{model}"
+
+[[steps]]
+name = "teacher"
+step = "distill"
+recipe.loss.kd_weight = 0
+recipe.data = {data}
+recipe.training = {training}
+recipe.stages = [{{ steps = 1 }}]
+
+[[steps]]
+name = "pruned"
+step = "compress"
+recipe = "prune25"
+settings = ["prune.rounds=2", "prune.multiple=4", "calibration.num_samples=2", "calibration.sequence_length=32"]
+
+[steps.between]
+teacher = "teacher"
+recipe.data = {data}
+recipe.training = {training}
+recipe.stages = [{{ steps = {between_steps} }}]
+
+[[steps]]
+name = "student"
+step = "distill"
+teacher = "teacher"
+recipe.data = {data}
+recipe.training = {training}
+recipe.stages = [{{ steps = 1 }}]
+
+[compare]
+variants = ["teacher", "student"]
+workloads = ["reasoning"]
+quick = true
+slos = ["reasoning:ttft_p95=1s"]
+"""
+
+
+@pytest.fixture
+def model(smollm2: Path, tmp_path: Path) -> Path:
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=49_152,
+        hidden_size=24,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=6,
+        tie_word_embeddings=True,
+    )
+    directory = tmp_path / "model"
+    AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        if (smollm2 / name).exists():
+            shutil.copyfile(smollm2 / name, directory / name)
+    return directory
+
+
+def write(folder: Path, model: Path, between_steps: int = 1) -> Path:
+    file = folder / "chain.toml"
+    data = '{ source = "reasoning", num_examples = 4, num_validation = 1, max_tokens = 512 }'
+    training = '{ batch_size = 2, precision = "float32" }'
+    file.write_text(CHAIN.format(model=model, data=data, training=training, between_steps=between_steps), "utf-8")
+    return file
+
+
+def test_a_chain_goes_from_a_model_to_a_comparison_and_is_not_done_twice(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(compare.run, "compare", lambda *given, **named: asked.append((*given, named)))
+    output = tmp_path / "out"
+    made = run_pipeline(load_pipeline(write(tmp_path, model)), output)
+    assert made == {name: output / name for name in ("teacher", "pruned", "student")}
+    widths = [json.loads((made[name] / "config.json").read_text())["intermediate_size"] for name in made]
+    assert widths == [48, 36, 36]
+    (between,) = [path for path in output.glob("pruned-between-*") if path.is_dir()]
+    assert json.loads((between / "config.json").read_text())["intermediate_size"] == 40, "after the first round"
+    bases = [json.loads((made[name] / "slimserve.json").read_text())["base"]["model"] for name in made]
+    assert bases == [str(model), str(made["teacher"]), str(made["pruned"])]
+    given = asked[0]
+    assert given[:5] == (str(model), [], ("reasoning",), QUICK, output / "compare")
+    assert given[5]["finished"] == [Finished(name, str(made[name])) for name in ("teacher", "student")]
+    capfd.readouterr()
+    run_pipeline(load_pipeline(write(tmp_path, model)), output)
+    assert capfd.readouterr().err.count("reused") == 3
+    with pytest.raises(UserError, match="was made with another distillation between its rounds"):
+        run_pipeline(load_pipeline(write(tmp_path, model, between_steps=2)), output)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('teacher = "teacher"\nrecipe.data', 'tutor = "teacher"\nrecipe.data', "tutor"),
+        ('name = "pruned"', 'name = "teacher"', "stands twice"),
+        ('variants = ["teacher", "student"]', 'variants = ["nobody"]', "'nobody' is no step"),
+        ('name = "student"', 'name = "student"\nof = "later"', "is no earlier step"),
+        ("steps = 1", "steps = 0", "recipe.stages"),
+        ("[[steps]]", "[[steps]", "cannot be read"),
+    ],
+)
+def test_what_is_wrong_is_named_before_any_work(model: Path, tmp_path: Path, old: str, new: str, message: str) -> None:
+    file = write(tmp_path, model)
+    file.write_text(file.read_text("utf-8").replace(old, new), "utf-8")
+    with pytest.raises(UserError) as caught:
+        load_pipeline(file)
+    assert message in str(caught.value)
