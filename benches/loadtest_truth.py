@@ -10,7 +10,7 @@ with which it is more exact on one core than with its ten. What GuideLLM calls I
 
 Then each tool's streams per core: the most streams of a ladder (by bisection, in equal rounds) at which it is still
 right, that is, p50 of TTFT, ITL and end to end within 5% of the schedule and p99 within 50%. The ladder ends where the
-server's own core is full, so a tool on its last step may bear more. Last line: one JSON object. About 20 minutes;
+server's own core is full, so a tool on its last step may bear more. Last line: one JSON object. About 13 minutes;
 `--quick` takes one round.
 """
 
@@ -37,8 +37,8 @@ from loadtest.settings import LoadSettings, SuiteOptions
 from loadtest.truth import MODEL, Schedule, running_truth
 
 NUM_STREAMS = (1, 16, 64, 128)
-NUM_ROUNDS = 3
-NUM_LADDER_ROUNDS = 2
+NUM_ROUNDS = 2
+NUM_LADDER_ROUNDS = 1
 LADDER = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 SCHEDULE = Schedule(ttft_s=0.1, gap_s=0.02, num_tokens=100)
 TRUTH_MS = {"ttft": 100.0, "itl": 20.0, "tpot": 20.0, "e2e": 100.0 + 99 * 20.0}
