@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
 
 import compare.run
 from compare.plan import QUICK, Finished
 from contracts.errors import UserError
 from pipeline import load_pipeline, run_pipeline
+from tests.distill.conftest import save_tiny
 
 CHAIN = """
 model = "{model}"
@@ -57,23 +55,7 @@ slos = ["reasoning:ttft_p95=1s"]
 
 @pytest.fixture
 def model(smollm2: Path, tmp_path: Path) -> Path:
-    torch.manual_seed(1)
-    config = LlamaConfig(
-        vocab_size=49_152,
-        hidden_size=24,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        head_dim=6,
-        tie_word_embeddings=True,
-    )
-    directory = tmp_path / "model"
-    AutoModelForCausalLM.from_config(config).save_pretrained(directory)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
-        if (smollm2 / name).exists():
-            shutil.copyfile(smollm2 / name, directory / name)
-    return directory
+    return save_tiny(smollm2, tmp_path / "model", 1, intermediate_size=48)
 
 
 def write(folder: Path, model: Path, between_steps: int = 1) -> Path:
