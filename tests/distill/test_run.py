@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 import pytest
 
 from contracts.errors import UserError
+from contracts.model import weight_files
+from contracts.storage import sha256_of_files
 from distill.recipe import load_distill_recipe
 from distill.run import distill
 from tests.distill.conftest import make_recipe, save_tiny
@@ -93,6 +96,29 @@ def test_the_same_student_is_reused_and_another_is_not_overwritten(
     assert "reused, distilled earlier" in capfd.readouterr().err
     with pytest.raises(UserError, match="exists and holds something else"):
         distill(str(tiny_student), str(tiny_teacher), make_recipe(data={"seed": 1}), target)
+
+
+@pytest.mark.parametrize("size", ["100k", "17m"])
+def test_a_full_disk_is_one_clear_line_and_the_same_run_goes_on_when_there_is_room(
+    tiny_student: Path, tiny_teacher: Path, tmp_path: Path, size: str
+) -> None:
+    """No room for the state to go on from (14 MB), then room for that but not for the student beside it."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)], capture_output=True)
+    if mount.returncode:
+        pytest.skip("this machine lets no test mount a small file system")
+    try:
+        recipe = make_recipe(training={"keep": "last", "save_every_s": 9})
+        with pytest.raises(UserError, match="could not be written .* free some disk space"):
+            distill(str(tiny_student), str(tiny_teacher), recipe, disk / "student")
+        assert not (disk / "student").exists()
+        subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
+        again = distill(str(tiny_student), str(tiny_teacher), recipe, disk / "student")
+        whole = distill(str(tiny_student), str(tiny_teacher), recipe, tmp_path / "whole")
+        assert sha256_of_files(weight_files(again)) == sha256_of_files(weight_files(whole))
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_recommendation_is_judged_by_its_labels(tiny_student: Path, tmp_path: Path) -> None:
