@@ -1,53 +1,65 @@
-"""Students that read the first part of each reasoning trace only: quality and cost over the lead span.
+"""Students that read a part of each reasoning trace only: quality and cost over the lead span.
 
     make bench-truncation
 
-SmolLM2-135M, fine-tuned on reasoning-gym's worked solutions, teaches its variant with a quarter fewer MLP neurons on
-the first 25, 50, 75 and 100% of each sequence, on the last 50%, and on whole sequences with the chain of thought alone
-supervised; each shorter span again with as many tokens as the whole sequences have. Judged on whole sequences by loss,
-and by the verifier through the served endpoint. Table and plot go to `results/truncation`. Students are kept there, so
-an interrupted run goes on. Last line: one JSON object. About an hour and a half; `--quick` takes a tenth of the steps.
+reasoning-gym's sums of four to eight terms, each worked out term by term between think tags, so that the chain is the
+longer part of a sequence as in traces of reasoning models. SmolLM2-135M, fine-tuned on them, teaches its variant with a
+quarter fewer MLP neurons: on the first 25, 50, 75 and 100% of each sequence, on the last 50%, and on whole sequences
+with the chain of thought alone supervised; each shorter span again with as many tokens as the whole sequences have.
+Judged on whole unseen sequences by loss, and by the verifier through the served endpoint. Table and plot go to
+`results/truncation`. Students are kept in the cache, so an interrupted run goes on. Last line: one JSON object. About
+fifty minutes; `--quick` takes a tenth of the steps and leaves `results/` alone.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from benches.served import MODEL, our_spec
 from compare.quality import ask_prompts
 from compress.build import build_variant
 from compress.recipe import load_recipe
 from contracts.provenance import bench_line
-from contracts.storage import cache_dir
+from contracts.storage import cache_dir, write_atomically
 from contracts.target import Target
 from distill.recipe import DistillRecipe, parse_distill_recipe
 from distill.run import distill
 from distill.sweep import make_points, sweep
 from serve.engine import Engine
-from workloads.interface import Answer, ChatAnswer
-from workloads.reasoning import Reasoning
+from workloads.interface import Answer, ChatPrompt
+from workloads.reasoning import Reasoning, chain_of_thought
 
-NUM_STEPS, TEACHER_STEPS, BATCH_SIZE = 40, 60, 8
-NUM_JUDGED = 192
+NUM_STEPS, TEACHER_STEPS, BATCH_SIZE = 32, 80, 16
+NUM_VALIDATION, NUM_JUDGED = 64, 200
+NUM_TRAINING = 4 * NUM_STEPS * BATCH_SIZE  # what the shortest span's control reads
 RESULTS = Path("results") / "truncation"
+_KIND = "chain_sum"
+_MAX_REPLY = 160
 
 
 def main() -> None:
     is_quick = "--quick" in sys.argv[1:]
     folder = cache_dir("bench-truncation-quick" if is_quick else "bench-truncation")
     scale = 10 if is_quick else 1
-    teacher = distill(MODEL, None, _recipe(TEACHER_STEPS // scale, 0.0), folder / "teacher")
+    problems = _problems()
+    judged = [_prompt(one) for one in islice(problems, NUM_JUDGED)]
+    # A tenth of a file's conversations are for validation, by their hash.
+    data = _write_traces(folder / "sums.jsonl", islice(problems, 5 * NUM_TRAINING // 4))
+
+    def judge(directory: Path) -> Mapping[str, float]:
+        return _judge(directory, judged[: NUM_JUDGED // scale])
+
+    teacher = distill(MODEL, None, _recipe(data, TEACHER_STEPS // scale, 0.0), folder / "teacher")
     student = build_variant(str(teacher), teacher, *load_recipe("prune25"), folder / "pruned")
     points = make_points("0.25,0.5,0.75,1", "right@0.5", "all,cot", has_controls=True)
-    recipe = _recipe(NUM_STEPS // scale, 0.5)
-    rows = sweep(str(student), str(teacher), recipe, points, folder / "students", judge=_judge)
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    for name in ("sweep.json", "sweep.md", "sweep.png"):
-        shutil.copyfile(folder / "students" / name, RESULTS / name)
+    recipe = _recipe(data, NUM_STEPS // scale, 0.5)
+    rows = sweep(str(student), str(teacher), recipe, points, folder / "students", judge)
     figures: dict[str, list[float]] = {}
     for row in rows:
         name = row["name"].replace("-", "_")
@@ -57,20 +69,62 @@ def main() -> None:
         for figure in ("train_s", "peak_bytes", "flops"):
             figures[f"{figure}_{name}"] = [row[figure]]
     for name, directory in (("teacher", teacher), ("pruned", student)):
-        figures[f"accuracy_{name}"] = [_judge(directory)["accuracy"]]
+        file = folder / f"{name}.judged.json"
+        if not file.is_file():
+            write_atomically(file, json.dumps(judge(directory)))
+        figures[f"accuracy_{name}"] = [json.loads(file.read_text(encoding="utf-8"))["accuracy"]]
+    if not is_quick:
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        told = (folder / "students" / "sweep.json").read_text(encoding="utf-8")
+        write_atomically(RESULTS / "sweep.json", told.replace(f"{folder}/", ""))
+        for name in ("sweep.md", "sweep.png"):
+            shutil.copyfile(folder / "students" / name, RESULTS / name)
     print(bench_line("truncation", figures))
 
 
-def _recipe(num_steps: int, kd_weight: float) -> DistillRecipe:
+def _problems() -> Iterator[dict[str, Any]]:
+    """Different sums in the order of their generator."""
+    import reasoning_gym
+
+    sizes = {"min_terms": 4, "max_terms": 8, "min_digits": 1, "max_digits": 1}
+    seen = set()
+    for entry in reasoning_gym.create_dataset(_KIND, size=100_000, seed=7, **sizes):
+        if entry["question"] not in seen:
+            seen.add(entry["question"])
+            yield entry
+
+
+def _prompt(entry: dict[str, Any]) -> ChatPrompt:
+    return ChatPrompt(
+        ({"role": "user", "content": entry["question"]},),
+        _MAX_REPLY,
+        _KIND,
+        chain_of_thought(_KIND, entry),
+        entry["answer"],
+        entry,
+    )
+
+
+def _write_traces(file: Path, problems: Iterator[dict[str, Any]]) -> Path:
+    prompts = map(_prompt, problems)
+    rows = [{"prompt": one.messages[0]["content"], "completion": one.solution} for one in prompts]
+    write_atomically(file, "".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def _recipe(data: Path, num_steps: int, kd_weight: float) -> DistillRecipe:
     return parse_distill_recipe(
         {
-            "data": {"source": "reasoning", "num_examples": num_steps * BATCH_SIZE, "num_validation": 48},
+            "data": {
+                "source": str(data),
+                "num_examples": num_steps * BATCH_SIZE,
+                "num_validation": NUM_VALIDATION,
+            },
             "loss": {"kd_weight": kd_weight},
             "training": {
-                "learning_rate": 3e-5,
+                "learning_rate": 1e-4,
                 "batch_size": BATCH_SIZE,
-                "micro_batch_tokens": 2048,
-                "validate_every": 40,
+                "validate_every": 1000,
                 "save_every_s": 120,
                 "keep": "last",
             },
@@ -80,14 +134,12 @@ def _recipe(num_steps: int, kd_weight: float) -> DistillRecipe:
     )
 
 
-def _judge(directory: Path) -> Mapping[str, float]:
+def _judge(directory: Path, prompts: Sequence[ChatPrompt]) -> Mapping[str, float]:
     """Accuracy by the verifier, through the served endpoint."""
-    workload = Reasoning()
-    prompts = workload.make_prompts("quality", NUM_JUDGED)
     with Engine(our_spec(directory.parent / "engine.log", directory, "reasoning")) as engine:
         target = Target(engine.spec.url, engine.spec.name)
         answers = ask_prompts(target, f"problems, {directory.name}", prompts)
-    figures = workload.judge(prompts, cast("list[Answer]", cast("list[ChatAnswer]", answers)))
+    figures = Reasoning().judge(prompts, cast("list[Answer]", answers))
     return {name: figures[name].value for name in ("accuracy", "tokens_per_answer")}
 
 

@@ -42,6 +42,7 @@ from compare.verdict import make_verdict
 from compress.recipe import load_recipe
 from contracts.errors import UserError
 from contracts.hardware import probe_hardware
+from contracts.machine import machine_roof
 from contracts.model import count_parameters, model_hash, model_name, resolve_model
 from contracts.progress import say
 from contracts.provenance import versions
@@ -120,6 +121,8 @@ def compare(
     if before:
         comparison.counterparts = counterparts(comparison, before, lambda directory: identity(directory, profile))
     _take_over(comparison, earlier, output)
+    if directories or recipes:
+        machine_roof()  # measured before an engine takes the cores, which says then how near it comes
     measurement = _Measurement(comparison, output, targets, begin)
     measurement.run()
     conclude(comparison, output, baseline, before)

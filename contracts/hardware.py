@@ -6,6 +6,7 @@ import contextlib
 import os
 import platform
 import subprocess
+import sys
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -56,6 +57,12 @@ def probe_hardware() -> Hardware:
         gpus=_probe_gpus(),
         numa_nodes=len(list(Path("/sys/devices/system/node").glob("node[0-9]*"))) or 1,
     )
+
+
+def openmp_library() -> str | None:
+    """The library of the `intel-openmp` package, which vLLM's CPU build requires on x86 and its guide preloads."""
+    library = Path(sys.prefix) / "lib" / "libiomp5.so"
+    return str(library) if library.exists() else None
 
 
 def _cpu_quota(cgroup: Path) -> int:

@@ -12,11 +12,11 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from contracts.hardware import Hardware, probe_hardware
+from contracts.hardware import Hardware, openmp_library, probe_hardware
 from contracts.progress import say
 from contracts.storage import cache_dir, write_atomically
 
@@ -49,14 +49,11 @@ _GPUS = {
 """By a part of the name that nvidia-smi gives, the first that fits; dense products, no sparsity."""
 
 
-def machine_roof(
-    hardware: Hardware | None = None, measure: bool = True, environment: Mapping[str, str] | None = None
-) -> Machine | None:
+def machine_roof(hardware: Hardware | None = None, measure: bool = True) -> Machine | None:
     """What this machine can do; None for an unknown GPU, and where it was never measured and must not be now.
 
-    Measuring takes two seconds of every core and a process that imports torch: call it before an engine starts, with
-    the engine's environment (a launch plan's), as the OpenMP library that it preloads makes int8 products eight times
-    as fast.
+    Measuring takes two seconds of every core and a process that imports torch: call it before an engine starts. That
+    process preloads the OpenMP library that engines do, which makes int8 products eight times as fast.
     """
     hardware = hardware or probe_hardware()
     if hardware.gpus:
@@ -67,7 +64,7 @@ def machine_roof(
         try:
             subprocess.run(
                 [sys.executable, "-m", "contracts.machine"],
-                env=os.environ | dict(environment or {}),
+                env=os.environ | ({"LD_PRELOAD": library} if (library := openmp_library()) else {}),
                 timeout=_MEASURE_TIMEOUT_S,
                 check=True,
                 capture_output=True,

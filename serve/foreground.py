@@ -56,7 +56,7 @@ def engine_specs(stack: Stack, plans: Sequence[LaunchPlan]) -> list[EngineSpec]:
 def serve_foreground(stack: Stack, plans: Sequence[LaunchPlan], say: Callable[[str], object]) -> None:
     """Serve until SystemExit (one variant) or a signal (several); UserError where nothing is left that serves."""
     specs = engine_specs(stack, plans)
-    machine_roof(environment={choice.name: choice.value for choice in plans[0].environment})
+    machine_roof()  # measured before an engine takes the cores
     for spec in specs:
         say(f"{spec.name}: engine log {spec.log}")
     if len(specs) == 1:

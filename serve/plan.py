@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import ctypes.util
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from contracts.hardware import Hardware
+from contracts.hardware import Hardware, openmp_library
 from contracts.storage import cache_dir
 from serve.gemm import PACKED_BELOW
 
@@ -101,7 +100,7 @@ def plan_launch(
                 "tokens",
             )
         )
-    preload = [library for library in (_find_tcmalloc(), _find_iomp()) if library]
+    preload = [library for library in (_find_tcmalloc(), openmp_library()) if library]
     if preload:
         environment.append(
             Choice(
@@ -207,9 +206,3 @@ def _ranges(cores: Sequence[int]) -> str:
 
 def _find_tcmalloc() -> str | None:
     return ctypes.util.find_library("tcmalloc_minimal") or ctypes.util.find_library("tcmalloc")
-
-
-def _find_iomp() -> str | None:
-    """The library of the `intel-openmp` package that vLLM's CPU build requires on x86."""
-    library = Path(sys.prefix) / "lib" / "libiomp5.so"
-    return str(library) if library.exists() else None

@@ -74,7 +74,7 @@ class Reasoning:
                 messages=(*shown, {"role": "user", "content": entry["question"]}),
                 max_tokens=self.max_tokens,
                 kind=kind,
-                chain_of_thought=_chain_of_thought(kind, entry),
+                chain_of_thought=chain_of_thought(kind, entry),
                 answer=entry["answer"],
                 entry=entry,
             )
@@ -97,18 +97,19 @@ def _examples(kind: str) -> tuple[dict[str, Any], ...]:
     """The first calibration problems whose worked chains differ in their number of steps."""
     by_length: dict[int, dict[str, Any]] = {}
     for entry in _entries(kind, "calibration"):
-        by_length.setdefault(len(re.findall(r"=", _chain_of_thought(kind, entry))), entry)
+        by_length.setdefault(len(re.findall(r"=", chain_of_thought(kind, entry))), entry)
         if len(by_length) == _NUM_EXAMPLES:
             break
     return tuple(by_length.values())
 
 
 def _worked(kind: str, entry: dict[str, Any]) -> tuple[dict[str, str], dict[str, str]]:
-    solution = f"<think>\n{_chain_of_thought(kind, entry)}\n</think>\n{entry['answer']}"
+    solution = f"<think>\n{chain_of_thought(kind, entry)}\n</think>\n{entry['answer']}"
     return {"role": "user", "content": entry["question"]}, {"role": "assistant", "content": solution}
 
 
-def _chain_of_thought(kind: str, entry: dict[str, Any]) -> str:
+def chain_of_thought(kind: str, entry: dict[str, Any]) -> str:
+    """The worked derivation of a reasoning-gym problem of one of `KINDS`."""
     if kind == "gsm_symbolic":
         return str(entry["metadata"]["answer_cot"])
     first, *rest = entry["metadata"]["expression"].split()
