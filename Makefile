@@ -18,7 +18,7 @@
 # make bench-kd-memory       peak memory and time of the chunked loss against the plain one
 # make bench-distill-quality AUC lost by pruning and won back by distillation, up to W8A8 behind the server
 # make bench-truncation      students over the share of each trace that they read, into results/truncation
-# make compare         six variants of a real model over both workloads at full size, into results/compare
+# make compare         six variants of a real model over both workloads at full size, into results/compare-latest
 
 PYTHON ?= python3
 VENV   := .venv
@@ -44,7 +44,7 @@ demo: install
 
 compare: install
 	$(BIN)/slimserve compare --model smollm2-135m-instruct --recipes dense,w8a8,w4a16,nf4,prune25,prune25-w8a8 \
-	    --workloads recommendation,reasoning $(OBJECTIVES) -o results/compare
+	    --workloads recommendation,reasoning $(OBJECTIVES) -o results/compare-latest
 
 test: install lint types unit
 
