@@ -42,8 +42,9 @@ from workloads.interface import Estimate, ScoringPrompt
 from workloads.recommendation import Recommendation, label_prompts
 
 NUM_SEEDS = 3
-TEACHER_STEPS, STUDENT_STEPS, BATCH_SIZE = 60, 24, 8
-NUM_TEST = 64
+TEACHER_STEPS, STUDENT_STEPS, BATCH_SIZE = 60, 20, 8
+TEACHER_RATE, STUDENT_RATE = 5e-5, 1e-4
+NUM_TEST = 96
 MAX_TOKENS = 1024
 _MICRO_TOKENS = 2048
 
@@ -61,13 +62,13 @@ def main() -> None:
         return told.value
 
     note("untrained", _in_process(folder, resolve_model(MODEL)))
-    teacher = distill(MODEL, None, _recipe(TEACHER_STEPS, seed=42), folder / "teacher")
+    teacher = distill(MODEL, None, _recipe(TEACHER_STEPS, TEACHER_RATE, 42), folder / "teacher")
     auc_teacher = note("teacher", _in_process(folder, teacher))
     pruned = build_variant(str(teacher), teacher, "cut", _cut(), folder / "pruned")
     auc_pruned = note("pruned", _in_process(folder, pruned))
     for seed in range(num_seeds):
-        kd = distill(str(pruned), str(teacher), _recipe(STUDENT_STEPS, seed, 1.0), folder / f"kd-{seed}")
-        sft = distill(str(pruned), None, _recipe(STUDENT_STEPS, seed), folder / f"sft-{seed}")
+        kd = distill(str(pruned), str(teacher), _recipe(STUDENT_STEPS, STUDENT_RATE, seed, 1.0), folder / f"kd-{seed}")
+        sft = distill(str(pruned), None, _recipe(STUDENT_STEPS, STUDENT_RATE, seed), folder / f"sft-{seed}")
         for name, directory in (("kd", kd), ("sft", sft)):
             auc = note(name, _in_process(folder, directory))
             recovered = (auc - auc_pruned) / (auc_teacher - auc_pruned)
@@ -77,7 +78,7 @@ def main() -> None:
     print(bench_line("distill-quality", figures))
 
 
-def _recipe(num_steps: int, seed: int, kd_weight: float = 0.0) -> DistillRecipe:
+def _recipe(num_steps: int, learning_rate: float, seed: int, kd_weight: float = 0.0) -> DistillRecipe:
     return parse_distill_recipe(
         {
             "data": {
@@ -90,7 +91,7 @@ def _recipe(num_steps: int, seed: int, kd_weight: float = 0.0) -> DistillRecipe:
             "supervision": {"sections": "answer"},
             "loss": {"kd_weight": kd_weight},
             "training": {
-                "learning_rate": 3e-5,
+                "learning_rate": learning_rate,
                 "batch_size": BATCH_SIZE,
                 "micro_batch_tokens": _MICRO_TOKENS,
                 "validate_every": 1000,

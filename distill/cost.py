@@ -79,7 +79,7 @@ def training_flops(
 
 
 class PeakMemory:
-    """Bytes that this process needs at most: on a GPU what torch reserved, else the resident set."""
+    """Bytes that this process needs at most: on a GPU what torch allocated, else the resident set."""
 
     def __init__(self, is_cuda: bool = False) -> None:
         self._is_cuda = is_cuda

@@ -213,10 +213,8 @@ def _put(raw: dict[str, Any], key: str, value: Any, given: str) -> None:
             if not part.isdigit() or int(part) >= len(place):
                 raise UserError("--set", given, f"names stage {part}, which is not there", "number them from 0")
             place = place[int(part)]
-        elif part == "stages":
-            place = place.setdefault(part, [{}])
-        else:
-            place = place.setdefault(part, {})
+        elif isinstance(place, dict):
+            place = place.setdefault(part, [{}] if part == "stages" else {})
     if not isinstance(place, dict):
         raise UserError("--set", given, "names no key of a table", "write for example stages.0.steps=100")
     place[last] = value

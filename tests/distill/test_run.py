@@ -41,6 +41,7 @@ def test_a_teacher_of_another_tokenizer_is_refused(tiny_student: Path, tiny_teac
         (["stages.0.steps=3", "stages.0.epochs=2"], "give steps or epochs, not both"),
         (["stages.1.steps=3"], "names stage 1, which is not there"),
         (["training"], "is not KEY=VALUE"),
+        (["training.batch_size=4", "training.batch_size.a.b=4"], "names no key of a table"),
     ],
 )
 def test_a_key_that_is_wrong_is_named(settings: list[str], message: str) -> None:
