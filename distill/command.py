@@ -11,6 +11,8 @@ from contracts.errors import UserError
 
 app = typer.Typer(
     help="Make a student: let a small model follow a teacher, or fine-tune it, on chosen sections of sequences.",
+    epilog="For example: slimserve distill --teacher T --student S --workload reasoning --sections cot --lead-span 0.5 "
+    "-o DIR. Every key of a recipe is in docs/distill.md.",
     invoke_without_command=True,
     no_args_is_help=True,
 )
