@@ -24,7 +24,7 @@ from distill.losses import (
     divergence_per_token,
 )
 
-CHUNK = 128
+CHUNK = 64
 """Tokens at a time: few enough that a chunk's matrices are small, enough that its products are not."""
 
 
