@@ -31,8 +31,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from contracts.config import Strict, refused_key
 from contracts.errors import UserError
 from contracts.model import model_hash, resolve_model
 from contracts.progress import say
@@ -42,11 +43,7 @@ from distill.recipe import DistillRecipe
 _COMPARISON = "compare"
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class _Step(_Strict):
+class _Step(Strict):
     name: str = Field(pattern=r"^[\w.-]+$")
     of: str | None = None
     """The step whose model this one changes; the one before if not given."""
@@ -60,7 +57,7 @@ class Distill(_Step):
     recipe: DistillRecipe = DistillRecipe()
 
 
-class Between(_Strict):
+class Between(Strict):
     """Distillation between the rounds of a pruning."""
 
     teacher: str | None = None
@@ -76,7 +73,7 @@ class Compress(_Step):
     between: Between | None = None
 
 
-class Compare(_Strict):
+class Compare(Strict):
     """Serve, judge and load some of the models."""
 
     variants: tuple[str, ...]
@@ -87,7 +84,7 @@ class Compare(_Strict):
     price_per_hour: float | None = None
 
 
-class Pipeline(_Strict):
+class Pipeline(Strict):
     """All steps in their order."""
 
     model: str
@@ -116,11 +113,7 @@ def load_pipeline(file: Path) -> Pipeline:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UserError("pipeline", file, f"cannot be read ({error})", "give the path of a TOML file") from error
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "steps"
-        raise UserError(
-            f"pipeline key {where}", first["input"], f"is refused: {first['msg']}", f"mend it in {file}"
-        ) from error
+        raise refused_key("pipeline", error, "steps", file) from error
 
 
 def run_pipeline(pipeline: Pipeline, output: Path) -> dict[str, Path]:

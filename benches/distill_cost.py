@@ -11,13 +11,13 @@ on a short text; `total_memory_ratio` counts them too. Last line: one JSON objec
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import time
 from typing import Any
 
 import torch
 
+from benches.child import in_process
 from benches.heldout import packed_tokens
 from benches.served import MODEL, built
 from contracts.model import resolve_model
@@ -44,7 +44,8 @@ def main() -> None:
     built("prune25")
     figures: dict[str, list[float]] = {}
     for number in range(NUM_ROUNDS):
-        told = {span: _in_process(span) for span in (SPANS if number % 2 == 0 else SPANS[::-1])}
+        order = SPANS if number % 2 == 0 else SPANS[::-1]
+        told = {span: in_process("benches.distill_cost", str(span)) for span in order}
         whole, half = (told[span] for span in SPANS)
         for name, key in (
             ("time", "seconds"),
@@ -59,15 +60,6 @@ def main() -> None:
             figures.setdefault(f"gflops_per_s_{span:g}", []).append(found["flops"] / found["seconds"] / 1e9)
         say(f"round {number + 1}: {', '.join(f'{name} {values[-1]:.3g}' for name, values in figures.items())}")
     print(bench_line("distill-cost", figures))
-
-
-def _in_process(span: float) -> dict[str, float]:
-    command = [sys.executable, "-m", "benches.distill_cost", str(span)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"lead span {span} failed: {done.stderr[-1000:]}")
-    found: dict[str, float] = json.loads(done.stdout)
-    return found
 
 
 def _measure(span: float) -> dict[str, float]:

@@ -12,13 +12,13 @@ it. Last line: one JSON object. About two minutes.
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import time
 
 import torch
 from torch import Tensor
 
+from benches.child import in_process
 from contracts.progress import say
 from contracts.provenance import bench_line
 from distill.chunked import TeacherStates, chunked_loss, plain_losses
@@ -37,7 +37,7 @@ def main() -> None:
         return
     figures: dict[str, list[float]] = {}
     for number in range(NUM_ROUNDS):
-        told = {side: _in_process(side) for side in (_SIDES if number % 2 == 0 else _SIDES[::-1])}
+        told = {side: in_process("benches.kd_memory", side) for side in (_SIDES if number % 2 == 0 else _SIDES[::-1])}
         for name in ("memory", "time"):
             key = "peak_bytes" if name == "memory" else "seconds"
             figures.setdefault(f"chunked_{name}_ratio", []).append(told["chunked"][key] / told["plain"][key])
@@ -48,15 +48,6 @@ def main() -> None:
     for name, error in _disagreement().items():
         figures[f"{name}_relative_error"] = [error]
     print(bench_line("kd-memory", figures))
-
-
-def _in_process(side: str) -> dict[str, float]:
-    command = [sys.executable, "-m", "benches.kd_memory", side]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{side} failed: {done.stderr[-1000:]}")
-    found: dict[str, float] = json.loads(done.stdout)
-    return found
 
 
 def _measure(side: str) -> dict[str, float]:

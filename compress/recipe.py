@@ -22,16 +22,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from contracts.config import Strict, refused_key
 from contracts.errors import UserError
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Calibrate(_Strict):
+class Calibrate(Strict):
     """What the steps that look at data look at."""
 
     source: str = "mixed"
@@ -42,7 +39,7 @@ class Calibrate(_Strict):
     seed: int = 0
 
 
-class Keep(_Strict):
+class Keep(Strict):
     """A budget; give one of the three."""
 
     parameters: float | None = Field(default=None, gt=0)
@@ -59,7 +56,7 @@ class Keep(_Strict):
         return self
 
 
-class Prune(_Strict):
+class Prune(Strict):
     """Remove MLP neurons, KV groups (a KV head with its query heads) or both, the same number in every block."""
 
     step: Literal["prune"]
@@ -90,7 +87,7 @@ class Prune(_Strict):
         return self
 
 
-class PruneDepth(_Strict):
+class PruneDepth(Strict):
     """Remove whole decoder blocks."""
 
     step: Literal["prune_depth"]
@@ -101,7 +98,7 @@ class PruneDepth(_Strict):
     model's output changes least."""
 
 
-class Quantize(_Strict):
+class Quantize(Strict):
     """Quantize every linear layer of the decoder blocks; embeddings stay as they are, the head too unless asked."""
 
     step: Literal["quantize"]
@@ -143,7 +140,7 @@ class Quantize(_Strict):
 AnyStep = Prune | PruneDepth | Quantize
 
 
-class Recipe(_Strict):
+class Recipe(Strict):
     """Steps in the order in which they are applied."""
 
     summary: str
@@ -201,11 +198,7 @@ def _parse(text: str, origin: str, settings: Sequence[str] = ()) -> Recipe:
     except tomllib.TOMLDecodeError as error:
         raise UserError("recipe", origin, f"is not TOML ({error})", "mend the file") from error
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "steps"
-        raise UserError(
-            f"recipe key {where}", first["input"], f"is refused: {first['msg']}", f"mend it in {origin}"
-        ) from error
+        raise refused_key("recipe", error, "steps", origin) from error
 
 
 def _set(raw: dict[str, Any], setting: str) -> None:

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
+from contracts.config import Strict, refused_key
 from contracts.errors import UserError
 from distill.losses import Divergence, LossSettings
 from distill.sampling import SamplingSettings
@@ -16,11 +17,7 @@ from distill.student import HiddenSettings
 from distill.supervision import Supervision, Window, parse_sections
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Data(_Strict):
+class Data(Strict):
     """What is learnt from."""
 
     source: str = "reasoning"
@@ -32,7 +29,7 @@ class Data(_Strict):
     seed: int = 42
 
 
-class Supervise(_Strict):
+class Supervise(Strict):
     """What of a sequence is learnt."""
 
     sections: str = "all"
@@ -56,7 +53,7 @@ class Supervise(_Strict):
         return Supervision(parse_sections(self.sections), self.lead_span, self.window)
 
 
-class Loss(_Strict):
+class Loss(Strict):
     """How student and teacher are compared; see distill/losses.py."""
 
     divergence: Divergence = "forward_kl"
@@ -87,7 +84,7 @@ class Loss(_Strict):
         return HiddenSettings(self.hidden_weight, self.hidden_kind, self.hidden_pairs)
 
 
-class Training(_Strict):
+class Training(Strict):
     """How the loop runs."""
 
     learning_rate: float = Field(default=2e-5, gt=0)
@@ -115,7 +112,7 @@ class Training(_Strict):
     """Which weights become the student: those of least validation loss, or the last ones."""
 
 
-class Stage(_Strict):
+class Stage(Strict):
     """A part of the training with data of its own."""
 
     kind: Literal["off_policy", "on_policy"] = "off_policy"
@@ -147,7 +144,7 @@ class Stage(_Strict):
         return SamplingSettings(self.temperature, self.max_new_tokens)
 
 
-class DistillRecipe(_Strict):
+class DistillRecipe(Strict):
     """Everything but the models."""
 
     summary: str = ""
@@ -197,11 +194,7 @@ def parse_distill_recipe(raw: Mapping[str, Any], origin: str) -> DistillRecipe:
     try:
         return DistillRecipe.model_validate(raw)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "stages"
-        raise UserError(
-            f"recipe key {where}", first["input"], f"is refused: {first['msg']}", f"mend it in {origin}"
-        ) from error
+        raise refused_key("recipe", error, "stages", origin) from error
 
 
 def _put(raw: dict[str, Any], key: str, value: Any, given: str) -> None:
