@@ -5,8 +5,9 @@
 On MovieLens, every label of a member's films supervised: SmolLM2-135M is fine-tuned (the teacher), loses a quarter of
 its MLP neurons and one of three KV groups (the pruned student), and learns again from the same histories for equally
 many steps, with the teacher (`kd`) and without it (`sft`), with three seeds each; the `kd` students become W8A8 and
-are asked through the served endpoint. AUC is that of every label from a member's 9th film on, pooled over members that
-nothing was trained or calibrated on; within-member AUC beside it. `auc_recovered_frac` is (kd - pruned) / (teacher -
+are asked through the served endpoint. AUC is that of the labels of the 9th to the 24th of a member's latest 24 films,
+pooled over all members that nothing was trained or calibrated on; within-member AUC beside it. Earlier films of the same
+members are harder, so the teacher's AUC over windows of any time is told too. `auc_recovered_frac` is (kd - pruned) / (teacher -
 pruned) of a seed. Every student is kept in the cache, so an interrupted run goes on. Last line: one JSON object. About
 an hour; `--quick` takes one seed.
 """
@@ -44,7 +45,8 @@ from workloads.recommendation import Recommendation, label_prompts
 NUM_SEEDS = 3
 TEACHER_STEPS, STUDENT_STEPS, BATCH_SIZE = 60, 20, 8
 TEACHER_RATE, STUDENT_RATE = 5e-5, 1e-4
-NUM_TEST = 96
+TEST_FILMS = 24
+NUM_WINDOWS = 192
 MAX_TOKENS = 1024
 _MICRO_TOKENS = 2048
 
@@ -64,6 +66,7 @@ def main() -> None:
     note("untrained", _in_process(folder, resolve_model(MODEL)))
     teacher = distill(MODEL, None, _recipe(TEACHER_STEPS, TEACHER_RATE, 42), folder / "teacher")
     auc_teacher = note("teacher", _in_process(folder, teacher))
+    note("teacher_any_time", _in_process(folder, teacher, is_latest_only=False))
     pruned = build_variant(str(teacher), teacher, "cut", _cut(), folder / "pruned")
     auc_pruned = note("pruned", _in_process(folder, pruned))
     for seed in range(num_seeds):
@@ -109,16 +112,19 @@ def _cut() -> Recipe:
     return Recipe(summary="", calibration=Calibrate(source="recommendation", num_samples=32), steps=(cut,))
 
 
-def _test_prompts() -> list[ScoringPrompt]:
-    return cast("list[ScoringPrompt]", Recommendation().make_prompts("quality", NUM_TEST))
+def _test_prompts(is_latest_only: bool = True) -> list[ScoringPrompt]:
+    workload = Recommendation(
+        history_len=FIRST_JUDGED, num_candidates=TEST_FILMS - FIRST_JUDGED, is_latest_only=is_latest_only
+    )
+    return cast("list[ScoringPrompt]", workload.make_prompts("quality", NUM_WINDOWS))
 
 
-def _in_process(folder: Path, directory: Path) -> dict[str, Estimate]:
+def _in_process(folder: Path, directory: Path, is_latest_only: bool = True) -> dict[str, Estimate]:
     """AUC of every judged label by torch, in one pass over each member's films; kept by the model's hash."""
-    file = folder / f"auc-{model_hash(directory)[:16]}-{NUM_TEST}.json"
+    file = folder / f"auc-{'latest' if is_latest_only else 'any'}-{model_hash(directory)[:16]}.json"
     if not file.is_file():
         tokenizer = load_tokenizer(directory)
-        prompts = _test_prompts()
+        prompts = _test_prompts(is_latest_only)
         examples = [label_example(tokenizer, one, str(number), 8192) for number, one in enumerate(prompts)]
         labels = load_examples(tokenizer, directory, "recommendation", 1, 0, MAX_TOKENS, 0).labels
         model = load_model(directory, torch.float32).eval()
@@ -130,7 +136,7 @@ def _in_process(folder: Path, directory: Path) -> dict[str, Estimate]:
 
 def _served(folder: Path, directory: Path) -> dict[str, Estimate]:
     """The same labels, each asked of the server as the one candidate behind all films before it."""
-    file = folder / f"served-{model_hash(directory)[:16]}-{NUM_TEST}.json"
+    file = folder / f"served-{model_hash(directory)[:16]}.json"
     if not file.is_file():
         prompts = _test_prompts()
         asked = [label_prompts(one, FIRST_JUDGED) for one in prompts]

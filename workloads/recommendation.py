@@ -56,6 +56,8 @@ class Recommendation:
     """Directory of atomic files; None: MovieLens-100K of the installed recbole package."""
     history_len: int = 24
     num_candidates: int = 16
+    is_latest_only: bool = False
+    """Each member's most recent films alone, so that no member counts more than another."""
     name: str = "recommendation"
     headline: str = "auc"
 
@@ -66,7 +68,8 @@ class Recommendation:
         for member, ratings in load_ratings(self.data or movielens_directory()).items():
             if split_of(member) != split:
                 continue
-            for start in range(0, len(ratings) - span + 1, span):
+            last = len(ratings) - span
+            for start in range(max(0, last) if self.is_latest_only else 0, last + 1, span):
                 history = ratings[start : start + self.history_len]
                 candidates = ratings[start + self.history_len : start + span]
                 slates.append(_slate(member, history, candidates))

@@ -50,6 +50,14 @@ def test_windows_of_a_member_do_not_overlap(tmp_path: Path) -> None:
     assert len(titles) == len(set(titles)) == 10
 
 
+@pytest.mark.parametrize(("num_films", "titles"), [(4, []), (5, [0, 1, 2, 3, 4]), (11, [6, 7, 8, 9, 10])])
+def test_the_latest_films_alone_if_asked_for(tmp_path: Path, num_films: int, titles: list[int]) -> None:
+    data = write_atomic_files(tmp_path, member_of("quality"), num_films)
+    found = slates(Recommendation(data, history_len=3, num_candidates=2, is_latest_only=True), "quality")
+    lines = [line for slate in found for line in (*slate.query.splitlines(), *slate.items)]
+    assert [line.split(":")[0] for line in lines] == [f"Film {item} ({1980 + item})" for item in titles]
+
+
 def test_members_of_movielens_stay_in_their_split() -> None:
     groups = {split: {slate.group for slate in slates(Recommendation(), split)} for split in SPLITS}
     assert all(groups.values())
