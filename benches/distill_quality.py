@@ -6,10 +6,10 @@ On MovieLens, every label of a member's films supervised: SmolLM2-135M is fine-t
 its MLP neurons and one of three KV groups (the pruned student), and learns again from the same histories for equally
 many steps, with the teacher (`kd`) and without it (`sft`), with three seeds each; the `kd` students become W8A8 and
 are asked through the served endpoint. AUC is that of the labels of the 9th to the 24th of a member's latest 24 films,
-pooled over all members that nothing was trained or calibrated on; within-member AUC beside it. Earlier films of the same
-members are harder, so the teacher's AUC over windows of any time is told too. `auc_recovered_frac` is (kd - pruned) / (teacher -
-pruned) of a seed. Every student is kept in the cache, so an interrupted run goes on. Last line: one JSON object. About
-an hour; `--quick` takes one seed.
+pooled over all members that nothing was trained or calibrated on; within-member AUC beside it. Earlier films of the
+same members are harder, so the teacher's AUC over windows of any time is told too. `auc_recovered_frac` is (kd -
+pruned) / (teacher - pruned) of a seed. Every student is kept in the cache, so an interrupted run goes on. Last line:
+one JSON object. About an hour; `--quick` takes one seed.
 """
 
 from __future__ import annotations
