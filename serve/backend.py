@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from httptools import HttpParserError, HttpResponseParser
@@ -64,6 +64,7 @@ class EngineSide(asyncio.Protocol):
         self._reason = b""
         self._in_body = False
         self._in_chunk = False
+        self._chunk_ended: Callable[[], None] | None = None
         self._is_complete = False
         self._is_kept = False
         self._num_messages = 0
@@ -81,7 +82,9 @@ class EngineSide(asyncio.Protocol):
         self._transport.write(message)
 
     def data_received(self, data: bytes) -> None:
-        if self._in_body:
+        if self._chunk_ended is not None:
+            self._relay_rest(data, self._chunk_ended)
+        elif self._in_body:
             try:
                 self._feed(data)
             except HttpParserError:
@@ -146,9 +149,35 @@ class EngineSide(asyncio.Protocol):
     @property
     def can_append(self) -> bool:
         """Whether events of our own may follow what has been relayed."""
+        return self._is_event_stream() and not self._in_chunk
+
+    @property
+    def is_within_chunk(self) -> bool:
+        """Whether they may as soon as the chunk that has begun is whole."""
+        return self._is_event_stream() and self._in_chunk
+
+    def _is_event_stream(self) -> bool:
         headers = {name.lower(): value for name, value in self._headers}
-        is_event_stream = headers.get(b"content-type", b"").startswith(b"text/event-stream")
-        return is_event_stream and b"transfer-encoding" in headers and not self._in_chunk and not self._is_complete
+        kind = headers.get(b"content-type", b"")
+        return kind.startswith(b"text/event-stream") and b"transfer-encoding" in headers and not self._is_complete
+
+    def end_chunk(self, ended: Callable[[], None]) -> None:
+        """Relay the chunk that has begun to its end, then call `ended`; what comes behind it is dropped."""
+        self._chunk_ended = ended
+        self.pause(False)
+
+    def _relay_rest(self, data: bytes, ended: Callable[[], None]) -> None:
+        for end in range(1, len(data) + 1):
+            try:
+                self._feed(data[end - 1 : end])
+            except HttpParserError:
+                self._fail(can_append=False)
+                return
+            if not self._in_chunk:
+                self._to_client.write(data[:end])
+                ended()
+                return
+        self._to_client.write(data)
 
     def pause(self, is_paused: bool) -> None:
         """Stop reading from the engine while the client does not keep up, or go on."""
@@ -160,7 +189,7 @@ class EngineSide(asyncio.Protocol):
             self._transport.resume_reading()
 
     def abort(self) -> None:
-        self._client = None
+        self._client = self._chunk_ended = None
         self._in_body = False
         self._transport.abort()
 

@@ -39,6 +39,8 @@ MAX_FULL_BODIES = 32
 CLIENT_GONE = 499
 """Status in log and metrics of a request whose client left before the end of its answer."""
 _CONNECT_S = 5.0
+_CHUNK_S = 0.5
+"""For the rest of a chunk, before an error of ours may follow it."""
 _RESEND_WITHIN_S = 1.0
 _LINGER_S = 2.0
 _METHODS = frozenset({"DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT"})
@@ -159,14 +161,20 @@ class ProxyServer:
         self.draining = True
         for connection in list(self.connections):
             connection.close_if_idle()
+        if not await self._is_idle_within(seconds):
+            for connection in list(self.connections):
+                connection.interrupt(503, f"the server is shutting down and waited {seconds:g} s", "shutdown")
+            await self._is_idle_within(2 * _CHUNK_S)
+
+    async def _is_idle_within(self, seconds: float) -> bool:
         try:
             async with asyncio.timeout(seconds):
                 while any(connection.is_busy for connection in self.connections):
                     self._idle.clear()
                     await self._idle.wait()
         except TimeoutError:
-            for connection in list(self.connections):
-                connection.interrupt(503, f"the server is shutting down and waited {seconds:g} s", "shutdown")
+            return False
+        return True
 
     async def close(self) -> None:
         """Stop listening and drop every connection."""
@@ -449,6 +457,13 @@ class _ClientSide(asyncio.Protocol):
 
     def interrupt(self, status: int, message: str, code: str) -> None:
         """End the request in flight, if there is one, with an error that the client can read."""
+        if self._engine is not None and self._engine.is_within_chunk:
+            self._engine.end_chunk(lambda: self._interrupt_now(status, message, code))
+            self._set_timer(_CHUNK_S, lambda: self._interrupt_now(status, message, code))
+        else:
+            self._interrupt_now(status, message, code)
+
+    def _interrupt_now(self, status: int, message: str, code: str) -> None:
         if self.is_busy:
             can_append = self._engine is not None and self._engine.can_append
             self._drop_engine()

@@ -570,3 +570,33 @@ def test_a_stream_that_outlasts_the_drain_ends_with_an_error_event() -> None:
             assert (await clients[1].answer()).status == 503
 
     run(scenario())
+
+
+@pytest.mark.parametrize("rest", [b"unk\n\n\r\n", b"unk\n\n\r", b"unk\n\n\r\n" + chunk(b"data: more\n\n"), b""])
+def test_a_chunk_that_has_begun_is_read_to_its_end_before_the_error(rest: bytes) -> None:
+    async def scenario() -> None:
+        async with served("a") as gateway, await gateway.connect() as client:
+            late = asyncio.Event()
+
+            async def halves(request: Message, writer: asyncio.StreamWriter) -> None:
+                writer.write(STREAM_HEAD + chunk(b"data: 1\n\n") + b"17\r\ndata: half of a ch")
+                await late.wait()
+                await asyncio.sleep(0.1)
+                writer.write(rest)
+                await asyncio.sleep(60)
+
+            gateway.engines["a"].script = halves
+            client.send("/x", COMPLETE)
+            await until(lambda: bool(gateway.engines["a"].requests))
+            asyncio.get_running_loop().call_later(0.2, late.set)
+            await gateway.server.drain(0.2)
+            if len(rest) < len(b"unk\n\n\r\n"):  # it never ends
+                with pytest.raises(ConnectionError):
+                    await client.answer()
+                return
+            events = [line for line in (await client.answer()).body.decode().split("\n\n") if line]
+            assert events[:2] == ["data: 1", "data: half of a chunk"]
+            assert '"code": "shutdown"' in events[2]
+            assert events[3:] == ["data: [DONE]"]
+
+    run(scenario())
