@@ -74,6 +74,11 @@ def atomic_directory(target: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def building_path(target: Path) -> Path:
+    """The folder beside `target` in which it is being made."""
+    return target.parent / f".{target.name}.building"
+
+
 @contextmanager
 def work_folder(target: Path, key: str, resumable: str) -> Iterator[Path]:
     """The folder beside `target` in which it is being made: `.NAME.building`, gone when that is done.
@@ -82,7 +87,7 @@ def work_folder(target: Path, key: str, resumable: str) -> Iterator[Path]:
     UserError that no full disk caused: the same command would meet it again. One of another `key` is emptied first.
     UserError where another process makes the same target.
     """
-    work = target.parent / f".{target.name}.building"
+    work = building_path(target)
     work.mkdir(parents=True, exist_ok=True)
     with (work / "lock").open("w") as lock:
         try:

@@ -6,21 +6,25 @@ The work lies in `.NAME.building` beside the output until then, so the same comm
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import os
 import shutil
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from contracts.errors import UserError
 from contracts.machine import machine_roof
 from contracts.model import count_parameters, model_hash, model_name, resolve_model
 from contracts.progress import say
-from contracts.storage import atomic_directory, work_folder
+from contracts.storage import atomic_directory, building_path, work_folder
 from contracts.variant import Manifest, Source, Step, read_manifest, write_manifest
 from distill.data import Examples, load_examples
 from distill.judge import make_judge
@@ -63,10 +67,32 @@ def distill(
     An earlier student of the same models and recipe is reused, an interrupted run gone on with. `sampler` writes the
     replies of on-policy stages; this process if it is None. Raises UserError where models do not fit each other, the
     recipe asks for a teacher and none is given, nothing is left to learn, or `target` holds something else.
+
+    Every process that `accelerate launch` or torchrun started calls it; the first one writes, and tells what happens.
     """
+    from accelerate import PartialState
+
+    # With it, transformers reads weights on the first process only, and FSDP spreads the student's but no teacher's.
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+    processes = PartialState(cpu=not torch.cuda.is_available())
+    with nullcontext() if processes.is_main_process else redirect_stderr(io.StringIO()):
+        return _distill(student, teacher, recipe, target, recipe_name, sampler, processes)
+
+
+def _distill(
+    student: str,
+    teacher: str | None,
+    recipe: DistillRecipe,
+    target: Path,
+    recipe_name: str,
+    sampler: Sampler | None,
+    processes: Any,
+) -> Path:
     pair = _resolve(student, teacher, recipe)
     key = _key(pair, recipe)
-    if target.exists():
+    is_done = target.exists()
+    processes.wait_for_everyone()
+    if is_done:
         return _reuse(target, key)
     tokenizer = load_tokenizer(pair.student_directory)
     if pair.teacher_directory is not None:
@@ -82,18 +108,30 @@ def distill(
         data.seed,
     )
     _say_plan(pair, recipe, examples)
-    with work_folder(target, key, "state/progress.json") as work:
-        job = _make_job(pair, recipe, examples, tokenizer, work, key, sampler)
+    with _shared_work_folder(target, key, processes) as work:
+        with processes.main_process_first():
+            job = _make_job(pair, recipe, examples, tokenizer, work, key, sampler)
         job.bad_batch = target.with_name(f"{target.name}.bad-batch.json")
         outcome = train(job)
-        begun = time.monotonic()
-        with atomic_directory(target) as output:
-            _save(job, pair, output)
-            shutil.copyfile(work / "steps.jsonl", output / LOG_FILE)
-            written = Step(name="write", seconds=time.monotonic() - begun)
-            _write_manifest(output, pair, recipe, recipe_name, examples, outcome, job, key, written)
+        if processes.is_main_process:
+            begun = time.monotonic()
+            with atomic_directory(target) as output:
+                _save(_whole_student(job, pair, outcome.weights), pair, output)
+                shutil.copyfile(work / "steps.jsonl", output / LOG_FILE)
+                written = Step(name="write", seconds=time.monotonic() - begun)
+                _write_manifest(output, pair, recipe, recipe_name, examples, outcome, job, key, written)
     say(f"distilled {target.name}: {_summary(outcome)}; at {target}")
     return target
+
+
+@contextmanager
+def _shared_work_folder(target: Path, key: str, processes: Any) -> Iterator[Path]:
+    """The first process's work folder, for all of them."""
+    own = work_folder(target, key, "state/progress.json") if processes.is_main_process else nullcontext()
+    with own:
+        processes.wait_for_everyone()
+        yield building_path(target)
+        processes.wait_for_everyone()
 
 
 def _resolve(student: str, teacher: str | None, recipe: DistillRecipe) -> Pair:
@@ -127,7 +165,7 @@ def _make_job(
     training, loss = recipe.training, recipe.loss
     student = load_model(pair.student_directory, torch.float32)
     if training.lora_rank:
-        student = _with_lora(student, training.lora_rank)
+        student = _with_lora(student, training.lora_rank, recipe.data.seed)
     online = None
     if pair.teacher_directory is not None:
         dtype = torch.bfloat16 if training.precision == "bf16" else torch.float32
@@ -172,17 +210,28 @@ def _make_job(
     return job
 
 
-def _with_lora(student: nn.Module, rank: int) -> nn.Module:
+def _with_lora(student: nn.Module, rank: int, seed: int) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
+    torch.manual_seed(seed)
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
     wrapped: nn.Module = get_peft_model(student, config)
     return wrapped
 
 
-def _save(job: Job, pair: Pair, output: Path) -> None:
+def _whole_student(job: Job, pair: Pair, weights: Mapping[str, Tensor] | None) -> nn.Module:
+    """The trained student, or another one with its weights where it is divided over processes."""
+    if weights is None:
+        return job.student
+    student = load_model(pair.student_directory, torch.float32)
+    if job.recipe.training.lora_rank:
+        student = _with_lora(student, job.recipe.training.lora_rank, job.recipe.data.seed)
+    student.load_state_dict(weights)
+    return student
+
+
+def _save(student: Any, pair: Pair, output: Path) -> None:
     """The student as bfloat16, under the names that stock tools know, with its tokenizer and chat template."""
-    student: Any = job.student
     if hasattr(student, "merge_and_unload"):
         student = student.merge_and_unload()
     student.to(torch.bfloat16).save_pretrained(output)

@@ -17,7 +17,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -28,6 +28,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
 
 from contracts.errors import UserError
 from contracts.progress import Tick, progress, say
@@ -87,6 +89,8 @@ class Outcome:
     num_steps: int
     seconds: float
     """Of this call."""
+    weights: dict[str, Tensor] | None = None
+    """The student's, where FSDP has divided them over processes: whole on the first one."""
 
 
 @dataclass(frozen=True)
@@ -103,9 +107,9 @@ class _Work:
 def train(job: Job) -> Outcome:
     """Train `job.student` in place through all stages, from where a state of the same key stands.
 
-    Afterwards the student holds the best or the last weights, as the recipe says. Raises UserError where the loss is
-    not finite, after the names of the step's sequences were written to `job.bad_batch`, and where nothing is left to
-    learn.
+    Afterwards the student, or under FSDP the outcome, holds the best or the last weights, as the recipe says. Raises
+    UserError where the loss is not finite, after the names of the step's sequences were written to `job.bad_batch`, and
+    where nothing is left to learn.
     """
     begun = time.monotonic()
     loop = _Loop(job)
@@ -118,7 +122,7 @@ def train(job: Job) -> Outcome:
             f"could not be written ({getattr(error, 'strerror', None) or error})",
             f"{write_remedy(error)} and run the same command again: it goes on from the last whole state",
         ) from error
-    return Outcome(loop.progress, sum(loop.lengths), time.monotonic() - begun)
+    return Outcome(loop.progress, sum(loop.lengths), time.monotonic() - begun, loop.divided_weights())
 
 
 class _Loop:
@@ -146,6 +150,7 @@ class _Loop:
         if job.online:
             job.online.model.to(self.device)
         self.module, self.optimizer = self.accelerator.prepare(module, _optimizer(module, training.weight_decay))
+        self.check_sharding()
         supervision = job.recipe.supervision.supervision
         self.sequences = supervision.apply_all(job.training)
         # Whole sequences and all sections, whatever is learnt: losses of different recipes are of the same tokens.
@@ -159,6 +164,39 @@ class _Loop:
         if found:
             say(f"resumed at step {sum(self.lengths[: found.stage]) + found.step} of {sum(self.lengths)}")
         self.saved_s = time.monotonic()
+
+    def check_sharding(self) -> None:
+        if isinstance(self.module, FullyShardedDataParallel):
+            raise UserError("fsdp_version", 1, "is not supported", "set it to 2 in the configuration of accelerate")
+        is_on_policy = any(stage.kind == "on_policy" for stage in self.job.recipe.stages)
+        if isinstance(self.module, FSDPModule) and is_on_policy:
+            raise UserError(
+                "stages",
+                "on_policy",
+                "cannot be run under FSDP, whose processes would have to write equally many tokens",
+                "use DDP for it",
+            )
+
+    @contextmanager
+    def callable_student(self) -> Iterator[nn.Module]:
+        """The student by itself; under FSDP, what lies outside its blocks is gathered for so long."""
+        unwrapped: Any = self.accelerator.unwrap_model(self.module)
+        if isinstance(self.module, FSDPModule):
+            self.module.unshard()
+        try:
+            with self.autocast:
+                yield unwrapped.student
+        finally:
+            if isinstance(self.module, FSDPModule):
+                self.module.reshard()
+
+    def divided_weights(self) -> dict[str, Tensor] | None:
+        if not isinstance(self.module, FSDPModule):
+            return None
+        weights = get_model_state_dict(self.module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        return {
+            name.removeprefix("student."): tensor for name, tensor in weights.items() if name.startswith("student.")
+        }
 
     def forget_later_steps(self) -> None:
         """Take rows off the log that a resumed run will write again."""
@@ -247,7 +285,8 @@ class _Loop:
             )
             tokens += round(work.weight * sum(batch.lengths))
         means = [self.sum_over_processes(float(value)) / max(num_targets, 1.0) for value in sums]
-        norm = float(self.accelerator.clip_grad_norm_(self.module.parameters(), self.job.recipe.training.clip_norm))
+        found: Tensor = self.accelerator.clip_grad_norm_(self.module.parameters(), self.job.recipe.training.clip_norm)
+        norm = float(found.full_tensor() if isinstance(found, DTensor) else found)
         if not (math.isfinite(means[0]) and math.isfinite(norm)):
             self.stop_at_bad_loss(works, means, norm)
         self.optimizer.step()
@@ -301,11 +340,8 @@ class _Loop:
         examples = [by_name[self.sequences[number].name] for number in chosen]
         prompts = [example.tokens[: example.num_prompt] for example in examples]
         mine = range(self.rank, len(prompts), self.world)
-        unwrapped: Any = self.accelerator.unwrap_model(self.module)
-        with self.autocast:
-            replies = self.job.sampler(
-                unwrapped.student, [prompts[index] for index in mine], stage.sampling, seed + self.rank
-            )
+        with self.callable_student() as student:
+            replies = self.job.sampler(student, [prompts[index] for index in mine], stage.sampling, seed + self.rank)
         gathered: list[tuple[int, list[int]]] = list(zip(mine, replies, strict=True))
         if self.world > 1:
             from accelerate.utils import gather_object
@@ -344,9 +380,8 @@ class _Loop:
         row: dict[str, Any] = {"step": self.done}
         row |= _means(torch.cat(losses, dim=1), sections, self.job.recipe.supervision.supervision.sections)
         if self.job.judge:
-            unwrapped: Any = self.accelerator.unwrap_model(self.module)
-            with self.autocast:
-                row |= self.job.judge(unwrapped.student)
+            with self.callable_student() as student:
+                row |= self.job.judge(student)
         row |= {"tokens_read": self.progress.tokens_read, "train_s": self.progress.train_s}
         self.progress.history.append(row)
         self.module.train()

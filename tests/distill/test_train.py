@@ -54,15 +54,48 @@ def assert_same_weights(one: Path, other: Path, **tolerances: float) -> None:
         torch.testing.assert_close(weight, theirs[name], **tolerances)
 
 
+FULLY_SHARDED = """
+import accelerate, os
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+def prepare(_, module, optimizer):
+    named = lambda: module.named_parameters(remove_duplicate=False)
+    names = {id(parameter): name for name, parameter in named()}
+    mesh = init_device_mesh("cpu", (2,))
+    for part in [*module.student.get_decoder().layers, module]:
+        fully_shard(part, mesh=mesh)
+    divided = dict(named())
+    for group in optimizer.param_groups:
+        group["params"] = [divided[names[id(parameter)]] for parameter in group["params"]]
+    return module, optimizer
+
+accelerate.Accelerator.prepare = prepare
+"""
+"""What accelerate does with fsdp_version 2, but only on GPUs."""
+
+
 def in_process(
-    student: Path, teacher: Path | str, target: Path, recipe: DistillRecipe, *launcher: str
+    student: Path,
+    teacher: Path | str,
+    target: Path,
+    recipe: DistillRecipe,
+    *launcher: str,
+    before: str = "",
 ) -> subprocess.Popen[str]:
     script = target.with_suffix(".py")
-    script.write_text(STUDENT_AND_TEACHER)
+    script.write_text(before + STUDENT_AND_TEACHER)
     told = json.dumps(recipe.model_dump(mode="json"))
     command = [sys.executable, *launcher, str(script), str(student), str(teacher), str(target), told]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def in_processes(kind: str, student: Path, teacher: Path, target: Path, recipe: DistillRecipe) -> subprocess.Popen[str]:
+    """Two of them, under DDP or FSDP."""
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    before = FULLY_SHARDED if kind == "fsdp" else ""
+    return in_process(student, teacher, target, recipe, *launcher, before=before)
 
 
 def test_a_student_learns_from_its_teacher(tiny_student: Path, tiny_teacher: Path, tmp_path: Path) -> None:
@@ -180,16 +213,50 @@ def test_another_recipe_does_not_go_on_from_a_run_that_ended(
     assert len(losses_of(target)) == 2
 
 
-def test_two_processes_do_what_one_does(tiny_student: Path, tiny_teacher: Path, tmp_path: Path) -> None:
-    recipe = make_recipe(training={"keep": "last"})
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize(
+    "tables",
+    [
+        {"training": {"keep": "last"}},
+        {
+            "data": {"source": "recommendation", "num_validation": 4, "max_tokens": 1024},
+            "supervision": {"sections": "answer"},
+            "training": {"keep": "best", "validate_every": 1, "lora_rank": 4, "save_every_s": 0},
+        },
+        {"loss": {"kd_weight": 1.0, "top_k": 50}, "training": {"keep": "best", "learning_rate": 1e-2}},
+    ],
+    ids=["whole", "lora", "cached"],
+)
+def test_two_processes_do_what_one_does(
+    tables: dict[str, Any], kind: str, tiny_student: Path, tiny_teacher: Path, tmp_path: Path
+) -> None:
+    recipe = make_recipe(**tables)
     alone = distill(str(tiny_student), str(tiny_teacher), recipe, tmp_path / "alone")
-    launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1")
-    options = ("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0")
-    process = in_process(tiny_student, tiny_teacher, tmp_path / "two", recipe, *launcher, *options)
+    process = in_processes(kind, tiny_student, tiny_teacher, tmp_path / "two", recipe)
     told, _ = process.communicate(timeout=300)
     assert process.returncode == 0, told
-    assert losses_of(tmp_path / "two") == pytest.approx(losses_of(alone), rel=1e-5)
+    assert told.count("distilled two") == 1, "one process speaks"
+    assert losses_of(tmp_path / "two") == pytest.approx(losses_of(alone), rel=1e-4)
     assert_same_weights(tmp_path / "two", alone, rtol=2e-2, atol=1e-3)
+
+
+def test_fsdp_goes_on_where_it_was_killed_and_refuses_to_write_replies(
+    tiny_student: Path, tiny_teacher: Path, tmp_path: Path
+) -> None:
+    whole = distill(str(tiny_student), str(tiny_teacher), make_recipe(), tmp_path / "whole")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        kill_after(2, patch)
+        distill(str(tiny_student), str(tiny_teacher), make_recipe(), tmp_path / "two")
+    process = in_processes("fsdp", tiny_student, tiny_teacher, tmp_path / "two", make_recipe())
+    told, _ = process.communicate(timeout=300)
+    assert "resumed at step" in told
+    assert losses_of(tmp_path / "two") == pytest.approx(losses_of(whole), rel=1e-4)
+    recipe = make_recipe(stages=[{"kind": "on_policy", "steps": 1, "max_new_tokens": 8}])
+    process = in_processes("fsdp", tiny_student, tiny_teacher, tmp_path / "three", recipe)
+    told, _ = process.communicate(timeout=300)
+    assert process.returncode != 0
+    assert "cannot be run under FSDP" in told
+    assert not list(tmp_path.glob("*three*/*"))
 
 
 def test_plain_fine_tuning_needs_no_teacher_and_no_validation(tiny_student: Path, tmp_path: Path) -> None:
