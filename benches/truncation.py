@@ -35,8 +35,8 @@ from serve.engine import Engine
 from workloads.interface import Answer, ChatPrompt
 from workloads.reasoning import Reasoning, chain_of_thought
 
-NUM_STEPS, TEACHER_STEPS, BATCH_SIZE = 20, 64, 16
-NUM_VALIDATION, NUM_JUDGED = 64, 200
+NUM_STEPS, TEACHER_STEPS, BATCH_SIZE = 24, 96, 8
+NUM_VALIDATION, NUM_JUDGED = 32, 150
 NUM_TRAINING = 4 * NUM_STEPS * BATCH_SIZE  # what the shortest span's control reads
 RESULTS = Path("results") / "truncation"
 _KIND = "chain_sum"

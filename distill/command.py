@@ -53,10 +53,14 @@ def distill(
     if not student or output is None:
         lacking = "--student" if not student else "-o"
         raise UserError(lacking, "", "is missing", "write: slimserve distill --teacher T --student S -o DIR")
+    from accelerate import PartialState
+
     from distill.run import distill as run
 
     loaded = _recipe(recipe, settings, workload, sections, lead_span, window)
-    typer.echo(run(student, teacher, loaded, output, recipe_name=recipe.stem if recipe else "distill"))
+    made = run(student, teacher, loaded, output, recipe_name=recipe.stem if recipe else "distill")
+    if PartialState().is_main_process:
+        typer.echo(made)
 
 
 @app.command()
