@@ -4,12 +4,12 @@
 
 On MovieLens, every label of a member's films supervised: SmolLM2-135M is fine-tuned (the teacher), loses a quarter of
 its MLP neurons and one of three KV groups (the pruned student), and learns again from the same histories for equally
-many steps, from the labels alone (`sft`) and half from the teacher (`kd`), with three seeds each; the `kd` students become W8A8 and
-are asked through the served endpoint. AUC is that of the labels of the 9th to the 24th of a member's latest 24 films,
-pooled over all members that nothing was trained or calibrated on; within-member AUC beside it. Earlier films of the
-same members are harder, so the teacher's AUC over windows of any time is told too. `auc_recovered_frac` is (kd -
-pruned) / (teacher - pruned) of a seed. Every student is kept in the cache, so an interrupted run goes on. Last line:
-one JSON object. About an hour; `--quick` takes one seed.
+many steps, from the labels alone (`sft`) and half from the teacher (`kd`), with three seeds each; the `kd` students
+become W8A8 and are asked through the served endpoint. AUC is that of the labels of the 9th to the 24th of a member's
+latest 24 films, pooled over all members that nothing was trained or calibrated on; within-member AUC beside it.
+Earlier films of the same members are harder, so the teacher's AUC over windows of any time is told too.
+`auc_recovered_frac` is (kd - pruned) / (teacher - pruned) of a seed. Every student is kept in the cache, so an
+interrupted run goes on. Last line: one JSON object. About an hour; `--quick` takes one seed.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def main() -> None:
     print(bench_line("distill-quality", figures))
 
 
-def _recipe(num_steps: int, batch_size: int, learning_rate: float, seed: int, kd_weight: float = 0.0) -> DistillRecipe:
+def _recipe(num_steps: int, batch_size: int, seed: int, kd_weight: float = 0.0) -> DistillRecipe:
     return parse_distill_recipe(
         {
             "data": {
