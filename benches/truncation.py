@@ -8,7 +8,7 @@ quarter fewer MLP neurons: on the first 25, 50, 75 and 100% of each sequence, on
 with the chain of thought alone supervised; each shorter span again with as many tokens as the whole sequences have.
 Judged on whole unseen sequences by loss, and by the verifier through the served endpoint. Table and plot go to
 `results/truncation`. Students are kept in the cache, so an interrupted run goes on. Last line: one JSON object. About
-fifty minutes; `--quick` takes a tenth of the steps and leaves `results/` alone.
+half an hour; `--quick` takes a tenth of the steps and leaves `results/` alone.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from serve.engine import Engine
 from workloads.interface import Answer, ChatPrompt
 from workloads.reasoning import Reasoning, chain_of_thought
 
-NUM_STEPS, TEACHER_STEPS, BATCH_SIZE = 24, 96, 8
-NUM_VALIDATION, NUM_JUDGED = 32, 150
+NUM_STEPS, TEACHER_STEPS, BATCH_SIZE = 20, 80, 8
+NUM_VALIDATION, NUM_JUDGED = 32, 120
 NUM_TRAINING = 4 * NUM_STEPS * BATCH_SIZE  # what the shortest span's control reads
 RESULTS = Path("results") / "truncation"
 _KIND = "chain_sum"
