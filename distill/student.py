@@ -48,6 +48,8 @@ class StudentLoss(nn.Module):
         super().__init__()
         self.student = student
         self.hidden = hidden or HiddenSettings()
+        self._no_split_modules = getattr(student, "_no_split_modules", None)
+        """What accelerate's FSDP divides by itself where its configuration names no classes."""
         config: Any = student.config
         self.maps: nn.ModuleList = nn.ModuleList()
         if self.hidden.weight:
