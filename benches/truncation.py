@@ -3,12 +3,12 @@
     make bench-truncation
 
 reasoning-gym's sums of four to eight terms, each worked out term by term between think tags, so that the chain is the
-longer part of a sequence as in traces of reasoning models. SmolLM2-135M, fine-tuned on them, teaches its variant with a
-quarter fewer MLP neurons: on the first 25, 50, 75 and 100% of each sequence, on the last 50%, and on whole sequences
-with the chain of thought alone supervised; each shorter span again with as many tokens as the whole sequences have.
-Judged on whole unseen sequences by loss, and by the verifier through the served endpoint. Table and plot go to
-`results/truncation`. Students are kept in the cache, so an interrupted run goes on. Last line: one JSON object. About
-half an hour; `--quick` takes a tenth of the steps and leaves `results/` alone.
+longer part of a sequence as in traces of reasoning models. SmolLM2-135M, fine-tuned on them, teaches a variant of
+itself as it was before with a quarter fewer MLP neurons: on the first 25, 50, 75 and 100% of each sequence, on the
+last 50%, and on whole sequences with the chain of thought alone supervised; each shorter span again with as many
+tokens as the whole sequences have. Judged on whole unseen sequences by loss, and by the verifier through the served
+endpoint. Table and plot go to `results/truncation`. Students are kept in the cache, so an interrupted run goes on.
+Last line: one JSON object. About half an hour; `--quick` takes a tenth of the steps and leaves `results/` alone.
 """
 
 from __future__ import annotations
@@ -21,10 +21,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
-from benches.served import MODEL, our_spec
+from benches.served import MODEL, built, our_spec
 from compare.quality import ask_prompts
-from compress.build import build_variant
-from compress.recipe import load_recipe
 from contracts.provenance import bench_line
 from contracts.storage import cache_dir, write_atomically
 from contracts.target import Target
@@ -35,9 +33,9 @@ from serve.engine import Engine
 from workloads.interface import Answer, ChatPrompt
 from workloads.reasoning import Reasoning, chain_of_thought
 
-NUM_STEPS, TEACHER_STEPS, BATCH_SIZE = 20, 80, 8
+NUM_STEPS, TEACHER_STEPS, BATCH_SIZE = 16, 80, 8
 NUM_VALIDATION, NUM_JUDGED = 32, 120
-NUM_TRAINING = 4 * NUM_STEPS * BATCH_SIZE  # what the shortest span's control reads
+NUM_TRAINING = 640  # at least what the shortest span's control reads, four times the steps
 RESULTS = Path("results") / "truncation"
 _KIND = "chain_sum"
 _MAX_REPLY = 160
@@ -53,10 +51,11 @@ def main() -> None:
     data = _write_traces(folder / "sums.jsonl", islice(problems, 5 * NUM_TRAINING // 4))
 
     def judge(directory: Path) -> Mapping[str, float]:
-        return _judge(directory, judged[: NUM_JUDGED // scale])
+        return _judge(folder / "engine.log", directory, judged[: NUM_JUDGED // scale])
 
     teacher = distill(MODEL, None, _recipe(data, TEACHER_STEPS // scale, 0.0), folder / "teacher")
-    student = build_variant(str(teacher), teacher, *load_recipe("prune25"), folder / "pruned")
+    # Of the model as it was before, which has seen none of the sums.
+    student = built("prune25")
     points = make_points("0.25,0.5,0.75,1", "right@0.5", "all,cot", has_controls=True)
     recipe = _recipe(data, NUM_STEPS // scale, 0.5)
     rows = sweep(str(student), str(teacher), recipe, points, folder / "students", judge)
@@ -76,7 +75,7 @@ def main() -> None:
     if not is_quick:
         RESULTS.mkdir(parents=True, exist_ok=True)
         told = (folder / "students" / "sweep.json").read_text(encoding="utf-8")
-        write_atomically(RESULTS / "sweep.json", told.replace(f"{folder}/", ""))
+        write_atomically(RESULTS / "sweep.json", told.replace(f"{folder}/", "").replace(f"{folder.parent}/", ""))
         for name in ("sweep.md", "sweep.png"):
             shutil.copyfile(folder / "students" / name, RESULTS / name)
     print(bench_line("truncation", figures))
@@ -134,9 +133,9 @@ def _recipe(data: Path, num_steps: int, kd_weight: float) -> DistillRecipe:
     )
 
 
-def _judge(directory: Path, prompts: Sequence[ChatPrompt]) -> Mapping[str, float]:
+def _judge(log: Path, directory: Path, prompts: Sequence[ChatPrompt]) -> Mapping[str, float]:
     """Accuracy by the verifier, through the served endpoint."""
-    with Engine(our_spec(directory.parent / "engine.log", directory, "reasoning")) as engine:
+    with Engine(our_spec(log, directory, "reasoning")) as engine:
         target = Target(engine.spec.url, engine.spec.name)
         answers = ask_prompts(target, f"problems, {directory.name}", prompts)
     figures = Reasoning().judge(prompts, cast("list[Answer]", answers))
