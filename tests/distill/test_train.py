@@ -55,7 +55,7 @@ def assert_same_weights(one: Path, other: Path, **tolerances: float) -> None:
 
 
 FULLY_SHARDED = """
-import accelerate, os
+import accelerate
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
