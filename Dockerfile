@@ -18,15 +18,17 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 
 WORKDIR /opt/slimserve
-COPY pyproject.toml README.md slimserve.py pipeline.py ./
+COPY pyproject.toml README.md ./
+COPY slimserve slimserve
 COPY requirements requirements
-COPY contracts contracts
+COPY core core
 COPY workloads workloads
 COPY distill distill
 COPY compress compress
 COPY serve serve
 COPY loadtest loadtest
 COPY compare compare
+COPY report report
 
 # CPU: the full lock. CUDA: vLLM is in the base image, so only what it lacks is added beside it.
 RUN if [ "${PLATFORM}" = cpu ]; then \

@@ -25,7 +25,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 LOCK   := requirements/cpu.lock
 TORCH  := $(shell sed -n 's/^\(torch==[^ ]*\).*/\1/p' $(LOCK))
-SOURCES := slimserve.py pipeline.py contracts workloads distill compress serve loadtest compare benches tests
+SOURCES := slimserve core workloads distill compress serve loadtest compare report benches tests
 
 export HF_HUB_OFFLINE ?= 1
 
@@ -58,7 +58,7 @@ types:
 
 # Two at a time where no test watches a clock.
 unit: $(VENV)/.test-system
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile $(addprefix tests/,compare distill compress contracts workloads) tests/test_*.py
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile $(addprefix tests/,compare distill compress core workloads report) tests/test_*.py
 	$(BIN)/pytest $(addprefix tests/,serve loadtest deploy)
 
 $(BENCHES): bench-%: install

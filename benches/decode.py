@@ -20,12 +20,12 @@ from pathlib import Path
 from benches.heldout import packed_tokens
 from benches.peers.environment import peer_python, peer_variables
 from benches.served import MODEL, built, median, our_spec, served, stock_spec
-from compress.reference import divergences
-from contracts.hardware import probe_hardware
-from contracts.model import BUILTIN_MODELS, resolve_model
-from contracts.progress import say
-from contracts.provenance import bench_line
-from serve.engine import Engine
+from slimserve.compress.reference import divergences
+from slimserve.core.hardware import probe_hardware
+from slimserve.core.model import BUILTIN_MODELS, resolve_model
+from slimserve.core.progress import say
+from slimserve.core.provenance import bench_line
+from slimserve.serve.launch.process import Engine
 
 NUM_ROUNDS = 3
 NUM_REPEATS = 3

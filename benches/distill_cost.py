@@ -20,16 +20,16 @@ import torch
 from benches.child import in_process
 from benches.heldout import packed_tokens
 from benches.served import MODEL, built
-from contracts.model import resolve_model
-from contracts.progress import say
-from contracts.provenance import bench_line
-from distill.batches import Batch, make_batches
-from distill.cost import ModelShape, PeakMemory, training_flops
-from distill.losses import LossSettings
-from distill.models import load_model
-from distill.sections import Example, Section
-from distill.student import OnlineTeacher, StudentLoss
-from distill.supervision import Supervision
+from slimserve.core.model import resolve_model
+from slimserve.core.progress import say
+from slimserve.core.provenance import bench_line
+from slimserve.distill.batches import Batch, make_batches
+from slimserve.distill.cost import ModelShape, PeakMemory, training_flops
+from slimserve.distill.losses import LossSettings
+from slimserve.distill.models import load_model
+from slimserve.distill.sections import Example, Section
+from slimserve.distill.student import OnlineTeacher, StudentLoss
+from slimserve.distill.supervision import Supervision
 
 NUM_SEQUENCES, SEQUENCE_LENGTH = 4, 2048
 SPANS = (1.0, 0.5)

@@ -23,24 +23,24 @@ from typing import cast
 import torch
 
 from benches.served import MODEL, our_spec
-from compare.quality import ask_prompts
-from compress.build import build_variant
-from compress.recipe import Calibrate, Prune, Recipe, load_recipe
-from contracts.model import model_hash, resolve_model
-from contracts.progress import say
-from contracts.provenance import bench_line
-from contracts.storage import cache_dir, write_atomically
-from contracts.target import Target
-from distill.data import load_examples
-from distill.judge import FIRST_JUDGED, label_figures
-from distill.models import load_model, load_tokenizer
-from distill.recipe import DistillRecipe, parse_distill_recipe
-from distill.run import distill
-from distill.sections import label_example
-from serve.engine import Engine
-from workloads import estimates
-from workloads.interface import Estimate, ScoringPrompt
-from workloads.recommendation import Recommendation, label_prompts
+from slimserve.compare.quality import ask_prompts
+from slimserve.compress.build import build_variant
+from slimserve.compress.recipe import Calibrate, Prune, Recipe, load_recipe
+from slimserve.core.model import model_hash, resolve_model
+from slimserve.core.openai_client import Target
+from slimserve.core.progress import say
+from slimserve.core.provenance import bench_line
+from slimserve.core.storage import cache_dir, write_atomically
+from slimserve.distill.data import load_examples
+from slimserve.distill.evaluation import FIRST_JUDGED, label_figures
+from slimserve.distill.models import load_model, load_tokenizer
+from slimserve.distill.recipe import DistillRecipe, parse_distill_recipe
+from slimserve.distill.run import distill
+from slimserve.distill.sections import label_example
+from slimserve.serve.launch.process import Engine
+from slimserve.workloads import estimates
+from slimserve.workloads.interface import Estimate, ScoringPrompt
+from slimserve.workloads.recommendation import Recommendation, label_prompts
 
 NUM_SEEDS = 3
 TEACHER_STEPS, TEACHER_BATCH = 60, 8

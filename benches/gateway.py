@@ -32,17 +32,17 @@ from typing import Any
 import psutil
 import uvloop
 
-from contracts.hardware import probe_hardware
-from contracts.model import resolve_model
-from contracts.progress import say
-from contracts.provenance import bench_line
-from serve.engine import Engine, EngineSpec, free_port
-from serve.gateway import Gateway
-from serve.limits import Limits
-from serve.metrics import gateway_metrics
-from serve.plan import LaunchPlan, plan_launch
-from serve.proxy import ProxyServer
-from serve.supervisor import State, SupervisedEngine
+from slimserve.core.hardware import probe_hardware
+from slimserve.core.model import resolve_model
+from slimserve.core.progress import say
+from slimserve.core.provenance import bench_line
+from slimserve.serve.gateway.proxy import ProxyServer
+from slimserve.serve.gateway.routing import Gateway
+from slimserve.serve.gateway.supervisor import State, SupervisedEngine
+from slimserve.serve.launch.plan import LaunchPlan, plan_launch
+from slimserve.serve.launch.process import Engine, EngineSpec, free_port
+from slimserve.serve.policy.limits import Limits
+from slimserve.serve.policy.metrics import gateway_metrics
 
 MODEL = "smollm2-135m-instruct"
 NAME = "model"

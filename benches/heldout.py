@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from compress.calibration import document_ids
-from compress.reference import nll_per_token, reference_logits
-from workloads.interface import ChatPrompt, Prompt, Split, Workload
-from workloads.reasoning import Reasoning
-from workloads.recommendation import Recommendation
+from slimserve.compress.calibration import document_ids
+from slimserve.compress.reference import nll_per_token, reference_logits
+from slimserve.workloads.interface import ChatPrompt, Prompt, Split, Workload
+from slimserve.workloads.reasoning import Reasoning
+from slimserve.workloads.recommendation import Recommendation
 
 SEQUENCE_LENGTH = 512
 _PROMPTS_DRAWN = 400

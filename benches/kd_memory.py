@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from benches.child import in_process
-from contracts.progress import say
-from contracts.provenance import bench_line
-from distill.chunked import TeacherStates, chunked_loss, plain_losses
-from distill.cost import PeakMemory
-from distill.losses import LossSettings
+from slimserve.core.progress import say
+from slimserve.core.provenance import bench_line
+from slimserve.distill.chunked import TeacherStates, chunked_loss, plain_losses
+from slimserve.distill.cost import PeakMemory
+from slimserve.distill.losses import LossSettings
 
 NUM_TOKENS, VOCABULARY, HIDDEN_SIZE = 2048, 49_152, 576
 NUM_ROUNDS, NUM_REPEATS = 3, 3

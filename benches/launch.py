@@ -18,12 +18,12 @@ from pathlib import Path
 
 import httpx
 
-from contracts.hardware import probe_hardware
-from contracts.model import resolve_model
-from contracts.progress import say
-from contracts.provenance import bench_line
-from serve.engine import STOCK_COMMAND, Engine, EngineSpec, free_port
-from serve.plan import LaunchPlan, plan_launch
+from slimserve.core.hardware import probe_hardware
+from slimserve.core.model import resolve_model
+from slimserve.core.progress import say
+from slimserve.core.provenance import bench_line
+from slimserve.serve.launch.plan import LaunchPlan, plan_launch
+from slimserve.serve.launch.process import STOCK_COMMAND, Engine, EngineSpec, free_port
 
 MODEL = "smollm2-135m-instruct"
 NUM_ROUNDS = 3

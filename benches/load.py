@@ -9,13 +9,13 @@ Last line: one JSON object.
 
 from __future__ import annotations
 
-from compare.check import check_variant
-from compress.build import build_variant
-from compress.recipe import list_recipes, load_recipe
-from contracts.model import resolve_model
-from contracts.progress import say
-from contracts.provenance import bench_line
-from contracts.variant import read_manifest
+from slimserve.compare.check import check_variant
+from slimserve.compress.build import build_variant
+from slimserve.compress.recipe import list_recipes, load_recipe
+from slimserve.core.model import resolve_model
+from slimserve.core.progress import say
+from slimserve.core.provenance import bench_line
+from slimserve.core.variant import read_manifest
 
 MODEL = "smollm2-135m-instruct"
 

@@ -20,14 +20,14 @@ from pathlib import Path
 
 from benches.peers.environment import peer_variables
 from benches.served import MODEL, our_spec
-from contracts.model import resolve_model
-from contracts.progress import progress, say
-from contracts.provenance import bench_line
-from contracts.target import Target
-from loadtest.run import run_suite
-from loadtest.settings import LoadSettings, SuiteOptions
-from loadtest.summary import LoadSummary
-from serve.engine import Engine
+from slimserve.core.model import resolve_model
+from slimserve.core.openai_client import Target
+from slimserve.core.progress import progress, say
+from slimserve.core.provenance import bench_line
+from slimserve.loadtest.run import run_suite
+from slimserve.loadtest.settings import LoadSettings, SuiteOptions
+from slimserve.loadtest.summary import LoadSummary
+from slimserve.serve.launch.process import Engine
 
 NUM_ROUNDS = 6
 NUM_REQUESTS = 40

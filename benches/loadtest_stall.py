@@ -2,7 +2,7 @@
 
     make bench-loadtest-stall
 
-A truth server (loadtest/truth.py) answers each request after 20 ms, but for the freeze. Ours sends Poisson arrivals
+A truth server (loadtest/mock_server.py) answers each request after 20 ms, but for the freeze. Ours sends Poisson arrivals
 on schedule whatever becomes of those before; plain Locust has four users who ask five times a second each and wait for
 their answers, so that they send nothing while the server is frozen, and hide it. p99 of the time to the answer of
 either, in turn; Locust's own is rounded to two digits. Last line: one JSON object. About six minutes; `--quick` takes
@@ -18,13 +18,13 @@ import tempfile
 from pathlib import Path
 
 from benches.peers.environment import peer_variables
-from contracts.hardware import probe_hardware
-from contracts.progress import progress, say
-from contracts.provenance import bench_line
-from contracts.target import Target
-from loadtest.run import run_suite
-from loadtest.settings import LoadSettings, SuiteOptions
-from loadtest.truth import MODEL, Schedule, running_truth
+from slimserve.core.hardware import probe_hardware
+from slimserve.core.openai_client import Target
+from slimserve.core.progress import progress, say
+from slimserve.core.provenance import bench_line
+from slimserve.loadtest.mock_server import MODEL, Schedule, running_truth
+from slimserve.loadtest.run import run_suite
+from slimserve.loadtest.settings import LoadSettings, SuiteOptions
 
 NUM_ROUNDS = 3
 RATE = 20

@@ -2,7 +2,7 @@
 
     make bench-loadtest-truth
 
-The server (loadtest/truth.py) has a core of its own and the tool another one: 1, 16, 64 and 128 streams at once, 50
+The server (loadtest/mock_server.py) has a core of its own and the tool another one: 1, 16, 64 and 128 streams at once, 50
 tokens/s each, the first token after 100 ms, 100 tokens. The error is the distance of the percentile that a tool
 reports from the schedule's. vllm is `vllm bench serve`; guidellm (an environment of its own) gets one worker process,
 with which it is more exact on one core than with its ten. What GuideLLM calls ITL is a request's mean, so compare its
@@ -27,14 +27,14 @@ from pathlib import Path
 from typing import Any
 
 from benches.peers.environment import peer_python, peer_variables
-from contracts.hardware import probe_hardware
-from contracts.model import resolve_model
-from contracts.progress import say
-from contracts.provenance import bench_line
-from contracts.target import Target
-from loadtest.run import run_suite
-from loadtest.settings import LoadSettings, SuiteOptions
-from loadtest.truth import MODEL, Schedule, running_truth
+from slimserve.core.hardware import probe_hardware
+from slimserve.core.model import resolve_model
+from slimserve.core.openai_client import Target
+from slimserve.core.progress import say
+from slimserve.core.provenance import bench_line
+from slimserve.loadtest.mock_server import MODEL, Schedule, running_truth
+from slimserve.loadtest.run import run_suite
+from slimserve.loadtest.settings import LoadSettings, SuiteOptions
 
 NUM_STREAMS = (1, 16, 64, 128)
 NUM_ROUNDS = 2

@@ -2,7 +2,7 @@
 
     make bench-max-rate
 
-A truth server (loadtest/truth.py) serves Poisson arrivals one after the other, 2 ms each (M/D/1), and the objective is
+A truth server (loadtest/mock_server.py) serves Poisson arrivals one after the other, 2 ms each (M/D/1), and the objective is
 a p90 of 10 ms end to end, which holds up to 76% load. The distribution of the wait is Erlang's (1909). A service that
 short makes ten seconds hold as many requests as ten minutes of one of 120 ms, and the scatter of p90 is what limits
 such a search. Last line: one JSON object. About 25 minutes; `--quick` takes one seed.
@@ -15,13 +15,13 @@ import sys
 import tempfile
 from pathlib import Path
 
-from contracts.hardware import probe_hardware
-from contracts.progress import say
-from contracts.provenance import bench_line
-from contracts.target import Target
-from loadtest.rates import find_rate
-from loadtest.settings import LoadSettings, SuiteOptions
-from loadtest.truth import MODEL, Schedule, running_truth
+from slimserve.core.hardware import probe_hardware
+from slimserve.core.openai_client import Target
+from slimserve.core.progress import say
+from slimserve.core.provenance import bench_line
+from slimserve.loadtest.mock_server import MODEL, Schedule, running_truth
+from slimserve.loadtest.rates import find_rate
+from slimserve.loadtest.settings import LoadSettings, SuiteOptions
 
 SEEDS = range(5)
 SERVICE_S = 0.002

@@ -24,10 +24,10 @@ from torch import Tensor
 from benches.heldout import write_tokens
 from benches.peers.environment import peer_variables
 from benches.peers.measure import measure
-from contracts.model import resolve_model
-from contracts.progress import progress, say
-from contracts.provenance import bench_line
-from contracts.storage import atomic_directory, cache_dir
+from slimserve.core.model import resolve_model
+from slimserve.core.progress import progress, say
+from slimserve.core.provenance import bench_line
+from slimserve.core.storage import atomic_directory, cache_dir
 
 NUM_SAMPLES = (4, 16)
 SEQUENCE_LENGTH = 512

@@ -32,13 +32,13 @@ from torch import Tensor
 from benches.heldout import negative_log_likelihood, packed_tokens, write_tokens
 from benches.peers.environment import peer_python, peer_variables
 from benches.peers.measure import measure
-from contracts.hardware import probe_hardware
-from contracts.model import count_parameters, model_hash, resolve_model
-from contracts.progress import say
-from contracts.provenance import bench_line
-from contracts.storage import cache_dir, sha256_of_files, write_atomically
-from serve.engine import Engine, EngineSpec, free_port
-from serve.plan import plan_launch
+from slimserve.core.hardware import probe_hardware
+from slimserve.core.model import count_parameters, model_hash, resolve_model
+from slimserve.core.progress import say
+from slimserve.core.provenance import bench_line
+from slimserve.core.storage import cache_dir, sha256_of_files, write_atomically
+from slimserve.serve.launch.plan import plan_launch
+from slimserve.serve.launch.process import Engine, EngineSpec, free_port
 
 MODEL = "smollm2-135m-instruct"
 NUM_SEEDS = 3

@@ -23,11 +23,11 @@ from rich.table import Table
 from benches.heldout import packed_tokens, write_tokens
 from benches.peers.environment import peer_python, peer_variables
 from benches.peers.measure import Measured, measure
-from compress.reference import divergences
-from contracts.model import resolve_model
-from contracts.progress import say
-from contracts.provenance import bench_line
-from contracts.variant import read_manifest
+from slimserve.compress.reference import divergences
+from slimserve.core.model import resolve_model
+from slimserve.core.progress import say
+from slimserve.core.provenance import bench_line
+from slimserve.core.variant import read_manifest
 
 MODEL = "smollm2-135m-instruct"
 NUM_SEEDS = 3
@@ -91,7 +91,7 @@ def main() -> None:
 def _warm_up(peer: Path) -> None:
     """Read both sides' code from disk once, so that the first measured process does not wait for it."""
     say("warming up both sides' imports …")
-    ours = [sys.executable, "-c", "import slimserve, compress.build, transformers"]
+    ours = [sys.executable, "-c", "import slimserve, slimserve.compress.build, transformers"]
     theirs = [str(peer), "-c", "import llmcompressor.modifiers.gptq, transformers, datasets"]
     for command in (ours, theirs):
         subprocess.run(command, env=peer_variables(NUM_THREADS), check=True, capture_output=True)

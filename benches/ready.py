@@ -19,10 +19,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from benches.served import our_spec, served, stock_spec
-from contracts.progress import say
-from contracts.provenance import bench_line
-from serve.engine import Engine
-from serve.plan import Choice
+from slimserve.core.progress import say
+from slimserve.core.provenance import bench_line
+from slimserve.serve.launch.plan import Choice
+from slimserve.serve.launch.process import Engine
 
 NUM_ROUNDS = 3
 

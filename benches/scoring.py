@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benches.served import MODEL, ScoringLoad, built, median, our_spec, percentile, served, stock_spec
-from contracts.model import resolve_model
-from contracts.progress import say
-from contracts.provenance import bench_line
-from serve.engine import Engine, EngineSpec
+from slimserve.core.model import resolve_model
+from slimserve.core.progress import say
+from slimserve.core.provenance import bench_line
+from slimserve.serve.launch.process import Engine, EngineSpec
 
 NUM_ROUNDS = 3
 NUM_REPEATS = 5

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import httpx
 
-from compress.build import build_variant
-from compress.recipe import load_recipe
-from contracts.hardware import probe_hardware
-from contracts.model import resolve_model
-from serve.engine import STOCK_COMMAND, EngineSpec, free_port
-from serve.plan import LaunchPlan, Profile, plan_launch
+from slimserve.compress.build import build_variant
+from slimserve.compress.recipe import load_recipe
+from slimserve.core.hardware import probe_hardware
+from slimserve.core.model import resolve_model
+from slimserve.serve.launch.plan import LaunchPlan, Profile, plan_launch
+from slimserve.serve.launch.process import STOCK_COMMAND, EngineSpec, free_port
 
 MODEL = "smollm2-135m-instruct"
 _SERVED_NAME = "model"

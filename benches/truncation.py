@@ -22,16 +22,16 @@ from pathlib import Path
 from typing import Any, cast
 
 from benches.served import MODEL, built, our_spec
-from compare.quality import ask_prompts
-from contracts.provenance import bench_line
-from contracts.storage import cache_dir, write_atomically
-from contracts.target import Target
-from distill.recipe import DistillRecipe, parse_distill_recipe
-from distill.run import distill
-from distill.sweep import make_points, sweep
-from serve.engine import Engine
-from workloads.interface import Answer, ChatPrompt
-from workloads.reasoning import Reasoning, chain_of_thought
+from slimserve.compare.quality import ask_prompts
+from slimserve.core.openai_client import Target
+from slimserve.core.provenance import bench_line
+from slimserve.core.storage import cache_dir, write_atomically
+from slimserve.distill.recipe import DistillRecipe, parse_distill_recipe
+from slimserve.distill.run import distill
+from slimserve.distill.sweep import make_points, sweep
+from slimserve.serve.launch.process import Engine
+from slimserve.workloads.interface import Answer, ChatPrompt
+from slimserve.workloads.reasoning import Reasoning, chain_of_thought
 
 NUM_STEPS, TEACHER_STEPS, BATCH_SIZE = 16, 80, 8
 NUM_VALIDATION, NUM_JUDGED = 32, 120

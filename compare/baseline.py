@@ -19,13 +19,13 @@ from pathlib import Path
 
 import numpy as np
 
-from compare.judge import answers_file, paired
-from compare.plan import Baseline
-from compare.quality import figures_of, read_answers
-from compare.results import BaselineOutcome, Comparison, Effort, Loss, VariantResult, load_comparison
-from contracts.errors import UserError
-from loadtest.summary import LoadSummary
-from workloads import estimates
+from slimserve.compare.evaluation import answers_file, paired
+from slimserve.compare.plan import Baseline
+from slimserve.compare.quality import figures_of, read_answers
+from slimserve.compare.results import BaselineOutcome, Comparison, Effort, Loss, VariantResult, load_comparison
+from slimserve.core.errors import UserError
+from slimserve.loadtest.summary import LoadSummary
+from slimserve.workloads import estimates
 
 
 def load_baseline(baseline: Baseline, output: Path) -> Comparison:

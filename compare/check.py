@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from compress.families import roles_of
-from compress.reference import reference_logits, reference_shapes
-from contracts.errors import UserError
-from contracts.storage import cache_dir
-from serve.offline import VllmAnswer, ask_vllm
+from slimserve.compress.families import roles_of
+from slimserve.compress.reference import reference_logits, reference_shapes
+from slimserve.core.errors import UserError
+from slimserve.core.storage import cache_dir
+from slimserve.serve.engine.offline import VllmAnswer, ask_vllm
 
 _NUM_PROMPTS, _NUM_TOKENS, _GREEDY_TOKENS = 2, 48, 12
 

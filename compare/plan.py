@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from compare.results import Comparison, Effort
-from contracts.errors import UserError
-from loadtest.slo import parse_objective
-from workloads import WORKLOADS
+from slimserve.compare.results import Comparison, Effort
+from slimserve.core.errors import UserError
+from slimserve.loadtest.slo import parse_objective
+from slimserve.workloads import WORKLOADS
 
 REFERENCE = "dense"
 _NAME = re.compile(r"[\w.-]+")

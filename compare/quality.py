@@ -19,17 +19,17 @@ from typing import Any, TypeVar, cast
 import httpx
 from pydantic import TypeAdapter
 
-from compare.results import TEXT
-from contracts.errors import UserError
-from contracts.progress import Tick, progress, say
-from contracts.storage import write_atomically
-from contracts.target import Target, auth_headers
-from loadtest.client import SCORING
-from workloads import estimates, load_workload
-from workloads.estimates import Figure
-from workloads.interface import ChatAnswer, ChatPrompt, Prompt, ScoringPrompt
-from workloads.reasoning import is_right
-from workloads.text import TextReading, make_documents, text_figures
+from slimserve.compare.results import TEXT
+from slimserve.core.errors import UserError
+from slimserve.core.openai_client import Target, auth_headers
+from slimserve.core.progress import Tick, progress, say
+from slimserve.core.storage import write_atomically
+from slimserve.loadtest.client import SCORING
+from slimserve.workloads import estimates, load_workload
+from slimserve.workloads.estimates import Figure
+from slimserve.workloads.interface import ChatAnswer, ChatPrompt, Prompt, ScoringPrompt
+from slimserve.workloads.reasoning import is_right
+from slimserve.workloads.text import TextReading, make_documents, text_figures
 
 _CONCURRENCY = 8
 _TIMEOUT_S = 600.0

@@ -15,11 +15,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from contracts.errors import UserError
-from contracts.provenance import provenance
-from contracts.storage import write_atomically
-from loadtest.summary import LoadSummary
-from workloads.interface import Estimate
+from slimserve.core.errors import UserError
+from slimserve.core.provenance import provenance
+from slimserve.core.storage import write_atomically
+from slimserve.loadtest.summary import LoadSummary
+from slimserve.workloads.interface import Estimate
 
 RESULTS_FILE = "results.json"
 TEXT = "text"
@@ -208,7 +208,7 @@ class QualityOutcome:
     is_kept: bool
     """Whether that is at least 1 minus the tolerance."""
     probability: float
-    """How likely that is of all prompts, by resampling those that were asked (workloads.estimates.probability_kept)."""
+    """How likely that is of all prompts, by resampling those that were asked (slimserve.workloads.estimates.probability_kept)."""
 
 
 @dataclass(frozen=True)

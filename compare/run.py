@@ -21,13 +21,21 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import cast
 
-from compare.baseline import check_baseline, counterparts, effort_like, load_baseline
-from compare.judge import answers_file, judge_loads, judge_quality
-from compare.plan import REFERENCE, Baseline, Endpoint, Finished, describe_plan, judged_rate, load_seed, rates_of
-from compare.quality import ask_quality, ask_text, write_answers
-from compare.regime import EnergyMeter, read_roofs, regime_of
-from compare.report import print_table, write_report
-from compare.results import (
+from slimserve.compare.baseline import check_baseline, counterparts, effort_like, load_baseline
+from slimserve.compare.bottleneck import EnergyMeter, read_roofs, regime_of
+from slimserve.compare.evaluation import answers_file, judge_loads, judge_quality
+from slimserve.compare.plan import (
+    REFERENCE,
+    Baseline,
+    Endpoint,
+    Finished,
+    describe_plan,
+    judged_rate,
+    load_seed,
+    rates_of,
+)
+from slimserve.compare.quality import ask_quality, ask_text, write_answers
+from slimserve.compare.results import (
     RESULTS_FILE,
     TEXT,
     Comparison,
@@ -38,21 +46,22 @@ from compare.results import (
     VariantResult,
     load_comparison,
 )
-from compare.verdict import make_verdict
-from compress.recipe import load_recipe
-from contracts.errors import UserError
-from contracts.hardware import probe_hardware
-from contracts.machine import machine_roof
-from contracts.model import count_parameters, model_hash, model_name, resolve_model
-from contracts.progress import say
-from contracts.provenance import versions
-from contracts.target import Target, find_target
-from contracts.variant import disk_bytes, read_manifest
-from loadtest.run import run_suite
-from loadtest.settings import LoadSettings, SuiteOptions
-from serve.engine import Engine, EngineSpec, free_port
-from serve.plan import LaunchPlan, Profile, plan_launch
-from workloads import load_workload
+from slimserve.compare.verdict import make_verdict
+from slimserve.compress.recipe import load_recipe
+from slimserve.core.errors import UserError
+from slimserve.core.hardware import probe_hardware
+from slimserve.core.model import count_parameters, model_hash, model_name, resolve_model
+from slimserve.core.openai_client import Target, find_target
+from slimserve.core.progress import say
+from slimserve.core.provenance import versions
+from slimserve.core.roofline import machine_roof
+from slimserve.core.variant import disk_bytes, read_manifest
+from slimserve.loadtest.run import run_suite
+from slimserve.loadtest.settings import LoadSettings, SuiteOptions
+from slimserve.report.comparison import print_table, write_report
+from slimserve.serve.launch.plan import LaunchPlan, Profile, plan_launch
+from slimserve.serve.launch.process import Engine, EngineSpec, free_port
+from slimserve.workloads import load_workload
 
 _BEYOND = 1.5
 """A rate so many times what the closed loop got through is not run on a CPU: it gains little from more requests at

@@ -15,8 +15,17 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from compare.judge import cost_ratio
-from compare.results import Comparison, Outcome, QualityOutcome, SloOutcome, Spread, VariantResult, Verdict, spread
+from slimserve.compare.evaluation import cost_ratio
+from slimserve.compare.results import (
+    Comparison,
+    Outcome,
+    QualityOutcome,
+    SloOutcome,
+    Spread,
+    VariantResult,
+    Verdict,
+    spread,
+)
 
 _WORDS = ((0.95, "very sure"), (0.8, "fairly sure"), (0.6, "more likely than not"))
 _NEAR_MISS = 0.2

@@ -13,7 +13,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from contracts.errors import UserError
+from slimserve.core.errors import UserError
 
 _PANEL = 192
 """Columns of a Gram matrix mirrored at once."""

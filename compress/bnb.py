@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from contracts.errors import UserError
+from slimserve.core.errors import UserError
 
 _BLOCK = 64
 """Weights that share one scale in nf4: what transformers writes and all loaders expect."""

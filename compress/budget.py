@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
-from compress.families import HALVES, Half, LayerRoles
-from compress.formats import choose_group_size, layer_bytes
-from compress.forward import Block, Decoder, dense_linear
-from compress.recipe import AnyStep, Keep, Prune, PruneDepth, Quantize
-from contracts.errors import UserError
+from slimserve.compress.families import HALVES, Half, LayerRoles
+from slimserve.compress.formats import choose_group_size, layer_bytes
+from slimserve.compress.forward import Block, Decoder, dense_linear
+from slimserve.compress.recipe import AnyStep, Keep, Prune, PruneDepth, Quantize
+from slimserve.core.errors import UserError
 
 NUM_FINALISTS = 3
 _NUM_WIDTHS = 13

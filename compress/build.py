@@ -22,19 +22,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from compress import budget
-from compress.calibration import Calibration, check_source, load_calibration
-from compress.checkpoint import CheckpointReader, CheckpointWriter, iterate_blocks
-from compress.families import LayerRoles, roles_of, with_sizes
-from compress.forward import Block, Decoder
-from compress.recipe import Prune, Quantize, Recipe
-from compress.reference import divergences
-from compress.steps import BoundStep, Detail, Profile, Visitor, bind
-from compress.stream import Stream
-from contracts.errors import UserError
-from contracts.model import count_parameters, model_hash, model_name, weight_files
-from contracts.progress import progress, say
-from contracts.storage import (
+from slimserve.compress import budget
+from slimserve.compress.calibration import Calibration, check_source, load_calibration
+from slimserve.compress.checkpoint import CheckpointReader, CheckpointWriter, iterate_blocks
+from slimserve.compress.families import LayerRoles, roles_of, with_sizes
+from slimserve.compress.forward import Block, Decoder
+from slimserve.compress.recipe import Prune, Quantize, Recipe
+from slimserve.compress.reference import divergences
+from slimserve.compress.steps import BoundStep, Detail, Profile, Visitor, bind
+from slimserve.compress.stream import Stream
+from slimserve.core.errors import UserError
+from slimserve.core.model import count_parameters, model_hash, model_name, weight_files
+from slimserve.core.progress import progress, say
+from slimserve.core.storage import (
     atomic_directory,
     cache_dir,
     sha256_of_files,
@@ -42,7 +42,7 @@ from contracts.storage import (
     write_atomically,
     write_remedy,
 )
-from contracts.variant import MANIFEST_FILE, Manifest, Source, Step, disk_bytes, read_manifest, write_manifest
+from slimserve.core.variant import MANIFEST_FILE, Manifest, Source, Step, disk_bytes, read_manifest, write_manifest
 
 _JUDGED_SEQUENCES = 8
 """On which the shapes that meet a budget are compared."""

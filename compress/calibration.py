@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from contracts.errors import UserError
-from workloads import WORKLOADS, load_workload
-from workloads.interface import Prompt, ScoringPrompt
+from slimserve.core.errors import UserError
+from slimserve.workloads import WORKLOADS, load_workload
+from slimserve.workloads.interface import Prompt, ScoringPrompt
 
 MIXED = "mixed"
 """Source name: every workload, document by document in turn."""

@@ -11,8 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from contracts.errors import UserError
-from contracts.model import weight_files
+from slimserve.core.errors import UserError
+from slimserve.core.model import weight_files
 
 _CHECKED = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 _SHARD_BYTES = 2**29

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from contracts.errors import UserError
+from slimserve.core.errors import UserError
 
 Half = Literal["attention", "mlp"]
 """A block is two halves: a norm, producers, what stands between, and a consumer that adds to the residual."""

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from compress.quantize import Grid, Quantized, round_to_nearest
-from contracts.errors import UserError
+from slimserve.compress.quantize import Grid, Quantized, round_to_nearest
+from slimserve.core.errors import UserError
 
 GROUP_SIZES = (128, 64, 32)
 """Input features per scale that every vLLM kernel for 4 bits takes, largest first."""

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from compress.checkpoint import CheckpointReader
-from compress.families import HALVES, Half, LayerRoles, head_dim_of
-from contracts.errors import UserError
+from slimserve.compress.checkpoint import CheckpointReader
+from slimserve.compress.families import HALVES, Half, LayerRoles, head_dim_of
+from slimserve.core.errors import UserError
 
 Block = dict[str, Tensor]
 """Tensors of one decoder block by their names relative to it."""

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compress.quantize import Grid, Quantized, Rounding, RoundingOptions, fit_scales, round_to_nearest
-from contracts.errors import UserError
+from slimserve.compress.quantize import Grid, Quantized, Rounding, RoundingOptions, fit_scales, round_to_nearest
+from slimserve.core.errors import UserError
 
 __all__ = ["NEEDS_DATA", "ROUNDINGS", "Rounding", "RoundingOptions", "gptq", "quantease"]
 

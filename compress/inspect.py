@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from compress.kernels import explain_variant
-from contracts.errors import UserError
-from contracts.hardware import probe_hardware
-from contracts.variant import Manifest, disk_bytes, read_manifest
+from slimserve.compress.kernels import explain_variant
+from slimserve.core.errors import UserError
+from slimserve.core.hardware import probe_hardware
+from slimserve.core.variant import Manifest, disk_bytes, read_manifest
 
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
 """Okabe and Ito's palette, which colour-blind readers can tell apart."""

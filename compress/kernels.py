@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from compress.families import input_sizes, with_sizes
-from compress.formats import FORMATS, layer_groups
-from contracts.hardware import Hardware
+from slimserve.compress.families import input_sizes, with_sizes
+from slimserve.compress.formats import FORMATS, layer_groups
+from slimserve.core.hardware import Hardware
 
 _GPU_CAPABILITY = {"fp8": "8.9"}
 """Formats without a CPU kernel of their own, and the least CUDA capability that has one."""

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from contracts.errors import UserError
+from slimserve.core.errors import UserError
 
 _NUM_ROUNDS = 32
 """Greedy removal of single features goes in so many batches (of one at least)."""

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress import osscar
-from compress.families import LayerRoles
-from contracts.errors import UserError
+from slimserve.compress import osscar
+from slimserve.compress.families import LayerRoles
+from slimserve.core.errors import UserError
 
 _ROWS = 512
 """Rows of a Gram matrix multiplied at once where only its upper half is read."""

@@ -1,7 +1,7 @@
 """Quantization of linear layers: grids, weights on a grid, and rounding to the nearest point.
 
 Shapes: O output features, I input features, G groups of input features that share a scale
-(1 where a whole row shares it). `compress.gptq` holds the roundings that look at data.
+(1 where a whole row shares it). `slimserve.compress.gptq` holds the roundings that look at data.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from contracts.errors import UserError
+from slimserve.core.errors import UserError
 
 _FP8 = torch.float8_e4m3fn
 _SHRINKS = torch.linspace(1.0, 0.7, 21).tolist()

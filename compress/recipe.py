@@ -24,8 +24,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from contracts.config import Strict, refused_key
-from contracts.errors import UserError
+from slimserve.core.config import Strict, refused_key
+from slimserve.core.errors import UserError
 
 
 class Calibrate(Strict):
@@ -165,7 +165,7 @@ class Recipe(Strict):
 
 def list_recipes() -> dict[str, Recipe]:
     """The recipes that the package ships, by name."""
-    folder = resources.files("compress") / "recipes"
+    folder = resources.files("slimserve.compress") / "recipes"
     names = sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
     return {name: _parse((folder / f"{name}.toml").read_text(encoding="utf-8"), name) for name in names}
 
@@ -179,7 +179,7 @@ def load_recipe(argument: str, settings: Sequence[str] = ()) -> tuple[str, Recip
     shipped = list_recipes()
     path = Path(argument)
     if argument in shipped:
-        text = (resources.files("compress") / "recipes" / f"{argument}.toml").read_text(encoding="utf-8")
+        text = (resources.files("slimserve.compress") / "recipes" / f"{argument}.toml").read_text(encoding="utf-8")
     elif path.suffix == ".toml" and path.is_file():
         text = path.read_text(encoding="utf-8")
     else:

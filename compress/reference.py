@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from compress import bnb, formats
-from compress.checkpoint import CheckpointReader, iterate_blocks
-from compress.families import LayerRoles, roles_of
-from compress.forward import Block, Decoder, Ends, Linear, dense_linear, read_ends
+from slimserve.compress import bnb, formats
+from slimserve.compress.checkpoint import CheckpointReader, iterate_blocks
+from slimserve.compress.families import LayerRoles, roles_of
+from slimserve.compress.forward import Block, Decoder, Ends, Linear, dense_linear, read_ends
 
 
 @torch.inference_mode()

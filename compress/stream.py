@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from compress.activations import ActivationFile, Gram
-from compress.families import Half
-from compress.forward import Decoder, dense_linear
+from slimserve.compress.activations import ActivationFile, Gram
+from slimserve.compress.families import Half
+from slimserve.compress.forward import Decoder, dense_linear
 
 _TOKENS_AT_ONCE = 2048
 

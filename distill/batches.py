@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distill.supervision import Supervised
+from slimserve.distill.supervision import Supervised
 
 _LOT = 16
 """Steps whose sequences are sorted by length together: more would sort the data, fewer would pad."""

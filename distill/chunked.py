@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from distill.losses import (
+from slimserve.distill.losses import (
     LossSettings,
     TopK,
     cross_entropy_per_token,

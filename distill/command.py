@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from contracts.errors import UserError
+from slimserve.core.errors import UserError
 
 app = typer.Typer(
     help="Make a student: let a small model follow a teacher, or fine-tune it, on chosen sections of sequences.",
@@ -55,7 +55,7 @@ def distill(
         raise UserError(lacking, "", "is missing", "write: slimserve distill --teacher T --student S -o DIR")
     from accelerate import PartialState
 
-    from distill.run import distill as run
+    from slimserve.distill.run import distill as run
 
     loaded = _recipe(recipe, settings, workload, sections, lead_span, window)
     made = run(student, teacher, loaded, output, recipe_name=recipe.stem if recipe else "distill")
@@ -79,8 +79,8 @@ def sweep(
     settings: Settings = None,
 ) -> None:
     """Students over lead spans, windows and sections: a table and a plot of quality and cost."""
-    from distill.sweep import make_points, markdown
-    from distill.sweep import sweep as run
+    from slimserve.distill.sweep import make_points, markdown
+    from slimserve.distill.sweep import sweep as run
 
     points = make_points(lead_spans, windows, sections, controls)
     rows = run(student, teacher, _recipe(recipe, settings, workload), points, output)
@@ -101,8 +101,8 @@ def traces(
     seed: Annotated[int, typer.Option(help="Of problems and replies")] = 0,
 ) -> None:
     """Let a served teacher write training data: its replies that the workload's verifier finds right."""
-    from contracts.target import find_target
-    from distill.traces import write_traces
+    from slimserve.core.openai_client import find_target
+    from slimserve.distill.traces import write_traces
 
     found = write_traces(
         find_target(url, model),
@@ -127,7 +127,7 @@ def _recipe(
     lead_span: float | None = None,
     window: str | None = None,
 ) -> Any:
-    from distill.recipe import load_distill_recipe
+    from slimserve.distill.recipe import load_distill_recipe
 
     options = {
         "data.source": workload,

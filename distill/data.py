@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from contracts.errors import UserError
-from distill.models import stop_tokens
-from distill.sections import Example, chat_example, label_example
-from workloads import WORKLOADS, load_workload
-from workloads.interface import ChatPrompt, Prompt, ScoringPrompt, hash_number
+from slimserve.core.errors import UserError
+from slimserve.distill.models import stop_tokens
+from slimserve.distill.sections import Example, chat_example, label_example
+from slimserve.workloads import WORKLOADS, load_workload
+from slimserve.workloads.interface import ChatPrompt, Prompt, ScoringPrompt, hash_number
 
 _VALIDATION_OF = 10
 _MOST_PROMPTS = 20_000

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from contracts.errors import UserError
+from slimserve.core.errors import UserError
 
 _PROBE_TOKENS = 8
 _HEAD_TOLERANCE = 1e-3

@@ -9,12 +9,12 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from contracts.config import Strict, refused_key
-from contracts.errors import UserError
-from distill.losses import Divergence, LossSettings
-from distill.sampling import SamplingSettings
-from distill.student import HiddenSettings
-from distill.supervision import Supervision, Window, parse_sections
+from slimserve.core.config import Strict, refused_key
+from slimserve.core.errors import UserError
+from slimserve.distill.losses import Divergence, LossSettings
+from slimserve.distill.sampling import SamplingSettings
+from slimserve.distill.student import HiddenSettings
+from slimserve.distill.supervision import Supervision, Window, parse_sections
 
 
 class Data(Strict):

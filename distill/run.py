@@ -20,21 +20,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from contracts.errors import UserError
-from contracts.machine import machine_roof
-from contracts.model import count_parameters, model_hash, model_name, resolve_model
-from contracts.progress import say
-from contracts.storage import atomic_directory, building_path, work_folder
-from contracts.variant import Manifest, Source, Step, read_manifest, write_manifest
-from distill.data import Examples, load_examples
-from distill.judge import make_judge
-from distill.models import check_same_tokens, load_model, load_tokenizer, stop_tokens
-from distill.recipe import DistillRecipe
-from distill.sampling import Sampler, make_process_sampler
-from distill.student import OnlineTeacher
-from distill.supervision import sections_text
-from distill.topk import make_cache
-from distill.train import Job, Outcome, train
+from slimserve.core.errors import UserError
+from slimserve.core.model import count_parameters, model_hash, model_name, resolve_model
+from slimserve.core.progress import say
+from slimserve.core.roofline import machine_roof
+from slimserve.core.storage import atomic_directory, building_path, work_folder
+from slimserve.core.variant import Manifest, Source, Step, read_manifest, write_manifest
+from slimserve.distill.data import Examples, load_examples
+from slimserve.distill.evaluation import make_judge
+from slimserve.distill.models import check_same_tokens, load_model, load_tokenizer, stop_tokens
+from slimserve.distill.recipe import DistillRecipe
+from slimserve.distill.sampling import Sampler, make_process_sampler
+from slimserve.distill.student import OnlineTeacher
+from slimserve.distill.supervision import sections_text
+from slimserve.distill.teacher_cache import make_cache
+from slimserve.distill.train import Job, Outcome, train
 
 _FORMAT = 1
 """Raise it when the same recipe starts to give another student."""

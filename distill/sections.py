@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
-from contracts.errors import UserError
-from workloads.interface import ScoringPrompt
+from slimserve.core.errors import UserError
+from slimserve.workloads.interface import ScoringPrompt
 
 OPEN, CLOSE = "<think>", "</think>"
 

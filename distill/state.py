@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
-from contracts.errors import UserError
-from contracts.storage import write_remedy
+from slimserve.core.errors import UserError
+from slimserve.core.storage import write_remedy
 
 _STATE = "state"
 

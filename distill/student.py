@@ -13,10 +13,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from distill.batches import Batch
-from distill.chunked import Teacher, TeacherStates, TokenLosses, chunked_loss, token_losses
-from distill.losses import LossSettings, hidden_distance
-from distill.models import head_of
+from slimserve.distill.batches import Batch
+from slimserve.distill.chunked import Teacher, TeacherStates, TokenLosses, chunked_loss, token_losses
+from slimserve.distill.losses import LossSettings, hidden_distance
+from slimserve.distill.models import head_of
 
 
 @dataclass(frozen=True)

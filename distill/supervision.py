@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from contracts.errors import UserError
-from distill.sections import Example, Section
+from slimserve.core.errors import UserError
+from slimserve.distill.sections import Example, Section
 
 Window = Literal["left", "middle", "right"]
 

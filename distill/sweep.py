@@ -13,14 +13,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from contracts.errors import UserError
-from contracts.progress import say
-from contracts.provenance import provenance
-from contracts.storage import write_atomically
-from contracts.variant import read_manifest
-from distill.recipe import DistillRecipe, parse_distill_recipe
-from distill.run import distill
-from distill.supervision import Window, check_lead_span, parse_sections, sections_text
+from slimserve.core.errors import UserError
+from slimserve.core.progress import say
+from slimserve.core.provenance import provenance
+from slimserve.core.storage import write_atomically
+from slimserve.core.variant import read_manifest
+from slimserve.distill.recipe import DistillRecipe, parse_distill_recipe
+from slimserve.distill.run import distill
+from slimserve.distill.supervision import Window, check_lead_span, parse_sections, sections_text
 
 
 @dataclass(frozen=True)

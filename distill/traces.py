@@ -15,12 +15,12 @@ from typing import Any, cast
 
 import httpx
 
-from contracts.errors import UserError
-from contracts.progress import progress
-from contracts.target import Target, auth_headers
-from workloads import load_workload
-from workloads.interface import ChatPrompt, hash_number
-from workloads.reasoning import is_right
+from slimserve.core.errors import UserError
+from slimserve.core.openai_client import Target, auth_headers
+from slimserve.core.progress import progress
+from slimserve.workloads import load_workload
+from slimserve.workloads.interface import ChatPrompt, hash_number
+from slimserve.workloads.reasoning import is_right
 
 _CONCURRENCY = 16
 _TIMEOUT_S = 600.0

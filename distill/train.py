@@ -31,18 +31,18 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
-from contracts.errors import UserError
-from contracts.progress import Tick, progress, say
-from contracts.storage import write_atomically, write_remedy
-from distill.batches import Batch, make_batches, step_numbers
-from distill.cost import ModelShape, PeakMemory, training_flops
-from distill.losses import LossSettings
-from distill.recipe import DistillRecipe, Stage
-from distill.sampling import Sampler
-from distill.sections import Example, Section, sampled_example
-from distill.state import Progress, load_state, save_state
-from distill.student import Guidance, OnlineTeacher, StudentLoss
-from distill.supervision import Supervised, Supervision
+from slimserve.core.errors import UserError
+from slimserve.core.progress import Tick, progress, say
+from slimserve.core.storage import write_atomically, write_remedy
+from slimserve.distill.batches import Batch, make_batches, step_numbers
+from slimserve.distill.cost import ModelShape, PeakMemory, training_flops
+from slimserve.distill.losses import LossSettings
+from slimserve.distill.recipe import DistillRecipe, Stage
+from slimserve.distill.sampling import Sampler
+from slimserve.distill.sections import Example, Section, sampled_example
+from slimserve.distill.state import Progress, load_state, save_state
+from slimserve.distill.student import Guidance, OnlineTeacher, StudentLoss
+from slimserve.distill.supervision import Supervised, Supervision
 
 _LEAST_RATE_FRAC = 0.1
 """Of the highest learning rate, at a stage's end."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from contracts.errors import UserError
+from slimserve.core.errors import UserError
 
 Arrival = Literal["constant", "poisson", "gamma"]
 _NUMBER = r"(\d+(?:\.\d+)?)"

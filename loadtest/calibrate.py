@@ -9,15 +9,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from contracts.errors import UserError
-from contracts.hardware import probe_hardware
-from contracts.progress import say
-from contracts.target import Target
-from loadtest.rows import Row
-from loadtest.run import run_suite
-from loadtest.settings import LoadSettings, SuiteOptions
-from loadtest.summary import percentile
-from loadtest.truth import MODEL, Schedule, running_truth
+from slimserve.core.errors import UserError
+from slimserve.core.hardware import probe_hardware
+from slimserve.core.openai_client import Target
+from slimserve.core.progress import say
+from slimserve.loadtest.mock_server import MODEL, Schedule, running_truth
+from slimserve.loadtest.rows import Row
+from slimserve.loadtest.run import run_suite
+from slimserve.loadtest.settings import LoadSettings, SuiteOptions
+from slimserve.loadtest.summary import percentile
 
 _TTFT_S = 0.1
 _ANSWER_S = 1.0

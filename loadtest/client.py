@@ -9,11 +9,11 @@ from typing import Any
 
 import msgspec
 
-from contracts.errors import UserError
-from loadtest.rows import Row
-from loadtest.sse import read_stream
-from loadtest.wire import Exchange, Wire
-from workloads.interface import ChatPrompt, Prompt, ScoringPrompt
+from slimserve.core.errors import UserError
+from slimserve.loadtest.http_client import Exchange, Wire
+from slimserve.loadtest.rows import Row
+from slimserve.loadtest.sse import read_stream
+from slimserve.workloads.interface import ChatPrompt, Prompt, ScoringPrompt
 
 _NUM_LOGPROBS = 5
 """The most that every OpenAI-compatible server allows for completions."""

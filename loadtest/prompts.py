@@ -9,11 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
-from contracts.errors import UserError
-from loadtest.settings import Sizes, SuiteOptions
-from workloads.interface import ChatPrompt, Prompt, ScoringPrompt, Workload
-from workloads.reasoning import Reasoning
-from workloads.recommendation import Recommendation
+from slimserve.core.errors import UserError
+from slimserve.loadtest.settings import Sizes, SuiteOptions
+from slimserve.workloads.interface import ChatPrompt, Prompt, ScoringPrompt, Workload
+from slimserve.workloads.reasoning import Reasoning
+from slimserve.workloads.recommendation import Recommendation
 
 MOST_PROMPTS = 2000
 """Closed loops begin anew after so many, and say so."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from contracts.errors import UserError
-from contracts.progress import say
-from contracts.target import Target
-from loadtest.report import print_curve, write_curve_html
-from loadtest.run import run_suite, write_document
-from loadtest.search import MaxRate, Measure, Point, Probe, find_max_rate, sweep
-from loadtest.settings import LoadSettings
+from slimserve.core.errors import UserError
+from slimserve.core.openai_client import Target
+from slimserve.core.progress import say
+from slimserve.loadtest.run import run_suite, write_document
+from slimserve.loadtest.search import MaxRate, Measure, Point, Probe, find_max_rate, sweep
+from slimserve.loadtest.settings import LoadSettings
+from slimserve.report.load import print_curve, write_curve_html
 
 _START_RATE = "1"
 

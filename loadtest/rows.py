@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from contracts.errors import UserError
+from slimserve.core.errors import UserError
 
 
 @dataclass(frozen=True)

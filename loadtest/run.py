@@ -16,19 +16,19 @@ from typing import Any, cast
 
 import msgspec
 
-from contracts.errors import UserError
-from contracts.progress import Tick, progress, say
-from contracts.provenance import provenance
-from contracts.storage import write_atomically
-from contracts.target import Target
-from loadtest.prompts import make_prompts, workload_of
-from loadtest.report import write_html
-from loadtest.rows import Row, read_rows, row_of
-from loadtest.server import ServerWatch, disagreements
-from loadtest.settings import SUITES, LoadSettings, suite_arguments
-from loadtest.slo import goodput, parse_objective
-from loadtest.summary import ClientCounts, LoadSummary, percentile, summarize
-from workloads.interface import Answer, ChatAnswer, Estimate, Prompt
+from slimserve.core.errors import UserError
+from slimserve.core.openai_client import Target
+from slimserve.core.progress import Tick, progress, say
+from slimserve.core.provenance import provenance
+from slimserve.core.storage import write_atomically
+from slimserve.loadtest.prompts import make_prompts, workload_of
+from slimserve.loadtest.rows import Row, read_rows, row_of
+from slimserve.loadtest.server_metrics import ServerWatch, disagreements
+from slimserve.loadtest.settings import SUITES, LoadSettings, suite_arguments
+from slimserve.loadtest.slo import goodput, parse_objective
+from slimserve.loadtest.summary import ClientCounts, LoadSummary, percentile, summarize
+from slimserve.report.load import write_html
+from slimserve.workloads.interface import Answer, ChatAnswer, Estimate, Prompt
 
 _BEGIN_S = 120.0
 """Longest that Locust may take to its first row, beside the time that an answer takes."""

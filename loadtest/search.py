@@ -12,8 +12,8 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from contracts.errors import UserError
-from loadtest.summary import LoadSummary
+from slimserve.core.errors import UserError
+from slimserve.loadtest.summary import LoadSummary
 
 _GROWTH = 2.0
 

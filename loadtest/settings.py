@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from contracts.errors import UserError
-from loadtest.arrivals import Arrival, due_times, parse_rate, read_trace
-from loadtest.slo import parse_objective
+from slimserve.core.errors import UserError
+from slimserve.loadtest.arrivals import Arrival, due_times, parse_rate, read_trace
+from slimserve.loadtest.slo import parse_objective
 
 SUITES = ("recommendation", "reasoning", "mixed", "chat")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from contracts.errors import UserError
-from loadtest.rows import Row
-from loadtest.summary import ObjectiveOutcome, percentile
+from slimserve.core.errors import UserError
+from slimserve.loadtest.rows import Row
+from slimserve.loadtest.summary import ObjectiveOutcome, percentile
 
 Metric = Literal["ttft", "itl", "tpot", "e2e", "answer"]
 _OBJECTIVE = re.compile(r"([a-z0-9]+)_(p\d{1,2}(?:\.\d+)?|mean)\s*(?:<=|=|≤)\s*(\d+(?:\.\d+)?)(ms|s)")

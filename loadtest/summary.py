@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from loadtest.rows import Row
-from workloads.interface import Estimate
+from slimserve.loadtest.rows import Row
+from slimserve.workloads.interface import Estimate
 
 FRACTIONS = {"p50": 0.50, "p90": 0.90, "p95": 0.95, "p99": 0.99}
 _CONFIDENCE = 0.95

@@ -25,13 +25,13 @@ from locust.argument_parser import LocustArgumentParser
 from locust.env import Environment
 from locust.runners import MasterRunner, WorkerRunner
 
-from contracts.errors import UserError
-from contracts.target import auth_headers
-from loadtest.alarm import Alarm
-from loadtest.client import Client, Request
-from loadtest.prompts import MOST_PROMPTS, make_prompts
-from loadtest.rows import Row, row_line
-from loadtest.settings import LoadSettings, SuiteOptions
+from slimserve.core.errors import UserError
+from slimserve.core.openai_client import auth_headers
+from slimserve.loadtest.client import Client, Request
+from slimserve.loadtest.prompts import MOST_PROMPTS, make_prompts
+from slimserve.loadtest.rows import Row, row_line
+from slimserve.loadtest.settings import LoadSettings, SuiteOptions
+from slimserve.loadtest.timer import Alarm
 
 _PAUSE_AFTER_FAILURE_S = 0.5
 """A server that refuses at once must not turn a closed loop into a busy loop."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from serve.engine import answers, free_port
+from slimserve.serve.launch.process import answers, free_port
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -27,7 +27,7 @@ def no_api_key(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """The real SmolLM2-135M, unpacked into the user's cache as the demo would."""
-    from contracts.model import resolve_model
+    from slimserve.core.model import resolve_model
 
     return resolve_model(SMOLLM2)
 

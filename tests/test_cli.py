@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from serve.engine import free_port
+from slimserve.serve.launch.process import free_port
 from tests.conftest import SMOLLM2
 
 RunCli = Callable[..., subprocess.CompletedProcess[str]]

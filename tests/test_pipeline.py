@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-import compare.run
-from compare.plan import QUICK, Finished
-from contracts.errors import UserError
-from pipeline import load_pipeline, run_pipeline
+import slimserve.compare.run
+from slimserve.compare.plan import QUICK, Finished
+from slimserve.core.errors import UserError
+from slimserve.pipeline import load_pipeline, run_pipeline
 from tests.distill.conftest import save_tiny
 
 CHAIN = """
@@ -70,7 +70,7 @@ def test_a_chain_goes_from_a_model_to_a_comparison_and_is_not_done_twice(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     asked: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(compare.run, "compare", lambda *given, **named: asked.append((*given, named)))
+    monkeypatch.setattr(slimserve.compare.run, "compare", lambda *given, **named: asked.append((*given, named)))
     output = tmp_path / "out"
     made = run_pipeline(load_pipeline(write(tmp_path, model)), output)
     assert made == {name: output / name for name in ("teacher", "pruned", "student")}

@@ -17,11 +17,11 @@ FORBIDDEN = {
 ONLY_IN: dict[str, set[str]] = {
     "vllm": {
         "benches/peers/vllm_bench.py",
-        "serve/entry.py",
-        "serve/gemm.py",
-        "serve/offline.py",
-        "serve/partial_prefix.py",
-        "serve/plugin.py",
+        "serve/engine/entry.py",
+        "serve/engine/gemm.py",
+        "serve/engine/offline.py",
+        "serve/engine/partial_prefix.py",
+        "serve/engine/plugin.py",
     },
     "compressed_tensors": set(),
 }

@@ -9,18 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from contracts.errors import UserError
-from workloads.interface import Workload
+from slimserve.core.errors import UserError
+from slimserve.workloads.interface import Workload
 
 
 def _recommendation() -> Workload:
-    from workloads.recommendation import Recommendation
+    from slimserve.workloads.recommendation import Recommendation
 
     return Recommendation()
 
 
 def _reasoning() -> Workload:
-    from workloads.reasoning import Reasoning
+    from slimserve.workloads.reasoning import Reasoning
 
     return Reasoning()
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from workloads.interface import Estimate
+from slimserve.workloads.interface import Estimate
 
 _Metric = Callable[[Sequence[bool], Sequence[float]], float]
 _CONFIDENCE = 0.95

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, cast
 
-from workloads import estimates
-from workloads.interface import Answer, ChatAnswer, ChatPrompt, Estimate, Prompt, Split, split_of
+from slimserve.workloads import estimates
+from slimserve.workloads.interface import Answer, ChatAnswer, ChatPrompt, Estimate, Prompt, Split, split_of
 
 KINDS: dict[str, dict[str, int]] = {
     "chain_sum": {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 1},

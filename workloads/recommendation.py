@@ -27,9 +27,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-from contracts.errors import UserError
-from workloads import estimates
-from workloads.interface import Answer, Estimate, Prompt, ScoringPrompt, Split, hash_number, split_of
+from slimserve.core.errors import UserError
+from slimserve.workloads import estimates
+from slimserve.workloads.interface import Answer, Estimate, Prompt, ScoringPrompt, Split, hash_number, split_of
 
 LABELS = (" yes", " no")
 _LIKED_FROM = 4.0

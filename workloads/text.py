@@ -15,10 +15,10 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from workloads.estimates import Figure
-from workloads.interface import Prompt, ScoringPrompt, Workload
-from workloads.reasoning import Reasoning
-from workloads.recommendation import Recommendation
+from slimserve.workloads.estimates import Figure
+from slimserve.workloads.interface import Prompt, ScoringPrompt, Workload
+from slimserve.workloads.reasoning import Reasoning
+from slimserve.workloads.recommendation import Recommendation
 
 _PROMPTS_DRAWN = 400
 _BLOCK = 64

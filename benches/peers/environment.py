@@ -14,9 +14,9 @@ import sysconfig
 from collections.abc import Mapping
 from pathlib import Path
 
-from contracts.errors import UserError
-from contracts.progress import progress, say
-from contracts.storage import cache_dir
+from slimserve.core.errors import UserError
+from slimserve.core.progress import progress, say
+from slimserve.core.storage import cache_dir
 
 _HERE = Path(__file__).parent
 _STAMP = ".installed"

@@ -11,15 +11,15 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from compress import prune
-from compress.families import LayerRoles, with_sizes
-from compress.recipe import AnyStep, Prune, PruneDepth
-from compress.steps.depth import PruneDepthStep, SearchDepthStep
-from compress.steps.interface import BoundStep, Detail, Visitor
-from compress.steps.profile import Profile
-from compress.steps.quantizing import QuantizeStep
-from compress.steps.width import PruneStep
-from contracts.errors import UserError
+from slimserve.compress import prune
+from slimserve.compress.families import LayerRoles, with_sizes
+from slimserve.compress.recipe import AnyStep, Prune, PruneDepth
+from slimserve.compress.steps.depth import PruneDepthStep, SearchDepthStep
+from slimserve.compress.steps.interface import BoundStep, Detail, Visitor
+from slimserve.compress.steps.profile import Profile
+from slimserve.compress.steps.quantizing import QuantizeStep
+from slimserve.compress.steps.width import PruneStep
+from slimserve.core.errors import UserError
 
 __all__ = ["BoundStep", "Detail", "Profile", "Visitor", "bind"]
 

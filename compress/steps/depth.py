@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from compress.families import HALVES
-from compress.forward import Block
-from compress.steps.interface import Detail
-from compress.stream import Stream
-from contracts.errors import UserError
+from slimserve.compress.families import HALVES
+from slimserve.compress.forward import Block
+from slimserve.compress.steps.interface import Detail
+from slimserve.compress.stream import Stream
+from slimserve.core.errors import UserError
 
 _SEARCH_SEQUENCES = 8
 """Calibration sequences on which a search for the block to remove compares its candidates."""

@@ -7,8 +7,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from compress.forward import Block
-from compress.stream import Stream
+from slimserve.compress.forward import Block
+from slimserve.compress.stream import Stream
 
 Detail = dict[str, Any]
 """What a step has to tell of one block; plain JSON."""

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from compress import prune
-from compress.budget import profile_sizes
-from compress.families import HALVES, Half, LayerRoles
-from compress.forward import Block
-from compress.recipe import Prune
-from compress.steps.interface import Detail
-from compress.stream import Stream
+from slimserve.compress import prune
+from slimserve.compress.budget import profile_sizes
+from slimserve.compress.families import HALVES, Half, LayerRoles
+from slimserve.compress.forward import Block
+from slimserve.compress.recipe import Prune
+from slimserve.compress.steps.interface import Detail
+from slimserve.compress.stream import Stream
 
 
 class Profile:

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress import bnb, formats, gptq, quantize
-from compress.families import HALVES, Half, LayerRoles, input_sizes
-from compress.forward import Block
-from compress.recipe import Quantize
-from compress.steps.interface import Detail
-from compress.stream import Stream
-from contracts.errors import UserError
+from slimserve.compress import bnb, formats, gptq, quantize
+from slimserve.compress.families import HALVES, Half, LayerRoles, input_sizes
+from slimserve.compress.forward import Block
+from slimserve.compress.recipe import Quantize
+from slimserve.compress.steps.interface import Detail
+from slimserve.compress.stream import Stream
+from slimserve.core.errors import UserError
 
 
 class QuantizeStep:

@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
-from compress import prune
-from compress.families import HALVES, Half, LayerRoles
-from compress.forward import Block
-from compress.recipe import Prune
-from compress.steps.interface import Detail
-from compress.stream import Stream
+from slimserve.compress import prune
+from slimserve.compress.families import HALVES, Half, LayerRoles
+from slimserve.compress.forward import Block
+from slimserve.compress.recipe import Prune
+from slimserve.compress.steps.interface import Detail
+from slimserve.compress.stream import Stream
 
 
 class PruneStep:

@@ -1,6 +1,6 @@
 """A user's own chats, streamed: --data names a JSONL file."""
 
-from loadtest.user import SuiteUser, register
+from slimserve.loadtest.user import SuiteUser, register
 
 
 class ChatUser(SuiteUser):

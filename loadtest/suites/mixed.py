@@ -1,6 +1,6 @@
 """Slates and chats in one stream of requests; --share says how many of them are slates."""
 
-from loadtest.user import SuiteUser, register
+from slimserve.loadtest.user import SuiteUser, register
 
 
 class MixedUser(SuiteUser):

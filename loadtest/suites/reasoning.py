@@ -1,6 +1,6 @@
 """Chain-of-thought chats, streamed."""
 
-from loadtest.user import SuiteUser, register
+from slimserve.loadtest.user import SuiteUser, register
 
 
 class ReasoningUser(SuiteUser):

@@ -1,6 +1,6 @@
 """Slates of candidates behind a member's history, scored in one request each."""
 
-from loadtest.user import SuiteUser, register
+from slimserve.loadtest.user import SuiteUser, register
 
 
 class RecommendationUser(SuiteUser):

@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from compare.results import Comparison, Effort, LoadRun, QualityOutcome, Requirements, Round, VariantResult
-from loadtest.summary import LoadSummary, ObjectiveOutcome, percentiles, summarize
-from workloads.interface import Estimate
+from slimserve.compare.results import Comparison, Effort, LoadRun, QualityOutcome, Requirements, Round, VariantResult
+from slimserve.loadtest.summary import LoadSummary, ObjectiveOutcome, percentiles, summarize
+from slimserve.workloads.interface import Estimate
 
 EFFORT = Effort({"recommendation": 5, "reasoning": 6}, {"recommendation": 2, "reasoning": 8}, 4.0, 1.0)
 RATE = 2.0

@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
-from compare.check import check_variant, deviations, reference_logprobs, tolerance
-from compress.build import build_variant
-from compress.recipe import Calibrate, list_recipes, load_recipe
-from contracts.errors import UserError
-from serve.offline import ask_vllm
+from slimserve.compare.check import check_variant, deviations, reference_logprobs, tolerance
+from slimserve.compress.build import build_variant
+from slimserve.compress.recipe import Calibrate, list_recipes, load_recipe
+from slimserve.core.errors import UserError
+from slimserve.serve.engine.offline import ask_vllm
 
 _SIZES = {
     "vocab_size": 331,

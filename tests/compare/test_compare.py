@@ -12,9 +12,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from compare.results import Effort
-from compare.run import build, compare
-from contracts.errors import UserError
+from slimserve.compare.results import Effort
+from slimserve.compare.run import build, compare
+from slimserve.core.errors import UserError
 from tests.conftest import SMOLLM2
 
 TINY = Effort(

@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 
-from compare.plan import (
+from slimserve.compare.plan import (
     FULL,
     Endpoint,
     Finished,
@@ -16,9 +16,9 @@ from compare.plan import (
     parse_slos,
     rates_of,
 )
-from contracts.errors import UserError
+from slimserve.core.errors import UserError
+from slimserve.workloads.interface import Estimate
 from tests.compare.made_up import comparison, variant
-from workloads.interface import Estimate
 
 
 def test_finished_models_are_named() -> None:

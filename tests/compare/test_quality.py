@@ -4,14 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from compare.quality import Answers, ask_quality, ask_text, figures_of, read_answers, write_answers
-from contracts.errors import UserError
-from contracts.target import Target
-from serve.engine import free_port
-from workloads import estimates, load_workload
-from workloads.interface import ChatAnswer
-from workloads.reasoning import Reasoning, is_right
-from workloads.text import TextReading
+from slimserve.compare.quality import Answers, ask_quality, ask_text, figures_of, read_answers, write_answers
+from slimserve.core.errors import UserError
+from slimserve.core.openai_client import Target
+from slimserve.serve.launch.process import free_port
+from slimserve.workloads import estimates, load_workload
+from slimserve.workloads.interface import ChatAnswer
+from slimserve.workloads.reasoning import Reasoning, is_right
+from slimserve.workloads.text import TextReading
 
 
 def test_scores_come_back_in_the_order_of_the_items(fake_url: str) -> None:

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from compare.results import BaselineOutcome, Difference, Loss, Regime, load_comparison, spread
-from compare.verdict import make_verdict
-from contracts.errors import UserError
+from slimserve.compare.results import BaselineOutcome, Difference, Loss, Regime, load_comparison, spread
+from slimserve.compare.verdict import make_verdict
+from slimserve.core.errors import UserError
+from slimserve.workloads.interface import Estimate
 from tests.compare.made_up import RATE, comparison, kept, variant
-from workloads.interface import Estimate
 
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:

@@ -14,15 +14,15 @@ from typing import Any
 
 import pytest
 
-from compare import run
-from compare.plan import Baseline, Endpoint, Finished
-from compare.results import Comparison, Effort, Requirements, VariantResult, load_comparison
-from contracts.errors import UserError
-from contracts.target import Target
-from loadtest.rows import Row, row_line
-from loadtest.settings import LoadSettings
-from loadtest.summary import summarize
-from workloads import estimates
+from slimserve.compare import run
+from slimserve.compare.plan import Baseline, Endpoint, Finished
+from slimserve.compare.results import Comparison, Effort, Requirements, VariantResult, load_comparison
+from slimserve.core.errors import UserError
+from slimserve.core.openai_client import Target
+from slimserve.loadtest.rows import Row, row_line
+from slimserve.loadtest.settings import LoadSettings
+from slimserve.loadtest.summary import summarize
+from slimserve.workloads import estimates
 
 EFFORT = Effort(
     {"recommendation": 4},

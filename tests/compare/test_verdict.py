@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 
-from compare.results import VariantResult, Verdict
-from compare.verdict import confidence_words, make_verdict
+from slimserve.compare.results import VariantResult, Verdict
+from slimserve.compare.verdict import confidence_words, make_verdict
+from slimserve.workloads.interface import Estimate
 from tests.compare.made_up import comparison, kept, variant
-from workloads.interface import Estimate
 
 AUC = Estimate(0.75, 0.70, 0.80, 80)
 WORSE = Estimate(0.60, 0.55, 0.65, 80)

@@ -19,8 +19,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from compress.build import build_variant
-from compress.recipe import AnyStep, Calibrate, Prune, Quantize, Recipe
+from slimserve.compress.build import build_variant
+from slimserve.compress.recipe import AnyStep, Calibrate, Prune, Quantize, Recipe
 
 _SIZES: dict[str, Any] = {
     "vocab_size": 67,

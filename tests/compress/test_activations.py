@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from compress.activations import ActivationFile, Gram
-from contracts.errors import UserError
+from slimserve.compress.activations import ActivationFile, Gram
+from slimserve.core.errors import UserError
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from compress.bnb import BNB_FORMATS, dequantize_layer, pack_layer, quantization_config, round_inputs
-from contracts.errors import UserError
+from slimserve.compress.bnb import BNB_FORMATS, dequantize_layer, pack_layer, quantization_config, round_inputs
+from slimserve.core.errors import UserError
 
 from .conftest import make_tiny
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from compress import budget
-from compress import build as build_module
-from compress.families import roles_of
-from compress.recipe import Keep, Prune, PruneDepth, Quantize
-from compress.reference import reference_logits
-from contracts.errors import UserError
-from contracts.variant import read_manifest
+from slimserve.compress import budget
+from slimserve.compress import build as build_module
+from slimserve.compress.families import roles_of
+from slimserve.compress.recipe import Keep, Prune, PruneDepth, Quantize
+from slimserve.compress.reference import reference_logits
+from slimserve.core.errors import UserError
+from slimserve.core.variant import read_manifest
 
 from .conftest import INPUT_IDS, QUANTIZE, TinyModel, build_on_data, weight_bytes
 

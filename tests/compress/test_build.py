@@ -8,14 +8,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from compress import build as build_module
-from compress import checkpoint
-from compress.build import build_variant
-from compress.prune import choose_kept, peak_magnitude
-from compress.recipe import AnyStep, Calibrate, Prune, PruneDepth, Quantize, Recipe
-from contracts.errors import UserError
-from contracts.storage import write_atomically
-from contracts.variant import read_manifest
+from slimserve.compress import build as build_module
+from slimserve.compress import checkpoint
+from slimserve.compress.build import build_variant
+from slimserve.compress.prune import choose_kept, peak_magnitude
+from slimserve.compress.recipe import AnyStep, Calibrate, Prune, PruneDepth, Quantize, Recipe
+from slimserve.core.errors import UserError
+from slimserve.core.storage import write_atomically
+from slimserve.core.variant import read_manifest
 
 from .conftest import GPTQ, KV, QUANTIZE, TinyModel, build_on_data, ids_file, logits
 

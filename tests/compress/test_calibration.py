@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from compress.calibration import load_calibration
-from contracts.errors import UserError
-from workloads import load_workload
-from workloads.interface import ScoringPrompt
+from slimserve.compress.calibration import load_calibration
+from slimserve.core.errors import UserError
+from slimserve.workloads import load_workload
+from slimserve.workloads.interface import ScoringPrompt
 
 
 def test_the_seed_decides_and_nothing_else(smollm2: Path) -> None:

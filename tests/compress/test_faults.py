@@ -15,11 +15,11 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from compress.build import build_variant
-from compress.recipe import Calibrate, Prune, Quantize, Recipe, load_recipe
-from contracts.errors import UserError
-from contracts.model import weight_files
-from contracts.storage import sha256_of_files
+from slimserve.compress.build import build_variant
+from slimserve.compress.recipe import Calibrate, Prune, Quantize, Recipe, load_recipe
+from slimserve.core.errors import UserError
+from slimserve.core.model import weight_files
+from slimserve.core.storage import sha256_of_files
 
 from .conftest import TinyModel, make_tiny
 
@@ -52,8 +52,8 @@ FORKING = """
 import os, signal, sys
 from pathlib import Path
 import torch, transformers.models.llama.modeling_llama  # what every child would import
-from compress import build
-from compress.recipe import load_recipe
+from slimserve.compress import build
+from slimserve.compress.recipe import load_recipe
 model, recipe, target, *lives = sys.argv[1:]
 name, loaded = load_recipe(recipe)
 saved = build.save_file
@@ -159,7 +159,7 @@ def test_two_builds_of_one_target_do_not_meet(deep: TinyModel, tmp_path: Path) -
 def test_dead_inputs_and_a_single_sample_are_handled_and_written_down(deep: TinyModel, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
-    from contracts.variant import read_manifest
+    from slimserve.core.variant import read_manifest
 
     file = deep.directory / "model.safetensors"
     tensors = load_file(file)

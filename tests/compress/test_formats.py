@@ -9,7 +9,7 @@ from compressed_tensors.compressors.base import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme, preset_name_to_scheme
 from torch import Tensor
 
-from compress.formats import (
+from slimserve.compress.formats import (
     FORMATS,
     Activations,
     choose_group_size,
@@ -19,8 +19,8 @@ from compress.formats import (
     read_scheme,
     unpack_layer,
 )
-from compress.quantize import Grid, round_to_nearest
-from contracts.errors import UserError
+from slimserve.compress.quantize import Grid, round_to_nearest
+from slimserve.core.errors import UserError
 
 CASES = [
     ("w8a8", True, None, (5, 13)),

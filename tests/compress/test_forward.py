@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from compress.checkpoint import CheckpointReader, iterate_blocks
-from compress.families import HALVES, roles_of
-from compress.forward import Decoder, read_ends
-from compress.reference import kl_per_token, nll_per_token, reference_logits
-from compress.stream import Stream
+from slimserve.compress.checkpoint import CheckpointReader, iterate_blocks
+from slimserve.compress.families import HALVES, roles_of
+from slimserve.compress.forward import Decoder, read_ends
+from slimserve.compress.reference import kl_per_token, nll_per_token, reference_logits
+from slimserve.compress.stream import Stream
 
 from .conftest import TinyModel
 

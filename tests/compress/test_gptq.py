@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from compress.gptq import NEEDS_DATA, ROUNDINGS
-from compress.quantize import Grid, Quantized, RoundingOptions, output_error, round_to_nearest
-from contracts.errors import UserError
+from slimserve.compress.gptq import NEEDS_DATA, ROUNDINGS
+from slimserve.compress.quantize import Grid, Quantized, RoundingOptions, output_error, round_to_nearest
+from slimserve.core.errors import UserError
 
 GRIDS = {
     "int8": Grid("int", 8),

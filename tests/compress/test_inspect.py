@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from compress.build import build_variant
-from compress.inspect import describe_variant, layer_errors, plot_errors
-from compress.recipe import Prune, Quantize, Recipe
-from contracts.errors import UserError
-from contracts.variant import read_manifest
+from slimserve.compress.build import build_variant
+from slimserve.compress.inspect import describe_variant, layer_errors, plot_errors
+from slimserve.compress.recipe import Prune, Quantize, Recipe
+from slimserve.core.errors import UserError
+from slimserve.core.variant import read_manifest
 
 from .conftest import TinyModel
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from compress.kernels import explain_variant, format_of, gpu_only
-from contracts.hardware import Hardware, probe_hardware
+from slimserve.compress.kernels import explain_variant, format_of, gpu_only
+from slimserve.core.hardware import Hardware, probe_hardware
 
 HARDWARE = Hardware(cpu="some CPU", cores=(0,), memory_gib=8.0, isa=("avx2", "avx512f", "avx512_vnni"), gpus=())
 SIZES = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}

@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from compress import osscar
-from compress.osscar import Tableau, expand, factorize, refit, remove_greedily, search
-from contracts.errors import UserError
+from slimserve.compress import osscar
+from slimserve.compress.osscar import Tableau, expand, factorize, refit, remove_greedily, search
+from slimserve.core.errors import UserError
 
 DAMPING = 0.01
 

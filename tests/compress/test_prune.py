@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from compress import prune
-from compress.families import FAMILIES
-from compress.prune import (
+from slimserve.compress import prune
+from slimserve.compress.families import FAMILIES
+from slimserve.compress.prune import (
     METHODS,
     NEEDS_DATA,
     PruneProblem,
@@ -21,7 +21,7 @@ from compress.prune import (
     objective,
     peak_magnitude,
 )
-from contracts.errors import UserError
+from slimserve.core.errors import UserError
 
 LLAMA = FAMILIES["llama"]
 

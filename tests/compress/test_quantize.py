@@ -4,7 +4,7 @@ from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.utils.helpers import calculate_qparams
 from torch import Tensor
 
-from compress.quantize import (
+from slimserve.compress.quantize import (
     Grid,
     Quantized,
     RoundingOptions,
@@ -13,7 +13,7 @@ from compress.quantize import (
     round_to_nearest,
     smooth_scales,
 )
-from contracts.errors import UserError
+from slimserve.core.errors import UserError
 
 GRIDS = {
     "int8": Grid("int", 8),

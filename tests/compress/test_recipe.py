@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from compress.recipe import Prune, Quantize, list_recipes, load_recipe
-from contracts.errors import UserError
+from slimserve.compress.recipe import Prune, Quantize, list_recipes, load_recipe
+from slimserve.core.errors import UserError
 
 
 def test_shipped_recipes_are_what_their_names_say() -> None:

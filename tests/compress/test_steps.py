@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from compress import build as build_module
-from compress.recipe import Prune, PruneDepth, Quantize
-from compress.reference import kl_per_token, reference_logits
-from contracts.errors import UserError
-from contracts.variant import read_manifest
+from slimserve.compress import build as build_module
+from slimserve.compress.recipe import Prune, PruneDepth, Quantize
+from slimserve.compress.reference import kl_per_token, reference_logits
+from slimserve.core.errors import UserError
+from slimserve.core.variant import read_manifest
 
 from .conftest import GPTQ, INPUT_IDS, KV, TinyModel, build_on_data, ids_file, logits
 

@@ -1,6 +1,6 @@
 """An engine's server without vLLM: the real guard and the real metrics over an application that knows the answers.
 
-Started in place of `python -m serve.entry ARGS`. Ends at once where the file that STAND_IN_BROKEN names holds the
+Started in place of `python -m slimserve.serve.engine.entry ARGS`. Ends at once where the file that STAND_IN_BROKEN names holds the
 variant's name.
 """
 
@@ -17,8 +17,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from serve.guard import Guard
-from serve.metrics import label_series, score_metrics
+from slimserve.serve.engine.middleware import Guard
+from slimserve.serve.policy.metrics import label_series, score_metrics
 
 VARIANT = os.environ.get("SLIMSERVE_VARIANT", "")
 GENERATED = Counter("vllm:generation_tokens", "As vLLM counts them", ["model_name", "engine"])
@@ -40,7 +40,9 @@ async def health(_request: Request) -> Response:
 
 
 def main() -> None:
-    if "serve.entry" not in sys.argv or VARIANT in Path(os.environ["STAND_IN_BROKEN"]).read_text(encoding="utf-8"):
+    if "slimserve.serve.engine.entry" not in sys.argv or VARIANT in Path(os.environ["STAND_IN_BROKEN"]).read_text(
+        encoding="utf-8"
+    ):
         sys.exit("broken, as asked for")
     routes = [
         Route("/v1/score", score, methods=["POST"]),

@@ -13,17 +13,17 @@ import typer
 import yaml
 from prometheus_client import CollectorRegistry
 
-from serve.limits import Limits
-from serve.metrics import GatewayMetrics, RequestMetrics, RoofMetrics, ScoreMetrics
-from serve.rerank import RerankRequest
-from serve.scoring import ScoreRequest
-from serve.stack import StackConfig
+from slimserve.serve.engine.rerank import RerankRequest
+from slimserve.serve.engine.scoring import ScoreRequest
+from slimserve.serve.launch.config import StackConfig
+from slimserve.serve.policy.limits import Limits
+from slimserve.serve.policy.metrics import GatewayMetrics, RequestMetrics, RoofMetrics, ScoreMetrics
 
 ROOT = Path(__file__).parents[2]
 SERVE = (ROOT / "docs" / "serve.md").read_text(encoding="utf-8")
 DEPLOY = (ROOT / "docs" / "deploy.md").read_text(encoding="utf-8")
 METRICS = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
-SOURCES = {file: file.read_text(encoding="utf-8") for file in (ROOT / "serve").glob("*.py")}
+SOURCES = {file: file.read_text(encoding="utf-8") for file in (ROOT / "serve").rglob("*.py")}
 
 
 def blocks(language: str) -> list[str]:
@@ -117,9 +117,9 @@ def test_files_that_the_docs_name_are_there() -> None:
 
 
 def test_options_of_serve_in_the_docs_are_those_of_the_command() -> None:
-    import slimserve
+    import slimserve.cli
 
-    command = typer.main.get_command(slimserve.app).commands["serve"]  # type: ignore[attr-defined]
+    command = typer.main.get_command(slimserve.cli.app).commands["serve"]  # type: ignore[attr-defined]
     known = {name for parameter in command.params for name in parameter.opts}
     lines = [line for block in blocks("") for line in block.splitlines() if line.startswith("slimserve serve")]
     used = {word for line in lines for word in re.findall(r"(?<!\S)--[a-z-]+", line.split(" -- ")[0])}

@@ -14,10 +14,10 @@ import pytest
 import yaml
 from prometheus_client import CollectorRegistry
 
-from serve.guard import OPEN_PATHS
-from serve.limits import Limits
-from serve.metrics import RequestMetrics
-from serve.stack import StackConfig
+from slimserve.serve.engine.middleware import OPEN_PATHS
+from slimserve.serve.launch.config import StackConfig
+from slimserve.serve.policy.limits import Limits
+from slimserve.serve.policy.metrics import RequestMetrics
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"

@@ -20,7 +20,7 @@ import psutil
 import pytest
 import yaml
 
-from serve.engine import answers, free_port
+from slimserve.serve.launch.process import answers, free_port
 
 ROOT = Path(__file__).parents[2]
 STAND_IN = Path(__file__).parent / "stand_in_engine.py"

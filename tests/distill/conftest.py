@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from distill.recipe import DistillRecipe, parse_distill_recipe
+from slimserve.distill.recipe import DistillRecipe, parse_distill_recipe
 
 VOCABULARY = 49_152
 

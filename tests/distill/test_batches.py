@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from distill.batches import make_batches, step_numbers
-from distill.supervision import Supervised
+from slimserve.distill.batches import make_batches, step_numbers
+from slimserve.distill.supervision import Supervised
 
 SEQUENCES = [
     Supervised("a", (11, 12, 13), (1, 2)),

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from distill.chunked import TeacherStates, chunked_loss, plain_losses
-from distill.losses import LossSettings, TopK, top_of
+import slimserve.distill.chunked
+from slimserve.distill.chunked import TeacherStates, chunked_loss, plain_losses
+from slimserve.distill.losses import LossSettings, TopK, top_of
 
 N, D, WIDER, V, PADDED = 23, 12, 20, 57, 64
 
@@ -49,13 +50,12 @@ def test_a_chunked_loss_is_the_plain_one(chunk: int, name: Any, kind: str) -> No
 def test_no_matrix_of_all_tokens_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, head, labels, states = inputs()
     seen: list[int] = []
-    import distill.chunked
 
     def watch(logits: Tensor, *rest: Any) -> Tensor:
         seen.append(len(logits))
         return plain_losses(logits, *rest)
 
-    monkeypatch.setattr(distill.chunked, "plain_losses", watch)
+    monkeypatch.setattr(slimserve.distill.chunked, "plain_losses", watch)
     chunked_loss(hidden, head, labels, states, LossSettings(), 5).total.backward()
     assert seen == [5, 5, 5, 5, 3]
     assert hidden.grad is not None

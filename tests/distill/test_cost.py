@@ -10,7 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from distill.cost import ModelShape, PeakMemory, training_flops
+from slimserve.distill.cost import ModelShape, PeakMemory, training_flops
 
 SHAPE = ModelShape(
     hidden_size=24, num_layers=2, num_heads=6, num_kv_heads=2, head_dim=6, mlp_size=44, vocab_size=49_152

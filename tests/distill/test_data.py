@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from contracts.errors import UserError
-from distill.data import load_examples
-from distill.sections import Section
-from workloads import load_workload
+from slimserve.core.errors import UserError
+from slimserve.distill.data import load_examples
+from slimserve.distill.sections import Section
+from slimserve.workloads import load_workload
 
 
 def test_reasoning_examples_have_all_sections_and_end_with_the_stop_token(tokenizer: Any, smollm2: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from distill.losses import (
+from slimserve.distill.losses import (
     LossSettings,
     TopK,
     divergence_from_top,

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from contracts.errors import UserError
-from contracts.model import weight_files
-from contracts.storage import sha256_of_files
-from distill.recipe import load_distill_recipe
-from distill.run import distill
+from slimserve.core.errors import UserError
+from slimserve.core.model import weight_files
+from slimserve.core.storage import sha256_of_files
+from slimserve.distill.recipe import load_distill_recipe
+from slimserve.distill.run import distill
 from tests.distill.conftest import make_recipe, save_tiny
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from contracts.errors import UserError
-from distill.sections import Section, chat_example, label_example, reply_sections, sampled_example
-from workloads.interface import ScoringPrompt
+from slimserve.core.errors import UserError
+from slimserve.distill.sections import Section, chat_example, label_example, reply_sections, sampled_example
+from slimserve.workloads.interface import ScoringPrompt
 
 P, C, A = Section.PROMPT, Section.COT, Section.ANSWER
 QUESTION = {"role": "user", "content": "What is 2 + 3?"}

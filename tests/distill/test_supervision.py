@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from contracts.errors import UserError
-from distill.sections import Example, Section
-from distill.supervision import Supervision, parse_sections, sections_text, window_of
+from slimserve.core.errors import UserError
+from slimserve.distill.sections import Example, Section
+from slimserve.distill.supervision import Supervision, parse_sections, sections_text, window_of
 
 P, C, A = Section.PROMPT, Section.COT, Section.ANSWER
 EXAMPLE = Example("x", tuple(range(10, 19)), (P, P, P, C, C, C, C, A, A), 3)

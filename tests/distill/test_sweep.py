@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from contracts.errors import UserError
-from distill.sweep import Point, make_points, sweep
+from slimserve.core.errors import UserError
+from slimserve.distill.sweep import Point, make_points, sweep
 from tests.distill.conftest import make_recipe
 
 

@@ -12,10 +12,10 @@ from typing import ClassVar
 
 import pytest
 
-from contracts.errors import UserError
-from contracts.target import Target
-from distill.traces import write_traces
-from workloads import load_workload
+from slimserve.core.errors import UserError
+from slimserve.core.openai_client import Target
+from slimserve.distill.traces import write_traces
+from slimserve.workloads import load_workload
 
 TRUTH = {
     prompt.messages[-1]["content"]: prompt.answer  # type: ignore[union-attr]

@@ -15,18 +15,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from contracts.errors import UserError
-from distill.recipe import DistillRecipe
-from distill.run import LOG_FILE, distill
-from distill.train import _Loop, rate_frac
+from slimserve.core.errors import UserError
+from slimserve.distill.recipe import DistillRecipe
+from slimserve.distill.run import LOG_FILE, distill
+from slimserve.distill.train import _Loop, rate_frac
 from tests.distill.conftest import make_recipe
 
 STUDENT_AND_TEACHER = """
 import json, sys
 from pathlib import Path
-from distill.recipe import parse_distill_recipe
-from distill.run import distill
-from contracts.errors import UserError
+from slimserve.distill.recipe import parse_distill_recipe
+from slimserve.distill.run import distill
+from slimserve.core.errors import UserError
 student, teacher, target, recipe = sys.argv[1:]
 try:
     distill(student, teacher or None, parse_distill_recipe(json.loads(recipe), "test"), Path(target))

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from contracts.errors import UserError
-from loadtest.arrivals import Segment, due_times, parse_rate, read_trace
+from slimserve.core.errors import UserError
+from slimserve.loadtest.arrivals import Segment, due_times, parse_rate, read_trace
 
 
 def test_constant_arrivals_are_evenly_spaced_from_the_start() -> None:

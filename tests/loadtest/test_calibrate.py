@@ -1,9 +1,9 @@
 import pytest
 
-from contracts.errors import UserError
-from loadtest.calibrate import calibrate, compare
-from loadtest.rows import Row
-from loadtest.truth import Schedule
+from slimserve.core.errors import UserError
+from slimserve.loadtest.calibrate import calibrate, compare
+from slimserve.loadtest.mock_server import Schedule
+from slimserve.loadtest.rows import Row
 
 SCHEDULE = Schedule(ttft_s=0.1, gap_s=0.02, num_tokens=3)
 

@@ -3,12 +3,12 @@ from typing import cast
 
 import pytest
 
-from contracts.errors import UserError
-from loadtest.alarm import Alarm
-from loadtest.client import Client
-from loadtest.rows import Row
+from slimserve.core.errors import UserError
+from slimserve.loadtest.client import Client
+from slimserve.loadtest.rows import Row
+from slimserve.loadtest.timer import Alarm
+from slimserve.workloads.interface import ChatPrompt, Prompt, ScoringPrompt
 from tests.fake_server import CHUNKS, GAP_S, SCORE_S, TTFT_S
-from workloads.interface import ChatPrompt, Prompt, ScoringPrompt
 
 _TOLERANCE_S = 0.015
 """Scheduling noise of a test machine, of the best of five tries."""

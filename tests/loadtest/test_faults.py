@@ -11,15 +11,15 @@ from pathlib import Path
 
 import psutil
 import pytest
-
-from contracts.target import Target
-from loadtest.rows import read_rows
-from loadtest.run import run_suite
-from loadtest.settings import LoadSettings
-from loadtest.summary import load_summary
-from serve.engine import free_port
-from tests.loadtest.faulty_server import ANSWERS
 from tests.loadtest.test_wire import faulty_server
+
+from slimserve.core.openai_client import Target
+from slimserve.loadtest.rows import read_rows
+from slimserve.loadtest.run import run_suite
+from slimserve.loadtest.settings import LoadSettings
+from slimserve.loadtest.summary import load_summary
+from slimserve.serve.launch.process import free_port
+from tests.loadtest.faulty_server import ANSWERS
 
 _SETTINGS = LoadSettings(
     rate="40", arrival="constant", duration_s=1.05, warmup_s=0, cooldown_s=0, timeout_s=1.0, slos=("errors=1%",)

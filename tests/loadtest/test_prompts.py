@@ -4,11 +4,11 @@ from typing import cast
 
 import pytest
 
-from contracts.errors import UserError
-from loadtest.prompts import make_prompts
-from loadtest.settings import Sizes, SuiteOptions, parse_duration
-from workloads.interface import ChatPrompt, ScoringPrompt
-from workloads.recommendation import Recommendation
+from slimserve.core.errors import UserError
+from slimserve.loadtest.prompts import make_prompts
+from slimserve.loadtest.settings import Sizes, SuiteOptions, parse_duration
+from slimserve.workloads.interface import ChatPrompt, ScoringPrompt
+from slimserve.workloads.recommendation import Recommendation
 
 
 def slates(options: SuiteOptions, count: int = 120) -> list[ScoringPrompt]:

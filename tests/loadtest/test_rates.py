@@ -4,14 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from contracts.errors import UserError
-from contracts.target import Target
-from loadtest import rates
-from loadtest.rates import find_rate, sweep_rates
-from loadtest.rows import Row
-from loadtest.settings import LoadSettings
-from loadtest.slo import parse_objective
-from loadtest.summary import LoadSummary, summarize
+from slimserve.core.errors import UserError
+from slimserve.core.openai_client import Target
+from slimserve.loadtest import rates
+from slimserve.loadtest.rates import find_rate, sweep_rates
+from slimserve.loadtest.rows import Row
+from slimserve.loadtest.settings import LoadSettings
+from slimserve.loadtest.slo import parse_objective
+from slimserve.loadtest.summary import LoadSummary, summarize
 
 _TARGET = Target("http://127.0.0.1:1", "m")
 _LIMIT = 6.0

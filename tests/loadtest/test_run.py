@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from contracts.errors import UserError
-from contracts.target import Target
-from loadtest.run import Cluster, run_suite
-from loadtest.settings import LoadSettings, SuiteOptions
-from serve.engine import free_port
+from slimserve.core.errors import UserError
+from slimserve.core.openai_client import Target
+from slimserve.loadtest.run import Cluster, run_suite
+from slimserve.loadtest.settings import LoadSettings, SuiteOptions
+from slimserve.serve.launch.process import free_port
 from tests.fake_server import CHUNKS, GAP_S, SCORE_S, TTFT_S
 
 _E2E_S = TTFT_S + GAP_S * (len(CHUNKS) - 1)

@@ -7,12 +7,12 @@ from decimal import Decimal, localcontext
 import numpy as np
 import pytest
 
-from contracts.errors import UserError
-from loadtest.arrivals import due_times, parse_rate
-from loadtest.rows import Row
-from loadtest.search import Probe, find_max_rate, sweep
-from loadtest.slo import parse_objective
-from loadtest.summary import LoadSummary, summarize
+from slimserve.core.errors import UserError
+from slimserve.loadtest.arrivals import due_times, parse_rate
+from slimserve.loadtest.rows import Row
+from slimserve.loadtest.search import Probe, find_max_rate, sweep
+from slimserve.loadtest.slo import parse_objective
+from slimserve.loadtest.summary import LoadSummary, summarize
 
 _SERVICE_S = 0.01
 _WARMUP_S, _WINDOW_S = 5.0, 60.0

@@ -1,8 +1,8 @@
 import pytest
 
-from contracts.errors import UserError
-from loadtest.rows import Row
-from loadtest.slo import goodput, parse_objective
+from slimserve.core.errors import UserError
+from slimserve.loadtest.rows import Row
+from slimserve.loadtest.slo import goodput, parse_objective
 
 
 def row(

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from loadtest.sse import Streamed, events, read_stream
+from slimserve.loadtest.sse import Streamed, events, read_stream
 
 DONE = b"data: [DONE]\n\n"
 

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-from contracts.errors import UserError
-from loadtest.rows import Row, read_rows, row_line
-from loadtest.summary import drift_of, load_summary, percentile_interval, percentiles, summarize
+from slimserve.core.errors import UserError
+from slimserve.loadtest.rows import Row, read_rows, row_line
+from slimserve.loadtest.summary import drift_of, load_summary, percentile_interval, percentiles, summarize
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 10, 99, 100, 101, 1237])

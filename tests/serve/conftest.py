@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from serve.engine import STOCK_COMMAND, Engine, EngineSpec, free_port
-from serve.plan import PREFIX_CONNECTOR, Choice, LaunchPlan
+from slimserve.serve.launch.plan import PREFIX_CONNECTOR, Choice, LaunchPlan
+from slimserve.serve.launch.process import STOCK_COMMAND, Engine, EngineSpec, free_port
 
 NAME = "smol"
 MAX_LEN = 2048

@@ -15,14 +15,14 @@ import httptools
 import uvloop
 from prometheus_client import CollectorRegistry
 
-from serve.backend import Backend
-from serve.engine import EngineSpec
-from serve.gateway import Gateway
-from serve.metrics import GatewayMetrics
-from serve.plan import LaunchPlan
-from serve.proxy import ProxyServer, Timeouts
-from serve.stack import Alias, Variant
-from serve.supervisor import State, SupervisedEngine
+from slimserve.serve.gateway.proxy import ProxyServer, Timeouts
+from slimserve.serve.gateway.routing import Gateway
+from slimserve.serve.gateway.supervisor import State, SupervisedEngine
+from slimserve.serve.gateway.upstream import Backend
+from slimserve.serve.launch.config import Alias, Variant
+from slimserve.serve.launch.plan import LaunchPlan
+from slimserve.serve.launch.process import EngineSpec
+from slimserve.serve.policy.metrics import GatewayMetrics
 
 MAX_BODY = 100_000
 

@@ -29,11 +29,11 @@ import pytest
 import requests
 from prometheus_client.parser import text_string_to_metric_families
 
-from contracts.hardware import probe_hardware
-from serve.engine import Engine, EngineSpec, free_port
-from serve.guard import CLOSED_PATHS, INFERENCE_PATHS, OPEN_PATHS
-from serve.limits import Limits
-from serve.plan import Choice, LaunchPlan, plan_launch
+from slimserve.core.hardware import probe_hardware
+from slimserve.serve.engine.middleware import CLOSED_PATHS, INFERENCE_PATHS, OPEN_PATHS
+from slimserve.serve.launch.plan import Choice, LaunchPlan, plan_launch
+from slimserve.serve.launch.process import Engine, EngineSpec, free_port
+from slimserve.serve.policy.limits import Limits
 from tests.serve.garbage import (
     Answer,
     Request,
@@ -213,7 +213,7 @@ def test_the_port_answers_within_two_seconds_of_the_command_and_is_never_refused
 def test_every_route_of_the_app_is_known_to_the_guard_and_to_these_tests(server: Server) -> None:
     posts = {path for path, method in server.routes if method == "POST"}
     new = posts - INFERENCE_PATHS - _WITHOUT_A_PLACE - _SCALE_OUT - CLOSED_PATHS
-    assert new == set(), "a route of vLLM that may run the engine must be in serve.guard.INFERENCE_PATHS"
+    assert new == set(), "add the route to slimserve.serve.engine.middleware.INFERENCE_PATHS"
     for path in posts & _SCALE_OUT:
         assert requests.post(server.url + path, headers=HEADERS, json={}, timeout=10).status_code == 403
     fuzzed = {path.replace("/abc/", "/{response_id}/") for path, _ in real_requests(NAME)}

@@ -23,7 +23,7 @@ import pytest
 from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
-from serve.engine import free_port
+from slimserve.serve.launch.process import free_port
 
 pytestmark = pytest.mark.engine
 

@@ -14,10 +14,10 @@ import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from compress.build import build_variant
-from compress.recipe import load_recipe
-from serve.engine import STOCK_COMMAND, Engine, EngineSpec, free_port
-from serve.plan import LaunchPlan
+from slimserve.compress.build import build_variant
+from slimserve.compress.recipe import load_recipe
+from slimserve.serve.launch.plan import LaunchPlan
+from slimserve.serve.launch.process import STOCK_COMMAND, Engine, EngineSpec, free_port
 from tests.conftest import SMOLLM2
 
 pytestmark = pytest.mark.engine

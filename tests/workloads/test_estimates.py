@@ -4,7 +4,7 @@ import random
 import numpy as np
 import pytest
 
-from workloads import estimates
+from slimserve.workloads import estimates
 
 
 def brute_force_auc(truth: list[bool], scores: list[float]) -> float:

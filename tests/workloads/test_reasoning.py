@@ -1,7 +1,7 @@
 import pytest
 
-from workloads.interface import ChatAnswer, ChatPrompt, Split
-from workloads.reasoning import KINDS, Reasoning, is_right
+from slimserve.workloads.interface import ChatAnswer, ChatPrompt, Split
+from slimserve.workloads.reasoning import KINDS, Reasoning, is_right
 
 SPLITS: tuple[Split, ...] = ("calibration", "quality", "load")
 

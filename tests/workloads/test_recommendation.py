@@ -3,10 +3,10 @@ from pathlib import Path
 
 import pytest
 
-from contracts.errors import UserError
-from workloads import load_workload
-from workloads.interface import ScoringPrompt, Split, split_of
-from workloads.recommendation import Recommendation, label_prompts, load_ratings, movielens_directory
+from slimserve.core.errors import UserError
+from slimserve.workloads import load_workload
+from slimserve.workloads.interface import ScoringPrompt, Split, split_of
+from slimserve.workloads.recommendation import Recommendation, label_prompts, load_ratings, movielens_directory
 
 SPLITS: tuple[Split, ...] = ("calibration", "quality", "load")
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from workloads.text import TextReading, coarse_kl, make_documents, text_figures
+from slimserve.workloads.text import TextReading, coarse_kl, make_documents, text_figures
 
 
 def listed(shares: NDArray[np.float64], count: int) -> dict[int, float]:

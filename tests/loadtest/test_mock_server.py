@@ -1,0 +1,195 @@
+import http.client
+import itertools
+import json
+import statistics
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from slimserve.loadtest.mock_server import MODEL, PROMPT_TOKENS, SCORE, Course, Schedule, running_truth
+
+_TOLERANCE_S = 0.015
+"""Scheduling noise of a test machine, of the best of five tries."""
+SCHEDULE = Schedule(ttft_s=0.05, gap_s=0.02, num_tokens=10)
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    with running_truth(SCHEDULE) as truth:
+        yield truth.url
+
+
+def post(url: str, path: str, body: object) -> tuple[float, dict[str, object]]:
+    start = time.perf_counter()
+    answer = httpx.post(url + path, json=body, timeout=30).raise_for_status().json()
+    return time.perf_counter() - start, answer
+
+
+def stream(url: str, body: dict[str, object], path: str = "/v1/chat/completions") -> tuple[list[float], list[str]]:
+    """Seconds from the request until each event, and the events."""
+    parts = urlsplit(url)
+    connection = http.client.HTTPConnection(parts.hostname or "", parts.port)
+    times, events = [], []
+    start = time.perf_counter()
+    connection.request("POST", path, json.dumps({"model": MODEL, "stream": True, **body}))
+    response = connection.getresponse()
+    while line := response.readline():
+        if line.strip():
+            times.append(time.perf_counter() - start)
+            events.append(line.decode().removeprefix("data: ").strip())
+    connection.close()
+    return times, events
+
+
+def test_tokens_come_on_their_schedule(url: str) -> None:
+    def worst() -> float:
+        times, events = stream(url, {"messages": []})
+        assert len(events) == SCHEDULE.num_tokens + 1
+        return max(abs(at - SCHEDULE.ttft_s - number * SCHEDULE.gap_s) for number, at in enumerate(times[:-1]))
+
+    assert min(worst() for _ in range(5)) < _TOLERANCE_S
+
+
+def test_streams_at_once_keep_their_own_schedules(url: str) -> None:
+    with ThreadPoolExecutor(16) as pool:
+        ends = [times[-1] for times, _ in pool.map(lambda _: stream(url, {"messages": []}), range(16))]
+    assert statistics.median(ends) == pytest.approx(SCHEDULE.ttft_s + 9 * SCHEDULE.gap_s, abs=0.05)
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_a_stream_is_what_openai_clients_read(url: str, path: str) -> None:
+    _, events = stream(url, {"max_tokens": 3, "stream_options": {"include_usage": True}}, path)
+    assert events.pop() == "[DONE]"
+    *tokens, last = map(json.loads, events)
+    said = [event["choices"][0].get("text") or event["choices"][0]["delta"]["content"] for event in tokens]
+    assert said == [" a"] * 3
+    assert [event["choices"][0]["finish_reason"] for event in tokens] == [None, None, "length"]
+    assert all("usage" not in event for event in tokens)
+    assert last["choices"] == []
+    assert last["usage"] == {"prompt_tokens": PROMPT_TOKENS, "completion_tokens": 3, "total_tokens": PROMPT_TOKENS + 3}
+
+
+def test_usage_comes_with_each_chunk_where_it_is_asked_for(url: str) -> None:
+    _, events = stream(url, {"max_tokens": 3, "stream_options": {"continuous_usage_stats": True}})
+    assert [json.loads(event)["usage"]["completion_tokens"] for event in events[:-1]] == [1, 2, 3]
+
+
+def test_an_answer_in_one_piece_comes_when_its_last_token_would(url: str) -> None:
+    seconds, answer = min(post(url, "/v1/chat/completions", {"messages": [], "max_tokens": 5}) for _ in range(3))
+    assert seconds >= SCHEDULE.ttft_s + 4 * SCHEDULE.gap_s
+    assert answer["choices"][0]["message"]["content"] == " a" * 5  # type: ignore[index]
+
+
+def test_scores_come_in_the_form_of_each_endpoint(url: str) -> None:
+    seconds, answer = post(url, "/v1/score", {"query": "q", "items": ["a", "b"], "labels": [" yes", " no"]})
+    assert answer["scores"] == [[SCORE, SCORE]] * 2
+    assert seconds >= SCHEDULE.ttft_s
+    _, answer = post(url, "/v1/rerank", {"query": "q", "documents": ["a", "b"]})
+    assert [entry["relevance_score"] for entry in answer["results"]] == [SCORE] * 2  # type: ignore[attr-defined]
+    _, answer = post(url, "/generative_scoring", {"query": "q", "items": ["a", "b"], "label_token_ids": [1, 2]})
+    assert [entry["score"] for entry in answer["data"]] == [SCORE] * 2  # type: ignore[attr-defined]
+    _, answer = post(url, "/tokenize", {"prompt": " yes"})
+    assert len(answer["tokens"]) == 1  # type: ignore[arg-type]
+
+
+def test_it_says_what_it_serves(url: str) -> None:
+    assert [entry["id"] for entry in httpx.get(f"{url}/v1/models").json()["data"]] == [MODEL]
+    assert httpx.get(f"{url}/health").status_code == 200
+
+
+def test_it_says_how_late_it_was_itself_and_counts_anew_when_asked() -> None:
+    with running_truth(SCHEDULE) as truth:
+        stream(truth.url, {"max_tokens": 7})
+        lateness = truth.lateness()
+        assert lateness["num_writes"] == 7
+        assert 0 <= lateness["lag_p50_ms"] <= lateness["lag_p99_ms"] <= lateness["lag_max_ms"]
+        assert truth.lateness()["num_writes"] == 0
+
+
+def test_metrics_count_as_vllm_does() -> None:
+    with running_truth(SCHEDULE) as truth:
+        for _ in range(3):
+            stream(truth.url, {"max_tokens": 4})
+        text = httpx.get(f"{truth.url}/metrics").text
+    samples = {
+        (sample.name, sample.labels.get("le")): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+    assert samples["vllm:request_success_total", None] == 3
+    assert samples["vllm:prompt_tokens_total", None] == 3 * PROMPT_TOKENS
+    assert samples["vllm:generation_tokens_total", None] == 12
+    assert samples["vllm:time_to_first_token_seconds_count", None] == 3
+    assert samples["vllm:time_to_first_token_seconds_bucket", "0.04"] == 0
+    assert samples["vllm:inter_token_latency_seconds_count", None] == 9
+    assert samples["vllm:e2e_request_latency_seconds_sum", None] >= 3 * (SCHEDULE.ttft_s + 3 * SCHEDULE.gap_s)
+
+
+def test_a_client_that_leaves_or_talks_nonsense_harms_no_other(url: str) -> None:
+    parts = urlsplit(url)
+    for text in (b"GARBAGE\r\n\r\n", b"POST /v1/chat/completions HTTP/1.1\r\nContent-Length: 3\r\n\r\n{}}"):
+        connection = http.client.HTTPConnection(parts.hostname or "", parts.port)
+        connection.connect()
+        connection.sock.sendall(text)
+        connection.close()
+    leaver = http.client.HTTPConnection(parts.hostname or "", parts.port)
+    leaver.request("POST", "/v1/chat/completions", json.dumps({"stream": True}))
+    leaver.close()
+    _, events = stream(url, {"max_tokens": 3})
+    assert events[-1] == "[DONE]"
+
+
+def test_a_queue_serves_one_after_the_other_in_order_of_arrival() -> None:
+    ends: dict[int, float] = {}
+
+    def ask(number: int) -> None:
+        stream(url, {"max_tokens": 1})
+        ends[number] = time.perf_counter() - start
+
+    with running_truth(Schedule(service_s=0.1)) as truth:
+        url = truth.url
+        start = time.perf_counter()
+        threads = [threading.Thread(target=ask, args=(number,)) for number in range(5)]
+        for thread in threads:
+            thread.start()
+            time.sleep(0.02)
+        for thread in threads:
+            thread.join()
+    assert sorted(ends, key=lambda number: ends[number]) == list(range(5))
+    assert ends[4] >= 0.5
+
+
+def test_an_idle_queue_begins_anew() -> None:
+    course = Course(Schedule(service_s=1.0))
+    assert [course.begin_of(came_s) for came_s in (0.0, 0.5, 10.0)] == [1.0, 2.0, 11.0]
+
+
+def test_what_is_due_in_a_freeze_comes_at_its_end() -> None:
+    course = Course(Schedule(ttft_s=0.1, stall_at_s=5.0, stall_s=2.0))
+    assert course.thawed(course.begin_of(100.0)) == 100.1
+    assert course.thawed(course.begin_of(104.95)) == 107.0
+    assert course.thawed(course.begin_of(106.8)) == 107.0
+    assert course.thawed(course.begin_of(106.95)) == pytest.approx(107.05)
+
+
+def test_a_queue_that_freezes_has_its_work_before_it() -> None:
+    course = Course(Schedule(service_s=0.5, stall_at_s=1.0, stall_s=2.0))
+    ends = [course.begin_of(came_s) for came_s in (0.0, 0.9, 1.5, 2.5)]
+    assert ends == [0.5, 3.0, 3.5, 4.0]
+
+
+def test_a_freeze_holds_a_stream_back_and_then_sends_all_at_once() -> None:
+    with running_truth(Schedule(ttft_s=0.05, gap_s=0.02, num_tokens=20, stall_at_s=0.2, stall_s=0.5)) as truth:
+        times, _ = stream(truth.url, {})
+    gaps = [later - before for before, later in itertools.pairwise(times)]
+    frozen = max(range(len(gaps)), key=gaps.__getitem__)
+    # The token before the freeze was due at 190 ms at the latest; at 700 ms all that were due come together.
+    assert gaps[frozen] == pytest.approx(0.51, abs=0.05)
+    assert times[frozen + 1] == pytest.approx(0.7, abs=0.05)
+    assert times[-1] - times[frozen + 1] < 0.05

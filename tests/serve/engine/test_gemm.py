@@ -1,0 +1,47 @@
+"""Which matrix product a layer gets, asked of vLLM's own chooser after the plugin has been there."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from vllm.model_executor.layers import utils
+
+from slimserve.serve.engine.gemm import PACKED_BELOW, register
+
+Chooser = Callable[[int, int, torch.dtype], bool]
+
+
+@pytest.fixture
+def before(monkeypatch: pytest.MonkeyPatch) -> Chooser:
+    """vLLM's own chooser on a machine with AMX; what `register` puts in its place is taken away after the test."""
+    chooser: Chooser = utils.check_cpu_sgl_kernel
+    monkeypatch.setattr(utils, "check_cpu_sgl_kernel", chooser)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    return chooser
+
+
+def test_narrow_bf16_layers_of_any_size_get_the_packed_kernel(before: Chooser, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(PACKED_BELOW, "1024")
+    assert not before(576, 1536, torch.bfloat16), "else vLLM has changed its rule, and serve/engine/gemm.py can go"
+    register()
+    assert utils.check_cpu_sgl_kernel(576, 1536, torch.bfloat16)
+    assert utils.check_cpu_sgl_kernel(1008, 8192, torch.bfloat16)
+    for n, k, dtype in (
+        (1024, 8192, torch.bfloat16),
+        (576, 1535, torch.bfloat16),
+        (577, 1536, torch.bfloat16),
+        (576, 1536, torch.float32),
+        (576, 1536, torch.int8),
+        (3072, 576, torch.bfloat16),
+    ):
+        assert utils.check_cpu_sgl_kernel(n, k, dtype) == before(n, k, dtype)
+
+
+def test_nothing_is_changed_unless_asked_for_nor_without_amx(before: Chooser, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(PACKED_BELOW, raising=False)
+    register()
+    assert utils.check_cpu_sgl_kernel is before
+    monkeypatch.setenv(PACKED_BELOW, "1024")
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    register()
+    assert not utils.check_cpu_sgl_kernel(576, 1536, torch.bfloat16)

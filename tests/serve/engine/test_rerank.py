@@ -1,0 +1,129 @@
+"""Reranking without an engine: templates, documents, order, and both vendors' answers."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slimserve.core.errors import UserError
+from slimserve.serve.engine.rerank import (
+    TEMPLATE_FILE,
+    TEMPLATE_VARIABLE,
+    TEMPLATES,
+    RerankRequest,
+    RerankTemplate,
+    as_score_request,
+    load_template,
+    rerank_response,
+)
+from slimserve.serve.engine.scoring import Job, Plan, RequestError
+
+TEMPLATE = RerankTemplate(template="Q {query} D {document} A", labels=[" ja", " nein"])
+LABELS = ((1,), (2,))
+PLAN = Plan(tuple(Job((token,), LABELS) for token in (10, 11, 12)), (0, 1, 2, 1), 0)
+
+
+def whole(text: str, num_tokens: int) -> int:
+    return num_tokens
+
+
+def test_the_query_comes_first_and_the_document_is_the_item() -> None:
+    request = RerankRequest(query="who?", documents=["me {query}", {"text": "you"}])
+    scoring = as_score_request(request, TEMPLATE, whole)
+    assert scoring.query == "Q who? D "
+    assert scoring.items == ["me {query} A", "you A"]
+    assert scoring.labels == [" ja", " nein"]
+    assert scoring.apply_softmax
+
+
+def test_rank_fields_are_joined_in_their_order() -> None:
+    request = RerankRequest(
+        query="q", documents=[{"title": "T", "text": "x", "author": "A"}], rank_fields=["author", "title"]
+    )
+    assert as_score_request(request, TEMPLATE, whole).items == ["A\nT A"]
+
+
+def test_a_document_is_cut_only_where_it_is_asked_for() -> None:
+    asked = RerankRequest(query="q", documents=["abcdef"], max_tokens_per_doc=3)
+    assert as_score_request(asked, TEMPLATE, whole).items == ["abc A"]
+
+
+@pytest.mark.parametrize(
+    ("documents", "message"),
+    [
+        ([], "is empty"),
+        ([{"image": "x"}], r"documents\[0\]: has no text in its field 'text'"),
+        (["a", {"text": 3}], r"\[1\]"),
+    ],
+)
+def test_documents_without_text_are_refused(documents: list[Any], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        as_score_request(RerankRequest(query="q", documents=documents), TEMPLATE, whole)
+
+
+def answer(request: RerankRequest, api_version: int = 1) -> dict[str, object]:
+    logprobs = [[math.log(yes), math.log(no)] for yes, no in ((0.1, 0.3), (0.2, 0.2), (0.06, 0.02))]
+    return rerank_response(request, PLAN, logprobs, model="m", request_id="r", api_version=api_version, cached_tokens=0)
+
+
+def test_the_best_come_first_and_ties_in_the_order_given() -> None:
+    body = json.loads(json.dumps(answer(RerankRequest(query="q", documents=["a", "b", "c", "b"]))))
+    assert [result["index"] for result in body["results"]] == [2, 1, 3, 0]
+    assert [result["relevance_score"] for result in body["results"]] == pytest.approx([0.75, 0.5, 0.5, 0.25])
+
+
+@pytest.mark.parametrize(("top_n", "count"), [(None, 4), (0, 4), (1, 1), (3, 3), (99, 4)])
+def test_top_n_bounds_the_answer(top_n: int | None, count: int) -> None:
+    body = answer(RerankRequest(query="q", documents=["a", "b", "c", "b"], top_n=top_n))
+    assert len(body["results"]) == count  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("asked", "version", "there"), [(None, 1, True), (None, 2, False), (True, 2, True), (False, 1, False)]
+)
+def test_documents_come_back_as_each_vendor_has_it(asked: bool | None, version: int, there: bool) -> None:
+    given: list[Any] = ["a", {"text": "b", "id": 7}, "c", "b"]
+    body = answer(RerankRequest(query="q", documents=given, return_documents=asked), version)
+    best = body["results"][1]  # type: ignore[index]
+    assert best.get("document") == ({"text": "b", "id": 7} if there else None)
+    assert body["meta"]["api_version"] == {"version": str(version)}  # type: ignore[index]
+
+
+def test_the_template_is_taken_from_the_environment_then_the_model_then_its_manifest(tmp_path: Path) -> None:
+    assert load_template(tmp_path, {}) == TEMPLATES["default"]
+    manifest = {"recipe": "x", "rerank": {"template": "M {query} {document}"}}
+    (tmp_path / "slimserve.json").write_text(json.dumps(manifest))
+    assert load_template(tmp_path, {}).template == "M {query} {document}"
+    (tmp_path / TEMPLATE_FILE).write_text('template = "F {query} {document}"\nlabels = ["+", "-"]')
+    assert load_template(tmp_path, {}).labels == ["+", "-"]
+    other = tmp_path / "other.toml"
+    other.write_text('template = "qwen3-reranker"\nlabels = ["ja", "nein"]')
+    chosen = load_template(tmp_path, {TEMPLATE_VARIABLE: str(other)})
+    assert chosen.template == TEMPLATES["qwen3-reranker"].template
+    assert chosen.labels == ["ja", "nein"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'template = "no places"',
+        'template = "{document} {query}"',
+        'template = "{query} {query} {document}"',
+        "labels = []",
+        'template = "{query} {document}"\nlabels = ["one"]',
+        'template = "{query} {document}"\nlable = 1',
+        "not toml",
+    ],
+)
+def test_a_template_that_cannot_be_used_is_told_at_start(tmp_path: Path, text: str) -> None:
+    (tmp_path / TEMPLATE_FILE).write_text(text)
+    with pytest.raises(UserError, match=f"rerank template: .*{TEMPLATE_FILE}"):
+        load_template(tmp_path, {})
+
+
+def test_every_template_of_ours_has_its_places() -> None:
+    for template in TEMPLATES.values():
+        before, between, after = template.parts()
+        assert before + "{query}" + between + "{document}" + after == template.template

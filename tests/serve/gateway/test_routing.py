@@ -1,0 +1,287 @@
+"""Which engine a request reaches and what the gateway answers out of all engines, over the wire before fake engines."""
+
+import asyncio
+import json
+import logging
+from pathlib import Path
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from slimserve.core.variant import Manifest, Source, write_manifest
+from slimserve.serve.gateway.supervisor import State
+from slimserve.serve.launch.config import Alias
+from tests.serve.fake_engine import Message, answer, run, served, until
+
+CANARY = Alias("chat", (("a", 0.75), ("b", 0.25)))
+
+
+def test_a_request_reaches_the_variant_that_its_body_names() -> None:
+    async def scenario() -> None:
+        async with served("a", "b") as gateway, await gateway.connect() as client:
+            for name in ("a", "b", "b", "a"):
+                seen = await client.ask("/v1/completions", {"prompt": "x" * 1000, "model": name, "user": None})
+                assert seen.json()["engine"] == name
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "code"),
+    [
+        ({"model": "c", "prompt": "x"}, 404, 404),
+        ({"model": "../a", "prompt": "x"}, 404, 404),
+        ({"prompt": "x"}, 400, "model_missing"),
+        ({"model": None}, 400, "model_missing"),
+        ({"model": ""}, 400, "model_missing"),
+        ({"model": ["a"]}, 400, "invalid_body"),
+        ({"model": "a", "user": 7}, 400, "invalid_body"),
+        ([], 400, "invalid_body"),
+        (b"{", 400, "invalid_body"),
+        (b'{"model":"\xff"}', 400, "invalid_body"),
+        (b"[" * 90_000, 400, "invalid_body"),
+        (b"", 400, "model_missing"),
+    ],
+)
+def test_a_body_that_names_no_variant_is_refused_as_openai_words_it(body: object, status: int, code: object) -> None:
+    async def scenario() -> None:
+        async with served("a", "b") as gateway:
+            seen = await gateway.ask("/v1/completions", body, method="POST")
+            error = seen.json()["error"]
+            assert (seen.status, error["code"]) == (status, code)
+            assert error.keys() == {"message", "type", "param", "code"}
+            if code == "model_missing":
+                assert "a, b" in error["message"], "it says what there is"
+            assert not any(engine.requests for engine in gateway.engines.values())
+
+    run(scenario())
+
+
+def test_the_default_takes_requests_that_name_no_model_and_any_engine_answers_a_get() -> None:
+    async def scenario() -> None:
+        async with served("a", "b", default="b") as gateway:
+            assert (await gateway.ask("/v1/completions", {"prompt": "x"})).json()["engine"] == "b"
+        async with served("a", "b") as gateway:
+            gateway.supervised["a"].state = State.RESTARTING
+            assert (await gateway.ask("/version")).json()["engine"] == "b", "the first that is ready"
+
+    run(scenario())
+
+
+def test_an_alias_splits_by_weight_and_keeps_each_user_at_one_variant() -> None:
+    async def scenario() -> None:
+        async with served("a", "b", aliases=(CANARY,)) as gateway, await gateway.connect() as client:
+            engine_of = {}
+            for index in range(400):
+                seen = await client.ask("/v1/completions", {"model": "chat", "user": f"user {index}"})
+                engine_of[index] = seen.json()["engine"]
+            assert 70 <= sum(name == "b" for name in engine_of.values()) <= 130, "a quarter, give or take"
+            for index in range(0, 400, 10):
+                seen = await client.ask("/v1/completions", {"model": "chat", "user": f"user {index}"})
+                assert seen.json()["engine"] == engine_of[index]
+            anonymous = [(await client.ask("/v1/completions", {"model": "chat"})).json()["engine"] for _ in range(100)]
+            assert {"a", "b"} == set(anonymous)
+
+    run(scenario())
+
+
+def test_an_alias_avoids_a_variant_that_is_down() -> None:
+    async def scenario() -> None:
+        async with served("a", "b", aliases=(CANARY,)) as gateway, await gateway.connect() as client:
+            gateway.supervised["a"].state = State.RESTARTING
+            for index in range(20):
+                seen = await client.ask("/v1/completions", {"model": "chat", "user": f"user {index}"})
+                assert seen.json()["engine"] == "b"
+            gateway.supervised["b"].state = State.STOPPED
+            assert (await client.ask("/v1/completions", {"model": "chat"})).status == 503
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("state", [State.STARTING, State.RESTARTING, State.STOPPED])
+def test_a_variant_that_is_down_is_503_with_a_time_to_retry_and_the_other_goes_on(state: State) -> None:
+    async def scenario() -> None:
+        async with served("a", "b") as gateway:
+            gateway.supervised["a"].state = state
+            seen = await gateway.ask("/v1/completions", {"model": "a"})
+            assert (seen.status, seen.json()["error"]["code"]) == (503, "model_unavailable")
+            assert 1 <= int(seen.header("retry-after") or 0) <= 60
+            assert (await gateway.ask("/v1/completions", {"model": "b"})).status == 200
+            ready = await gateway.ask("/ready")
+            assert (ready.status, ready.json()["variants"]["a"]["state"]) == (503, state.value)
+            assert (await gateway.ask("/health")).status == 200, "one variant answers"
+            assert (await gateway.ask("/live")).status == 200
+
+    run(scenario())
+
+
+def test_an_engine_that_takes_no_connection_is_503_too() -> None:
+    async def scenario() -> None:
+        async with served("a") as gateway:
+            gateway.engines["a"].stop()
+            seen = await gateway.ask("/v1/completions", {"model": "a"})
+            assert (seen.status, seen.json()["error"]["code"]) == (503, "model_unavailable")
+
+    run(scenario())
+
+
+def test_models_are_the_engines_own_entries_with_size_base_and_recipe(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"x" * 1000)
+    manifest = Manifest(
+        name="small", recipe="prune25", base=Source(model="smol", sha256="0"), steps=[], num_parameters=7
+    )
+    write_manifest(tmp_path, manifest)
+
+    async def scenario() -> None:
+        async with served("a", "b", aliases=(CANARY,), directory=tmp_path) as gateway:
+
+            async def models(request: Message, writer: asyncio.StreamWriter) -> None:
+                entries = [{"id": name, "object": "model", "max_model_len": 99} for name in ("a", "chat")]
+                await answer(writer, {"object": "list", "data": entries})
+
+            gateway.engines["a"].script = models
+            gateway.supervised["b"].state = State.RESTARTING
+            seen = (await gateway.ask("/v1/models", headers="Authorization: Bearer k\r\n")).json()
+            (asked,) = gateway.engines["a"].requests
+            assert asked.header("authorization") == "Bearer k", "engines ask for the key, too"
+            assert [entry["id"] for entry in seen["data"]] == ["a", "b", "chat"], "an alias once"
+            first, second, alias = seen["data"]
+            assert first["max_model_len"] == 99
+            size = sum(file.stat().st_size for file in tmp_path.iterdir())
+            facts = {"size_bytes": size, "num_parameters": 7, "base": "smol", "recipe": "prune25"}
+            assert first["slimserve"] == {**facts, "state": "ready"}
+            assert second["slimserve"]["state"] == "restarting"
+            assert alias["slimserve"]["alias_of"] == {"a": 0.75, "b": 0.25}
+            assert (await gateway.ask("/v1/models/chat")).json() == alias
+            assert (await gateway.ask("/v1/models/c")).status == 404
+
+    run(scenario())
+
+
+def test_metrics_of_all_engines_are_one_page_that_prometheus_reads_with_a_label_for_each_variant() -> None:
+    page = (
+        "# HELP vllm:num_requests_running Number.\n# TYPE vllm:num_requests_running gauge\n"
+        'vllm:num_requests_running{engine="0"} 3.0\n'
+        "# HELP slimserve_score_items_total Items.\n# TYPE slimserve_score_items_total counter\n"
+        "slimserve_score_items_total 12.0\n"
+    )
+
+    async def scenario() -> None:
+        async with served("a", "b", "c") as gateway:
+
+            async def metrics(request: Message, writer: asyncio.StreamWriter) -> None:
+                head = f"HTTP/1.1 200 OK\r\ncontent-type: text/plain\r\ncontent-length: {len(page)}\r\n\r\n"
+                writer.write((head + page).encode())
+
+            for name in ("a", "b"):
+                gateway.engines[name].script = metrics
+            gateway.engines["c"].stop()  # one that is not there costs its own series only
+            await gateway.ask("/v1/completions", {"model": "a"})
+            seen = await gateway.ask("/metrics")
+            assert seen.status == 200
+            assert (seen.header("content-type") or "").startswith("text/plain")
+            text = seen.body.decode()
+            families = {family.name: family for family in text_string_to_metric_families(text)}
+            running = families["vllm:num_requests_running"].samples
+            assert {(sample.labels["variant"], sample.value) for sample in running} == {("a", 3.0), ("b", 3.0)}
+            assert {s.labels["variant"] for s in families["slimserve_score_items"].samples} == {"a", "b"}
+            asked = {
+                (sample.labels["variant"], sample.labels["status"]): sample.value
+                for sample in families["slimserve_gateway_requests"].samples
+                if sample.name.endswith("_total")
+            }
+            assert asked["a", "200"] == 1
+            assert {s.labels["variant"] for s in families["slimserve_variant_up"].samples} == {"a", "b", "c"}
+            types = [line for line in text.splitlines() if line.startswith("# TYPE")]
+            assert len(types) == len(set(types)), "each family once"
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("shown", ["", "Authorization: Bearer wrong\r\n", "Authorization: Basic right\r\n"])
+@pytest.mark.parametrize(
+    "path",
+    ["/v1/completions", "/v1/score", "/v1/models", "/v1/models/a", "/version", "/docs", "/nonsense", "//metrics"],
+)
+def test_without_a_right_key_every_route_but_the_open_ones_is_401(path: str, shown: str) -> None:
+    async def scenario() -> None:
+        async with served("a", keys=frozenset({"right", "other"})) as gateway:
+            for method in ("GET", "POST"):
+                seen = await gateway.ask(path, {"model": "a"}, shown, method)
+                assert (seen.status, seen.json()["error"]["code"]) == (401, "invalid_api_key")
+            assert not gateway.engines["a"].requests
+
+    run(scenario())
+
+
+def test_any_of_the_keys_opens_and_the_open_routes_need_none() -> None:
+    async def scenario() -> None:
+        async with served("a", keys=frozenset({"right", "other"})) as gateway:
+            for shown in ("Authorization: Bearer right\r\n", "authorization: bearer other\r\n", "X-Api-Key: right\r\n"):
+                assert (await gateway.ask("/v1/completions", {"model": "a"}, shown)).status == 200
+            for path in ("/health", "/live", "/ready", "/ping", "/metrics"):
+                assert (await gateway.ask(path)).status == 200
+
+    run(scenario())
+
+
+def test_a_refused_key_is_answered_before_the_body_is_sent() -> None:
+    async def scenario() -> None:
+        async with served("a", keys=frozenset({"right"})) as gateway, await gateway.connect() as client:
+            client.writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: t\r\nContent-Length: 50000\r\n\r\n")
+            assert (await client.answer()).status == 401
+
+    run(scenario())
+
+
+def test_ready_and_metrics_answer_within_a_moment_while_an_engine_is_busy_or_silent() -> None:
+    async def scenario() -> None:
+        async with served("a", "b") as gateway:
+
+            async def silence(request: Message, writer: asyncio.StreamWriter) -> None:
+                await asyncio.sleep(60)
+
+            gateway.engines["a"].script = silence
+            clients = [await gateway.connect() for _ in range(64)]
+            for client in clients:
+                client.send("/v1/completions", {"model": "a"})
+            await until(lambda: len(gateway.engines["a"].requests) == 64)
+            async with asyncio.timeout(0.5):
+                assert (await gateway.ask("/ready")).status == 200
+                assert (await gateway.ask("/v1/completions", {"model": "b"})).status == 200
+            assert gateway.registry.get_sample_value("slimserve_gateway_in_flight", {"variant": "a"}) == 64
+            for client in clients:
+                client.writer.close()
+
+    run(scenario())
+
+
+def test_the_access_log_holds_the_id_and_the_variant_but_no_key_and_no_prompt(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def scenario() -> None:
+        async with served("a", keys=frozenset({"secret-key"})) as gateway:
+            headers = "Authorization: Bearer secret-key\r\nX-Request-Id: mine-7\r\n"
+            await gateway.ask("/v1/completions?api_key=secret-key", {"model": "a", "prompt": "secret prompt"}, headers)
+            await gateway.ask("/v1/secret%20prompt/x", {"model": "secret prompt"}, headers)
+
+    caplog.set_level(logging.DEBUG, "slimserve")
+    run(scenario())
+    assert "id=mine-7 method=POST route=/v1/completions variant=a status=200" in caplog.text
+    assert "route=other" in caplog.text
+    assert "secret" not in caplog.text
+
+
+def test_what_comes_while_draining_is_refused_with_a_time_to_retry() -> None:
+    async def scenario() -> None:
+        async with served("a", default="a") as gateway:
+            gateway.gateway.is_draining = True
+            for path, body in (("/v1/completions", {"model": "a"}), ("/v1/models", None)):
+                seen = await gateway.ask(path, body)
+                assert (seen.status, seen.json()["error"]["code"]) == (503, "draining")
+                assert (seen.header("retry-after"), seen.header("connection")) == ("5", "close")
+            assert json.loads((await gateway.ask("/ready")).body)["status"] == "draining"
+            assert (await gateway.ask("/live")).status == 200
+            assert (await gateway.ask("/metrics")).status == 200
+
+    run(scenario())

@@ -1,0 +1,261 @@
+"""Engines that die, hang and loop, with a script in their place that does as a file tells it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import psutil
+import pytest
+from prometheus_client import CollectorRegistry
+
+from slimserve.core.errors import UserError
+from slimserve.serve.gateway.supervisor import Patience, State, SupervisedEngine, supervise
+from slimserve.serve.gateway.upstream import fetch
+from slimserve.serve.launch.plan import Choice, LaunchPlan
+from slimserve.serve.launch.process import EngineSpec
+from slimserve.serve.policy.metrics import GatewayMetrics
+from tests.serve.fake_engine import run, until
+
+ENGINE = """
+import pathlib, signal, subprocess, sys, time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+import os
+told = lambda: pathlib.Path(os.environ["TOLD"]).read_text()
+if told() == "die":
+    sys.exit("ValueError: as told")
+if told() == "never ready":
+    time.sleep(600)
+if told() == "stubborn":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+class Handler(BaseHTTPRequestHandler):
+    def log_message(self, *_): pass
+    def do_GET(self):
+        if told() == "silent":
+            time.sleep(600)
+        self.send_response(200)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+ThreadingHTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Handler).serve_forever()
+"""
+QUICK = Patience(
+    poll_s=0.02,
+    ask_ready_s=0.02,
+    ask_health_s=0.15,
+    first_delay_s=0.1,
+    longest_delay_s=0.3,
+    num_deaths=3,
+    stop_s=0.5,
+    orphan_s=0.1,
+)
+
+
+@dataclass(frozen=True)
+class Supervised:
+    """One engine under supervision."""
+
+    engine: SupervisedEngine
+    task: asyncio.Task[None]
+    told: Path
+    registry: CollectorRegistry
+    said: list[str]
+
+    @property
+    def process(self) -> psutil.Process:
+        assert self.engine._process is not None
+        return psutil.Process(self.engine._process.pid)
+
+    def value(self, name: str) -> float | None:
+        return self.registry.get_sample_value(name, {"variant": "a"})
+
+    def delays(self) -> list[str]:
+        return [line.rpartition(" in ")[2] for line in self.said if "starting again" in line]
+
+    async def until_ready(self) -> None:
+        await until(lambda: self.engine.state is State.READY)
+
+
+@asynccontextmanager
+async def supervised(
+    folder: Path, told: str = "serve", patience: Patience = QUICK, name: str = "a"
+) -> AsyncIterator[Supervised]:
+    (folder / "engine.py").write_text(ENGINE)
+    orders = folder / f"{name}.told"
+    orders.write_text(told)
+    plan = LaunchPlan(environment=(Choice("TOLD", str(orders), "the test's orders"),))
+    command = (sys.executable, str(folder / "engine.py"))
+    registry = CollectorRegistry()
+    said: list[str] = []
+    spec = EngineSpec(folder, name, plan, folder / f"{name}.log", 0, command=command)
+    engine = SupervisedEngine(spec, GatewayMetrics(registry), said.append, patience)
+    task = asyncio.create_task(engine.run())
+    try:
+        yield Supervised(engine, task, orders, registry, said)
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+
+def is_gone(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return bool(process.status() == psutil.STATUS_ZOMBIE)
+    return True
+
+
+def test_an_engine_becomes_ready_and_is_counted(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with supervised(tmp_path) as one:
+            assert one.engine.state is State.STARTING
+            assert one.value("slimserve_variant_up") == 0
+            await one.until_ready()
+            status, _ = await fetch(one.engine.backend, "/health")
+            assert status == 200
+            assert one.value("slimserve_variant_up") == 1
+            assert 0 < (one.value("slimserve_ready_seconds") or 0) < 10
+            assert one.value("slimserve_restarts_total") == 0
+            process = one.process
+        assert is_gone(process), "cancelling ends it"
+        assert one.value("slimserve_variant_up") == 0
+
+    run(scenario())
+
+
+def test_an_engine_that_is_killed_comes_back_by_itself_on_another_port(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with supervised(tmp_path) as one:
+            await one.until_ready()
+            port = one.engine.backend.port
+            one.process.kill()
+            await until(lambda: one.engine.state is State.RESTARTING)
+            assert one.value("slimserve_variant_up") == 0
+            assert "exit status -9" in str(one.engine.describe()["problem"])
+            assert 1 <= one.engine.retry_after_s() <= 60
+            await one.until_ready()
+            assert one.value("slimserve_restarts_total") == 1
+            assert one.engine.backend.port != port
+            assert "problem" not in one.engine.describe()
+            assert (tmp_path / "a.previous.log").exists(), "the log of the end is kept"
+            assert any("starting again in 0.1 s" in line for line in one.said)
+
+    run(scenario())
+
+
+def test_the_delay_doubles_up_to_its_longest_and_a_time_of_health_starts_it_anew(tmp_path: Path) -> None:
+    async def scenario(healthy_s: float, expected: list[str]) -> None:
+        async with supervised(tmp_path, patience=replace(QUICK, healthy_s=healthy_s)) as one:
+            for _ in expected:
+                await one.until_ready()
+                await asyncio.sleep(0.1)
+                one.process.kill()
+                await until(lambda: one.engine.state is State.RESTARTING)
+            await until(lambda: len(one.delays()) == len(expected))
+            assert one.delays() == expected
+
+    run(scenario(60, ["0.1 s", "0.2 s", "0.3 s"]))
+    run(scenario(0.05, ["0.1 s", "0.1 s", "0.1 s"]))
+
+
+def test_an_engine_that_ends_before_it_is_ready_again_and_again_is_stopped_and_says_why(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with supervised(tmp_path, "die") as one:
+            await asyncio.wait_for(one.task, 10)
+            assert one.engine.state is State.STOPPED
+            assert one.value("slimserve_restarts_total") == 2
+            assert "ValueError: as told" in one.said[-1]
+            assert "stopped after 3 such ends, read" in one.said[-1]
+            assert one.engine.retry_after_s() == 60
+            assert "ValueError: as told" in str(one.engine.describe()["problem"])
+
+    run(scenario())
+
+
+def test_one_good_start_forgives_the_bad_ones_before_it(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with supervised(tmp_path, "die") as one:
+            for _ in range(2):
+                one.told.write_text("die")
+                await until(lambda: len(one.engine._deaths_s) == 2)
+                one.told.write_text("serve")
+                await one.until_ready()
+                assert not one.engine._deaths_s
+                one.told.write_text("die")
+                one.process.kill()
+            assert one.engine.state is not State.STOPPED
+
+    run(scenario())
+
+
+def test_an_engine_that_falls_silent_is_ended_and_started_again(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with supervised(tmp_path) as one:
+            await one.until_ready()
+            process = one.process
+            one.told.write_text("silent")
+            await until(lambda: one.engine.state is State.RESTARTING)
+            assert "gave no sign of health" in one.engine.problem
+            one.told.write_text("serve")
+            await one.until_ready()
+            assert is_gone(process)
+
+    run(scenario())
+
+
+def test_an_engine_that_is_not_ready_in_time_is_ended(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with supervised(tmp_path, "never ready", replace(QUICK, ready_s=0.3)) as one:
+            await until(lambda: bool(one.engine._deaths_s))
+            assert "was not ready after" in one.engine.problem
+
+    run(scenario())
+
+
+def test_an_engine_that_ignores_sigterm_is_killed_with_its_children(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with supervised(tmp_path, "stubborn") as one:
+            await one.until_ready()
+            family = [one.process, *one.process.children(recursive=True)]
+            assert len(family) == 2
+            begin = asyncio.get_running_loop().time()
+        assert asyncio.get_running_loop().time() - begin < 3
+        await until(lambda: all(map(is_gone, family)))
+
+    run(scenario())
+
+
+def test_children_of_a_killed_engine_do_not_outlive_it(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with supervised(tmp_path, "stubborn") as one:
+            await one.until_ready()
+            (child,) = one.process.children()
+            os.kill(one.process.pid, signal.SIGKILL)
+            await until(lambda: is_gone(child))
+            await one.until_ready()
+
+    run(scenario())
+
+
+def test_one_variant_in_a_crash_loop_leaves_the_other_alone_and_all_of_them_end_the_server(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with supervised(tmp_path, "die", name="bad") as bad, supervised(tmp_path, name="good") as good:
+            bad.task.cancel()
+            good.task.cancel()
+            await asyncio.gather(bad.task, good.task, return_exceptions=True)
+            both = asyncio.create_task(supervise([bad.engine, good.engine]))
+            await until(lambda: bad.engine.state is State.STOPPED)
+            await good.until_ready()
+            assert not both.done()
+            good.told.write_text("die")
+            good.process.kill()
+            with pytest.raises(UserError, match=r"'bad, good' all stopped \(bad ended .*; good ended .*read .*bad.log"):
+                await asyncio.wait_for(both, 10)
+
+    run(scenario())

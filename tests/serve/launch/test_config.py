@@ -1,0 +1,191 @@
+"""What `slimserve serve` accepts as a stack, and the one clear sentence for everything else."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slimserve.core.errors import UserError
+from slimserve.serve.launch.config import Alias, load_stack
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory that looks like a model."""
+    directory = tmp_path_factory.mktemp("models") / "tiny"
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"], "model_type": "llama"}))
+    (directory / "tokenizer.json").write_text("{}")
+    (directory / "tokenizer_config.json").write_text("{}")
+    (directory / "model.safetensors").write_bytes(b"\x02\x00\x00\x00\x00\x00\x00\x00{}")
+    return directory
+
+
+def write(folder: Path, text: str, model: Path) -> Path:
+    file = folder / "stack.toml"
+    file.write_text(text.replace("MODEL", str(model)))
+    return file
+
+
+def test_a_single_model_is_a_stack_of_one_which_answers_to_no_name_too(model: Path) -> None:
+    stack = load_stack([str(model)])
+    assert [(variant.name, variant.directory) for variant in stack.variants] == [("tiny", model)]
+    assert stack.default == "tiny"
+    assert (stack.host, stack.port) == ("127.0.0.1", 8000)
+
+
+def test_names_aliases_and_options_of_the_command_line(model: Path) -> None:
+    stack = load_stack(
+        [f"a={model}", f"b={model}"],
+        aliases=["chat=a:3,b:1", "both=a,b"],
+        vllm_args=["--enforce-eager"],
+        limits={"max_running": 7},
+        profile="reasoning",
+        port=9000,
+        host=None,
+    )
+    assert [variant.name for variant in stack.variants] == ["a", "b"]
+    assert {variant.profile for variant in stack.variants} == {"reasoning"}
+    assert stack.variants[0].vllm_args == ("--enforce-eager",)
+    assert [alias.shares for alias in stack.aliases] == [(("a", 0.75), ("b", 0.25)), (("a", 0.5), ("b", 0.5))]
+    assert stack.default is None
+    assert (stack.port, stack.limits.max_running) == (9000, 7)
+    assert stack.aliases_of("b") == ("chat", "both")
+
+
+def test_a_file_holds_the_same_and_the_arguments_closest_to_the_variant_come_last(tmp_path: Path, model: Path) -> None:
+    text = """
+        port = 9001
+        default = "chat"
+        profile = "reasoning"
+        vllm_args = ["--all"]
+        [variants.a]
+        model = "MODEL"
+        [variants.b]
+        model = "MODEL"
+        profile = "recommendation"
+        vllm_args = ["--own"]
+        [aliases.chat]
+        a = 95
+        b = 5
+        [limits]
+        drain_s = 5
+    """
+    stack = load_stack([], write(tmp_path, text, model), vllm_args=["--last"])
+    a, b = stack.variants
+    assert (a.profile, b.profile) == ("reasoning", "recommendation")
+    assert (a.vllm_args, b.vllm_args) == (("--all", "--last"), ("--all", "--own", "--last"))
+    assert stack.default == "chat"
+    assert (stack.port, stack.limits.drain_s) == (9001, 5)
+    assert stack.aliases[0].shares == (("a", 0.95), ("b", 0.05))
+
+
+BAD_LINES: dict[str, tuple[list[str], dict[str, Any], str]] = {
+    "nothing": ([], {}, "MODEL: '' is missing; write: slimserve serve MODEL"),
+    "no name": (["a=MODEL", "MODEL"], {}, "has no name, as each of several needs; write: NAME="),
+    "a name twice": (["a=MODEL", "a=MODEL"], {}, "names a a second time"),
+    "a bad name": (["a=MODEL", "b/c=MODEL"], {}, "has no name"),
+    "no such model": (["a=MODEL", "b=/nowhere"], {}, "/nowhere"),
+    "an alias of a variant's name": (["a=MODEL", "b=MODEL"], {"aliases": ["a=b"]}, "is a variant's name, too"),
+    "an alias of nothing known": (["a=MODEL", "b=MODEL"], {"aliases": ["x=c:1"]}, "names c, which is no variant"),
+    "a weight of 0": (["a=MODEL", "b=MODEL"], {"aliases": ["x=a:0"]}, "has no weight above 0 for one variant in 'a:0'"),
+    "no weight": (["a=MODEL", "b=MODEL"], {"aliases": ["x=a:much"]}, "write: --alias NAME=V1:95,V2:5"),
+    "weight of nan": (["a=MODEL", "b=MODEL"], {"aliases": ["x=a:nan"]}, "alias"),
+    "an infinite weight": (["a=MODEL", "b=MODEL"], {"aliases": ["x=a:inf"]}, "finite"),
+    "a variant twice": (["a=MODEL", "b=MODEL"], {"aliases": ["x=a:1,a:2"]}, "for one variant"),
+    "an alias of no target": (["a=MODEL", "b=MODEL"], {"aliases": ["x"]}, "--alias"),
+    "an alias twice": (["a=MODEL", "b=MODEL"], {"aliases": ["x=a", "x=b"]}, "names x a second time"),
+    "an unknown default": (["a=MODEL", "b=MODEL"], {"default": "c"}, "is no variant and no alias; choose from a, b"),
+    "an unknown profile": (["a=MODEL"], {"profile": "fast"}, "profile: 'fast' is not valid in the command line"),
+    "a bad limit": (["a=MODEL"], {"limits": {"max_running": 0}}, "max_running: '0' is not valid"),
+    "a key file that is not there": (["a=MODEL"], {"api_key_file": "/nowhere"}, "API key file: '/nowhere'"),
+}
+
+
+@pytest.mark.parametrize(("models", "options", "message"), BAD_LINES.values(), ids=BAD_LINES.keys())
+def test_a_mistake_on_the_command_line_is_told_in_one_line(
+    models: list[str], options: dict[str, Any], message: str, model: Path
+) -> None:
+    with pytest.raises(UserError) as caught:
+        load_stack([text.replace("MODEL", str(model)) for text in models], **options)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert caught.value.remedy
+
+
+ONE = '[variants.a]\nmodel = "MODEL"\n'
+BAD_FILES = {
+    "no toml": ("variants = [", "cannot be read"),
+    "no variant": ("", "variants"),
+    "an empty table": ("[variants]\n", "variants"),
+    "variants are a list": ("variants = 3\n", "variants"),
+    "an unknown key": (f"ports = 1\n{ONE}", "ports: '1' is not valid"),
+    "an unknown key of a variant": (f"{ONE}modle = 1\n", "variants.a.modle"),
+    "a port of text": (f'port = "9"\n{ONE}', "port: '9'"),
+    "a port too large": (f"port = 70000\n{ONE}", "port: '70000'"),
+    "an unknown limit": (f"{ONE}[limits]\nmax = 1\n", "max: '1'"),
+    "a limit of text": (f'{ONE}[limits]\nmax_running = "1"\n', "max_running"),
+    "an alias without weights": (f"{ONE}[aliases.x]\n", "alias: 'x' stands for no variant"),
+    "a negative weight": (f"{ONE}[aliases.x]\na = -1\n", "aliases.x.a: '-1'"),
+    "a bad name of a variant": ('[variants."a b"]\nmodel = "MODEL"\n', "name: 'a b' is no name"),
+    "no model": ("[variants.a]\n", "variants.a.model"),
+}
+
+
+@pytest.mark.parametrize(("text", "message"), BAD_FILES.values(), ids=BAD_FILES.keys())
+def test_a_mistake_in_the_file_is_told_in_one_line(text: str, message: str, tmp_path: Path, model: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        load_stack([], write(tmp_path, text, model))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_the_file_and_the_command_line_set_differently_is_refused_and_the_same_is_not(
+    tmp_path: Path, model: Path
+) -> None:
+    file = write(tmp_path, f"port = 9\n{ONE}[limits]\nmax_running = 3\n", model)
+    assert load_stack([], file, port=9, limits={"max_running": 3, "max_queued": 1}).limits.max_queued == 1
+    with pytest.raises(UserError, match="port: '10' is 9 in .*leave one of the two out"):
+        load_stack([], file, port=10)
+    with pytest.raises(UserError, match="max_running: '4' is 3 in"):
+        load_stack([], file, limits={"max_running": 4})
+    with pytest.raises(UserError, match="is given beside --config"):
+        load_stack([f"b={model}"], file)
+
+
+def test_a_users_mistake_ends_the_command_with_one_line_and_no_traceback(
+    run_cli: Any, tmp_path: Path, model: Path
+) -> None:
+    done = run_cli("serve", "--config", str(write(tmp_path, f"ports = 1\n{ONE}", model)))
+    assert done.returncode == 2
+    assert "ports: '1' is not valid" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_changing_the_weights_moves_only_as_many_users_as_they_change() -> None:
+    usable = frozenset({"a", "b"})
+    users = [f"user {index}" for index in range(2000)]
+    few = Alias("chat", (("a", 0.95), ("b", 0.05)))
+    more = Alias("chat", (("a", 0.90), ("b", 0.10)))
+    before = [few.pick(user, usable) for user in users]
+    after = [more.pick(user, usable) for user in users]
+    assert 60 <= Counter(before)["b"] <= 145
+    assert all(now == "b" for was, now in zip(before, after, strict=True) if was == "b"), "nobody goes back"
+    assert 60 <= sum(was != now for was, now in zip(before, after, strict=True)) <= 145
+    other = Alias("other", few.shares)
+    assert [other.pick(user, usable) for user in users] != before, "another alias draws others for its canary"
+
+
+def test_who_loses_their_variant_is_spread_over_the_others_and_the_rest_stay() -> None:
+    alias = Alias("chat", (("a", 0.5), ("b", 0.25), ("c", 0.25)))
+    users = [f"user {index}" for index in range(1000)]
+    for user in users:
+        usual = alias.pick(user, frozenset("abc"))
+        assert alias.pick(user, frozenset("bc")) == usual or usual == "a"
+    moved = Counter(alias.pick(user, frozenset("bc")) for user in users)
+    assert 400 <= moved["b"] <= 600
+    assert alias.pick("x", frozenset()) in {"a", "b", "c"}, "with none usable it still names one, for its 503"

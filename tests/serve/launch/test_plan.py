@@ -1,0 +1,114 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import cast
+
+import pytest
+
+from slimserve.core.hardware import Hardware
+from slimserve.serve.engine.gemm import PACKED_BELOW
+from slimserve.serve.launch import plan as module
+from slimserve.serve.launch.plan import Choice, LaunchPlan, Profile, plan_launch
+
+CPU = Hardware(cpu="x", cores=(0, 1), memory_gib=24.0, isa=("avx512f",), gpus=())
+CONFIG = {
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "hidden_size": 576,
+    "max_position_embeddings": 8192,
+}
+
+
+def planned(directory: Path, hardware: Hardware = CPU, **changes: int) -> dict[str, str]:
+    (directory / "config.json").write_text(json.dumps(CONFIG | changes))
+    plan = plan_launch(directory, hardware)
+    return {choice.name: choice.value for choice in (*plan.arguments, *plan.environment)}
+
+
+def test_a_cpu_gives_every_core_to_the_worker_and_small_blocks_to_the_cache(tmp_path: Path) -> None:
+    settings = planned(tmp_path)
+    assert settings["OMP_NUM_THREADS"] == "2"
+    assert "VLLM_CPU_OMP_THREADS_BIND" not in settings
+    assert settings["--block-size"] == "32"
+    assert int(settings["--kv-cache-memory-bytes"]) == pytest.approx(2.4 * 2**30, rel=1e-6)
+    assert settings["VLLM_NO_USAGE_STATS"] == "1"
+    assert "--max-model-len" not in settings
+
+
+def test_a_model_whose_longest_sequence_does_not_fit_gets_a_shorter_one(tmp_path: Path) -> None:
+    settings = planned(tmp_path, num_hidden_layers=80, num_key_value_heads=9, max_position_embeddings=131072)
+    longest = int(settings["--max-model-len"])
+    bytes_per_token = 2 * 80 * 9 * 64 * 2
+    kv_bytes = int(settings["--kv-cache-memory-bytes"])
+    assert longest % 32 == 0
+    assert longest * bytes_per_token <= kv_bytes < (longest + 32) * bytes_per_token
+
+
+def test_only_a_cpu_with_amx_has_a_packed_kernel_to_choose(tmp_path: Path) -> None:
+    assert PACKED_BELOW not in planned(tmp_path)
+    assert planned(tmp_path, replace(CPU, isa=("avx512f", "amx_tile")))[PACKED_BELOW] == "1024"
+
+
+def test_a_gpu_keeps_vllms_own_choices_but_for_what_its_documentation_advises(tmp_path: Path) -> None:
+    gpu = Hardware(cpu="x", cores=(0,), memory_gib=64.0, isa=(), gpus=("NVIDIA H100, 81559 MiB",))
+    assert set(planned(tmp_path, gpu)) == {"VLLM_NO_USAGE_STATS", "HF_HUB_OFFLINE", "VLLM_PLUGINS"}
+    for profile, num_variants, expected in (
+        ("recommendation", 1, {"--max-num-batched-tokens": "16384"}),
+        ("reasoning", 1, {"--max-num-batched-tokens": "2048"}),
+        ("balanced", 3, {"--gpu-memory-utilization": "0.300"}),
+    ):
+        arguments = plan_launch(tmp_path, gpu, cast("Profile", profile), num_variants).arguments
+        assert {choice.name: choice.value for choice in arguments} == expected
+        assert all("unmeasured" in choice.reason for choice in arguments)
+
+
+def test_libraries_that_are_not_there_are_not_preloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_find_tcmalloc", lambda: None)
+    monkeypatch.setattr(module, "openmp_library", lambda: None)
+    assert "LD_PRELOAD" not in planned(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("cores", "text"), [((0,), "0"), ((0, 1, 2, 3), "0-3"), ((0, 2, 3, 9), "0,2-3,9"), ((5, 7), "5,7")]
+)
+def test_cores_are_written_as_vllm_reads_them(tmp_path: Path, cores: tuple[int, ...], text: str) -> None:
+    hardware = Hardware(cpu="x", cores=cores, memory_gib=24.0, isa=(), gpus=(), numa_nodes=2)
+    assert planned(tmp_path, hardware)["VLLM_CPU_OMP_THREADS_BIND"] == text
+
+
+def test_on_several_numa_nodes_vllm_keeps_its_own_worker_process(tmp_path: Path) -> None:
+    two_nodes = Hardware(cpu="x", cores=(0, 1), memory_gib=24.0, isa=(), gpus=(), numa_nodes=2)
+    assert "SLIMSERVE_FORK_ENGINE" in planned(tmp_path)
+    assert not {"SLIMSERVE_FORK_ENGINE", "VLLM_ENABLE_V1_MULTIPROCESSING"} & planned(tmp_path, two_nodes).keys()
+
+
+def test_candidates_share_partial_blocks_but_for_pure_reasoning(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    profiles: dict[Profile, bool] = {"balanced": True, "recommendation": True, "reasoning": False}
+    for profile, shared in profiles.items():
+        names = {choice.name for choice in plan_launch(tmp_path, CPU, profile).arguments}
+        assert ("--kv-transfer-config" in names) == shared
+
+
+def test_variants_on_one_machine_divide_the_kv_cache(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    alone, beside = (
+        next(choice for choice in plan_launch(tmp_path, CPU, num_variants=number).arguments if "memory" in choice.name)
+        for number in (1, 2)
+    )
+    assert int(beside.value) == int(alone.value) // 2
+
+
+@pytest.mark.parametrize("extra", [["--block-size", "64"], ["--block-size=64"]])
+def test_the_users_flags_win(extra: list[str]) -> None:
+    plan = LaunchPlan((Choice("--block-size", "32", "why"), Choice("--max-model-len", "4096", "why")))
+    assert plan.command_line(extra) == ["--max-model-len", "4096", *extra]
+
+
+def test_every_choice_is_explained(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    plan = plan_launch(tmp_path, CPU)
+    for choice in (*plan.arguments, *plan.environment):
+        assert f"{choice.name}={choice.value}\n    {choice.reason}" in plan.explain()
+        assert len(choice.reason) > 10
