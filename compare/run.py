@@ -54,7 +54,7 @@ from slimserve.core.model import count_parameters, model_hash, model_name, resol
 from slimserve.core.openai_client import Target, find_target
 from slimserve.core.progress import say
 from slimserve.core.provenance import versions
-from slimserve.core.roofline import machine_roof
+from slimserve.core.roofline import load_roofline
 from slimserve.core.variant import disk_bytes, read_manifest
 from slimserve.loadtest.run import run_suite
 from slimserve.loadtest.settings import LoadSettings, SuiteOptions
@@ -131,7 +131,7 @@ def compare(
         comparison.counterparts = counterparts(comparison, before, lambda directory: identity(directory, profile))
     _take_over(comparison, earlier, output)
     if directories or recipes:
-        machine_roof()  # measured before an engine takes the cores, which says then how near it comes
+        load_roofline()  # measured before an engine takes the cores, which says then how near it comes
     measurement = _Measurement(comparison, output, targets, begin)
     measurement.run()
     conclude(comparison, output, baseline, before)

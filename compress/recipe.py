@@ -24,11 +24,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from slimserve.core.config import Strict, refused_key
+from slimserve.core.config import StrictModel, invalid_key_error
 from slimserve.core.errors import UserError
 
 
-class Calibrate(Strict):
+class Calibrate(StrictModel):
     """What the steps that look at data look at."""
 
     source: str = "mixed"
@@ -39,7 +39,7 @@ class Calibrate(Strict):
     seed: int = 0
 
 
-class Keep(Strict):
+class Keep(StrictModel):
     """A budget; give one of the three."""
 
     parameters: float | None = Field(default=None, gt=0)
@@ -56,7 +56,7 @@ class Keep(Strict):
         return self
 
 
-class Prune(Strict):
+class Prune(StrictModel):
     """Remove MLP neurons, KV groups (a KV head with its query heads) or both, the same number in every block."""
 
     step: Literal["prune"]
@@ -87,7 +87,7 @@ class Prune(Strict):
         return self
 
 
-class PruneDepth(Strict):
+class PruneDepth(StrictModel):
     """Remove whole decoder blocks."""
 
     step: Literal["prune_depth"]
@@ -98,7 +98,7 @@ class PruneDepth(Strict):
     model's output changes least."""
 
 
-class Quantize(Strict):
+class Quantize(StrictModel):
     """Quantize every linear layer of the decoder blocks; embeddings stay as they are, the head too unless asked."""
 
     step: Literal["quantize"]
@@ -140,7 +140,7 @@ class Quantize(Strict):
 AnyStep = Prune | PruneDepth | Quantize
 
 
-class Recipe(Strict):
+class Recipe(StrictModel):
     """Steps in the order in which they are applied."""
 
     summary: str
@@ -198,7 +198,7 @@ def _parse(text: str, origin: str, settings: Sequence[str] = ()) -> Recipe:
     except tomllib.TOMLDecodeError as error:
         raise UserError("recipe", origin, f"is not TOML ({error})", "mend the file") from error
     except ValidationError as error:
-        raise refused_key("recipe", error, "steps", origin) from error
+        raise invalid_key_error("recipe", error, "steps", origin) from error
 
 
 def _set(raw: dict[str, Any], setting: str) -> None:

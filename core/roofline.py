@@ -24,7 +24,7 @@ _MEASURE_TIMEOUT_S = 60
 
 
 @dataclass(frozen=True)
-class Machine:
+class Roofline:
     """What the hardware can do."""
 
     bandwidth: float
@@ -38,18 +38,18 @@ class Machine:
 
 
 _GPUS = {
-    "H200": Machine(4.8e12, 989e12, 1979e12, "datasheet"),
-    "H100 PCIe": Machine(2.0e12, 756e12, 1513e12, "datasheet"),
-    "H100": Machine(3.35e12, 989e12, 1979e12, "datasheet"),
-    "A100-PCIE-40GB": Machine(1.555e12, 312e12, 624e12, "datasheet"),
-    "A100-SXM4-40GB": Machine(1.555e12, 312e12, 624e12, "datasheet"),
-    "A100": Machine(1.935e12, 312e12, 624e12, "datasheet"),
-    "L4": Machine(0.3e12, 121e12, 242e12, "datasheet"),
+    "H200": Roofline(4.8e12, 989e12, 1979e12, "datasheet"),
+    "H100 PCIe": Roofline(2.0e12, 756e12, 1513e12, "datasheet"),
+    "H100": Roofline(3.35e12, 989e12, 1979e12, "datasheet"),
+    "A100-PCIE-40GB": Roofline(1.555e12, 312e12, 624e12, "datasheet"),
+    "A100-SXM4-40GB": Roofline(1.555e12, 312e12, 624e12, "datasheet"),
+    "A100": Roofline(1.935e12, 312e12, 624e12, "datasheet"),
+    "L4": Roofline(0.3e12, 121e12, 242e12, "datasheet"),
 }
 """By a part of the name that nvidia-smi gives, the first that fits; dense products, no sparsity."""
 
 
-def machine_roof(hardware: Hardware | None = None, measure: bool = True) -> Machine | None:
+def load_roofline(hardware: Hardware | None = None, measure: bool = True) -> Roofline | None:
     """What this machine can do; None for an unknown GPU, and where it was never measured and must not be now.
 
     Measuring takes two seconds of every core and a process that imports torch: call it before an engine starts. That
@@ -72,7 +72,7 @@ def machine_roof(hardware: Hardware | None = None, measure: bool = True) -> Mach
         except (OSError, subprocess.SubprocessError):
             return None  # a figure for the curious is no reason to stop
     try:
-        return Machine(**json.loads(file.read_text(encoding="utf-8")))
+        return Roofline(**json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
 
@@ -82,7 +82,7 @@ def _cache_file(hardware: Hardware) -> Path:
     return cache_dir("roof") / f"{name}.json"
 
 
-def _measure() -> Machine:
+def _measure() -> Roofline:
     """Best of several runs, so that a neighbour on the machine does not become its limit. About two seconds."""
     import torch
 
@@ -97,7 +97,7 @@ def _measure() -> Machine:
         int8 = 2 * size**3 / _best_s(lambda: torch._int_mm(a8, b8))
     except RuntimeError:
         int8 = 0.0
-    return Machine(bandwidth, bf16, int8, "measured")
+    return Roofline(bandwidth, bf16, int8, "measured")
 
 
 def _best_s(run: Callable[[], object], budget_s: float = 0.5) -> float:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from slimserve.core.config import Strict, refused_key
+from slimserve.core.config import StrictModel, invalid_key_error
 from slimserve.core.errors import UserError
 from slimserve.distill.losses import Divergence, LossSettings
 from slimserve.distill.sampling import SamplingSettings
@@ -17,7 +17,7 @@ from slimserve.distill.student import HiddenSettings
 from slimserve.distill.supervision import Supervision, Window, parse_sections
 
 
-class Data(Strict):
+class Data(StrictModel):
     """What is learnt from."""
 
     source: str = "reasoning"
@@ -29,7 +29,7 @@ class Data(Strict):
     seed: int = 42
 
 
-class Supervise(Strict):
+class Supervise(StrictModel):
     """What of a sequence is learnt."""
 
     sections: str = "all"
@@ -53,7 +53,7 @@ class Supervise(Strict):
         return Supervision(parse_sections(self.sections), self.lead_span, self.window)
 
 
-class Loss(Strict):
+class Loss(StrictModel):
     """How student and teacher are compared; see distill/losses.py."""
 
     divergence: Divergence = "forward_kl"
@@ -84,7 +84,7 @@ class Loss(Strict):
         return HiddenSettings(self.hidden_weight, self.hidden_kind, self.hidden_pairs)
 
 
-class Training(Strict):
+class Training(StrictModel):
     """How the loop runs."""
 
     learning_rate: float = Field(default=2e-5, gt=0)
@@ -112,7 +112,7 @@ class Training(Strict):
     """Which weights become the student: those of least validation loss, or the last ones."""
 
 
-class Stage(Strict):
+class Stage(StrictModel):
     """A part of the training with data of its own."""
 
     kind: Literal["off_policy", "on_policy"] = "off_policy"
@@ -144,7 +144,7 @@ class Stage(Strict):
         return SamplingSettings(self.temperature, self.max_new_tokens)
 
 
-class DistillRecipe(Strict):
+class DistillRecipe(StrictModel):
     """Everything but the models."""
 
     summary: str = ""
@@ -194,7 +194,7 @@ def parse_distill_recipe(raw: Mapping[str, Any], origin: str) -> DistillRecipe:
     try:
         return DistillRecipe.model_validate(raw)
     except ValidationError as error:
-        raise refused_key("recipe", error, "stages", origin) from error
+        raise invalid_key_error("recipe", error, "stages", origin) from error
 
 
 def _put(raw: dict[str, Any], key: str, value: Any, given: str) -> None:

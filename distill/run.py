@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from slimserve.core.errors import UserError
 from slimserve.core.model import count_parameters, model_hash, model_name, resolve_model
 from slimserve.core.progress import say
-from slimserve.core.roofline import machine_roof
+from slimserve.core.roofline import load_roofline
 from slimserve.core.storage import atomic_directory, building_path, work_folder
 from slimserve.core.variant import Manifest, Source, Step, read_manifest, write_manifest
 from slimserve.distill.data import Examples, load_examples
@@ -172,7 +172,7 @@ def _make_job(
         online = OnlineTeacher(load_model(pair.teacher_directory, dtype), loss.hidden)
     stop = stop_tokens(pair.student_directory, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(stop, default=0)
-    machine = machine_roof()
+    machine = load_roofline()
     job = Job(
         student=student,
         recipe=recipe,

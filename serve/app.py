@@ -16,7 +16,7 @@ import uvloop
 
 from slimserve.core.errors import UserError
 from slimserve.core.hardware import Hardware
-from slimserve.core.roofline import machine_roof
+from slimserve.core.roofline import load_roofline
 from slimserve.core.storage import cache_dir
 from slimserve.serve.engine.roofline import describe_start
 from slimserve.serve.gateway.proxy import ProxyServer, Timeouts
@@ -56,7 +56,7 @@ def engine_specs(stack: Stack, plans: Sequence[LaunchPlan]) -> list[EngineSpec]:
 def serve_foreground(stack: Stack, plans: Sequence[LaunchPlan], say: Callable[[str], object]) -> None:
     """Serve until SystemExit (one variant) or a signal (several); UserError where nothing is left that serves."""
     specs = engine_specs(stack, plans)
-    machine_roof()  # measured before an engine takes the cores
+    load_roofline()  # measured before an engine takes the cores
     for spec in specs:
         say(f"{spec.name}: engine log {spec.log}")
     if len(specs) == 1:

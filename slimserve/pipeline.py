@@ -33,7 +33,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from slimserve.core.config import Strict, refused_key
+from slimserve.core.config import StrictModel, invalid_key_error
 from slimserve.core.errors import UserError
 from slimserve.core.model import model_hash, resolve_model
 from slimserve.core.progress import say
@@ -43,7 +43,7 @@ from slimserve.distill.recipe import DistillRecipe
 _COMPARISON = "compare"
 
 
-class _Step(Strict):
+class _Step(StrictModel):
     name: str = Field(pattern=r"^[\w.-]+$")
     of: str | None = None
     """The step whose model this one changes; the one before if not given."""
@@ -57,7 +57,7 @@ class Distill(_Step):
     recipe: DistillRecipe = DistillRecipe()
 
 
-class Between(Strict):
+class Between(StrictModel):
     """Distillation between the rounds of a pruning."""
 
     teacher: str | None = None
@@ -73,7 +73,7 @@ class Compress(_Step):
     between: Between | None = None
 
 
-class Compare(Strict):
+class Compare(StrictModel):
     """Serve, judge and load some of the models."""
 
     variants: tuple[str, ...]
@@ -84,7 +84,7 @@ class Compare(Strict):
     price_per_hour: float | None = None
 
 
-class Pipeline(Strict):
+class Pipeline(StrictModel):
     """All steps in their order."""
 
     model: str
@@ -113,7 +113,7 @@ def load_pipeline(file: Path) -> Pipeline:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UserError("pipeline", file, f"cannot be read ({error})", "give the path of a TOML file") from error
     except ValidationError as error:
-        raise refused_key("pipeline", error, "steps", file) from error
+        raise invalid_key_error("pipeline", error, "steps", file) from error
 
 
 def run_pipeline(pipeline: Pipeline, output: Path) -> dict[str, Path]:

@@ -22,7 +22,7 @@ from typing import Any
 
 from prometheus_client import REGISTRY, CollectorRegistry
 
-from slimserve.core.roofline import Machine, machine_roof
+from slimserve.core.roofline import Roofline, load_roofline
 from slimserve.serve.policy.metrics import RoofMetrics, roof_metrics
 
 ENGINE_LOG_VARIABLE = "SLIMSERVE_ENGINE_LOG"
@@ -58,11 +58,11 @@ class Cost:
     is_int8: bool
     """Whether activations are int8 too, so that int8 FLOP/s are the roof."""
 
-    def decode_roof(self, machine: Machine) -> float:
+    def decode_roof(self, machine: Roofline) -> float:
         """Tokens a second of one stream with a short context."""
         return machine.bandwidth / self.decode_bytes
 
-    def prefill_roof(self, machine: Machine) -> float | None:
+    def prefill_roof(self, machine: Roofline) -> float | None:
         """Prompt tokens a second; None where the machine's figure is not known."""
         flops = machine.int8_flops if self.is_int8 else machine.bf16_flops
         return flops / self.prefill_flops if flops else None
@@ -101,7 +101,7 @@ def chosen_kernels(log: str) -> dict[str, str]:
     return {layer.strip(): kernel for kernel, layer in _KERNEL_LINE.findall(log)}
 
 
-def describe_roof(cost: Cost, machine: Machine | None, kernels: Mapping[str, str]) -> list[str]:
+def describe_roof(cost: Cost, machine: Roofline | None, kernels: Mapping[str, str]) -> list[str]:
     """Lines for people: why it is not faster."""
     lines = [f"{layer}: {kernel}" for layer, kernel in kernels.items()] or [
         "plain matrix products, no quantized kernel"
@@ -129,12 +129,12 @@ def describe_start(directory: Path, log: Path) -> list[str]:
     phases = ", ".join(f"{phase} after {seconds} s" for phase, seconds in _PHASE_LINE.findall(text))
     lines = [f"start: {phases}"] if phases else []
     try:
-        return lines + describe_roof(read_cost(directory), machine_roof(measure=False), chosen_kernels(text))
+        return lines + describe_roof(read_cost(directory), load_roofline(measure=False), chosen_kernels(text))
     except (OSError, ValueError, KeyError) as error:  # a figure for the curious is no reason not to serve
         return [*lines, f"the roof is unknown: the model's cost could not be read ({error})"]
 
 
-def register_roof(metrics: RoofMetrics, cost: Cost, machine: Machine | None, kernels: Mapping[str, str]) -> None:
+def register_roof(metrics: RoofMetrics, cost: Cost, machine: Roofline | None, kernels: Mapping[str, str]) -> None:
     """Set the gauges that do not change while the engine runs."""
     for layer, kernel in kernels.items():
         metrics.kernel.labels(layer, kernel).set(1)
@@ -180,7 +180,7 @@ async def watch_roof(directory: str, window_s: float = _WINDOW_S) -> None:
     if log:
         text = await asyncio.to_thread(Path(log).read_text, encoding="utf-8", errors="replace")
     cost = await asyncio.to_thread(read_cost, Path(directory))
-    machine = await asyncio.to_thread(machine_roof, None, False)
+    machine = await asyncio.to_thread(load_roofline, None, False)
     metrics = roof_metrics()
     register_roof(metrics, cost, machine, chosen_kernels(text))
     rates = Rates()

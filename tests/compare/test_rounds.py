@@ -42,7 +42,7 @@ class Killed(BaseException):
 
 
 @dataclass
-class Machine:
+class Roofline:
     """Speeds in slates a second by variant, and what happened on it."""
 
     url: str
@@ -81,8 +81,8 @@ class Machine:
 
 
 @pytest.fixture
-def machine(fake_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
-    made = Machine(fake_url)
+def machine(fake_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Roofline:
+    made = Roofline(fake_url)
 
     def build(model: str, base: Path, recipe: str, started: object) -> VariantResult:
         directory = tmp_path / "models" / f"{recipe}{made.versions.get(recipe, '')}"
@@ -116,7 +116,7 @@ def compare(output: Path, recipes: Sequence[str] = RECIPES, effort: Effort = EFF
     return run.compare("a-model", recipes, ["recommendation"], effort, output, **options)
 
 
-def test_rounds_turn_around_and_rates_are_the_references(machine: Machine, tmp_path: Path) -> None:
+def test_rounds_turn_around_and_rates_are_the_references(machine: Roofline, tmp_path: Path) -> None:
     comparison = compare(tmp_path / "out", requirements=Requirements(slos={"recommendation": ("e2e_p90=1s",)}))
     loads = machine.loads()
     order = list(dict.fromkeys((name, int(seed) // 100) for name, _, seed in loads))
@@ -142,7 +142,7 @@ def test_rounds_turn_around_and_rates_are_the_references(machine: Machine, tmp_p
 
 
 @pytest.mark.parametrize("num_loads", [1, 4, 9, 11])
-def test_a_killed_run_goes_on_where_it_was(machine: Machine, tmp_path: Path, num_loads: int) -> None:
+def test_a_killed_run_goes_on_where_it_was(machine: Roofline, tmp_path: Path, num_loads: int) -> None:
     machine.loads_until_killed = num_loads
     with pytest.raises(Killed):
         compare(tmp_path / "out")
@@ -156,7 +156,7 @@ def test_a_killed_run_goes_on_where_it_was(machine: Machine, tmp_path: Path, num
 
 
 def test_a_finished_comparison_is_only_reported_anew(
-    machine: Machine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    machine: Roofline, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first = compare(tmp_path / "out")
     machine.events.clear()
@@ -168,7 +168,7 @@ def test_a_finished_comparison_is_only_reported_anew(
     assert (first.verdict.winner, stricter.verdict.winner) == ("w8a8", None)
 
 
-def test_only_a_changed_variant_is_measured_anew(machine: Machine, tmp_path: Path) -> None:
+def test_only_a_changed_variant_is_measured_anew(machine: Roofline, tmp_path: Path) -> None:
     compare(tmp_path / "out")
     machine.events.clear()
     machine.versions["w8a8"] = "-new"
@@ -185,7 +185,7 @@ def test_only_a_changed_variant_is_measured_anew(machine: Machine, tmp_path: Pat
     [({"effort": replace(EFFORT, duration_s=11.0)}, "effort"), ({"recipes": ["dense", "w8a8"]}, "variants")],
 )
 def test_other_settings_in_the_same_folder_are_refused(
-    machine: Machine, tmp_path: Path, options: dict[str, Any], what: str
+    machine: Roofline, tmp_path: Path, options: dict[str, Any], what: str
 ) -> None:
     compare(tmp_path / "out")
     machine.events.clear()
@@ -194,7 +194,7 @@ def test_other_settings_in_the_same_folder_are_refused(
     assert machine.events == []
 
 
-def test_an_external_endpoint_is_a_row_that_is_never_started(machine: Machine, tmp_path: Path) -> None:
+def test_an_external_endpoint_is_a_row_that_is_never_started(machine: Roofline, tmp_path: Path) -> None:
     endpoint = Endpoint("other", machine.url, "good")
     comparison = compare(tmp_path / "out", recipes=["dense"], endpoints=[endpoint], effort=replace(EFFORT, rounds=1))
     other = comparison.variant("other")
@@ -206,7 +206,7 @@ def test_an_external_endpoint_is_a_row_that_is_never_started(machine: Machine, t
 
 
 def test_a_loss_against_a_baseline_fails_and_the_old_variant_runs_in_the_same_rounds(
-    machine: Machine, tmp_path: Path
+    machine: Roofline, tmp_path: Path
 ) -> None:
     compare(tmp_path / "before")
     machine.events.clear()
@@ -226,7 +226,7 @@ def test_a_loss_against_a_baseline_fails_and_the_old_variant_runs_in_the_same_ro
     assert load_comparison(tmp_path / "after").baseline == after.baseline
 
 
-def test_a_baseline_within_its_limits_passes(machine: Machine, tmp_path: Path) -> None:
+def test_a_baseline_within_its_limits_passes(machine: Roofline, tmp_path: Path) -> None:
     compare(tmp_path / "before")
     machine.speeds["w8a8"] = 7.8
     after = compare(tmp_path / "after", baseline=Baseline(tmp_path / "before", 0.01, 0.05))
@@ -235,21 +235,21 @@ def test_a_baseline_within_its_limits_passes(machine: Machine, tmp_path: Path) -
     assert {loss.kind for loss in after.baseline.losses} == {"quality", "goodput"}
 
 
-def test_a_baseline_of_other_prompts_is_refused(machine: Machine, tmp_path: Path) -> None:
+def test_a_baseline_of_other_prompts_is_refused(machine: Roofline, tmp_path: Path) -> None:
     compare(tmp_path / "before")
     effort = replace(EFFORT, quality_prompts={"recommendation": 5})
     with pytest.raises(UserError, match="quality prompts of recommendation' were 4 and are 5"):
         compare(tmp_path / "after", baseline=Baseline(tmp_path / "before"), effort=effort)
 
 
-def test_a_baseline_is_not_overwritten(machine: Machine, tmp_path: Path) -> None:
+def test_a_baseline_is_not_overwritten(machine: Roofline, tmp_path: Path) -> None:
     compare(tmp_path / "before")
     with pytest.raises(UserError, match="is where this comparison goes"):
         compare(tmp_path / "before", baseline=Baseline(tmp_path / "before"))
 
 
 def test_a_finished_model_is_a_row_and_the_first_one_the_reference_without_dense(
-    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    machine: Roofline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("w8a8", "nf4"):
         (tmp_path / name).mkdir()

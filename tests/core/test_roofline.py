@@ -10,10 +10,10 @@ import pytest
 
 import slimserve.core.roofline
 from slimserve.core.hardware import Hardware
-from slimserve.core.roofline import Machine, machine_roof
+from slimserve.core.roofline import Roofline, load_roofline
 
 _CPU = Hardware("Some CPU @ 2.0GHz", (0, 1), 8.0, (), ())
-MACHINE = Machine(bandwidth=1e9, bf16_flops=2e12, int8_flops=6e12, source="measured")
+MACHINE = Roofline(bandwidth=1e9, bf16_flops=2e12, int8_flops=6e12, source="measured")
 
 
 @pytest.mark.parametrize(
@@ -21,15 +21,15 @@ MACHINE = Machine(bandwidth=1e9, bf16_flops=2e12, int8_flops=6e12, source="measu
     [("NVIDIA H200, 143771 MiB", 4.8e12), ("NVIDIA H100 PCIe, 81559 MiB", 2.0e12), ("NVIDIA L4, 23034 MiB", 0.3e12)],
 )
 def test_a_known_gpu_has_its_datasheets_figures(gpu: str, bandwidth: float) -> None:
-    machine = machine_roof(Hardware("cpu", (0,), 1.0, (), (gpu,)))
+    machine = load_roofline(Hardware("cpu", (0,), 1.0, (), (gpu,)))
     assert machine is not None
     assert (machine.bandwidth, machine.source) == (bandwidth, "datasheet")
-    assert machine_roof(Hardware("cpu", (0,), 1.0, (), ("NVIDIA GeForce RTX 3090, 24576 MiB",))) is None
+    assert load_roofline(Hardware("cpu", (0,), 1.0, (), ("NVIDIA GeForce RTX 3090, 24576 MiB",))) is None
 
 
 def test_a_cpu_is_measured_once_and_by_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLIMSERVE_CACHE", str(tmp_path))
-    assert machine_roof(_CPU, measure=False) is None
+    assert load_roofline(_CPU, measure=False) is None
     runs: list[dict[str, str]] = []
 
     def measure(command: list[str], env: dict[str, str], **options: object) -> None:
@@ -39,9 +39,9 @@ def test_a_cpu_is_measured_once_and_by_a_process_of_its_own(tmp_path: Path, monk
 
     monkeypatch.setattr("slimserve.core.roofline.subprocess.run", measure)
     monkeypatch.setattr("slimserve.core.roofline.openmp_library", lambda: "x")
-    assert [machine_roof(_CPU) for _ in range(2)] == [MACHINE, MACHINE]
+    assert [load_roofline(_CPU) for _ in range(2)] == [MACHINE, MACHINE]
     assert [env["LD_PRELOAD"] for env in runs] == ["x"]
-    assert machine_roof(Hardware("Some CPU @ 2.0GHz", (0,), 8.0, (), ()), measure=False) is None
+    assert load_roofline(Hardware("Some CPU @ 2.0GHz", (0,), 8.0, (), ()), measure=False) is None
 
 
 def test_measuring_finds_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry, Counter
 from safetensors.torch import save_file
 
 import slimserve.serve.engine.roofline
-from slimserve.core.roofline import Machine
+from slimserve.core.roofline import Roofline
 from slimserve.serve.engine.roofline import (
     Cost,
     Rates,
@@ -27,7 +27,7 @@ from slimserve.serve.policy.metrics import RoofMetrics
 
 _CONFIG = {"hidden_size": 8, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 3}
 _INT8 = {"input_activations": {"type": "int", "num_bits": 8}, "weights": {"num_bits": 8}}
-MACHINE = Machine(bandwidth=1e9, bf16_flops=2e12, int8_flops=6e12, source="measured")
+MACHINE = Roofline(bandwidth=1e9, bf16_flops=2e12, int8_flops=6e12, source="measured")
 
 
 def save(directory: Path, tensors: dict[str, torch.Tensor], **config: object) -> Path:
@@ -80,7 +80,7 @@ def test_the_roofs_are_what_the_machine_can_do_over_what_a_token_costs() -> None
     assert (cost.decode_roof(MACHINE), cost.prefill_roof(MACHINE)) == (500.0, 2e6)
     int8 = Cost(**asdict(cost) | {"is_int8": True})
     assert int8.prefill_roof(MACHINE) == 6e6
-    assert int8.prefill_roof(Machine(1e9, 2e12, 0.0, "measured")) is None
+    assert int8.prefill_roof(Roofline(1e9, 2e12, 0.0, "measured")) is None
     lines = "\n".join(describe_roof(int8, MACHINE, {"W8A8": "SomeKernel"}))
     assert "W8A8: SomeKernel" in lines
     assert "decode roof 500 tokens/s a stream at 1.0 GB/s (measured)" in lines
@@ -148,7 +148,7 @@ def test_the_watch_sets_the_gauges_of_a_model_and_its_engines_log(
     log.write_text("Selected SomeLinearKernel for SomeFormat\n")
     monkeypatch.setenv("SLIMSERVE_ENGINE_LOG", str(log))
     monkeypatch.setattr("slimserve.serve.engine.roofline.roof_metrics", lambda: metrics)
-    monkeypatch.setattr("slimserve.serve.engine.roofline.machine_roof", lambda hardware, measure: MACHINE)
+    monkeypatch.setattr("slimserve.serve.engine.roofline.load_roofline", lambda hardware, measure: MACHINE)
     save(tmp_path, layer("mlp.up_proj", 5, 8))
 
     async def watch() -> None:
