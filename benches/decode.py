@@ -23,7 +23,7 @@ from benches.served import MODEL, built, median, our_spec, served, stock_spec
 from slimserve.compress.reference import divergences
 from slimserve.core.hardware import probe_hardware
 from slimserve.core.model import BUILTIN_MODELS, resolve_model
-from slimserve.core.progress import say
+from slimserve.core.progress import print_status
 from slimserve.core.provenance import bench_line
 from slimserve.serve.launch.process import Engine
 
@@ -53,7 +53,7 @@ def main() -> None:
                     spec = stock_spec(log) if side == "stock" else our_spec(log, variants[side], "reasoning")
                     with Engine(spec) as engine:
                         measured = asyncio.run(_measure(engine.spec.url))
-                say(f"round {number + 1}/{NUM_ROUNDS} {side}: {measured}")
+                print_status(f"round {number + 1}/{NUM_ROUNDS} {side}: {measured}")
                 for figure, value in measured.items():
                     rates[f"{side}_{figure}"] = value
                     figures.setdefault(f"{side}_{figure}_tokens_per_s", []).append(value)

@@ -21,7 +21,7 @@ from benches.child import in_process
 from benches.heldout import packed_tokens
 from benches.served import MODEL, built
 from slimserve.core.model import resolve_model
-from slimserve.core.progress import say
+from slimserve.core.progress import print_status
 from slimserve.core.provenance import bench_line
 from slimserve.distill.batches import Batch, make_batches
 from slimserve.distill.cost import ModelShape, PeakMemory, training_flops
@@ -58,7 +58,7 @@ def main() -> None:
             figures.setdefault(f"seconds_{span:g}", []).append(found["seconds"])
             figures.setdefault(f"step_gib_{span:g}", []).append(found["step_bytes"] / 2**30)
             figures.setdefault(f"gflops_per_s_{span:g}", []).append(found["flops"] / found["seconds"] / 1e9)
-        say(f"round {number + 1}: {', '.join(f'{name} {values[-1]:.3g}' for name, values in figures.items())}")
+        print_status(f"round {number + 1}: {', '.join(f'{name} {values[-1]:.3g}' for name, values in figures.items())}")
     print(bench_line("distill-cost", figures))
 
 

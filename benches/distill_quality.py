@@ -28,7 +28,7 @@ from slimserve.compress.build import build_variant
 from slimserve.compress.recipe import Calibrate, Prune, Recipe, load_recipe
 from slimserve.core.model import model_hash, resolve_model
 from slimserve.core.openai_client import Target
-from slimserve.core.progress import say
+from slimserve.core.progress import print_status
 from slimserve.core.provenance import bench_line
 from slimserve.core.storage import cache_dir, write_atomically
 from slimserve.distill.data import load_examples
@@ -38,7 +38,7 @@ from slimserve.distill.recipe import DistillRecipe, parse_distill_recipe
 from slimserve.distill.run import distill
 from slimserve.distill.sections import label_example
 from slimserve.serve.launch.process import Engine
-from slimserve.workloads import estimates
+from slimserve.workloads import metrics
 from slimserve.workloads.interface import Estimate, ScoringPrompt
 from slimserve.workloads.recommendation import Recommendation, label_prompts
 
@@ -61,10 +61,10 @@ def main() -> None:
     figures: dict[str, list[float]] = {}
 
     def note(name: str, found: dict[str, Estimate]) -> float:
-        for figure, key in (("auc", f"auc_{name}"), ("within_member_auc", f"within_member_auc_{name}")):
+        for figure, key in (("auc", f"auc_{name}"), ("within_user_auc", f"within_member_auc_{name}")):
             figures.setdefault(key, []).append(found[figure].value)
         told = found["auc"]
-        say(f"{name}: AUC {told.value:.4f} [{told.low:.4f}, {told.high:.4f}] of {told.n} labels")
+        print_status(f"{name}: AUC {told.value:.4f} [{told.low:.4f}, {told.high:.4f}] of {told.n} labels")
         return told.value
 
     note("untrained", _in_process(folder, resolve_model(MODEL)))
@@ -155,8 +155,8 @@ def _served(folder: Path, directory: Path) -> dict[str, Estimate]:
         scores = iter(cast("Sequence[tuple[float, ...]]", flat))
         truths = [[one.truth[0] for one in several] for several in asked]
         given = [[next(scores)[0] for _ in several] for several in asked]
-        figures = estimates.slate_figures(truths, given, [one.group for one in prompts])
-        found = {name: estimates.estimate(figure) for name, figure in figures.items()}
+        figures = metrics.ranking_metrics(truths, given, [one.group for one in prompts])
+        found = {name: metrics.estimate(figure) for name, figure in figures.items()}
         write_atomically(file, json.dumps({name: vars(one) for name, one in found.items()}))
     return _read(file)
 

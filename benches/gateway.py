@@ -34,7 +34,7 @@ import uvloop
 
 from slimserve.core.hardware import probe_hardware
 from slimserve.core.model import resolve_model
-from slimserve.core.progress import say
+from slimserve.core.progress import print_status
 from slimserve.core.provenance import bench_line
 from slimserve.serve.gateway.proxy import ProxyServer
 from slimserve.serve.gateway.routing import Gateway
@@ -86,7 +86,9 @@ def main() -> None:
                 client.ask(port, 8)
             for number in range(NUM_ROUNDS):
                 measured = _measure_round(client, sides if number % 2 == 0 else sides[::-1])
-                say(f"round {number + 1}/{NUM_ROUNDS}: {', '.join(f'{k} {v:.3f}' for k, v in measured.items())}")
+                print_status(
+                    f"round {number + 1}/{NUM_ROUNDS}: {', '.join(f'{k} {v:.3f}' for k, v in measured.items())}"
+                )
                 for name, value in measured.items():
                     figures.setdefault(name, []).append(value)
     for _ in range(NUM_FAKE_ROUNDS):
@@ -132,7 +134,7 @@ def _chunks_per_core_second(gap_ms: int, num_chunks: int) -> float:
         burst = client.ask(gateway.port, FAKE_STREAMS)
         used_s = sum(gateway.process.cpu_times()[:2]) - before
     assert burst.num_chunks == FAKE_STREAMS * (num_chunks + 1)
-    say(
+    print_status(
         f"fake engine, a chunk each {gap_ms} ms: {burst.num_chunks} chunks in {burst.seconds:.2f} s, CPU {used_s:.2f} s"
     )
     return float(burst.num_chunks / used_s)
@@ -262,7 +264,7 @@ class _Stream(asyncio.Protocol):
 async def _gateway(port: int, engine_port: int) -> None:
     """The gateway as `slimserve serve` runs it, with an engine that somebody else started."""
     spec = EngineSpec(Path(), NAME, LaunchPlan(), Path(os.devnull), engine_port)
-    engine = SupervisedEngine(spec, gateway_metrics(), say)
+    engine = SupervisedEngine(spec, gateway_metrics(), print_status)
     engine.state = State.READY
     server = ProxyServer(Gateway([], {NAME: engine}, gateway_metrics()), Limits().max_body_bytes)
     await server.start(socket.create_server(("127.0.0.1", port)))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from benches.child import in_process
-from slimserve.core.progress import say
+from slimserve.core.progress import print_status
 from slimserve.core.provenance import bench_line
 from slimserve.distill.chunked import TeacherStates, chunked_loss, plain_losses
 from slimserve.distill.cost import PeakMemory
@@ -44,7 +44,7 @@ def main() -> None:
         for side, found in told.items():
             figures.setdefault(f"{side}_peak_mib", []).append(found["peak_bytes"] / 2**20)
             figures.setdefault(f"{side}_s", []).append(found["seconds"])
-        say(f"round {number + 1}: {', '.join(f'{name} {values[-1]:.3g}' for name, values in figures.items())}")
+        print_status(f"round {number + 1}: {', '.join(f'{name} {values[-1]:.3g}' for name, values in figures.items())}")
     for name, error in _disagreement().items():
         figures[f"{name}_relative_error"] = [error]
     print(bench_line("kd-memory", figures))

@@ -20,7 +20,7 @@ import httpx
 
 from slimserve.core.hardware import probe_hardware
 from slimserve.core.model import resolve_model
-from slimserve.core.progress import say
+from slimserve.core.progress import print_status
 from slimserve.core.provenance import bench_line
 from slimserve.serve.launch.plan import LaunchPlan, plan_launch
 from slimserve.serve.launch.process import STOCK_COMMAND, Engine, EngineSpec, free_port
@@ -49,7 +49,7 @@ def main() -> None:
                 spec = EngineSpec(directory, "model", plan, log, free_port(), command=command)
                 with Engine(spec) as engine:
                     speeds[name] = asyncio.run(_measure(spec.url)) | {"ready_s": engine.ready_s}
-                say(f"round {number + 1}/{NUM_ROUNDS} {name}: {_described(speeds[name])}")
+                print_status(f"round {number + 1}/{NUM_ROUNDS} {name}: {_described(speeds[name])}")
             for name, measured in speeds.items():
                 for figure, value in measured.items():
                     figures.setdefault(f"{name}_{figure}", []).append(value)

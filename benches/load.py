@@ -13,7 +13,7 @@ from slimserve.compare.check import check_variant
 from slimserve.compress.build import build_variant
 from slimserve.compress.recipe import list_recipes, load_recipe
 from slimserve.core.model import resolve_model
-from slimserve.core.progress import say
+from slimserve.core.progress import print_status
 from slimserve.core.provenance import bench_line
 from slimserve.core.variant import read_manifest
 
@@ -24,13 +24,13 @@ def main() -> None:
     model = resolve_model(MODEL)
     figures: dict[str, list[float]] = {}
     for name in list_recipes():
-        say(f"--- {name} ---")
+        print_status(f"--- {name} ---")
         variant = build_variant(MODEL, model, *load_recipe(name), None)
         manifest = read_manifest(variant)
         passed = True
         for finding in check_variant(variant):
             passed &= finding.passed
-            say(f"{'ok  ' if finding.passed else 'FAIL'} {finding.what:13} {finding.detail}")
+            print_status(f"{'ok  ' if finding.passed else 'FAIL'} {finding.what:13} {finding.detail}")
         key = name.replace("-", "_")
         figures[f"{key}_loads"] = [float(passed)]
         figures[f"{key}_build_s"] = [manifest.build_s if manifest else 0.0]

@@ -22,7 +22,7 @@ from benches.peers.environment import peer_variables
 from benches.served import MODEL, our_spec
 from slimserve.core.model import resolve_model
 from slimserve.core.openai_client import Target
-from slimserve.core.progress import progress, say
+from slimserve.core.progress import print_status, progress
 from slimserve.core.provenance import bench_line
 from slimserve.loadtest.run import run_suite
 from slimserve.loadtest.settings import LoadSettings, SuiteOptions
@@ -73,7 +73,7 @@ def main() -> None:
                     figures.setdefault(f"ours_{metric}_median_ms", []).append(ours_s * 1e3)
                     figures.setdefault(f"vllm_{metric}_median_ms", []).append(theirs_s * 1e3)
                 told = {name: round(values[-1], 3) for name, values in figures.items()}
-                say(f"round {number + 1}/{NUM_ROUNDS}: {told}")
+                print_status(f"round {number + 1}/{NUM_ROUNDS}: {told}")
     print(bench_line("loadtest-real", figures))
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from benches.peers.environment import peer_variables
 from slimserve.core.hardware import probe_hardware
 from slimserve.core.openai_client import Target
-from slimserve.core.progress import progress, say
+from slimserve.core.progress import print_status, progress
 from slimserve.core.provenance import bench_line
 from slimserve.loadtest.mock_server import MODEL, Schedule, running_truth
 from slimserve.loadtest.run import run_suite
@@ -44,7 +44,7 @@ def main() -> None:
                 running_truth(SCHEDULE, probe_hardware().cores[0]) as truth,
             ):
                 p99_s, num_requests = sides[side](truth.url, Path(folder))
-            say(f"round {number + 1}, {side}: p99 {p99_s:.3f} s of {num_requests} requests")
+            print_status(f"round {number + 1}, {side}: p99 {p99_s:.3f} s of {num_requests} requests")
             figures.setdefault(f"{side}_p99_s", []).append(p99_s)
             figures.setdefault(f"{side}_num_requests", []).append(num_requests)
     print(bench_line("loadtest-stall", figures))

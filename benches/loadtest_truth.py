@@ -30,7 +30,7 @@ from benches.peers.environment import peer_python, peer_variables
 from slimserve.core.hardware import probe_hardware
 from slimserve.core.model import resolve_model
 from slimserve.core.openai_client import Target
-from slimserve.core.progress import say
+from slimserve.core.progress import print_status
 from slimserve.core.provenance import bench_line
 from slimserve.loadtest.mock_server import MODEL, Schedule, running_truth
 from slimserve.loadtest.run import run_suite
@@ -69,7 +69,9 @@ def main() -> None:
                         figures.setdefault(f"{tool}_{metric}_{percentile}_error_ms_{num_streams}", []).append(error_ms)
                     figures.setdefault(f"truth_lag_p99_ms_{num_streams}", []).append(lag_ms)
                     told = ", ".join(f"{metric} {p} {error:.2f}" for (metric, p), error in errors.items())
-                    say(f"round {number + 1}, {num_streams} streams, {tool}: errors in ms: {told}; lag {lag_ms:.3f}")
+                    print_status(
+                        f"round {number + 1}, {num_streams} streams, {tool}: errors in ms: {told}; lag {lag_ms:.3f}"
+                    )
         for number in range(1 if is_quick else NUM_LADDER_ROUNDS):
             most = {tool: _most_streams(tool, tools[tool]) for tool in _in_turn(tools, number)}
             for tool, num_streams in most.items():
@@ -112,7 +114,7 @@ def _ask(tool: Tool, num_streams: int) -> tuple[Reported, float]:
             lag_ms = truth.lateness()["lag_p99_ms"]
         if lag_ms <= _MOST_LAG_MS or is_last:
             return reported, lag_ms
-        say(f"{num_streams} streams: the server itself was {lag_ms:.1f} ms late at p99; measured anew")
+        print_status(f"{num_streams} streams: the server itself was {lag_ms:.1f} ms late at p99; measured anew")
     raise AssertionError("the last try returns")
 
 
@@ -129,7 +131,7 @@ def _most_streams(tool: str, ask: Tool) -> int:
         }
         is_right = all(error <= TOLERANCE[name.split()[1]] for name, error in worst.items())
         told = ", ".join(f"{name} off by {error:.1%}" for name, error in worst.items())
-        say(f"{tool}, {LADDER[step]} streams: {'right' if is_right else 'wrong'}: {told}; lag {lag_ms:.3f} ms")
+        print_status(f"{tool}, {LADDER[step]} streams: {'right' if is_right else 'wrong'}: {told}; lag {lag_ms:.3f} ms")
         right, wrong = (step, wrong) if is_right else (right, step)
     return LADDER[right] if right >= 0 else 0
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from slimserve.core.hardware import probe_hardware
 from slimserve.core.openai_client import Target
-from slimserve.core.progress import say
+from slimserve.core.progress import print_status
 from slimserve.core.provenance import bench_line
 from slimserve.loadtest.mock_server import MODEL, Schedule, running_truth
 from slimserve.loadtest.rates import find_rate
@@ -36,10 +36,12 @@ _ENOUGH_HALVINGS = 60
 def main() -> None:
     figures: dict[str, list[float]] = {}
     analytic = highest_rate(SERVICE_S, LIMIT_S, FRAC)
-    say(f"M/D/1, {SERVICE_S * 1e3:g} ms each: p{FRAC * 100:g} is {LIMIT_S * 1e3:g} ms at {analytic:.1f} requests/s")
+    print_status(
+        f"M/D/1, {SERVICE_S * 1e3:g} ms each: p{FRAC * 100:g} is {LIMIT_S * 1e3:g} ms at {analytic:.1f} requests/s"
+    )
     for seed in SEEDS[:1] if "--quick" in sys.argv[1:] else SEEDS:
         found = _search(seed)
-        say(f"seed {seed}: {found:.1f} requests/s, {found / analytic - 1:+.1%}")
+        print_status(f"seed {seed}: {found:.1f} requests/s, {found / analytic - 1:+.1%}")
         figures.setdefault("max_rate_ratio", []).append(found / analytic)
         figures.setdefault("max_rate_per_s", []).append(found)
     figures["analytic_rate_per_s"] = [analytic]

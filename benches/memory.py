@@ -25,7 +25,7 @@ from benches.heldout import write_tokens
 from benches.peers.environment import peer_variables
 from benches.peers.measure import measure
 from slimserve.core.model import resolve_model
-from slimserve.core.progress import progress, say
+from slimserve.core.progress import print_status, progress
 from slimserve.core.provenance import bench_line
 from slimserve.core.storage import atomic_directory, cache_dir
 
@@ -73,7 +73,7 @@ def main() -> None:
             peaks = []
             for num_samples in NUM_SAMPLES:
                 peak_gib, wall_s = _compress(model, recipe, step, num_samples, Path(folder))
-                say(f"{recipe} with {num_samples} samples: peak {peak_gib:.2f} GiB, {wall_s:.0f} s")
+                print_status(f"{recipe} with {num_samples} samples: peak {peak_gib:.2f} GiB, {wall_s:.0f} s")
                 peaks.append(peak_gib)
                 figures[f"{recipe}_{num_samples}_samples_peak_rss_gib"] = [peak_gib]
                 figures[f"{recipe}_{num_samples}_samples_s"] = [wall_s]
@@ -106,7 +106,7 @@ def _random_model() -> Path:
     """The directory of the random model, which is written if needed."""
     target = cache_dir("models") / "random-llama-1.5b-v1"
     if target.exists():
-        say(f"random model: reused, written earlier at {target}")
+        print_status(f"random model: reused, written earlier at {target}")
         return target
     tokenizer_files = [file for file in resolve_model(_TOKENIZER_OF).iterdir() if file.stem.startswith("token")]
     num_shards = 1 + NUM_BLOCKS // _BLOCKS_PER_SHARD

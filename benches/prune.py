@@ -34,7 +34,7 @@ from benches.peers.environment import peer_python, peer_variables
 from benches.peers.measure import measure
 from slimserve.core.hardware import probe_hardware
 from slimserve.core.model import count_parameters, model_hash, resolve_model
-from slimserve.core.progress import say
+from slimserve.core.progress import print_status
 from slimserve.core.provenance import bench_line
 from slimserve.core.storage import cache_dir, sha256_of_files, write_atomically
 from slimserve.serve.launch.plan import plan_launch
@@ -83,14 +83,14 @@ class _Results:
         self._file = file
         self._cells: dict[str, Cell] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
         if self._cells:
-            say(f"going on from {len(self._cells)} finished measurements in {file}")
+            print_status(f"going on from {len(self._cells)} finished measurements in {file}")
 
     def get(self, name: str, measure_cell: Callable[[], Cell]) -> Cell:
         """The measurement of that name, taken now if it is not yet there."""
         if name not in self._cells:
             self._cells[name] = measure_cell()
             write_atomically(self._file, json.dumps(self._cells, indent=1))
-            say(f"{name}: " + ", ".join(f"{key} {value:.4g}" for key, value in self._cells[name].items()))
+            print_status(f"{name}: " + ", ".join(f"{key} {value:.4g}" for key, value in self._cells[name].items()))
         return self._cells[name]
 
     def close(self) -> None:

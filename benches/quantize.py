@@ -25,7 +25,7 @@ from benches.peers.environment import peer_python, peer_variables
 from benches.peers.measure import Measured, measure
 from slimserve.compress.reference import divergences
 from slimserve.core.model import resolve_model
-from slimserve.core.progress import say
+from slimserve.core.progress import print_status
 from slimserve.core.provenance import bench_line
 from slimserve.core.variant import read_manifest
 
@@ -74,15 +74,15 @@ def main() -> None:
             for side in _SIDES if seed % 2 == 0 else reversed(_SIDES):
                 measured[side.name] = _run(side, model, peer, tokens, work)
                 took = measured[side.name]
-                say(
+                print_status(
                     f"seed {seed} {side.name}: {took['s']:.1f} s (core {took['core_s']:.1f} s), "
                     f"peak {took['rss_gib']:.2f} GiB"
                 )
-            say(f"seed {seed}: KL to the dense model on {NUM_HELDOUT} x {SEQUENCE_LENGTH} held-out tokens …")
+            print_status(f"seed {seed}: KL to the dense model on {NUM_HELDOUT} x {SEQUENCE_LENGTH} held-out tokens …")
             found = divergences(model, [work / side.name for side in _SIDES], heldout)
             for side, divergence in zip(_SIDES, found, strict=True):
                 measured[side.name]["kl"] = divergence
-                say(f"seed {seed} {side.name}: KL {divergence:.5f}")
+                print_status(f"seed {seed} {side.name}: KL {divergence:.5f}")
             _collect(figures, measured)
     _print_table(figures)
     print(bench_line("quantize", figures))
@@ -90,7 +90,7 @@ def main() -> None:
 
 def _warm_up(peer: Path) -> None:
     """Read both sides' code from disk once, so that the first measured process does not wait for it."""
-    say("warming up both sides' imports …")
+    print_status("warming up both sides' imports …")
     ours = [sys.executable, "-c", "import slimserve, slimserve.compress.build, transformers"]
     theirs = [str(peer), "-c", "import llmcompressor.modifiers.gptq, transformers, datasets"]
     for command in (ours, theirs):

@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from benches.served import our_spec, served, stock_spec
-from slimserve.core.progress import say
+from slimserve.core.progress import print_status
 from slimserve.core.provenance import bench_line
 from slimserve.serve.launch.plan import Choice
 from slimserve.serve.launch.process import Engine
@@ -36,7 +36,9 @@ def main() -> None:
             for start in ("first", "later"):
                 for side in sides:
                     seconds, decode8 = _start(side, Path(folder) / side)
-                    say(f"round {number + 1}/{NUM_ROUNDS} {side}, {start} start: first token after {seconds:.1f} s")
+                    print_status(
+                        f"round {number + 1}/{NUM_ROUNDS} {side}, {start} start: first token after {seconds:.1f} s"
+                    )
                     measured |= {f"{side}_{start}_s": seconds, f"{side}_decode8": decode8}
             for figure, value in measured.items():
                 figures.setdefault(figure, []).append(value)

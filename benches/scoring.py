@@ -17,7 +17,7 @@ from pathlib import Path
 
 from benches.served import MODEL, ScoringLoad, built, median, our_spec, percentile, served, stock_spec
 from slimserve.core.model import resolve_model
-from slimserve.core.progress import say
+from slimserve.core.progress import print_status
 from slimserve.core.provenance import bench_line
 from slimserve.serve.launch.process import Engine, EngineSpec
 
@@ -61,7 +61,9 @@ def main() -> None:
                     path = "/generative_scoring" if side.stock else "/v1/score"
                     measured = asyncio.run(_measure(engine.spec.url, path))
                 rates[side.name] = measured[_items_per_s(HEADLINE)]
-                say(f"round {number + 1}/{NUM_ROUNDS} {side.name}: {rates[side.name]:.1f} items/s at 1000 x 32")
+                print_status(
+                    f"round {number + 1}/{NUM_ROUNDS} {side.name}: {rates[side.name]:.1f} items/s at 1000 x 32"
+                )
                 for figure, value in measured.items():
                     figures.setdefault(f"{side.name}_{figure}", []).append(value)
             for side in sides[1:]:

@@ -139,7 +139,7 @@ def _judge(log: Path, directory: Path, prompts: Sequence[ChatPrompt]) -> Mapping
     with Engine(our_spec(log, directory, "reasoning")) as engine:
         target = Target(engine.spec.url, engine.spec.name)
         answers = ask_prompts(target, f"problems, {directory.name}", prompts)
-    figures = Reasoning().judge(prompts, cast("list[Answer]", answers))
+    figures = Reasoning().evaluate(prompts, cast("list[Answer]", answers))
     return {name: figures[name].value for name in ("accuracy", "tokens_per_answer")}
 
 

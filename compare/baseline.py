@@ -25,7 +25,7 @@ from slimserve.compare.quality import figures_of, read_answers
 from slimserve.compare.results import BaselineOutcome, Comparison, Effort, Loss, VariantResult, load_comparison
 from slimserve.core.errors import UserError
 from slimserve.loadtest.summary import LoadSummary
-from slimserve.workloads import estimates
+from slimserve.workloads import metrics
 
 
 def load_baseline(baseline: Baseline, output: Path) -> Comparison:
@@ -87,13 +87,13 @@ def check_baseline(comparison: Comparison, folder: Path, baseline: Baseline, bef
                 f"{variant.name}: the model {why}, so speed is compared with what was recorded then; "
                 "drift of the machine since is not excluded"
             )
-        for workload, headline in comparison.workloads.items():
+        for workload, primary_metric in comparison.workloads.items():
             files = [
                 answers_file(_folder(baseline), variant.name, workload),
                 answers_file(folder, variant.name, workload),
             ]
             if all(file.exists() for file in files):
-                found = _quality_loss(comparison, variant.name, workload, headline, files, baseline)
+                found = _quality_loss(comparison, variant.name, workload, primary_metric, files, baseline)
                 losses += [found] if isinstance(found, Loss) else []
                 notes += [found] if isinstance(found, str) else []
             else:
@@ -106,25 +106,25 @@ def check_baseline(comparison: Comparison, folder: Path, baseline: Baseline, bef
 
 
 def _quality_loss(
-    comparison: Comparison, name: str, workload: str, headline: str, files: Sequence[Path], baseline: Baseline
+    comparison: Comparison, name: str, workload: str, primary_metric: str, files: Sequence[Path], baseline: Baseline
 ) -> Loss | str:
     effort = comparison.effort
     then, now = (read_answers(file) for file in files)
     if then.prompts_sha256 != now.prompts_sha256:
         return f"{name}: the prompts of {workload} are not those of the baseline, so its quality is not compared"
     before, after = (
-        figures_of(workload, effort.quality_prompts[workload], effort.seed, answers)[headline]
+        figures_of(workload, effort.quality_prompts[workload], effort.seed, answers)[primary_metric]
         for answers in (then, now)
     )
-    samples = paired({headline: after}, {headline: before}, now, then)[headline]
+    samples = paired({primary_metric: after}, {primary_metric: before}, now, then)[primary_metric]
     samples = samples[samples[:, 1] > 0]
     if not before.value > 0 or not len(samples):
-        return f"{name}: the baseline had no {headline} of {workload} to lose"
+        return f"{name}: the baseline had no {primary_metric} of {workload} to lose"
     kept = samples[:, 0] / samples[:, 1]
-    low, high, _ = estimates.paired_difference(np.stack([np.ones_like(kept), kept], axis=1))
+    low, high, _ = metrics.paired_difference(np.stack([np.ones_like(kept), kept], axis=1))
     loss = 1 - after.value / before.value
     limit = baseline.max_quality_loss_frac
-    return Loss(name, workload, headline, "quality", loss, low, high, limit, fails=loss > limit and low > 0)
+    return Loss(name, workload, primary_metric, "quality", loss, low, high, limit, fails=loss > limit and low > 0)
 
 
 def _speed_losses(

@@ -27,9 +27,9 @@ from slimserve.compare.results import (
 from slimserve.loadtest.rows import Row, read_rows
 from slimserve.loadtest.slo import goodput, parse_objective
 from slimserve.loadtest.summary import LoadSummary
-from slimserve.workloads import estimates
-from slimserve.workloads.estimates import Figure
+from slimserve.workloads import metrics
 from slimserve.workloads.interface import Estimate
+from slimserve.workloads.metrics import MetricData
 
 _TOP = 10
 _SECONDS_PER_HOUR = 3600
@@ -57,15 +57,19 @@ def judge_quality(comparison: Comparison, folder: Path) -> dict[str, dict[str, Q
                 continue
             is_reference = variant.name == comparison.reference
             figures = figures_of(workload, num_prompts, effort.seed, ours, None if is_reference else theirs)
-            variant.quality[workload] = {name: estimates.estimate(figure) for name, figure in figures.items()}
+            variant.quality[workload] = {name: metrics.estimate(figure) for name, figure in figures.items()}
             samples = {} if is_reference else paired(figures, reference, ours, theirs)
             if samples:
                 variant.differences[workload] = {
                     name: difference(figures[name], reference[name], drawn) for name, drawn in samples.items()
                 }
-            if headline := comparison.workloads.get(workload):
+            if primary_metric := comparison.workloads.get(workload):
                 outcomes[variant.name][workload] = _headline_outcome(
-                    headline, figures[headline], reference.get(headline), samples.get(headline), tolerance
+                    primary_metric,
+                    figures[primary_metric],
+                    reference.get(primary_metric),
+                    samples.get(primary_metric),
+                    tolerance,
                 )
     return outcomes
 
@@ -78,33 +82,33 @@ def _kept_answers(folder: Path, variant: str, workload: str) -> Answers | None:
 
 
 def paired(
-    figures: Mapping[str, Figure], others: Mapping[str, Figure], ours: Answers, theirs: Answers | None
+    figures: Mapping[str, MetricData], others: Mapping[str, MetricData], ours: Answers, theirs: Answers | None
 ) -> dict[str, np.ndarray]:
     """Paired draws of each figure that both have; none where the answers are to different prompts."""
     if theirs is None or ours.prompts_sha256 != theirs.prompts_sha256:
         return {}
-    return {name: estimates.paired_samples(figures[name], others[name]) for name in figures if name in others}
+    return {name: metrics.paired_samples(figures[name], others[name]) for name in figures if name in others}
 
 
-def difference(figure: Figure, reference: Figure, samples: np.ndarray) -> Difference:
+def difference(figure: MetricData, reference: MetricData, samples: np.ndarray) -> Difference:
     """The figure minus the reference's; right answers are tested exactly, prompt by prompt."""
-    low, high, p_value = estimates.paired_difference(samples)
+    low, high, p_value = metrics.paired_difference(samples)
     value = figure.value - reference.value
     if figure.successes is not None and reference.successes is not None:
-        p_value = estimates.mcnemar(figure.successes, reference.successes)
+        p_value = metrics.mcnemar(figure.successes, reference.successes)
         return Difference(value, low, high, p_value, len(figure.successes), "mcnemar")
     return Difference(value, low, high, p_value, len(set(figure.groups)), "bootstrap")
 
 
 def _headline_outcome(
-    name: str, figure: Figure, reference: Figure | None, samples: np.ndarray | None, tolerance: float
+    name: str, figure: MetricData, reference: MetricData | None, samples: np.ndarray | None, tolerance: float
 ) -> QualityOutcome:
     if reference is None or samples is None or not len(samples):  # the reference itself
         return QualityOutcome(name, 1.0, is_kept=True, probability=1.0)
     if not reference.value > 0:  # nothing to lose
         return QualityOutcome(name, 1.0, is_kept=True, probability=1.0)
     kept_frac = figure.value / reference.value
-    probability = estimates.probability_kept(figure, reference, samples, 1 - tolerance)
+    probability = metrics.probability_kept(figure, reference, samples, 1 - tolerance)
     return QualityOutcome(name, kept_frac, kept_frac >= 1 - tolerance, probability)
 
 
@@ -233,4 +237,4 @@ def _top_overlap(ours: Sequence[float], theirs: Sequence[float]) -> float:
 
 
 def _mean(values: Sequence[float]) -> Estimate:
-    return estimates.grouped(lambda rows: sum(values[row] for row in rows) / len(rows), range(len(values)), len(values))
+    return metrics.grouped(lambda rows: sum(values[row] for row in rows) / len(rows), range(len(values)), len(values))

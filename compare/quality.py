@@ -22,12 +22,12 @@ from pydantic import TypeAdapter
 from slimserve.compare.results import TEXT
 from slimserve.core.errors import UserError
 from slimserve.core.openai_client import Target, auth_headers
-from slimserve.core.progress import Tick, progress, say
+from slimserve.core.progress import ProgressCallback, print_status, progress
 from slimserve.core.storage import write_atomically
 from slimserve.loadtest.client import SCORING
-from slimserve.workloads import estimates, load_workload
-from slimserve.workloads.estimates import Figure
+from slimserve.workloads import load_workload, metrics
 from slimserve.workloads.interface import ChatAnswer, ChatPrompt, Prompt, ScoringPrompt
+from slimserve.workloads.metrics import MetricData
 from slimserve.workloads.reasoning import is_right
 from slimserve.workloads.text import TextReading, make_documents, text_figures
 
@@ -85,7 +85,9 @@ def ask_text(target: Target, num_documents: int, num_tokens: int, seed: int) -> 
     try:
         answers = _ask_all(target, f"quality {TEXT}, {target.model}", documents, ask)
     except _NotGivenError as error:
-        say(f"{target.model}: no perplexity and no KL, as the server gives no log-probabilities of prompts ({error})")
+        print_status(
+            f"{target.model}: no perplexity and no KL, as the server gives no log-probabilities of prompts ({error})"
+        )
         return Answers("", [])
     return Answers(_sha256_of([cast("TextReading", answer).tokens for answer in answers]), answers)
 
@@ -111,7 +113,7 @@ def read_answers(file: Path) -> Answers:
 
 def figures_of(
     workload: str, num_prompts: int, seed: int, answers: Answers, reference: Answers | None = None
-) -> dict[str, Figure]:
+) -> dict[str, MetricData]:
     """The workload's figures; TEXT's KL and agreement need the reference's answers to the same text."""
     if workload == TEXT:
         pairs = reference is not None and reference.prompts_sha256 == answers.prompts_sha256
@@ -121,12 +123,12 @@ def figures_of(
     if all(isinstance(prompt, ScoringPrompt) for prompt in prompts):
         slates = cast("list[ScoringPrompt]", prompts)
         scores = cast("list[tuple[float, ...]]", answers.answers)
-        return estimates.slate_figures([slate.truth for slate in slates], scores, [slate.group for slate in slates])
+        return metrics.ranking_metrics([slate.truth for slate in slates], scores, [slate.group for slate in slates])
     problems = cast("list[ChatPrompt]", prompts)
     given = cast("list[ChatAnswer]", answers.answers)
     right = [is_right(problem, answer.text) for problem, answer in zip(problems, given, strict=True)]
     kinds = [problem.kind for problem in problems]
-    return estimates.answer_figures(right, kinds, [answer.num_tokens for answer in given])
+    return metrics.answer_metrics(right, kinds, [answer.num_tokens for answer in given])
 
 
 @cache
@@ -155,7 +157,7 @@ def _ask_all(
 ) -> list[KeptAnswer]:
     """Answers in the order of the prompts, eight requests at a time."""
 
-    async def run(tick: Tick) -> list[KeptAnswer]:
+    async def run(tick: ProgressCallback) -> list[KeptAnswer]:
         answers: dict[int, KeptAnswer] = {}
         waiting = asyncio.Semaphore(_CONCURRENCY)
         # A connection for each request: nothing is timed here, and a server may close a kept one just as it is used.

@@ -208,7 +208,7 @@ class QualityOutcome:
     is_kept: bool
     """Whether that is at least 1 minus the tolerance."""
     probability: float
-    """How likely that is of all prompts, by resampling those that were asked (slimserve.workloads.estimates.probability_kept)."""
+    """How likely that is of all prompts, by resampling those that were asked (slimserve.workloads.metrics.probability_kept)."""
 
 
 @dataclass(frozen=True)

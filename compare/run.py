@@ -52,7 +52,7 @@ from slimserve.core.errors import UserError
 from slimserve.core.hardware import probe_hardware
 from slimserve.core.model import count_parameters, model_hash, model_name, resolve_model
 from slimserve.core.openai_client import Target, find_target
-from slimserve.core.progress import say
+from slimserve.core.progress import print_status
 from slimserve.core.provenance import versions
 from slimserve.core.roofline import load_roofline
 from slimserve.core.variant import disk_bytes, read_manifest
@@ -106,7 +106,7 @@ def compare(
     targets = {endpoint.name: find_target(endpoint.url, endpoint.model) for endpoint in endpoints}
     output.mkdir(parents=True, exist_ok=True)
     for line in describe_plan(effort, workloads, names, reference):
-        say(line)
+        print_status(line)
     started = datetime.now(UTC).replace(microsecond=0)
     begin = time.monotonic()
     variants = [build(model, base, recipe, started) for recipe in recipes]
@@ -116,7 +116,7 @@ def compare(
     variants += [_external(name, target) for name, target in targets.items()]
     comparison = Comparison(
         model=model,
-        workloads={name: load_workload(name).headline for name in workloads},
+        workloads={name: load_workload(name).primary_metric for name in workloads},
         effort=effort,
         requirements=requirements or Requirements(),
         started=started.isoformat(),
@@ -138,8 +138,8 @@ def compare(
     results = measurement.write()
     report = write_report(comparison, output)
     print_table(comparison)
-    say(f"took {comparison.seconds:.0f} s of building and measuring; figures: {results}")
-    say(f"open: {report}")
+    print_status(f"took {comparison.seconds:.0f} s of building and measuring; figures: {results}")
+    print_status(f"open: {report}")
     return comparison
 
 
@@ -149,7 +149,7 @@ def conclude(comparison: Comparison, folder: Path, baseline: Baseline | None, be
     if before:
         rates |= {name: rate for name, rate in before.judged_rates.items() if rate in comparison.rates(name)}
     comparison.judged_rates = {name: rate for name, rate in rates.items() if rate is not None}
-    say("computing figures, intervals and the verdict …")
+    print_status("computing figures, intervals and the verdict …")
     quality = judge_quality(comparison, folder)
     judge_loads(comparison, folder)
     comparison.verdict = make_verdict(comparison, quality)
@@ -254,7 +254,9 @@ def _take_over(comparison: Comparison, earlier: Comparison | None, folder: Path)
                 variant.regime = same.regime
                 continue
             if same is not None:
-                say(f"{variant.name}: {'it' if is_same_reference else 'the reference'} changed, so it is measured anew")
+                print_status(
+                    f"{variant.name}: {'it' if is_same_reference else 'the reference'} changed, so it is measured anew"
+                )
             for workload in (*comparison.workloads, TEXT):
                 answers_file(folder, variant.name, workload).unlink(missing_ok=True)
     if earlier and is_same_reference:
@@ -298,9 +300,9 @@ class _Measurement:
         folder = self._folder / (f"{variant.name}-baseline" if is_counterpart else variant.name)
         questions = [] if is_counterpart or number > 1 else self._unanswered(variant)
         if not questions and self._is_loaded(one):
-            say(f"--- {title}: measured earlier, reused ---")
+            print_status(f"--- {title}: measured earlier, reused ---")
             return
-        say(f"--- {title} ---")
+        print_status(f"--- {title} ---")
         with self._served(variant, one, folder / f"engine-{number}.log") as target:
             for workload in questions:
                 self._ask(variant, target, workload)
@@ -365,7 +367,9 @@ class _Measurement:
             if rate not in self._rates_left(one, workload):
                 continue
             if variant.directory is not None and not probe_hardware().gpus and rate > _BEYOND * capacity:
-                say(f"{variant.name}: {rate:g} {workload} requests/s are far above its {capacity:.2g}, so not run")
+                print_status(
+                    f"{variant.name}: {rate:g} {workload} requests/s are far above its {capacity:.2g}, so not run"
+                )
                 one.beyond.setdefault(workload, []).append(rate)
             else:
                 run = self._run(workload, target, one, index + step, place / f"{rate:g}-per-s", rate=rate)

@@ -119,12 +119,12 @@ def _no_winner(outcomes: Sequence[Outcome]) -> Verdict:
 def _with_reason(outcome: Outcome, comparison: Comparison) -> Outcome:
     parts = []
     least = 1 - comparison.requirements.quality_tolerance_frac
-    for workload, headline in comparison.workloads.items():
+    for workload, primary_metric in comparison.workloads.items():
         found = outcome.quality.get(workload)
         if found is None:
-            parts.append(f"has no {headline} of {workload}")
+            parts.append(f"has no {primary_metric} of {workload}")
         elif not found.is_kept:
-            kept = f"{found.kept_frac:.1%} of {comparison.reference}'s {workload} {_words(headline)}"
+            kept = f"{found.kept_frac:.1%} of {comparison.reference}'s {workload} {_words(primary_metric)}"
             parts.append(f"keeps only {kept}, where {least:.0%} is asked for")
     for workload, slo in outcome.slo.items():
         if not slo.num_rounds:
@@ -173,8 +173,8 @@ class _Axis:
 
 def _axes(comparison: Comparison, variant: VariantResult) -> dict[str, _Axis]:
     axes = {}
-    for workload, headline in comparison.workloads.items():
-        if (found := variant.quality.get(workload, {}).get(headline)) and found.value == found.value:
+    for workload, primary_metric in comparison.workloads.items():
+        if (found := variant.quality.get(workload, {}).get(primary_metric)) and found.value == found.value:
             axes[f"{workload} quality"] = _Axis(-found.value, -found.high, -found.low)
         rate = comparison.judged_rates.get(workload)
         if rate is not None:

@@ -33,7 +33,7 @@ from slimserve.compress.steps import BoundStep, Detail, Profile, Visitor, bind
 from slimserve.compress.stream import Stream
 from slimserve.core.errors import UserError
 from slimserve.core.model import count_parameters, model_hash, model_name, weight_files
-from slimserve.core.progress import progress, say
+from slimserve.core.progress import print_status, progress
 from slimserve.core.storage import (
     atomic_directory,
     cache_dir,
@@ -42,7 +42,15 @@ from slimserve.core.storage import (
     write_atomically,
     write_remedy,
 )
-from slimserve.core.variant import MANIFEST_FILE, Manifest, Source, Step, disk_bytes, read_manifest, write_manifest
+from slimserve.core.variant import (
+    MANIFEST_FILE,
+    BaseModelRecord,
+    Manifest,
+    StepRecord,
+    disk_bytes,
+    read_manifest,
+    write_manifest,
+)
 
 _JUDGED_SEQUENCES = 8
 """On which the shapes that meet a budget are compared."""
@@ -99,7 +107,7 @@ def build_variant(
         with work_folder(target, key, "step-*/state.json") as work:
             calibration = _calibrate(recipe, directory) if needs_data else None
             builder = _Builder(name, work, roles, calibration, between_rounds)
-            done: list[Step] = []
+            done: list[StepRecord] = []
             start_from = directory
             if budgeted:
                 start_from, done = builder.fit_budget(model, directory, recipe, budgeted)
@@ -111,7 +119,7 @@ def build_variant(
             with atomic_directory(target) as output:
                 start = time.monotonic()
                 _place_checkpoint(builder.result, output, is_ours=bool(recipe.steps))
-                done.append(Step(name="write", seconds=time.monotonic() - start))
+                done.append(StepRecord(name="write", seconds=time.monotonic() - start))
                 manifest = Manifest(
                     name=name,
                     recipe=recipe_name,
@@ -132,7 +140,7 @@ def build_variant(
             f"could not be written ({getattr(error, 'strerror', None) or error})",
             f"{write_remedy(error)} and run the same command again: it resumes at the last finished block",
         ) from error
-    say(f"built {name}: {disk_bytes(target) / 2**20:.0f} MiB in {manifest.build_s:.1f} s at {target}")
+    print_status(f"built {name}: {disk_bytes(target) / 2**20:.0f} MiB in {manifest.build_s:.1f} s at {target}")
     return target
 
 
@@ -147,11 +155,11 @@ class _Builder:
     between_rounds: BetweenRounds | None
     num_parameters: int = 0
 
-    def run(self, directory: Path, steps: list[BoundStep]) -> list[Step]:
+    def run(self, directory: Path, steps: list[BoundStep]) -> list[StepRecord]:
         """Apply all steps; afterwards `result` is the last one's checkpoint."""
         self.result = directory
         self.num_parameters = count_parameters(directory)
-        done: list[Step] = []
+        done: list[StepRecord] = []
         for number, step in enumerate(steps):
             folder = self.work / f"step-{number}"
             output = folder / "checkpoint"
@@ -167,9 +175,9 @@ class _Builder:
             for leftover in (folder / "blocks", folder / "streams"):
                 shutil.rmtree(leftover, ignore_errors=True)
             finished = json.loads(record.read_text(encoding="utf-8"))
-            done.append(Step(name=step.name, seconds=finished["seconds"], detail=finished["detail"]))
+            done.append(StepRecord(name=step.name, seconds=finished["seconds"], detail=finished["detail"]))
             if "fallback" in finished["detail"]:
-                say(f"{title}: {finished['detail']['fallback']}")
+                print_status(f"{title}: {finished['detail']['fallback']}")
             self.result = output
             if step.name != "quantize":
                 self.num_parameters = count_parameters(output)
@@ -177,7 +185,7 @@ class _Builder:
                 self.result = self.between_rounds(output)
         return done
 
-    def fit_budget(self, model: str, directory: Path, recipe: Recipe, step: Prune) -> tuple[Path, list[Step]]:
+    def fit_budget(self, model: str, directory: Path, recipe: Recipe, step: Prune) -> tuple[Path, list[StepRecord]]:
         """The pruned checkpoint that meets the step's budget at the least error, and what was done for it.
 
         Builds the few shapes of least estimated error as variants of their own under `work`, and takes the one whose
@@ -195,7 +203,7 @@ class _Builder:
         built = []
         for number, raw in enumerate(found["finalists"], start=1):
             candidate = budget.Candidate.read(raw)
-            say(f"{self.name}: finalist {number} of {len(found['finalists'])}: {candidate.shape}")
+            print_status(f"{self.name}: finalist {number} of {len(found['finalists'])}: {candidate.shape}")
             steps = tuple(candidate.steps(step, budget.Shape.of(config)))
             concrete = recipe.model_copy(update={"steps": steps})
             built.append(build_variant(model, directory, f"finalist-{number}", concrete, folder / f"finalist-{number}"))
@@ -217,9 +225,9 @@ class _Builder:
         }
         if not fitting:
             detail["fallback"] = "none of the shapes was as fast as asked when it was timed again"
-            say(f"{self.name}: {detail['fallback']}")
+            print_status(f"{self.name}: {detail['fallback']}")
         seconds = max(0.0, time.monotonic() - start - manifest.build_s)
-        searched = Step(name="fit_budget", seconds=seconds, detail=detail)
+        searched = StepRecord(name="fit_budget", seconds=seconds, detail=detail)
         return built[best], [searched, *(done for done in manifest.steps if done.name != "write")]
 
     def _find_finalists(
@@ -264,7 +272,9 @@ class _Builder:
         tokens_NT = load_calibration(directory, asked.source, wanted, asked.sequence_length, asked.seed).tokens_NT
         beyond = tokens_NT[asked.num_samples :]
         if not len(beyond):
-            say(f"{self.name}: {asked.source} has no more text, so finalists are judged on what they were built on")
+            print_status(
+                f"{self.name}: {asked.source} has no more text, so finalists are judged on what they were built on"
+            )
         return list(beyond if len(beyond) else tokens_NT[-_JUDGED_SEQUENCES:])
 
     def _walk(self, title: str, visitor: Visitor, folder: Path) -> tuple[float, list[Detail]]:
@@ -277,7 +287,7 @@ class _Builder:
         blocks.mkdir(parents=True, exist_ok=True)
         details, before_s = _read_state(folder)
         if details:
-            say(f"{title}: resumed after block {len(details)} of {num_blocks}")
+            print_status(f"{title}: resumed after block {len(details)} of {num_blocks}")
         streams = self._streams(visitor, folder, config, reader, first=not details)
         with progress(title, num_blocks, "blocks") as tick:
             for index, (_, block) in enumerate(iterate_blocks(reader, self.roles.block, num_blocks)):
@@ -345,7 +355,7 @@ def _calibrate(recipe: Recipe, directory: Path) -> Calibration:
     calibration = load_calibration(directory, asked.source, asked.num_samples, asked.sequence_length, asked.seed)
     found = len(calibration.tokens_NT)
     if found < asked.num_samples:
-        say(f"calibration: only {found} of {asked.num_samples} sequences found in {asked.source}")
+        print_status(f"calibration: only {found} of {asked.num_samples} sequences found in {asked.source}")
     return calibration
 
 
@@ -371,10 +381,10 @@ def _worst_error(detail: Detail) -> str:
     return f"error {max(errors.values()):.3f}, " if errors else ""
 
 
-def _base_of(model: str, directory: Path) -> Source:
+def _base_of(model: str, directory: Path) -> BaseModelRecord:
     manifest = read_manifest(directory)
     note = manifest.base.note if manifest else ""
-    return Source(model=model, sha256=model_hash(directory), note=note)
+    return BaseModelRecord(model=model, sha256=model_hash(directory), note=note)
 
 
 def _what_matters(resolved_recipe: dict[str, Any], needs_data: bool) -> dict[str, Any]:
@@ -392,7 +402,7 @@ def _reuse(target: Path, made_of: str, needs_data: bool) -> Path:
         source_hash = manifest.calibration.get("source_sha256", "")
         matters = _what_matters(manifest.resolved_recipe, needs_data)
         if made_of == json.dumps([manifest.base.sha256, matters, source_hash], sort_keys=True):
-            say(f"variant {manifest.name}: reused, built earlier at {target}")
+            print_status(f"variant {manifest.name}: reused, built earlier at {target}")
             return target
     raise UserError("output directory", target, "exists and holds something else", "name another, or delete it")
 

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from slimserve.core.errors import UserError
-from slimserve.core.progress import say
+from slimserve.core.progress import print_status
 from slimserve.core.storage import atomic_directory, cache_dir, sha256_of_files
-from slimserve.core.variant import Manifest, Source, Step, read_manifest, write_manifest
+from slimserve.core.variant import BaseModelRecord, Manifest, StepRecord, read_manifest, write_manifest
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _UNPACKED_FORMAT = "1"
@@ -152,10 +152,10 @@ def _unpack_gguf(file: Path, name: str) -> Path:
     target = cache_dir("models") / f"{name}-{gguf_hash[:8]}-v{_UNPACKED_FORMAT}"
     if (target / "slimserve.json").is_file():
         check_model_directory(target)
-        say(f"model {name}: reused, unpacked earlier at {target}")
+        print_status(f"model {name}: reused, unpacked earlier at {target}")
         return target
 
-    say(f"model {name}: unpacking {file.name} to bf16, once …")
+    print_status(f"model {name}: unpacking {file.name} to bf16, once …")
     start = time.monotonic()
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -181,12 +181,16 @@ def _unpack_gguf(file: Path, name: str) -> Path:
         manifest = Manifest(
             name=name,
             recipe="dense",
-            base=Source(model=name, sha256=gguf_hash, note=f"dequantized {_gguf_format(file)}"),
-            steps=[Step(name="unpack", seconds=time.monotonic() - start, detail={"from": file.name, "to": "bfloat16"})],
+            base=BaseModelRecord(model=name, sha256=gguf_hash, note=f"dequantized {_gguf_format(file)}"),
+            steps=[
+                StepRecord(
+                    name="unpack", seconds=time.monotonic() - start, detail={"from": file.name, "to": "bfloat16"}
+                )
+            ],
             num_parameters=model.num_parameters(),
         )
         write_manifest(directory, manifest)
-    say(f"model {name}: unpacked in {time.monotonic() - start:.1f} s to {target}")
+    print_status(f"model {name}: unpacked in {time.monotonic() - start:.1f} s to {target}")
     return target
 
 

@@ -11,19 +11,19 @@ from typing import Protocol
 _PLAIN_EVERY_S = 10.0
 
 
-class Tick(Protocol):
+class ProgressCallback(Protocol):
     """Call it with the number of units done so far and, if it helps, a word on the current one."""
 
     def __call__(self, done: float, note: str = "") -> None: ...
 
 
-def say(message: str) -> None:
+def print_status(message: str) -> None:
     """Print one line of progress to standard error, at once."""
     print(message, file=sys.stderr, flush=True)
 
 
 @contextmanager
-def progress(title: str, total: float | None, unit: str) -> Iterator[Tick]:
+def progress(title: str, total: float | None, unit: str) -> Iterator[ProgressCallback]:
     """Show progress of a task of `total` units (None: unknown, so only the time runs).
 
     On a terminal a live bar with rate and time left; otherwise a plain line at most
@@ -34,13 +34,13 @@ def progress(title: str, total: float | None, unit: str) -> Iterator[Tick]:
         with _live_bar(title, total, unit) as tick:
             yield tick
     else:
-        say(f"{title} …")
+        print_status(f"{title} …")
         yield _PlainTick(title, total, unit)
-    say(f"{title}: done in {time.monotonic() - start:.1f} s")
+    print_status(f"{title}: done in {time.monotonic() - start:.1f} s")
 
 
 @contextmanager
-def _live_bar(title: str, total: float | None, unit: str) -> Iterator[Tick]:
+def _live_bar(title: str, total: float | None, unit: str) -> Iterator[ProgressCallback]:
     from tqdm import tqdm
 
     layout = (
@@ -71,4 +71,4 @@ class _PlainTick:
         elapsed = now - self._start
         counted = f" {done:.0f}/{self._total:.0f} {self._unit}" if self._total else ""
         left = f", about {elapsed * (self._total - done) / done:.0f} s left" if self._total and done else ""
-        say(f"{self._title}:{counted} after {elapsed:.0f} s{left}{' (' + note + ')' if note else ''}")
+        print_status(f"{self._title}:{counted} after {elapsed:.0f} s{left}{' (' + note + ')' if note else ''}")

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from slimserve.core.hardware import Hardware, openmp_library, probe_hardware
-from slimserve.core.progress import say
+from slimserve.core.progress import print_status
 from slimserve.core.storage import cache_dir, write_atomically
 
 _MEASURE_TIMEOUT_S = 60
@@ -60,7 +60,7 @@ def load_roofline(hardware: Hardware | None = None, measure: bool = True) -> Roo
         return next((machine for name, machine in _GPUS.items() if name in hardware.gpus[0]), None)
     file = _cache_file(hardware)
     if not file.exists() and measure:
-        say("measuring this machine's memory bandwidth and FLOP/s, once")
+        print_status("measuring this machine's memory bandwidth and FLOP/s, once")
         try:
             subprocess.run(
                 [sys.executable, "-m", "slimserve.core.roofline"],

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from slimserve.core.errors import UserError
-from slimserve.core.progress import say
+from slimserve.core.progress import print_status
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -111,7 +111,9 @@ def work_folder(target: Path, key: str, resumable: str) -> Iterator[Path]:
 
             is_hopeless = isinstance(error, UserError) and not isinstance(error.__cause__, OSError | SafetensorError)
             if not is_hopeless and any(work.glob(resumable)):
-                say(f"what is done lies in {work}: the same command resumes it; delete the folder to start anew")
+                print_status(
+                    f"what is done lies in {work}: the same command resumes it; delete the folder to start anew"
+                )
             else:
                 shutil.rmtree(work, ignore_errors=True)
             raise

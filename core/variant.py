@@ -19,7 +19,7 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Source(_Strict):
+class BaseModelRecord(_Strict):
     """The model that a variant was made from."""
 
     model: str
@@ -29,7 +29,7 @@ class Source(_Strict):
     note: str = ""
 
 
-class Step(_Strict):
+class StepRecord(_Strict):
     """One step of a recipe, as it went."""
 
     name: str
@@ -45,8 +45,8 @@ class Manifest(_Strict):
     name: str
     recipe: str
     resolved_recipe: dict[str, Any] = Field(default_factory=dict)
-    base: Source
-    steps: list[Step]
+    base: BaseModelRecord
+    steps: list[StepRecord]
     num_parameters: int
     """Parameters of the model, tied ones counted once; scales of a quantized model not counted."""
     calibration_sha256: str | None = None

@@ -17,7 +17,7 @@ from slimserve.distill.data import Examples
 from slimserve.distill.models import head_of
 from slimserve.distill.sections import Example, Section
 from slimserve.distill.supervision import Supervised, Supervision
-from slimserve.workloads import estimates
+from slimserve.workloads import metrics
 from slimserve.workloads.interface import Estimate
 
 FIRST_JUDGED = 8
@@ -31,7 +31,7 @@ def make_judge(examples: Examples, most_tokens: int) -> Callable[[nn.Module], Ma
 
     def judge(student: nn.Module) -> Mapping[str, float]:
         figures = label_figures(student, examples.validation, examples.labels, examples.groups, most_tokens)
-        return {name: figures[name].value for name in ("auc", "within_member_auc")}
+        return {name: figures[name].value for name in ("auc", "within_user_auc")}
 
     return judge
 
@@ -61,10 +61,10 @@ def label_scores(
 def label_figures(
     model: Any, examples: Sequence[Example], labels: tuple[int, ...], groups: Sequence[int], most_tokens: int
 ) -> dict[str, Estimate]:
-    """Pooled `auc`, mean `within_member_auc` and others of judged labels, with intervals by member."""
+    """Pooled `auc`, mean `within_user_auc` and others of judged labels, with intervals by member."""
     scored = label_scores(model, examples, labels, most_tokens)
-    figures = estimates.slate_figures([truth for truth, _ in scored], [scores for _, scores in scored], groups)
-    return {name: estimates.estimate(figure) for name, figure in figures.items()}
+    figures = metrics.ranking_metrics([truth for truth, _ in scored], [scores for _, scores in scored], groups)
+    return {name: metrics.estimate(figure) for name, figure in figures.items()}
 
 
 def _without_first(sequence: Supervised) -> Supervised:

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from slimserve.core.errors import UserError
 from slimserve.core.model import count_parameters, model_hash, model_name, resolve_model
-from slimserve.core.progress import say
+from slimserve.core.progress import print_status
 from slimserve.core.roofline import load_roofline
 from slimserve.core.storage import atomic_directory, building_path, work_folder
-from slimserve.core.variant import Manifest, Source, Step, read_manifest, write_manifest
+from slimserve.core.variant import BaseModelRecord, Manifest, StepRecord, read_manifest, write_manifest
 from slimserve.distill.data import Examples, load_examples
 from slimserve.distill.evaluation import make_judge
 from slimserve.distill.models import check_same_tokens, load_model, load_tokenizer, stop_tokens
@@ -118,9 +118,9 @@ def _distill(
             with atomic_directory(target) as output:
                 _save(_whole_student(job, pair, outcome.weights), pair, output)
                 shutil.copyfile(work / "steps.jsonl", output / LOG_FILE)
-                written = Step(name="write", seconds=time.monotonic() - begun)
+                written = StepRecord(name="write", seconds=time.monotonic() - begun)
                 _write_manifest(output, pair, recipe, recipe_name, examples, outcome, job, key, written)
-    say(f"distilled {target.name}: {_summary(outcome)}; at {target}")
+    print_status(f"distilled {target.name}: {_summary(outcome)}; at {target}")
     return target
 
 
@@ -202,7 +202,7 @@ def _make_job(
             training.micro_batch_tokens,
         )
         error = cached.error
-        say(
+        print_status(
             f"teacher's {loss.top_k} likeliest tokens: {error.num_bytes / 2**20:.0f} MiB, {error.missing_mass:.2%} of "
             f"the probability and {error.divergence_frac:.2%} of the divergence left out"
         )
@@ -250,7 +250,7 @@ def _write_manifest(
     outcome: Outcome,
     job: Job,
     key: str,
-    written: Step,
+    written: StepRecord,
 ) -> None:
     where = outcome.progress
     detail: dict[str, Any] = {
@@ -279,7 +279,7 @@ def _write_manifest(
         cached: Any = job.cached
         detail["cache_error"] = vars(cached.error)
     earlier = read_manifest(pair.student_directory)
-    base = Source(
+    base = BaseModelRecord(
         model=pair.student,
         sha256=model_hash(pair.student_directory),
         note=earlier.base.note if earlier else "",
@@ -289,7 +289,7 @@ def _write_manifest(
         recipe=recipe_name,
         resolved_recipe=recipe.model_dump(mode="json"),
         base=base,
-        steps=[Step(name="distill", seconds=where.train_s, detail=detail), written],
+        steps=[StepRecord(name="distill", seconds=where.train_s, detail=detail), written],
         num_parameters=count_parameters(output),
         seed=recipe.data.seed,
         peak_rss_bytes=where.peak_bytes,
@@ -300,7 +300,7 @@ def _write_manifest(
 def _reuse(target: Path, key: str) -> Path:
     manifest = read_manifest(target) if target.is_dir() else None
     if manifest and any(step.detail.get("key") == key for step in manifest.steps):
-        say(f"student {target.name}: reused, distilled earlier at {target}")
+        print_status(f"student {target.name}: reused, distilled earlier at {target}")
         return target
     raise UserError("output directory", target, "exists and holds something else", "name another, or delete it")
 
@@ -308,7 +308,7 @@ def _reuse(target: Path, key: str) -> Path:
 def _say_plan(pair: Pair, recipe: DistillRecipe, examples: Examples) -> None:
     supervision = recipe.supervision.supervision
     teacher = f"following {pair.teacher}" if pair.teacher else "from its data alone"
-    say(
+    print_status(
         f"student {pair.student} {teacher}: {len(examples.training)} examples of {recipe.data.source}, "
         f"{sections_text(supervision.sections)} of the {supervision.window} {supervision.lead_span:.0%}, "
         f"{len(examples.validation)} whole ones for validation"

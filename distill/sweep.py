@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from slimserve.core.errors import UserError
-from slimserve.core.progress import say
+from slimserve.core.progress import print_status
 from slimserve.core.provenance import provenance
 from slimserve.core.storage import write_atomically
 from slimserve.core.variant import read_manifest
@@ -92,7 +92,7 @@ def sweep(
     """
     rows = []
     for number, point in enumerate(points, start=1):
-        say(f"point {number} of {len(points)}: {point.name}")
+        print_status(f"point {number} of {len(points)}: {point.name}")
         directory = distill(student, teacher, point.apply(recipe), folder / point.name, recipe_name=point.name)
         manifest = read_manifest(directory)
         assert manifest is not None

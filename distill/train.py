@@ -32,7 +32,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 from slimserve.core.errors import UserError
-from slimserve.core.progress import Tick, progress, say
+from slimserve.core.progress import ProgressCallback, print_status, progress
 from slimserve.core.storage import write_atomically, write_remedy
 from slimserve.distill.batches import Batch, make_batches, step_numbers
 from slimserve.distill.cost import ModelShape, PeakMemory, training_flops
@@ -162,7 +162,7 @@ class _Loop:
         self.progress = found or Progress(job.key)
         self.forget_later_steps()
         if found:
-            say(f"resumed at step {sum(self.lengths[: found.stage]) + found.step} of {sum(self.lengths)}")
+            print_status(f"resumed at step {sum(self.lengths[: found.stage]) + found.step} of {sum(self.lengths)}")
         self.saved_s = time.monotonic()
 
     def check_sharding(self) -> None:
@@ -235,7 +235,7 @@ class _Loop:
                 self.save()
         self.keep_weights()
 
-    def run_stage(self, stage: Stage, num_steps: int, tick: Tick) -> None:
+    def run_stage(self, stage: Stage, num_steps: int, tick: ProgressCallback) -> None:
         training = self.job.recipe.training
         rate = stage.learning_rate or training.learning_rate
         lengths = [len(sequence.tokens) for sequence in self.sequences]
@@ -257,7 +257,7 @@ class _Loop:
             if time.monotonic() - self.saved_s >= training.save_every_s:
                 self.save()
 
-    def step(self, numbers: Sequence[int], written: Sequence[Supervised], tick: Tick) -> None:
+    def step(self, numbers: Sequence[int], written: Sequence[Supervised], tick: ProgressCallback) -> None:
         """One optimizer step on given sequences of these numbers, but those for which the student wrote a reply."""
         begun = time.monotonic()
         torch.manual_seed(self.job.recipe.data.seed + self.done)
@@ -387,7 +387,7 @@ class _Loop:
         self.module.train()
         figures = ", ".join(f"{name} {value:.4g}" for name, value in row.items() if isinstance(value, float))
         if self.is_first:
-            say(f"step {self.done}, validation in {time.monotonic() - begun:.0f} s: {figures}")
+            print_status(f"step {self.done}, validation in {time.monotonic() - begun:.0f} s: {figures}")
         if self.progress.best_loss is None or row["loss"] < self.progress.best_loss:
             self.progress.best_loss, self.progress.best_step = row["loss"], self.done
             if self.job.recipe.training.keep == "best":
@@ -410,7 +410,7 @@ class _Loop:
         if self.job.recipe.training.keep == "best" and self.progress.best_step != self.done and file.is_file():
             options = StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
             set_model_state_dict(self.module, load_file(file), options=options)
-            say(f"weights of step {self.progress.best_step}, which had the least validation loss")
+            print_status(f"weights of step {self.progress.best_step}, which had the least validation loss")
 
     def save(self) -> None:
         save_state(self.job.folder, self.module, self.optimizer, self.progress)
@@ -419,7 +419,7 @@ class _Loop:
     def note(
         self,
         begun: float,
-        tick: Tick,
+        tick: ProgressCallback,
         means: Sequence[float],
         norm: float,
         tokens: int,

@@ -12,7 +12,7 @@ from typing import Any
 from slimserve.core.errors import UserError
 from slimserve.core.hardware import probe_hardware
 from slimserve.core.openai_client import Target
-from slimserve.core.progress import say
+from slimserve.core.progress import print_status
 from slimserve.loadtest.mock_server import MODEL, Schedule, running_truth
 from slimserve.loadtest.rows import Row
 from slimserve.loadtest.run import run_suite
@@ -73,7 +73,7 @@ def calibrate(num_streams: int = 16, tokens_per_s: float = 50.0, seconds: float 
         lag_ms = truth.lateness()["lag_p99_ms"]
     found = compare([row for row in rows if row.error is None and row.due_s >= _WARMUP_S], schedule)
     calibration = Calibration(num_streams, tokens_per_s, server_lag_p99_ms=lag_ms, **found)
-    say(
+    print_status(
         f"client calibrated on {num_streams} streams of {tokens_per_s:g} tokens/s: off by (p50, p99, ms) "
         f"TTFT {calibration.ttft_p50_error_ms:.2f}, {calibration.ttft_p99_error_ms:.2f}; "
         f"ITL {calibration.itl_p50_error_ms:.2f}, {calibration.itl_p99_error_ms:.2f}; "

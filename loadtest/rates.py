@@ -7,7 +7,7 @@ from pathlib import Path
 
 from slimserve.core.errors import UserError
 from slimserve.core.openai_client import Target
-from slimserve.core.progress import say
+from slimserve.core.progress import print_status
 from slimserve.loadtest.run import run_suite, write_document
 from slimserve.loadtest.search import MaxRate, Measure, Point, Probe, find_max_rate, sweep
 from slimserve.loadtest.settings import LoadSettings
@@ -63,7 +63,7 @@ def _measure(suite: str, target: Target, settings: LoadSettings, output: Path, p
             f"{outcome.text} {'kept' if outcome.is_met else 'missed'} ({_value(outcome.value)})"
             for outcome in summary.objectives
         )
-        say(f"{rate:.4g} requests/s: {said or f'{summary.num_requests} requests'}")
+        print_status(f"{rate:.4g} requests/s: {said or f'{summary.num_requests} requests'}")
         points.append(Point(rate, seed, met, summary))
         return Probe(met, summary)
 
@@ -90,7 +90,7 @@ def _report(
     print_curve(curve)
     if found:
         rate = "none" if found.rate is None else f"{found.rate:.4g} requests/s{'' if found.is_found else ' at least'}"
-        say(f"highest rate within {', '.join(settings.slos)}: {rate} ({found.ended})")
+        print_status(f"highest rate within {', '.join(settings.slos)}: {rate} ({found.ended})")
 
 
 def _rates(name: str, text: str, most: int | None = None) -> list[float]:

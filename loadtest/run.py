@@ -18,7 +18,7 @@ import msgspec
 
 from slimserve.core.errors import UserError
 from slimserve.core.openai_client import Target
-from slimserve.core.progress import Tick, progress, say
+from slimserve.core.progress import ProgressCallback, print_status, progress
 from slimserve.core.provenance import provenance
 from slimserve.core.storage import write_atomically
 from slimserve.loadtest.prompts import make_prompts, workload_of
@@ -93,7 +93,7 @@ def run_suite(
     document = write_document(output / f"{suite}.json", suite, target, settings, {**more, "summary": summary.as_dict()})
     write_html(document, rows, output)
     if interruption.exits:
-        say(f"interrupted; what was measured is in {output}")
+        print_status(f"interrupted; what was measured is in {output}")
         raise interruption.exits[0]
     return summary, rows
 
@@ -177,7 +177,7 @@ def _quality(
     if workload is None:
         return {}, None
     answers: list[Answer] = [row.scores if row.num_items else ChatAnswer(row.text, row.output_tokens) for row in good]
-    figures = workload.judge([prompts[row.prompt][1] for row in good], answers)
+    figures = workload.evaluate([prompts[row.prompt][1] for row in good], answers)
     known = {name: figure for name, figure in figures.items() if figure.value == figure.value}
     accuracy = known.get("accuracy")
     return known, round(accuracy.value * accuracy.n) if accuracy else None
@@ -286,7 +286,7 @@ def _locust(arguments: Sequence[str], log: Any) -> Iterator[subprocess.Popen[byt
 class _LiveView:
     """What has come so far, read from the end of the row file as it grows."""
 
-    def __init__(self, rows: Path, total_s: float, tick: Tick) -> None:
+    def __init__(self, rows: Path, total_s: float, tick: ProgressCallback) -> None:
         self._rows = rows
         self._total_s = total_s
         self._tick = tick

@@ -53,18 +53,18 @@ def engine_specs(stack: Stack, plans: Sequence[LaunchPlan]) -> list[EngineSpec]:
     ]
 
 
-def serve_foreground(stack: Stack, plans: Sequence[LaunchPlan], say: Callable[[str], object]) -> None:
+def serve_foreground(stack: Stack, plans: Sequence[LaunchPlan], print_status: Callable[[str], object]) -> None:
     """Serve until SystemExit (one variant) or a signal (several); UserError where nothing is left that serves."""
     specs = engine_specs(stack, plans)
     load_roofline()  # measured before an engine takes the cores
     for spec in specs:
-        say(f"{spec.name}: engine log {spec.log}")
+        print_status(f"{spec.name}: engine log {spec.log}")
     if len(specs) == 1:
         for line in _serve_one(stack, specs[0]):
-            say(line)
+            print_status(line)
     else:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(_serve_several(stack, specs, say))
+            runner.run(_serve_several(stack, specs, print_status))
 
 
 def _serve_one(stack: Stack, spec: EngineSpec) -> Iterator[str]:
@@ -78,21 +78,21 @@ def _serve_one(stack: Stack, spec: EngineSpec) -> Iterator[str]:
         raise UserError("engine", spec.name, problem, f"read {spec.log}")
 
 
-async def _serve_several(stack: Stack, specs: Sequence[EngineSpec], say: Callable[[str], object]) -> None:
+async def _serve_several(stack: Stack, specs: Sequence[EngineSpec], print_status: Callable[[str], object]) -> None:
     _log_to_stderr()
     keys = stack.api_keys()
     limits = stack.limits
     metrics = gateway_metrics()
-    engines = {spec.name: SupervisedEngine(spec, metrics, say) for spec in specs}
+    engines = {spec.name: SupervisedEngine(spec, metrics, print_status) for spec in specs}
     gateway = Gateway(stack.variants, engines, metrics, stack.aliases, stack.default, keys)
     server = ProxyServer(gateway, limits.max_body_bytes, Timeouts(answer_s=limits.request_timeout_s + _GRACE_S))
     family = socket.AF_INET6 if ":" in stack.host else socket.AF_INET
     listener = socket.create_server((stack.host, stack.port), family=family, backlog=2048)
     await server.start(listener)
     url = base_url(stack.host, stack.port)
-    say(f"gateway at {url}/v1, metrics at {url}/metrics; each variant answers when it is ready")
-    say(_curl_line(stack, url, specs[0].name))
-    say("stop with Ctrl-C")
+    print_status(f"gateway at {url}/v1, metrics at {url}/metrics; each variant answers when it is ready")
+    print_status(_curl_line(stack, url, specs[0].name))
+    print_status("stop with Ctrl-C")
 
     stopped = asyncio.Event()
     supervision = asyncio.create_task(supervise(list(engines.values())))
@@ -111,7 +111,7 @@ async def _serve_several(stack: Stack, specs: Sequence[EngineSpec], say: Callabl
         if not supervision.done():
             gateway.is_draining = True
             draining = asyncio.create_task(server.drain(limits.drain_s))
-            say(f"ending: requests in flight have {limits.drain_s:g} s; a second Ctrl-C ends them now")
+            print_status(f"ending: requests in flight have {limits.drain_s:g} s; a second Ctrl-C ends them now")
             await asyncio.wait({draining, supervision}, return_when=asyncio.FIRST_COMPLETED)
             draining.cancel()
     finally:
@@ -121,7 +121,7 @@ async def _serve_several(stack: Stack, specs: Sequence[EngineSpec], say: Callabl
         await server.close()
     if not supervision.cancelled() and (error := supervision.exception()):
         raise error
-    say("stopped")
+    print_status("stopped")
 
 
 def _curl_line(stack: Stack, url: str, name: str) -> str:

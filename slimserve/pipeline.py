@@ -36,7 +36,7 @@ from pydantic import Field, ValidationError, model_validator
 from slimserve.core.config import StrictModel, invalid_key_error
 from slimserve.core.errors import UserError
 from slimserve.core.model import model_hash, resolve_model
-from slimserve.core.progress import say
+from slimserve.core.progress import print_status
 from slimserve.core.storage import write_atomically
 from slimserve.distill.recipe import DistillRecipe
 
@@ -128,7 +128,7 @@ def run_pipeline(pipeline: Pipeline, output: Path) -> dict[str, Path]:
     made: dict[str, Path] = {}
     before = pipeline.model
     for number, step in enumerate(pipeline.steps, start=1):
-        say(f"--- step {number} of {len(pipeline.steps)}: {step.name} ---")
+        print_status(f"--- step {number} of {len(pipeline.steps)}: {step.name} ---")
         source = str(made[step.of]) if step.of is not None else before
         target = output / step.name
         if isinstance(step, Distill):

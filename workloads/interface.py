@@ -91,7 +91,7 @@ class Workload(Protocol):
     def name(self) -> str: ...
 
     @property
-    def headline(self) -> str:
+    def primary_metric(self) -> str:
         """The figure of `judge` that stands for quality in one number; more is better."""
         ...
 
@@ -99,6 +99,6 @@ class Workload(Protocol):
         """The first `num_prompts` of a split in the order of `seed`; fewer where the split has no more."""
         ...
 
-    def judge(self, prompts: Sequence[Prompt], answers: Sequence[Answer]) -> dict[str, Estimate]:
+    def evaluate(self, prompts: Sequence[Prompt], answers: Sequence[Answer]) -> dict[str, Estimate]:
         """Quality figures by name, for answers in the order of their prompts."""
         ...

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, cast
 
-from slimserve.workloads import estimates
+from slimserve.workloads import metrics
 from slimserve.workloads.interface import Answer, ChatAnswer, ChatPrompt, Estimate, Prompt, Split, split_of
 
 KINDS: dict[str, dict[str, int]] = {
@@ -43,21 +43,21 @@ class Reasoning:
 
     max_tokens: int = 160
     name: str = "reasoning"
-    headline: str = "accuracy"
+    primary_metric: str = "accuracy"
 
     def make_prompts(self, split: Split, num_prompts: int, seed: int = 0) -> list[Prompt]:
         """Prompts of a split, the kinds taking turns, in the order of `seed`; fewer where one kind runs out."""
         streams = [self._prompts_of(kind, split, num_prompts, seed) for kind in KINDS]
         return list(itertools.islice(itertools.chain.from_iterable(zip(*streams, strict=False)), num_prompts))
 
-    def judge(self, prompts: Sequence[Prompt], answers: Sequence[Answer]) -> dict[str, Estimate]:
+    def evaluate(self, prompts: Sequence[Prompt], answers: Sequence[Answer]) -> dict[str, Estimate]:
         """Accuracy over all and by kind (Wilson intervals), and tokens per answer (bootstrap)."""
         problems = cast("Sequence[ChatPrompt]", prompts)
         given = cast("Sequence[ChatAnswer]", answers)
         right = [is_right(problem, answer.text) for problem, answer in zip(problems, given, strict=True)]
         kinds = [problem.kind for problem in problems]
-        figures = estimates.answer_figures(right, kinds, [answer.num_tokens for answer in given])
-        return {name: estimates.estimate(figure) for name, figure in figures.items()}
+        figures = metrics.answer_metrics(right, kinds, [answer.num_tokens for answer in given])
+        return {name: metrics.estimate(figure) for name, figure in figures.items()}
 
     def _prompts_of(self, kind: str, split: Split, num_prompts: int, seed: int) -> list[ChatPrompt]:
         examples = _examples(kind)

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import cast
 
 from slimserve.core.errors import UserError
-from slimserve.workloads import estimates
+from slimserve.workloads import metrics
 from slimserve.workloads.interface import Answer, Estimate, Prompt, ScoringPrompt, Split, hash_number, split_of
 
 LABELS = (" yes", " no")
@@ -59,7 +59,7 @@ class Recommendation:
     is_latest_only: bool = False
     """Each member's most recent films alone, so that no member counts more than another."""
     name: str = "recommendation"
-    headline: str = "auc"
+    primary_metric: str = "auc"
 
     def make_prompts(self, split: Split, num_prompts: int, seed: int = 0) -> list[Prompt]:
         """Slates of members of `split`, shuffled by `seed`; raises UserError where the data cannot be read."""
@@ -76,16 +76,16 @@ class Recommendation:
         random.Random(seed).shuffle(slates)
         return slates[:num_prompts]
 
-    def judge(self, prompts: Sequence[Prompt], answers: Sequence[Answer]) -> dict[str, Estimate]:
+    def evaluate(self, prompts: Sequence[Prompt], answers: Sequence[Answer]) -> dict[str, Estimate]:
         """Pooled and within-slate AUC, NDCG@10 and calibration error, intervals by member.
 
         Part of the pooled AUC is that some members say yes more often than others;
-        `within_member_auc` is the mean over slates, which only ranking can raise.
+        `within_user_auc` is the mean over slates, which only ranking can raise.
         """
         slates = cast("Sequence[ScoringPrompt]", prompts)
         scores = cast("Sequence[Sequence[float]]", answers)
-        figures = estimates.slate_figures([slate.truth for slate in slates], scores, [slate.group for slate in slates])
-        return {name: estimates.estimate(figure) for name, figure in figures.items()}
+        figures = metrics.ranking_metrics([slate.truth for slate in slates], scores, [slate.group for slate in slates])
+        return {name: metrics.estimate(figure) for name, figure in figures.items()}
 
 
 def label_prompts(prompt: ScoringPrompt, first: int = 0) -> list[ScoringPrompt]:

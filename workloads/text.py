@@ -15,8 +15,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from slimserve.workloads.estimates import Figure
 from slimserve.workloads.interface import Prompt, ScoringPrompt, Workload
+from slimserve.workloads.metrics import MetricData
 from slimserve.workloads.reasoning import Reasoning
 from slimserve.workloads.recommendation import Recommendation
 
@@ -56,7 +56,9 @@ def make_documents(num_documents: int, num_characters: int, seed: int = 0) -> li
     return in_turn[:num_documents]
 
 
-def text_figures(readings: Sequence[TextReading], reference: Sequence[TextReading] | None = None) -> dict[str, Figure]:
+def text_figures(
+    readings: Sequence[TextReading], reference: Sequence[TextReading] | None = None
+) -> dict[str, MetricData]:
     """`perplexity`; and, to a reference's readings of the same tokens, `kl_nats` per token and `top1_agreement`."""
     blocks = [
         (number, range(begin, min(begin + _BLOCK, len(reading.logprobs))))
@@ -65,14 +67,14 @@ def text_figures(readings: Sequence[TextReading], reference: Sequence[TextReadin
     ]
     counts = [len(places) for _, places in blocks]
 
-    def mean_of(values: Sequence[Sequence[float]], is_exponent: bool = False) -> Figure:
+    def mean_of(values: Sequence[Sequence[float]], is_exponent: bool = False) -> MetricData:
         sums = [math.fsum(values[number][place] for place in places) for number, places in blocks]
 
         def statistic(rows: list[int]) -> float:
             mean = math.fsum(sums[row] for row in rows) / sum(counts[row] for row in rows)
             return math.exp(mean) if is_exponent else mean
 
-        return Figure(statistic, range(len(blocks)), sum(counts))
+        return MetricData(statistic, range(len(blocks)), sum(counts))
 
     figures = {"perplexity": mean_of([[-value for value in reading.logprobs] for reading in readings], True)}
     if reference is not None:

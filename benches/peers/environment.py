@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from slimserve.core.errors import UserError
-from slimserve.core.progress import progress, say
+from slimserve.core.progress import print_status, progress
 from slimserve.core.storage import cache_dir
 
 _HERE = Path(__file__).parent
@@ -35,7 +35,7 @@ def peer_python(name: str, *, on_top_of_ours: bool = False, build: Mapping[str, 
     folder = cache_dir("peers") / f"{name}-{_version(pins, name)}-{key}"
     python = folder / "bin" / "python"
     if (folder / _STAMP).is_file():
-        say(f"{name}: reusing its environment in {folder}")
+        print_status(f"{name}: reusing its environment in {folder}")
         return python
     shutil.rmtree(folder, ignore_errors=True)
     with progress(f"{name}: making an environment of its own in {folder}", None, "s"):

@@ -61,7 +61,11 @@ class SupervisedEngine:
     """The engine of one variant over all its restarts."""
 
     def __init__(
-        self, spec: EngineSpec, metrics: GatewayMetrics, say: Callable[[str], object], patience: Patience | None = None
+        self,
+        spec: EngineSpec,
+        metrics: GatewayMetrics,
+        print_status: Callable[[str], object],
+        patience: Patience | None = None,
     ) -> None:
         self.spec = spec
         self.state = State.STARTING
@@ -72,7 +76,7 @@ class SupervisedEngine:
         """Why it ended last."""
         self.num_restarts = 0
         self._metrics = metrics
-        self._say = say
+        self._say = print_status
         self._patience = patience or Patience()
         self._process: EngineProcess | None = None
         self._start_s = 0.0

@@ -23,7 +23,7 @@ import httpx
 
 from slimserve.core.errors import UserError
 from slimserve.core.hardware import Hardware
-from slimserve.core.progress import say
+from slimserve.core.progress import print_status
 from slimserve.core.provenance import versions
 from slimserve.core.storage import cache_dir, write_atomically
 from slimserve.serve.launch.plan import Choice, LaunchPlan, Profile, plan_launch
@@ -69,7 +69,7 @@ def tune_launch(directory: Path, hardware: Hardware, profile: Profile, num_varia
     def measure(candidate: Candidate, keep: Callable[[float, float], float]) -> None:
         rate = _measure(directory, candidate.applied_to(plan), profile)
         rates[candidate.name] = keep(rate, rates.get(candidate.name, rate))
-        say(f"tune: {candidate.name}: {rate:.1f} ({_UNITS[profile]})")
+        print_status(f"tune: {candidate.name}: {rate:.1f} ({_UNITS[profile]})")
 
     for candidate in candidates(hardware):
         try:
@@ -77,14 +77,14 @@ def tune_launch(directory: Path, hardware: Hardware, profile: Profile, num_varia
         except UserError as error:
             if candidate.name == _NAME_OF_PLAN:
                 raise
-            say(f"tune: {candidate.name}: does not start, left out ({error})")
+            print_status(f"tune: {candidate.name}: does not start, left out ({error})")
     best = best_candidate(hardware, rates)
     if best.name != _NAME_OF_PLAN:
         measure(Candidate(_NAME_OF_PLAN), max)
         measure(best, min)
         best = best_candidate(hardware, {name: rates[name] for name in (_NAME_OF_PLAN, best.name)})
     gain = rates[best.name] / rates[_NAME_OF_PLAN]
-    say(f"tune: kept: {best.name} ({gain:.2f} times the plan)")
+    print_status(f"tune: kept: {best.name} ({gain:.2f} times the plan)")
     choices = {kind: [asdict(choice) for choice in getattr(best, kind)] for kind in ("environment", "arguments")}
     kept = {"name": best.name, "rates": rates, **choices}
     write_atomically(_file(directory, hardware, profile), json.dumps(kept, indent=2) + "\n")

@@ -8,7 +8,7 @@ from slimserve.compare.quality import Answers, ask_quality, ask_text, figures_of
 from slimserve.core.errors import UserError
 from slimserve.core.openai_client import Target
 from slimserve.serve.launch.process import free_port
-from slimserve.workloads import estimates, load_workload
+from slimserve.workloads import load_workload, metrics
 from slimserve.workloads.interface import ChatAnswer
 from slimserve.workloads.reasoning import Reasoning, is_right
 from slimserve.workloads.text import TextReading
@@ -40,8 +40,8 @@ def test_figures_are_those_that_the_workload_itself_judges(workload: str) -> Non
         for row in range(12)
     ]
     figures = figures_of(workload, 12, 0, Answers("", list(kept)))
-    judged = load_workload(workload).judge(prompts, kept)
-    assert {name: estimates.estimate(figure) for name, figure in figures.items()} == judged
+    judged = load_workload(workload).evaluate(prompts, kept)
+    assert {name: metrics.estimate(figure) for name, figure in figures.items()} == judged
 
 
 def test_raw_answers_are_kept_and_read_back(tmp_path: Path) -> None:

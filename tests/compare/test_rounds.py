@@ -22,7 +22,7 @@ from slimserve.core.openai_client import Target
 from slimserve.loadtest.rows import Row, row_line
 from slimserve.loadtest.settings import LoadSettings
 from slimserve.loadtest.summary import summarize
-from slimserve.workloads import estimates
+from slimserve.workloads import metrics
 
 EFFORT = Effort(
     {"recommendation": 4},
@@ -108,7 +108,7 @@ def machine(fake_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> R
     for name, stand_in in replaced.items():
         monkeypatch.setattr(run, name, stand_in)
     for name in ("_NUM_RESAMPLES", "_NUM_PAIRED_RESAMPLES"):  # intervals are tested elsewhere, and take their time
-        monkeypatch.setattr(estimates, name, 20)
+        monkeypatch.setattr(metrics, name, 20)
     return made
 
 

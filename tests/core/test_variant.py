@@ -3,12 +3,17 @@ from pathlib import Path
 import pytest
 
 from slimserve.core.errors import UserError
-from slimserve.core.variant import Manifest, Source, Step, read_manifest, write_manifest
+from slimserve.core.variant import BaseModelRecord, Manifest, StepRecord, read_manifest, write_manifest
 
 
 def test_a_manifest_comes_back_as_it_was_written(tmp_path: Path) -> None:
-    steps = [Step(name="prune_mlp", seconds=1.5, detail={"neurons_after": 96}), Step(name="write", seconds=0.5)]
-    manifest = Manifest(name="m", recipe="r", base=Source(model="b", sha256="0"), steps=steps, num_parameters=5)
+    steps = [
+        StepRecord(name="prune_mlp", seconds=1.5, detail={"neurons_after": 96}),
+        StepRecord(name="write", seconds=0.5),
+    ]
+    manifest = Manifest(
+        name="m", recipe="r", base=BaseModelRecord(model="b", sha256="0"), steps=steps, num_parameters=5
+    )
     write_manifest(tmp_path, manifest)
     assert read_manifest(tmp_path) == manifest
     assert manifest.build_s == 2.0

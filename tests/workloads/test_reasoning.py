@@ -64,7 +64,7 @@ def test_judging_counts_right_answers_by_kind_and_tokens() -> None:
         ChatAnswer(problem.answer if problem.kind == "chain_sum" else "", num_tokens=10 * (index % 2))
         for index, problem in enumerate(asked)
     ]
-    figures = Reasoning().judge(asked, answers)
+    figures = Reasoning().evaluate(asked, answers)
     assert figures["accuracy"].value == 0.5
     assert figures["accuracy_chain_sum"].value == 1.0
     assert figures["accuracy_gsm_symbolic"].value == 0.0

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from slimserve.core.variant import Manifest, Source, write_manifest
+from slimserve.core.variant import BaseModelRecord, Manifest, write_manifest
 from slimserve.serve.gateway.supervisor import State
 from slimserve.serve.launch.config import Alias
 from tests.serve.fake_engine import Message, answer, run, served, until
@@ -128,7 +128,7 @@ def test_an_engine_that_takes_no_connection_is_503_too() -> None:
 def test_models_are_the_engines_own_entries_with_size_base_and_recipe(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"x" * 1000)
     manifest = Manifest(
-        name="small", recipe="prune25", base=Source(model="smol", sha256="0"), steps=[], num_parameters=7
+        name="small", recipe="prune25", base=BaseModelRecord(model="smol", sha256="0"), steps=[], num_parameters=7
     )
     write_manifest(tmp_path, manifest)
 

@@ -1,6 +1,6 @@
 """Quality figures with confidence intervals, and tests of two models' figures over the same prompts.
 
-A `Figure` is a statistic of rows (prompts, blocks of tokens) in groups that are resampled together. `estimate` gives
+A `MetricData` is a statistic of rows (prompts, blocks of tokens) in groups that are resampled together. `estimate` gives
 it a 95% interval; `paired_samples` draws two models' figures over the same groups, so what is hard for both cancels.
 """
 
@@ -22,7 +22,7 @@ _NUM_POSTERIOR = 20_000
 
 
 @dataclass(frozen=True)
-class Figure:
+class MetricData:
     """One figure of quality as a statistic of rows."""
 
     statistic: Callable[[list[int]], float]
@@ -39,60 +39,62 @@ class Figure:
         return self.statistic(list(range(len(self.groups))))
 
 
-def estimate(figure: Figure) -> Estimate:
+def estimate(figure: MetricData) -> Estimate:
     """The figure with its 95% interval: Wilson's for a share of successes, a bootstrap by group for the rest."""
     if figure.successes is not None:
         return proportion(sum(figure.successes), len(figure.successes))
     return grouped(figure.statistic, figure.groups, figure.n)
 
 
-def slate_figures(
+def ranking_metrics(
     truths: Sequence[Sequence[bool]], scores: Sequence[Sequence[float]], members: Sequence[int]
-) -> dict[str, Figure]:
-    """Figures of scored slates: pooled `auc` and `calibration_error`, mean `within_member_auc` and `ndcg_at_10`."""
+) -> dict[str, MetricData]:
+    """Figures of scored slates: pooled `auc` and `calibration_error`, mean `within_user_auc` and `ndcg_at_10`."""
 
-    def pooled(metric: _Metric) -> Figure:
+    def pooled(metric: _Metric) -> MetricData:
         def statistic(rows: list[int]) -> float:
             labels = [label for row in rows for label in truths[row]]
             return metric(labels, [score for row in rows for score in scores[row]])
 
-        return Figure(statistic, members, sum(map(len, truths)))
+        return MetricData(statistic, members, sum(map(len, truths)))
 
-    def mean(metric: _Metric) -> Figure:
+    def mean(metric: _Metric) -> MetricData:
         values = [metric(truth, given) for truth, given in zip(truths, scores, strict=True)]
 
         def statistic(rows: list[int]) -> float:
             known = [values[row] for row in rows if values[row] == values[row]]
             return sum(known) / len(known) if known else float("nan")
 
-        return Figure(statistic, members, sum(value == value for value in values))
+        return MetricData(statistic, members, sum(value == value for value in values))
 
     return {
         "auc": pooled(roc_auc),
-        "within_member_auc": mean(roc_auc),
+        "within_user_auc": mean(roc_auc),
         "ndcg_at_10": mean(ndcg_at_10),
         "calibration_error": pooled(calibration_error),
     }
 
 
-def answer_figures(right: Sequence[bool], kinds: Sequence[str], num_tokens: Sequence[int]) -> dict[str, Figure]:
+def answer_metrics(right: Sequence[bool], kinds: Sequence[str], num_tokens: Sequence[int]) -> dict[str, MetricData]:
     """Figures of verified answers: `accuracy` over all and by kind, and mean `tokens_per_answer`."""
 
-    def share(rows_of_kind: Sequence[int]) -> Figure:
+    def share(rows_of_kind: Sequence[int]) -> MetricData:
         found = tuple(right[row] for row in rows_of_kind)
-        return Figure(lambda rows: sum(found[row] for row in rows) / len(rows), range(len(found)), len(found), found)
+        return MetricData(
+            lambda rows: sum(found[row] for row in rows) / len(rows), range(len(found)), len(found), found
+        )
 
     of_kind = {kind: [row for row, its in enumerate(kinds) if its == kind] for kind in dict.fromkeys(kinds)}
     return {
         "accuracy": share(range(len(right))),
         **{f"accuracy_{kind}": share(rows) for kind, rows in of_kind.items()},
-        "tokens_per_answer": Figure(
+        "tokens_per_answer": MetricData(
             lambda rows: sum(num_tokens[row] for row in rows) / len(rows), range(len(num_tokens)), len(num_tokens)
         ),
     }
 
 
-def paired_samples(figure: Figure, reference: Figure, seed: int = 0) -> NDArray[np.float64]:
+def paired_samples(figure: MetricData, reference: MetricData, seed: int = 0) -> NDArray[np.float64]:
     """Both figures `[resamples, 2]` over the same bootstrap draws of groups, without draws that leave one undefined.
 
     The figures must be of the same rows in the same groups, as those of two models that answered the same prompts.
@@ -122,7 +124,7 @@ def paired_difference(samples: NDArray[np.float64]) -> tuple[float, float, float
 
 
 def probability_kept(
-    figure: Figure, reference: Figure, samples: NDArray[np.float64], least_frac: float, seed: int = 0
+    figure: MetricData, reference: MetricData, samples: NDArray[np.float64], least_frac: float, seed: int = 0
 ) -> float:
     """How likely `figure` is at least `least_frac` of `reference`, where `samples` are their paired draws.
 
