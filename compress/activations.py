@@ -1,4 +1,4 @@
-"""What flows through a model while it is compressed: hidden states on disk, Gram matrices in memory.
+"""What flows through a model while it is compressed: hidden states on disk, Hessians in memory.
 
 Shapes: N sequences, T tokens, I features. The files bound the memory whatever the number of samples, and
 they are what an interrupted run resumes from.
@@ -16,9 +16,9 @@ from torch import Tensor
 from slimserve.core.errors import UserError
 
 _PANEL = 192
-"""Columns of a Gram matrix mirrored at once."""
+"""Columns of a Hessian mirrored at once."""
 _LEAST_BLOCK = 128
-"""Blocks on a Gram matrix's diagonal are halved down to this many columns; what lies below them is not computed."""
+"""Blocks on a Hessian's diagonal are halved down to this many columns; what lies below them is not computed."""
 
 
 class ActivationFile:
@@ -64,10 +64,10 @@ def _bytes_of(tensor: Tensor) -> memoryview:
     return cast("memoryview", tensor.view(torch.uint8).flatten().numpy().data)
 
 
-class Gram:
+class Hessian:
     """XᵀX over all tokens that a layer reads and, where asked for, the largest magnitude of each feature.
 
-    Sums are float32, blocks on and above the diagonal only, mirrored at the end: a Gram matrix is symmetric.
+    Sums are float32, blocks on and above the diagonal only, mirrored at the end: a Hessian is symmetric.
     """
 
     def __init__(self, width: int, layer: str, wants_peak: bool = False) -> None:

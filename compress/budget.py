@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from slimserve.compress.families import HALVES, Half, LayerRoles
+from slimserve.compress.families import SUBLAYERS, LayerRoles, Sublayer
 from slimserve.compress.formats import choose_group_size, layer_bytes
 from slimserve.compress.forward import Block, Decoder, dense_linear
 from slimserve.compress.recipe import AnyStep, Keep, Prune, PruneDepth, Quantize
@@ -197,7 +197,7 @@ def rank(shapes: Sequence[Shape], dense: Shape, curves: Sequence[Mapping[str, An
     return sorted(candidates, key=lambda candidate: candidate.estimated_error)
 
 
-def profile_sizes(config: Mapping[str, Any]) -> dict[Half, list[int]]:
+def profile_sizes(config: Mapping[str, Any]) -> dict[Sublayer, list[int]]:
     """At which sizes of a half the error curves are taken, falling from the dense one."""
     dense = Shape.of(config)
     widths = {round(dense.width * (1 - (1 - _LEAST_SHARE) * i / (_NUM_WIDTHS - 1))) for i in range(_NUM_WIDTHS)}
@@ -248,7 +248,7 @@ class BlockTimer:
         roles = self._roles
         sizes = _layer_sizes(self._config, shape, roles)
         block = {f"{layer}.weight": torch.randn(size).mul_(0.02).bfloat16() for layer, size in sizes.items()}
-        norms = {f"{roles.norm(half)}.weight": torch.ones(hidden, dtype=torch.bfloat16) for half in HALVES}
+        norms = {f"{roles.norm(sublayer)}.weight": torch.ones(hidden, dtype=torch.bfloat16) for sublayer in SUBLAYERS}
         return block | norms
 
 

@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 from slimserve.core.errors import UserError
 
-Half = Literal["attention", "mlp"]
+Sublayer = Literal["attention", "mlp"]
 """A block is two halves: a norm, producers, what stands between, and a consumer that adds to the residual."""
 
-HALVES: tuple[Half, Half] = ("attention", "mlp")
+SUBLAYERS: tuple[Sublayer, Sublayer] = ("attention", "mlp")
 
 
 @dataclass(frozen=True)
@@ -51,17 +51,17 @@ class LayerRoles:
         """Layers that read the MLP's input and whose rows are neurons."""
         return (self.gate, self.up)
 
-    def norm(self, half: Half) -> str:
+    def norm(self, sublayer: Sublayer) -> str:
         """The norm that a half begins with."""
-        return self.attention_norm if half == "attention" else self.mlp_norm
+        return self.attention_norm if sublayer == "attention" else self.mlp_norm
 
-    def producers(self, half: Half) -> tuple[str, ...]:
+    def producers(self, sublayer: Sublayer) -> tuple[str, ...]:
         """The layers that read a half's norm; engines fuse them into one."""
-        return self.attention_producers if half == "attention" else self.mlp_producers
+        return self.attention_producers if sublayer == "attention" else self.mlp_producers
 
-    def consumer(self, half: Half) -> str:
+    def consumer(self, sublayer: Sublayer) -> str:
         """The layer that ends a half."""
-        return self.attention_consumer if half == "attention" else self.mlp_consumer
+        return self.attention_consumer if sublayer == "attention" else self.mlp_consumer
 
     @property
     def linears(self) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from slimserve.compress.checkpoint import CheckpointReader
-from slimserve.compress.families import HALVES, Half, LayerRoles, head_dim_of
+from slimserve.compress.families import SUBLAYERS, LayerRoles, Sublayer, head_dim_of
 from slimserve.core.errors import UserError
 
 Block = dict[str, Tensor]
@@ -53,22 +53,22 @@ class Decoder:
         self._mask = _window_mask(parsed, num_tokens)
         self._cos_TH, self._sin_TH = _rotary_tables(parsed, self.head_dim, num_tokens, dtype)
 
-    def producer_input(self, half: Half, block: Mapping[str, Tensor], x_BTD: Tensor) -> Tensor:
+    def producer_input(self, sublayer: Sublayer, block: Mapping[str, Tensor], x_BTD: Tensor) -> Tensor:
         """What a half's producers read: the normed residual stream, `[B, T, D]`."""
-        return self._norm(x_BTD, block[f"{self.roles.norm(half)}.weight"])
+        return self._norm(x_BTD, block[f"{self.roles.norm(sublayer)}.weight"])
 
-    def consumer_input(self, half: Half, block: Mapping[str, Tensor], linear: Linear, h_BTD: Tensor) -> Tensor:
+    def consumer_input(self, sublayer: Sublayer, block: Mapping[str, Tensor], linear: Linear, h_BTD: Tensor) -> Tensor:
         """What a half's consumer reads, `[B, T, I]`: the heads' outputs, or the neurons."""
-        if half == "mlp":
+        if sublayer == "mlp":
             gated: Tensor = self._activation(linear(self.roles.gate, h_BTD)) * linear(self.roles.up, h_BTD)
             return gated
         return self._attend(block, linear, h_BTD)
 
     def block(self, block: Mapping[str, Tensor], linear: Linear, x_BTD: Tensor) -> Tensor:
         """The residual stream after a whole block."""
-        for half in HALVES:
-            inner = self.consumer_input(half, block, linear, self.producer_input(half, block, x_BTD))
-            x_BTD = x_BTD + linear(self.roles.consumer(half), inner)
+        for sublayer in SUBLAYERS:
+            inner = self.consumer_input(sublayer, block, linear, self.producer_input(sublayer, block, x_BTD))
+            x_BTD = x_BTD + linear(self.roles.consumer(sublayer), inner)
         return x_BTD
 
     def final_norm(self, x_BTD: Tensor, weight_D: Tensor) -> Tensor:

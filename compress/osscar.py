@@ -38,25 +38,25 @@ _ROWS = 256
 
 
 class Factor(NamedTuple):
-    """Cholesky factor of a damped Gram matrix `[I, I]`, lower, and the damping that it took to get it."""
+    """Cholesky factor of a damped Hessian `[I, I]`, lower, and the damping that it took to get it."""
 
     factor_II: Tensor
     damping: float
 
 
-def factorize(gram_II: Tensor, damping: float, mean_diagonal: float | None = None) -> Factor:
+def factorize(hessian_II: Tensor, damping: float, mean_diagonal: float | None = None) -> Factor:
     """Factor gram + damping * mean(diag) * I; damping grows tenfold until the sum is sound in float64.
 
-    For a part of a Gram matrix give the `mean_diagonal` of the whole; it must be positive. Raises
+    For a part of a Hessian give the `mean_diagonal` of the whole; it must be positive. Raises
     UserError where the matrix holds NaN or infinity.
     """
-    mean_diagonal = float(gram_II.diagonal().mean()) if mean_diagonal is None else mean_diagonal
-    if not math.isfinite(float(gram_II.sum())):
+    mean_diagonal = float(hessian_II.diagonal().mean()) if mean_diagonal is None else mean_diagonal
+    if not math.isfinite(float(hessian_II.sum())):
         raise UserError(
-            "calibration", "Gram matrix", "holds NaN or infinity", "run the model in float32 or bfloat16, not float16"
+            "calibration", "Hessian", "holds NaN or infinity", "run the model in float32 or bfloat16, not float16"
         )
     while True:
-        damped_II = gram_II.clone()
+        damped_II = hessian_II.clone()
         damped_II.diagonal().add_(damping * mean_diagonal)
         factor_II, info = torch.linalg.cholesky_ex(damped_II)
         del damped_II
@@ -67,21 +67,21 @@ def factorize(gram_II: Tensor, damping: float, mean_diagonal: float | None = Non
 
 
 def refit(
-    gram_II: Tensor, weight_OI: Tensor, target_IO: Tensor | None, damping: float, kept_I: Tensor
+    hessian_II: Tensor, weight_OI: Tensor, target_IO: Tensor | None, damping: float, kept_I: Tensor
 ) -> tuple[Tensor, float]:
     """The weight `[O, K]` over the features `kept_I` that minimises the loss, and the damping used.
 
     W_K = H_KK⁻¹ G_K, where G is `target_IO` or, for the layer's own outputs, H Wᵀ; then it is
     computed as a correction to the weight, which is exact where nothing needs correction.
     """
-    mean_diagonal = float(gram_II.diagonal().mean())
-    factor_KK, damping = factorize(gram_II[kept_I[:, None], kept_I], damping, mean_diagonal)
+    mean_diagonal = float(hessian_II.diagonal().mean())
+    factor_KK, damping = factorize(hessian_II[kept_I[:, None], kept_I], damping, mean_diagonal)
     if target_IO is not None:
         return torch.cholesky_solve(target_IO[kept_I], factor_KK).T.contiguous(), damping
-    removed = torch.ones(len(gram_II), dtype=torch.bool)
+    removed = torch.ones(len(hessian_II), dtype=torch.bool)
     removed[kept_I] = False
     removed_I = removed.nonzero().flatten()
-    lost_KO = gram_II[kept_I[:, None], removed_I] @ weight_OI[:, removed_I].T
+    lost_KO = hessian_II[kept_I[:, None], removed_I] @ weight_OI[:, removed_I].T
     return weight_OI[:, kept_I] + torch.cholesky_solve(lost_KO, factor_KK).T, damping
 
 

@@ -21,7 +21,7 @@ from slimserve.compress.families import LayerRoles
 from slimserve.core.errors import UserError
 
 _ROWS = 512
-"""Rows of a Gram matrix multiplied at once where only its upper half is read."""
+"""Rows of a Hessian multiplied at once where only its upper half is read."""
 _CURVE_ROUNDS = 4
 """Batches of removal between two points of a loss curve."""
 
@@ -31,7 +31,7 @@ class PruneProblem:
     """A consumer of which whole groups of input columns are to be removed. All tensors are float64."""
 
     weight_OI: Tensor
-    gram_II: Tensor | None
+    hessian_II: Tensor | None
     """XᵀX / num_tokens of the consumer's inputs, undamped; None is enough for methods outside `NEEDS_DATA`."""
     target_IO: Tensor | None
     """G, the right-hand side of the least squares problem for the outputs aimed at (see `dense_target`).
@@ -40,7 +40,7 @@ class PruneProblem:
     """
     group_size: int
     damping: float = 0.01
-    """Added to the Gram matrix's diagonal, as a share of the diagonal's mean."""
+    """Added to the Hessian's diagonal, as a share of the diagonal's mean."""
     seed: int = 0
     """Of the method `random`."""
 
@@ -49,7 +49,7 @@ class PruneProblem:
         assert num_inputs % self.group_size == 0
         for tensor, shape in (
             (self.weight_OI, (num_outputs, num_inputs)),
-            (self.gram_II, (num_inputs, num_inputs)),
+            (self.hessian_II, (num_inputs, num_inputs)),
             (self.target_IO, (num_inputs, num_outputs)),
         ):
             assert tensor is None or (tensor.dtype == torch.float64 and tensor.shape == shape)
@@ -77,9 +77,9 @@ Method = Callable[[PruneProblem, int], Pruned]
 
 
 def magnitude(consumer_OI: Tensor) -> Tensor:
-    """Half the squared norm of each consumer column, `[I]` float64: the objective's rise when it is removed.
+    """Sublayer the squared norm of each consumer column, `[I]` float64: the objective's rise when it is removed.
 
-    This is the OSSCAR removal score (arXiv 2403.12983, section 3) for inputs whose Gram
+    This is the OSSCAR removal score (arXiv 2403.12983, section 3) for inputs whose Hessian
     matrix is the identity, so it looks at no data.
     """
     return consumer_OI.double().square().sum(dim=0) / 2
@@ -116,7 +116,7 @@ def choose_kept(scores_U: Tensor, num_kept: int) -> Tensor:
     return torch.sort(order[:num_kept]).values
 
 
-def dense_target(cross_IO: Tensor, weight_OI: Tensor, gram_II: Tensor, damping: float) -> Tensor:
+def dense_target(cross_IO: Tensor, weight_OI: Tensor, hessian_II: Tensor, damping: float) -> Tensor:
     """`PruneProblem.target_IO` for the dense model's outputs Y, from `cross_IO` = XᵀY / num_tokens.
 
     Adds damping * mean(diag) * Wᵀ, so that damping draws the refitted weight to the current one and
@@ -124,19 +124,19 @@ def dense_target(cross_IO: Tensor, weight_OI: Tensor, gram_II: Tensor, damping: 
     neurons removed, SmolLM2's block 28 loses 0.14% of its output energy, and 0.23% when drawn to zero.
     With Y = X Wᵀ the problem equals that of the consumer's own outputs.
     """
-    return cross_IO + damping * gram_II.diagonal().mean() * weight_OI.T
+    return cross_IO + damping * hessian_II.diagonal().mean() * weight_OI.T
 
 
 def objective(problem: PruneProblem, kept_I: Tensor, weight_OK: Tensor, *, damped: bool = False) -> float:
     """Relative squared output error, ‖X P - X_K W_K‖² / ‖X P‖², of a weight over the columns `kept_I`.
 
     X P are the outputs aimed at: the consumer's own, or those nearest to the target that the full
-    set of inputs can give. With `damped` the norms are those of the damped Gram matrix, which is what
+    set of inputs can give. With `damped` the norms are those of the damped Hessian, which is what
     the methods minimise.
     """
-    gram_II = _gram(problem)
-    ridge = problem.damping * float(gram_II.diagonal().mean()) if damped else 0.0
-    return _relative_error(gram_II, _solution(problem), kept_I, weight_OK, ridge)
+    hessian_II = _hessian(problem)
+    ridge = problem.damping * float(hessian_II.diagonal().mean()) if damped else 0.0
+    return _relative_error(hessian_II, _solution(problem), kept_I, weight_OK, ridge)
 
 
 def loss_curve(problem: PruneProblem, sizes: Sequence[int]) -> list[float]:
@@ -144,7 +144,7 @@ def loss_curve(problem: PruneProblem, sizes: Sequence[int]) -> list[float]:
 
     `sizes` fall; removal is greedy, in one go through all of them. Inputs that are all zero lose nothing.
     """
-    if not bool(_gram(problem).diagonal().any()):
+    if not bool(_hessian(problem).diagonal().any()):
         return [0.0] * len(sizes)
     tableau, _, _ = _tableau(problem)
     losses = []
@@ -204,7 +204,7 @@ def _peak_magnitude(problem: PruneProblem, num_kept: int) -> Pruned:
 
 def _wanda(problem: PruneProblem, num_kept: int) -> Pruned:
     """Magnitude of a column times its input's (arXiv 2306.11695, equation 1), squared and summed over a group."""
-    energy_I = _gram(problem).diagonal() * magnitude(problem.weight_OI)
+    energy_I = _hessian(problem).diagonal() * magnitude(problem.weight_OI)
     return _by_score(problem, num_kept, _grouped(energy_I, problem).sum(dim=1))
 
 
@@ -229,7 +229,7 @@ def _on_data(method: Method) -> Method:
     """`method`, or magnitude where the inputs are all zero and tell nothing, with the reason in the detail."""
 
     def guarded(problem: PruneProblem, num_kept: int) -> Pruned:
-        if bool(_gram(problem).diagonal().any()):
+        if bool(_hessian(problem).diagonal().any()):
             return method(problem, num_kept)
         pruned = _magnitude(problem, num_kept)
         return replace(pruned, detail={**pruned.detail, "fallback": "magnitude, as all calibration inputs are zero"})
@@ -245,7 +245,7 @@ _DATA_METHODS: dict[str, Method] = {
 }
 
 NEEDS_DATA: frozenset[str] = frozenset(_DATA_METHODS)
-"""Methods that look at the Gram matrix."""
+"""Methods that look at the Hessian."""
 
 METHODS: dict[str, Method] = {
     "random": _random,
@@ -256,9 +256,9 @@ METHODS: dict[str, Method] = {
 """Pruning methods by name: `(problem, number of groups to keep, at least one)`. The same input gives the same bits."""
 
 
-def _gram(problem: PruneProblem) -> Tensor:
-    assert problem.gram_II is not None, "this method needs calibration data"
-    return problem.gram_II
+def _hessian(problem: PruneProblem) -> Tensor:
+    assert problem.hessian_II is not None, "this method needs calibration data"
+    return problem.hessian_II
 
 
 def _grouped(scores_I: Tensor, problem: PruneProblem) -> Tensor:
@@ -275,7 +275,7 @@ def _by_score(problem: PruneProblem, num_kept: int, scores_U: Tensor) -> Pruned:
 def _without_refit(problem: PruneProblem, kept_U: Tensor, detail: dict[str, Any]) -> Pruned:
     kept_I = osscar.expand(kept_U, problem.group_size)
     weight_OK = problem.weight_OI[:, kept_I].contiguous()
-    if problem.gram_II is not None:
+    if problem.hessian_II is not None:
         detail["relative_output_error"] = objective(problem, kept_I, weight_OK)
     return Pruned(kept_U, kept_I, weight_OK, detail)
 
@@ -283,15 +283,15 @@ def _without_refit(problem: PruneProblem, kept_U: Tensor, detail: dict[str, Any]
 def _with_refit(
     problem: PruneProblem, kept_U: Tensor, detail: dict[str, Any], solution_IO: Tensor | None = None
 ) -> Pruned:
-    gram_II = _gram(problem)
+    hessian_II = _hessian(problem)
     kept_I = osscar.expand(kept_U, problem.group_size)
-    weight_OK, damping = osscar.refit(gram_II, problem.weight_OI, problem.target_IO, problem.damping, kept_I)
+    weight_OK, damping = osscar.refit(hessian_II, problem.weight_OI, problem.target_IO, problem.damping, kept_I)
     if solution_IO is None:
         solution_IO = _solution(replace(problem, damping=damping))
     detail |= {
-        "relative_output_error": _relative_error(gram_II, solution_IO, kept_I, weight_OK),
+        "relative_output_error": _relative_error(hessian_II, solution_IO, kept_I, weight_OK),
         "damping": damping,
-        "dead_inputs": int((gram_II.diagonal() == 0).sum()),
+        "dead_inputs": int((hessian_II.diagonal() == 0).sum()),
     }
     return Pruned(kept_U, kept_I, weight_OK, detail)
 
@@ -308,7 +308,7 @@ def _choose_by_osscar(
 
 def _tableau(problem: PruneProblem) -> tuple[osscar.Tableau, Tensor, float]:
     """The problem with all groups kept, its full solution, and the damping that it took."""
-    factor_II, damping = osscar.factorize(_gram(problem), problem.damping)
+    factor_II, damping = osscar.factorize(_hessian(problem), problem.damping)
     inverse_II = torch.cholesky_inverse(factor_II).T  # symmetric, and row-major this way round
     del factor_II
     solution_IO = problem.weight_OI.T if problem.target_IO is None else inverse_II @ problem.target_IO
@@ -319,24 +319,24 @@ def _solution(problem: PruneProblem) -> Tensor:
     """P `[I, O]`, the weight over all inputs that fits the target best."""
     if problem.target_IO is None:
         return problem.weight_OI.T
-    return torch.cholesky_solve(problem.target_IO, osscar.factorize(_gram(problem), problem.damping).factor_II)
+    return torch.cholesky_solve(problem.target_IO, osscar.factorize(_hessian(problem), problem.damping).factor_II)
 
 
 def _relative_error(
-    gram_II: Tensor, solution_IO: Tensor, kept_I: Tensor, weight_OK: Tensor, ridge: float = 0.0
+    hessian_II: Tensor, solution_IO: Tensor, kept_I: Tensor, weight_OK: Tensor, ridge: float = 0.0
 ) -> float:
     error_IO = solution_IO.clone()
     error_IO[kept_I] -= weight_OK.T
-    lost, whole = _energy(gram_II, error_IO, ridge), _energy(gram_II, solution_IO, ridge)
+    lost, whole = _energy(hessian_II, error_IO, ridge), _energy(hessian_II, solution_IO, ridge)
     return lost / whole if whole > 0 else 0.0
 
 
-def _energy(gram_II: Tensor, x_IO: Tensor, ridge: float) -> float:
+def _energy(hessian_II: Tensor, x_IO: Tensor, ridge: float) -> float:
     """tr(xᵀ (gram + ridge) x), from the upper half of the symmetric matrix: half the work, little memory."""
     total = ridge * float(x_IO.square().sum())
     for start in range(0, len(x_IO), _ROWS):
         rows = slice(start, start + _ROWS)
-        product_RO = gram_II[rows, start + _ROWS :] @ x_IO[start + _ROWS :]
-        product_RO.mul_(2).addmm_(gram_II[rows, rows], x_IO[rows])
+        product_RO = hessian_II[rows, start + _ROWS :] @ x_IO[start + _ROWS :]
+        product_RO.mul_(2).addmm_(hessian_II[rows, rows], x_IO[rows])
         total += float((product_RO * x_IO[rows]).sum())
     return total

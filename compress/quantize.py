@@ -1,7 +1,7 @@
 """Quantization of linear layers: grids, weights on a grid, and rounding to the nearest point.
 
 Shapes: O output features, I input features, G groups of input features that share a scale
-(1 where a whole row shares it). `slimserve.compress.gptq` holds the roundings that look at data.
+(1 where a whole row shares it). `slimserve.compress.rounding` holds the roundings that look at data.
 """
 
 from __future__ import annotations
@@ -152,11 +152,11 @@ class RoundingOptions:
 
 
 Rounding = Callable[[Tensor, Tensor | None, Grid, RoundingOptions], Quantized]
-"""`(weight_OI, gram_II, grid, options)`: float32, the gram is XᵀX / num_tokens or None without data."""
+"""`(weight_OI, hessian_II, grid, options)`: float32, the gram is XᵀX / num_tokens or None without data."""
 
 
 def fit_scales(
-    weight_OI: Tensor, gram_II: Tensor | None, grid: Grid, options: RoundingOptions
+    weight_OI: Tensor, hessian_II: Tensor | None, grid: Grid, options: RoundingOptions
 ) -> tuple[Tensor, Tensor | None]:
     """Scales and zero points as `Grid.fit` returns them, by `options.scales`.
 
@@ -165,7 +165,7 @@ def fit_scales(
     """
     if options.scales == "minmax":
         return grid.fit(weight_OI)
-    energy_I = torch.ones(weight_OI.shape[1]) if gram_II is None else gram_II.diagonal().float()
+    energy_I = torch.ones(weight_OI.shape[1]) if hessian_II is None else hessian_II.diagonal().float()
     parts = [_search_scales(rows, energy_I, grid) for rows in weight_OI.float().split(_ROWS_AT_ONCE)]
     scale_OG = torch.cat([scale for scale, _ in parts])
     return scale_OG, None if grid.symmetric else torch.cat([zero for _, zero in parts if zero is not None])
@@ -190,10 +190,10 @@ def _search_scales(weight_OI: Tensor, energy_I: Tensor, grid: Grid) -> tuple[Ten
 
 
 def round_to_nearest(
-    weight_OI: Tensor, gram_II: Tensor | None, grid: Grid, options: RoundingOptions | None = None
+    weight_OI: Tensor, hessian_II: Tensor | None, grid: Grid, options: RoundingOptions | None = None
 ) -> Quantized:
     """Every weight to the nearest point of its grid; the gram matters only for `scales="mse"`."""
-    scale_OG, zero_OG = fit_scales(weight_OI, gram_II, grid, options or RoundingOptions())
+    scale_OG, zero_OG = fit_scales(weight_OI, hessian_II, grid, options or RoundingOptions())
     groups_OGS = weight_OI.float().unflatten(1, (scale_OG.shape[1], -1))
     zero_OG1 = None if zero_OG is None else zero_OG[:, :, None]
     codes_OI = grid.encode(groups_OGS, scale_OG[:, :, None], zero_OG1).flatten(1)
@@ -217,15 +217,15 @@ def relative_error(weight_OI: Tensor, quantized: Quantized) -> float:
     return float((weight_OI.float() - quantized.dequantize()).norm() / norm) if norm > 0 else 0.0
 
 
-def output_error(weight_OI: Tensor, quantized: Quantized, gram_II: Tensor | None) -> float:
+def output_error(weight_OI: Tensor, quantized: Quantized, hessian_II: Tensor | None) -> float:
     """Root of tr(E G Eᵀ) / tr(W G Wᵀ): how far the layer's outputs move, relative to the outputs.
 
     E is the rounding error and G the gram of the inputs; without a gram, `relative_error`. 0 where
     the outputs are zeros.
     """
-    if gram_II is None:
+    if hessian_II is None:
         return relative_error(weight_OI, quantized)
-    weight, gram = weight_OI.float(), gram_II.float()
+    weight, hessian = weight_OI.float(), hessian_II.float()
     error = weight - quantized.dequantize()
-    moved, whole = (float((matrix @ gram).mul_(matrix).sum(dtype=torch.float64)) for matrix in (error, weight))
+    moved, whole = (float((matrix @ hessian).mul_(matrix).sum(dtype=torch.float64)) for matrix in (error, weight))
     return (max(moved, 0.0) / whole) ** 0.5 if whole > 0 else 0.0

@@ -75,7 +75,7 @@ class Prune(StrictModel):
     multiple: int = Field(default=32, ge=1)
     """The kept MLP width is a multiple of this: 32 suits CPU kernels, 64 or 128 GPU kernels."""
     damping: float = Field(default=0.01, gt=0)
-    """Added to a Gram matrix's diagonal, as a share of the diagonal's mean."""
+    """Added to a Hessian's diagonal, as a share of the diagonal's mean."""
     rounds: int = Field(default=1, ge=1)
     """Remove in this many rounds, each on the model that the round before left."""
 

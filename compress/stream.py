@@ -1,6 +1,6 @@
 """A calibration set on its way through a model, block by block and half by half, as a step changes the blocks.
 
-For each half of a block a step may ask for the Gram matrix of what its producers read, then of what its
+For each half of a block a step may ask for the Hessian of what its producers read, then of what its
 consumer reads, and then lets the stream advance through the half as it has become. So every layer is
 chosen on what it will really read, errors of the layers before included, and the model runs only once.
 """
@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from slimserve.compress.activations import ActivationFile, Gram
-from slimserve.compress.families import Half
+from slimserve.compress.activations import ActivationFile, Hessian
+from slimserve.compress.families import Sublayer
 from slimserve.compress.forward import Decoder, dense_linear
 
 _TOKENS_AT_ONCE = 2048
@@ -69,40 +69,44 @@ class Stream:
             count = min(self._batch, len(self.tokens_NT) - first)
             self._after.write(first, stream._before.read(first, count))
 
-    def producer_gram(self, half: Half, block: Mapping[str, Tensor], layer: str, wants_peak: bool = False) -> Gram:
-        """Gram of what the half's producers read; `layer` names them in an error."""
-        gram = Gram(self._width, layer, wants_peak)
-        for _, x_BTD in self._residual(half):
-            gram.add(self.decoder.producer_input(half, block, x_BTD))
-        return gram
+    def producer_hessian(
+        self, sublayer: Sublayer, block: Mapping[str, Tensor], layer: str, wants_peak: bool = False
+    ) -> Hessian:
+        """Hessian of what the half's producers read; `layer` names them in an error."""
+        hessian = Hessian(self._width, layer, wants_peak)
+        for _, x_BTD in self._residual(sublayer):
+            hessian.add(self.decoder.producer_input(sublayer, block, x_BTD))
+        return hessian
 
-    def run(self, half: Half, block: Mapping[str, Tensor]) -> Iterator[tuple[int, Tensor]]:
+    def run(self, sublayer: Sublayer, block: Mapping[str, Tensor]) -> Iterator[tuple[int, Tensor]]:
         """Compute what the half's consumer reads and keep it for `advance`; yields it batch by batch."""
         linear = dense_linear(block)
-        width = block[f"{self.decoder.roles.consumer(half)}.weight"].shape[1]
+        width = block[f"{self.decoder.roles.consumer(sublayer)}.weight"].shape[1]
         path = self._folder / f"{self._name}-inner.bin"
         self._inner = ActivationFile(path, *self._shape, width, self.decoder.dtype)
-        for first, x_BTD in self._residual(half):
-            h_BTD = self.decoder.producer_input(half, block, x_BTD)
-            inner_BTI = self.decoder.consumer_input(half, block, linear, h_BTD)
+        for first, x_BTD in self._residual(sublayer):
+            h_BTD = self.decoder.producer_input(sublayer, block, x_BTD)
+            inner_BTI = self.decoder.consumer_input(sublayer, block, linear, h_BTD)
             self._inner.write(first, inner_BTI)
             yield first, inner_BTI
 
-    def consumer_gram(self, half: Half, block: Mapping[str, Tensor], layer: str) -> Gram:
-        """Gram of what the half's consumer reads; `layer` names it in an error."""
-        gram = Gram(block[f"{self.decoder.roles.consumer(half)}.weight"].shape[1], layer)
-        for _, inner_BTI in self.run(half, block):
-            gram.add(inner_BTI)
-        return gram
+    def consumer_hessian(self, sublayer: Sublayer, block: Mapping[str, Tensor], layer: str) -> Hessian:
+        """Hessian of what the half's consumer reads; `layer` names it in an error."""
+        hessian = Hessian(block[f"{self.decoder.roles.consumer(sublayer)}.weight"].shape[1], layer)
+        for _, inner_BTI in self.run(sublayer, block):
+            hessian.add(inner_BTI)
+        return hessian
 
-    def advance(self, half: Half, block: Mapping[str, Tensor], kept_I: Tensor | None = None) -> Iterator[Tensor]:
+    def advance(
+        self, sublayer: Sublayer, block: Mapping[str, Tensor], kept_I: Tensor | None = None
+    ) -> Iterator[Tensor]:
         """Add the consumer's outputs to the hidden states; yields them batch by batch, `[B, T, D]`.
 
         `kept_I` are the columns of what `run` kept that the consumer still reads; None: all.
         """
         assert self._inner is not None
-        linear, layer = dense_linear(block), self.decoder.roles.consumer(half)
-        for first, x_BTD in self._residual(half):
+        linear, layer = dense_linear(block), self.decoder.roles.consumer(sublayer)
+        for first, x_BTD in self._residual(sublayer):
             inner_BTI = self._inner.read(first, self._batch)
             output_BTD = linear(layer, inner_BTI if kept_I is None else inner_BTI[..., kept_I])
             self._after.write(first, x_BTD + output_BTD)
@@ -115,15 +119,15 @@ class Stream:
         for _, inner_BTI in self._inner.batches(self._batch):
             yield inner_BTI
 
-    def pass_half(self, half: Half, block: Mapping[str, Tensor]) -> None:
+    def pass_sublayer(self, sublayer: Sublayer, block: Mapping[str, Tensor]) -> None:
         """Go through a half as it is."""
-        for _ in self.run(half, block):
+        for _ in self.run(sublayer, block):
             pass
-        self.skip(half, block)
+        self.skip(sublayer, block)
 
-    def skip(self, half: Half, block: Mapping[str, Tensor], kept_I: Tensor | None = None) -> None:
+    def skip(self, sublayer: Sublayer, block: Mapping[str, Tensor], kept_I: Tensor | None = None) -> None:
         """`advance` for those who do not look at the outputs."""
-        for _ in self.advance(half, block, kept_I):
+        for _ in self.advance(sublayer, block, kept_I):
             pass
 
     def changes(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -136,8 +140,8 @@ class Stream:
         for _, after_BTD in self._after.batches(self._batch):
             yield after_BTD
 
-    def _residual(self, half: Half) -> Iterator[tuple[int, Tensor]]:
-        states = self._before if half == "attention" else self._after
+    def _residual(self, sublayer: Sublayer) -> Iterator[tuple[int, Tensor]]:
+        states = self._before if sublayer == "attention" else self._after
         return states.batches(self._batch)
 
     def _states(self, index: int, hidden_size: int) -> ActivationFile:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from slimserve.compress.families import HALVES
+from slimserve.compress.families import SUBLAYERS
 from slimserve.compress.forward import Block
 from slimserve.compress.steps.interface import Detail
 from slimserve.compress.stream import Stream
@@ -35,8 +35,8 @@ class PruneDepthStep:
 
     def on_block(self, index: int, block: Block, stream: Stream | None, dense: Stream | None) -> tuple[Block, Detail]:
         assert stream is not None
-        for half in HALVES:
-            stream.pass_half(half, block)
+        for sublayer in SUBLAYERS:
+            stream.pass_sublayer(sublayer, block)
         similar = [
             functional.cosine_similarity(before.float(), after.float(), dim=-1).flatten()
             for before, after in stream.changes()
@@ -81,11 +81,11 @@ class SearchDepthStep(PruneDepthStep):
     def on_block(self, index: int, block: Block, stream: Stream | None, dense: Stream | None) -> tuple[Block, Detail]:
         assert stream is not None
         branches = [stream.branch(f"without-{removed:05d}", _SEARCH_SEQUENCES) for removed in range(index + 1)]
-        for half in HALVES:
-            stream.pass_half(half, block)
+        for sublayer in SUBLAYERS:
+            stream.pass_sublayer(sublayer, block)
         for branch in branches[:-1]:
-            for half in HALVES:
-                branch.pass_half(half, block)
+            for sublayer in SUBLAYERS:
+                branch.pass_sublayer(sublayer, block)
         branches[-1].pass_over(stream)
         if index < self._depth - 1:
             return block, {}

@@ -9,7 +9,7 @@ import torch
 
 from slimserve.compress import prune
 from slimserve.compress.budget import profile_sizes
-from slimserve.compress.families import HALVES, Half, LayerRoles
+from slimserve.compress.families import SUBLAYERS, LayerRoles, Sublayer
 from slimserve.compress.forward import Block
 from slimserve.compress.recipe import Prune
 from slimserve.compress.steps.interface import Detail
@@ -26,27 +26,29 @@ class Profile:
         self._roles, self._damping = roles, step.damping
         self._sizes = profile_sizes(config)
         num_q_per_kv = config["num_attention_heads"] // config["num_key_value_heads"]
-        self._group_size: dict[Half, int] = {"mlp": 1, "attention": num_q_per_kv * config["head_dim"]}
+        self._group_size: dict[Sublayer, int] = {"mlp": 1, "attention": num_q_per_kv * config["head_dim"]}
 
     def on_block(self, index: int, block: Block, stream: Stream | None, dense: Stream | None) -> tuple[Block, Detail]:
         assert stream is not None
-        losses: dict[Half, list[float]] = {}
-        for half in HALVES:
-            layer = self._roles.consumer(half)
-            gram_II = stream.consumer_gram(half, block, f"block {index} {layer}").mean().double()
+        losses: dict[Sublayer, list[float]] = {}
+        for sublayer in SUBLAYERS:
+            layer = self._roles.consumer(sublayer)
+            hessian_II = stream.consumer_hessian(sublayer, block, f"block {index} {layer}").mean().double()
             problem = prune.PruneProblem(
                 weight_OI=block[f"{layer}.weight"].double(),
-                gram_II=gram_II,
+                hessian_II=hessian_II,
                 target_IO=None,
-                group_size=self._group_size[half],
+                group_size=self._group_size[sublayer],
                 damping=self._damping,
             )
-            losses[half] = prune.loss_curve(problem, self._sizes[half])
-            stream.skip(half, block)
+            losses[sublayer] = prune.loss_curve(problem, self._sizes[sublayer])
+            stream.skip(sublayer, block)
         change, weakness = _relative_change(stream)
         curves: Detail = {
-            half: [[size, loss * weakness] for size, loss in zip(self._sizes[half], losses[half], strict=True)]
-            for half in HALVES
+            sublayer: [
+                [size, loss * weakness] for size, loss in zip(self._sizes[sublayer], losses[sublayer], strict=True)
+            ]
+            for sublayer in SUBLAYERS
         }
         return {}, {**curves, "without": change}
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slimserve.compress import bnb, formats, gptq, quantize
-from slimserve.compress.families import HALVES, Half, LayerRoles, input_sizes
+from slimserve.compress import bnb, formats, quantize, rounding
+from slimserve.compress.families import SUBLAYERS, LayerRoles, Sublayer, input_sizes
 from slimserve.compress.forward import Block
 from slimserve.compress.recipe import Quantize
 from slimserve.compress.steps.interface import Detail
@@ -27,7 +27,7 @@ class QuantizeStep:
         self._step, self._roles = step, roles
         self._is_bnb = step.format not in formats.FORMATS
         self._bnb_format = "int8" if step.format == "int8-bnb" else step.format
-        self.needs_data = step.method in gptq.NEEDS_DATA or step.smoothquant is not None or step.scales == "mse"
+        self.needs_data = step.method in rounding.NEEDS_DATA or step.smoothquant is not None or step.scales == "mse"
         self._note = ""
         inputs = input_sizes(config)
         if self._is_bnb:
@@ -40,7 +40,7 @@ class QuantizeStep:
         self._options = quantize.RoundingOptions(
             damping=step.damping, order=step.order, sweeps=step.sweeps, scales=step.scales
         )
-        fused = 2 * len(HALVES) * config["num_hidden_layers"]
+        fused = 2 * len(SUBLAYERS) * config["num_hidden_layers"]
         if step.keep_worst >= fused:
             raise UserError("keep_worst", step.keep_worst, f"keeps all {fused} fused layers", "keep fewer")
         self.planned_config = dict(config)
@@ -51,22 +51,22 @@ class QuantizeStep:
         effective = dict(block)
         errors: dict[str, float] = {}
         notes: dict[str, Any] = {}
-        for half in HALVES:
-            producers, consumer = self._roles.producers(half), self._roles.consumer(half)
-            gram_II: Tensor | None = None
+        for sublayer in SUBLAYERS:
+            producers, consumer = self._roles.producers(sublayer), self._roles.consumer(sublayer)
+            hessian_II: Tensor | None = None
             if stream is not None:
                 wants_peak = self._step.smoothquant is not None
-                gram = stream.producer_gram(half, effective, f"block {index} {producers[0]}", wants_peak)
-                gram_II = gram.mean()
-                if gram.peak_I is not None:
-                    gram_II = self._smooth(half, producers, effective, packed, gram.peak_I, gram_II)
-            self._round(producers, effective, packed, gram_II, errors, notes)
-            gram_II = None
+                hessian = stream.producer_hessian(sublayer, effective, f"block {index} {producers[0]}", wants_peak)
+                hessian_II = hessian.mean()
+                if hessian.peak_I is not None:
+                    hessian_II = self._smooth(sublayer, producers, effective, packed, hessian.peak_I, hessian_II)
+            self._round(producers, effective, packed, hessian_II, errors, notes)
+            hessian_II = None
             if stream is not None:
-                gram_II = stream.consumer_gram(half, effective, f"block {index} {consumer}").mean()
-            self._round((consumer,), effective, packed, gram_II, errors, notes)
+                hessian_II = stream.consumer_hessian(sublayer, effective, f"block {index} {consumer}").mean()
+            self._round((consumer,), effective, packed, hessian_II, errors, notes)
             if stream is not None:
-                stream.skip(half, effective)
+                stream.skip(sublayer, effective)
         return packed, {"output_error": errors, **({"notes": notes} if notes else {})}
 
     def emit(self, index: int, block: Block, original: Callable[[], Block], details: Sequence[Detail]) -> Block | None:
@@ -78,9 +78,9 @@ class QuantizeStep:
         restored |= {name: tensor for name, tensor in source.items() if _belongs(name, kept)}
         if self._step.smoothquant is not None:
             # The norms have changed, and what reads them must change with them.
-            for half in HALVES:
-                scale_I = _norm_ratio(source, block, self._roles.norm(half))
-                for layer in set(kept) & set(self._roles.producers(half)):
+            for sublayer in SUBLAYERS:
+                scale_I = _norm_ratio(source, block, self._roles.norm(sublayer))
+                for layer in set(kept) & set(self._roles.producers(sublayer)):
                     weight_OI = source[f"{layer}.weight"]
                     restored[f"{layer}.weight"] = (weight_OI.float() * scale_I).to(weight_OI.dtype)
         return restored
@@ -130,7 +130,7 @@ class QuantizeStep:
         layers: Sequence[str],
         effective: Block,
         packed: Block,
-        gram_II: Tensor | None,
+        hessian_II: Tensor | None,
         errors: dict[str, float],
         notes: dict[str, Any],
     ) -> None:
@@ -146,23 +146,29 @@ class QuantizeStep:
             return
         weights = [effective[f"{layer}.weight"] for layer in layers]
         stacked_OI = torch.cat([weight.float() for weight in weights])
-        rounded = gptq.ROUNDINGS[self._step.method](stacked_OI, gram_II, self._grid, self._options)
+        rounded = rounding.ROUNDINGS[self._step.method](stacked_OI, hessian_II, self._grid, self._options)
         if rounded.notes:
             notes["+".join(layers)] = dict(rounded.notes)
         for layer, weight_OI, quantized in zip(
             layers, weights, rounded.split([len(weight) for weight in weights]), strict=True
         ):
-            errors[layer] = quantize.output_error(weight_OI, quantized, gram_II)
+            errors[layer] = quantize.output_error(weight_OI, quantized, hessian_II)
             effective[f"{layer}.weight"] = quantized.dequantize().to(weight_OI.dtype)
             del packed[f"{layer}.weight"]
             packed.update({f"{layer}.{suffix}": tensor for suffix, tensor in formats.pack_layer(quantized).items()})
 
     def _smooth(
-        self, half: Half, producers: Sequence[str], effective: Block, packed: Block, peak_I: Tensor, gram_II: Tensor
+        self,
+        sublayer: Sublayer,
+        producers: Sequence[str],
+        effective: Block,
+        packed: Block,
+        peak_I: Tensor,
+        hessian_II: Tensor,
     ) -> Tensor:
         """Divide the norm's outputs by the smoothing scales and multiply the producers' columns; the new gram."""
         assert self._step.smoothquant is not None
-        norm = self._roles.norm(half)
+        norm = self._roles.norm(sublayer)
         weight_peak_I = torch.stack([effective[f"{layer}.weight"].float().abs().amax(0) for layer in producers]).amax(0)
         scale_I = quantize.smooth_scales(peak_I, weight_peak_I, self._step.smoothquant)
         before = dict(effective)
@@ -173,11 +179,15 @@ class QuantizeStep:
         for layer in producers:
             weight_OI = effective[f"{layer}.weight"]
             effective[f"{layer}.weight"] = weight_OI.float() * scale_I
-        return gram_II / scale_I[:, None] / scale_I[None, :]
+        return hessian_II / scale_I[:, None] / scale_I[None, :]
 
     def _kept(self, details: Sequence[Detail]) -> list[tuple[int, tuple[str, ...]]]:
         """Block and layers of the fused layers that stay unquantized; engines fuse q-k-v and gate-up."""
-        fused = [layers for half in HALVES for layers in (self._roles.producers(half), (self._roles.consumer(half),))]
+        fused = [
+            layers
+            for sublayer in SUBLAYERS
+            for layers in (self._roles.producers(sublayer), (self._roles.consumer(sublayer),))
+        ]
         ranked = sorted(
             ((index, layers) for index in range(len(details)) for layers in fused),
             key=lambda one: -max(details[one[0]]["output_error"][layer] for layer in one[1]),

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from slimserve.compress import prune
-from slimserve.compress.families import HALVES, Half, LayerRoles
+from slimserve.compress.families import SUBLAYERS, LayerRoles, Sublayer
 from slimserve.compress.forward import Block
 from slimserve.compress.recipe import Prune
 from slimserve.compress.steps.interface import Detail
@@ -47,36 +47,36 @@ class PruneStep:
     def on_block(self, index: int, block: Block, stream: Stream | None, dense: Stream | None) -> tuple[Block, Detail]:
         details: Detail = {}
         dense_block = block
-        for half in HALVES:
-            if self._after[half] == self._before[half]:
+        for sublayer in SUBLAYERS:
+            if self._after[sublayer] == self._before[sublayer]:
                 for one in (stream, dense):
                     if one is not None:
-                        one.pass_half(half, block if one is stream else dense_block)
+                        one.pass_sublayer(sublayer, block if one is stream else dense_block)
                 continue
-            layer = self._roles.consumer(half)
-            gram_II, cross_IO = None, None
+            layer = self._roles.consumer(sublayer)
+            hessian_II, cross_IO = None, None
             if stream is not None:
-                gram_II, cross_IO = self._look(half, index, block, stream, dense_block, dense)
+                hessian_II, cross_IO = self._look(sublayer, index, block, stream, dense_block, dense)
             weight_OI = block[f"{layer}.weight"]
             problem = prune.PruneProblem(
                 weight_OI=weight_OI.double(),
-                gram_II=gram_II,
+                hessian_II=hessian_II,
                 target_IO=None
-                if cross_IO is None or gram_II is None
-                else prune.dense_target(cross_IO, weight_OI.double(), gram_II, self._step.damping),
-                group_size=1 if half == "mlp" else self._num_q_per_kv * self._head_dim,
+                if cross_IO is None or hessian_II is None
+                else prune.dense_target(cross_IO, weight_OI.double(), hessian_II, self._step.damping),
+                group_size=1 if sublayer == "mlp" else self._num_q_per_kv * self._head_dim,
                 damping=self._step.damping,
                 seed=self._seed + index,
             )
-            pruned = prune.METHODS[self._step.method](problem, self._after[half])
-            if half == "mlp":
+            pruned = prune.METHODS[self._step.method](problem, self._after[sublayer])
+            if sublayer == "mlp":
                 block = prune.cut_mlp(block, self._roles, pruned.kept_U)
             else:
                 block = prune.cut_attention(block, self._roles, pruned.kept_U, self._num_q_per_kv, self._head_dim)
             block[f"{layer}.weight"] = pruned.weight_OK.to(weight_OI.dtype).contiguous()
             details[layer] = pruned.detail
             if stream is not None:
-                stream.skip(half, block, pruned.kept_I)
+                stream.skip(sublayer, block, pruned.kept_I)
         return block, details
 
     def emit(self, index: int, block: Block, original: Callable[[], Block], details: Sequence[Detail]) -> Block | None:
@@ -100,20 +100,20 @@ class PruneStep:
         }
 
     def _look(
-        self, half: Half, index: int, block: Block, stream: Stream, dense_block: Block, dense: Stream | None
+        self, sublayer: Sublayer, index: int, block: Block, stream: Stream, dense_block: Block, dense: Stream | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Gram of the consumer's inputs and, where the dense outputs are aimed at, their product with these."""
-        name = f"block {index} {self._roles.consumer(half)}"
+        """Hessian of the consumer's inputs and, where the dense outputs are aimed at, their product with these."""
+        name = f"block {index} {self._roles.consumer(sublayer)}"
         if dense is None:
-            return stream.consumer_gram(half, block, name).mean().double(), None
-        gram, cross_IO = stream.consumer_gram(half, block, name), None
-        for _ in dense.run(half, dense_block):
+            return stream.consumer_hessian(sublayer, block, name).mean().double(), None
+        hessian, cross_IO = stream.consumer_hessian(sublayer, block, name), None
+        for _ in dense.run(sublayer, dense_block):
             pass
-        bias_D = dense_block.get(f"{self._roles.consumer(half)}.bias")
-        for inner_BTI, output_BTD in zip(stream.inner(), dense.advance(half, dense_block), strict=True):
+        bias_D = dense_block.get(f"{self._roles.consumer(sublayer)}.bias")
+        for inner_BTI, output_BTD in zip(stream.inner(), dense.advance(sublayer, dense_block), strict=True):
             if bias_D is not None:  # it stays in the block, so the weight must not aim at it too
                 output_BTD = output_BTD - bias_D.to(output_BTD.dtype)
             part_IO = inner_BTI.flatten(0, 1).float().T @ output_BTD.flatten(0, 1).float()
             cross_IO = part_IO if cross_IO is None else cross_IO.add_(part_IO)
         assert cross_IO is not None
-        return gram.mean().double(), cross_IO.double() / gram.num_tokens
+        return hessian.mean().double(), cross_IO.double() / hessian.num_tokens

@@ -1,11 +1,11 @@
-"""Activations on disk and their Gram matrices."""
+"""Activations on disk and their Hessians."""
 
 from pathlib import Path
 
 import pytest
 import torch
 
-from slimserve.compress.activations import ActivationFile, Gram
+from slimserve.compress.activations import ActivationFile, Hessian
 from slimserve.core.errors import UserError
 
 
@@ -30,11 +30,11 @@ def test_a_file_cut_short_is_an_error_not_zeros(tmp_path: Path) -> None:
 @pytest.mark.parametrize("width", [1, 37, 513, 1100])
 def test_a_gram_matrix_in_panels_is_the_whole_product(width: int) -> None:
     x = torch.randn(4, 9, width, generator=torch.Generator().manual_seed(width))
-    gram = Gram(width, "layer")
+    hessian = Hessian(width, "layer")
     for part in x.split([1, 3]):
-        gram.add(part)
+        hessian.add(part)
     flat = x.flatten(0, 1).double()
-    mean = gram.mean()
+    mean = hessian.mean()
     torch.testing.assert_close(mean.double(), flat.T @ flat / 36, atol=1e-5, rtol=1e-5)
     assert torch.equal(mean, mean.T)
 
@@ -44,6 +44,6 @@ def test_activations_that_are_not_finite_are_named_with_their_layer(value: float
     x = torch.ones(1, 4, 3)
     x[0, 2, 1] = value
     with pytest.raises(UserError, match=r"input of block 3 mlp\.up_proj.*NaN or infinity"):
-        gram = Gram(3, "block 3 mlp.up_proj")
-        gram.add(x)
-        gram.mean()
+        hessian = Hessian(3, "block 3 mlp.up_proj")
+        hessian.add(x)
+        hessian.mean()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from slimserve.compress.checkpoint import CheckpointReader, iterate_blocks
-from slimserve.compress.families import HALVES, roles_of
+from slimserve.compress.families import SUBLAYERS, roles_of
 from slimserve.compress.forward import Decoder, read_ends
 from slimserve.compress.reference import kl_per_token, nll_per_token, reference_logits
 from slimserve.compress.stream import Stream
@@ -51,17 +51,17 @@ def test_a_stream_makes_the_same_grams_however_it_is_split(tiny_llama: TinyModel
     stream.embed(read_ends(reader, roles).embedding_VD)
     for index, (prefix, block) in enumerate(iterate_blocks(reader, roles.block, config["num_hidden_layers"])):
         stream.enter(index, config["hidden_size"])
-        for half in HALVES:
-            producer = roles.query if half == "attention" else roles.up
-            consumer = roles.attention_consumer if half == "attention" else roles.mlp_consumer
-            grams = {
-                producer: stream.producer_gram(half, block, producer, wants_peak=True),
-                consumer: stream.consumer_gram(half, block, consumer),
+        for sublayer in SUBLAYERS:
+            producer = roles.query if sublayer == "attention" else roles.up
+            consumer = roles.attention_consumer if sublayer == "attention" else roles.mlp_consumer
+            hessians = {
+                producer: stream.producer_hessian(sublayer, block, producer, wants_peak=True),
+                consumer: stream.consumer_hessian(sublayer, block, consumer),
             }
-            stream.skip(half, block)
-            for layer, gram in grams.items():
+            stream.skip(sublayer, block)
+            for layer, hessian in hessians.items():
                 x = captured[prefix + layer].flatten(0, 1)
-                if gram.peak_I is not None:
-                    torch.testing.assert_close(gram.peak_I, x.abs().amax(0), atol=1e-4, rtol=1e-4)
-                torch.testing.assert_close(gram.mean(), x.T @ x / len(x), atol=1e-3, rtol=1e-3)
+                if hessian.peak_I is not None:
+                    torch.testing.assert_close(hessian.peak_I, x.abs().amax(0), atol=1e-4, rtol=1e-4)
+                torch.testing.assert_close(hessian.mean(), x.T @ x / len(x), atol=1e-3, rtol=1e-3)
         stream.leave()

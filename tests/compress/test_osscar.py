@@ -13,7 +13,7 @@ DAMPING = 0.01
 
 
 def make_layer(seed: int, num_inputs: int, num_outputs: int, num_tokens: int = 60) -> tuple[Tensor, Tensor]:
-    """Gram matrix of correlated inputs of uneven size, and a weight `[O, I]`."""
+    """Hessian of correlated inputs of uneven size, and a weight `[O, I]`."""
     generator = torch.Generator().manual_seed(seed)
     x_TI = torch.randn(num_tokens, num_inputs, generator=generator, dtype=torch.float64)
     mix_II = torch.randn(num_inputs, num_inputs, generator=generator, dtype=torch.float64)
@@ -22,43 +22,43 @@ def make_layer(seed: int, num_inputs: int, num_outputs: int, num_tokens: int = 6
     return x_TI.T @ x_TI / num_tokens, weight_OI
 
 
-def damp(gram_II: Tensor, damping: float = DAMPING) -> Tensor:
-    return gram_II + damping * gram_II.diagonal().mean() * torch.eye(len(gram_II), dtype=torch.float64)
+def damp(hessian_II: Tensor, damping: float = DAMPING) -> Tensor:
+    return hessian_II + damping * hessian_II.diagonal().mean() * torch.eye(len(hessian_II), dtype=torch.float64)
 
 
-def make_tableau(gram_II: Tensor, weight_OI: Tensor, group_size: int) -> Tableau:
-    return Tableau(torch.linalg.inv(damp(gram_II)), weight_OI.T, group_size)
+def make_tableau(hessian_II: Tensor, weight_OI: Tensor, group_size: int) -> Tableau:
+    return Tableau(torch.linalg.inv(damp(hessian_II)), weight_OI.T, group_size)
 
 
-def solve(gram_II: Tensor, weight_OI: Tensor, kept_I: Tensor) -> tuple[Tensor, float]:
-    """Oracle: least squares by QR on rows whose Gram matrix is H; the weight `[K, O]` and the loss."""
-    rows_II = torch.linalg.cholesky(damp(gram_II)).T
+def solve(hessian_II: Tensor, weight_OI: Tensor, kept_I: Tensor) -> tuple[Tensor, float]:
+    """Oracle: least squares by QR on rows whose Hessian is H; the weight `[K, O]` and the loss."""
+    rows_II = torch.linalg.cholesky(damp(hessian_II)).T
     aim_IO = rows_II @ weight_OI.T
     weight_KO = torch.linalg.lstsq(rows_II[:, kept_I], aim_IO, driver="gelsd").solution
     return weight_KO, float((aim_IO - rows_II[:, kept_I] @ weight_KO).square().sum()) / 2
 
 
-def loss_of(gram_II: Tensor, weight_OI: Tensor, kept_U: Tensor, group_size: int) -> float:
-    return solve(gram_II, weight_OI, expand(kept_U, group_size))[1]
+def loss_of(hessian_II: Tensor, weight_OI: Tensor, kept_U: Tensor, group_size: int) -> float:
+    return solve(hessian_II, weight_OI, expand(kept_U, group_size))[1]
 
 
 def without(kept_U: Tensor, group: int) -> Tensor:
     return kept_U[kept_U != group]
 
 
-def best_loss(gram_II: Tensor, weight_OI: Tensor, group_size: int, num_kept: int) -> float:
-    groups = range(len(gram_II) // group_size)
+def best_loss(hessian_II: Tensor, weight_OI: Tensor, group_size: int, num_kept: int) -> float:
+    groups = range(len(hessian_II) // group_size)
     return min(
-        loss_of(gram_II, weight_OI, torch.tensor(subset), group_size)
+        loss_of(hessian_II, weight_OI, torch.tensor(subset), group_size)
         for subset in itertools.combinations(groups, num_kept)
     )
 
 
 @pytest.mark.parametrize(("group_size", "num_outputs"), [(1, 5), (3, 17), (4, 1)])
 def test_the_downdated_tableau_equals_direct_inversion(group_size: int, num_outputs: int) -> None:
-    gram_II, weight_OI = make_layer(0, 12, num_outputs)
-    damped_II = damp(gram_II)
-    tableau = make_tableau(gram_II, weight_OI, group_size)
+    hessian_II, weight_OI = make_layer(0, 12, num_outputs)
+    damped_II = damp(hessian_II)
+    tableau = make_tableau(hessian_II, weight_OI, group_size)
     num_groups = 12 // group_size
     tableau.exchange(torch.tensor([num_groups - 1, 0]))
     tableau.exchange(torch.tensor([1]))
@@ -67,7 +67,7 @@ def test_the_downdated_tableau_equals_direct_inversion(group_size: int, num_outp
     kept, removed = expand(tableau.kept, group_size), expand(tableau.removed, group_size)
     inverse_KK = torch.linalg.inv(damped_II[kept][:, kept])
     cross_KR = damped_II[kept][:, removed]
-    weight_KO, loss = solve(gram_II, weight_OI, kept)
+    weight_KO, loss = solve(hessian_II, weight_OI, kept)
     missing_RO = (damped_II @ weight_OI.T)[removed] - cross_KR.T @ weight_KO
     schur_RR = damped_II[removed][:, removed] - cross_KR.T @ inverse_KK @ cross_KR
     for found, expected in (
@@ -84,29 +84,29 @@ def test_the_downdated_tableau_equals_direct_inversion(group_size: int, num_outp
 
 @pytest.mark.parametrize("group_size", [1, 3])
 def test_changes_are_what_the_loss_does_when_one_group_changes_sides(group_size: int) -> None:
-    gram_II, weight_OI = make_layer(1, 15, 7)
-    tableau = make_tableau(gram_II, weight_OI, group_size)
+    hessian_II, weight_OI = make_layer(1, 15, 7)
+    tableau = make_tableau(hessian_II, weight_OI, group_size)
     tableau.exchange(torch.tensor([1, 4]))
     changes_U = tableau.changes()
     for group in range(15 // group_size):
         kept = tableau.kept
         other = without(kept, group) if group in kept else torch.cat([kept, torch.tensor([group])]).sort().values
-        expected = loss_of(gram_II, weight_OI, other, group_size) - loss_of(gram_II, weight_OI, kept, group_size)
+        expected = loss_of(hessian_II, weight_OI, other, group_size) - loss_of(hessian_II, weight_OI, kept, group_size)
         assert float(changes_U[group]) == pytest.approx(expected, rel=1e-8)
 
 
 @pytest.mark.parametrize("group_size", [1, 3])
 def test_a_swap_is_priced_exactly_before_it_is_made(group_size: int) -> None:
-    gram_II, weight_OI = make_layer(2, 21, 4)
-    tableau = make_tableau(gram_II, weight_OI, group_size)
+    hessian_II, weight_OI = make_layer(2, 21, 4)
+    tableau = make_tableau(hessian_II, weight_OI, group_size)
     tableau.exchange(torch.tensor([0, 3, 5]))
-    before = loss_of(gram_II, weight_OI, tableau.kept, group_size)
+    before = loss_of(hessian_II, weight_OI, tableau.kept, group_size)
     dropped, added = torch.tensor([6, 2]), torch.tensor([5, 0])
     price = tableau.swap_change(dropped, added)
     tableau.exchange(dropped)
     tableau.exchange(added)
     assert tableau.removed.tolist() == [2, 3, 6]
-    assert price == pytest.approx(loss_of(gram_II, weight_OI, tableau.kept, group_size) - before, rel=1e-8)
+    assert price == pytest.approx(loss_of(hessian_II, weight_OI, tableau.kept, group_size) - before, rel=1e-8)
     assert tableau.loss == pytest.approx(before + price, rel=1e-8)
 
 
@@ -115,15 +115,15 @@ def test_the_best_partner_of_each_removed_group_is_the_best_of_all(
     group_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(osscar, "_ROWS", 2)
-    gram_II, weight_OI = make_layer(3, 21, 5)
-    tableau = make_tableau(gram_II, weight_OI, group_size)
+    hessian_II, weight_OI = make_layer(3, 21, 5)
+    tableau = make_tableau(hessian_II, weight_OI, group_size)
     tableau.exchange(torch.tensor([0, 2, 6]))
-    before = loss_of(gram_II, weight_OI, tableau.kept, group_size)
+    before = loss_of(hessian_II, weight_OI, tableau.kept, group_size)
     partner_R, change_R = tableau.best_swaps()
     for added, partner, change in zip(tableau.removed, partner_R.tolist(), change_R.tolist(), strict=True):
         losses = {
             int(dropped): loss_of(
-                gram_II, weight_OI, torch.cat([without(tableau.kept, int(dropped)), added[None]]), group_size
+                hessian_II, weight_OI, torch.cat([without(tableau.kept, int(dropped)), added[None]]), group_size
             )
             for dropped in tableau.kept
         }
@@ -132,19 +132,19 @@ def test_the_best_partner_of_each_removed_group_is_the_best_of_all(
 
 
 def test_greedy_removal_takes_the_cheapest_group_each_time() -> None:
-    gram_II, weight_OI = make_layer(4, 18, 7)
-    tableau = make_tableau(gram_II, weight_OI, 2)
+    hessian_II, weight_OI = make_layer(4, 18, 7)
+    tableau = make_tableau(hessian_II, weight_OI, 2)
     remove_greedily(tableau, 4)
     kept = torch.arange(9)
     while len(kept) > 4:
-        losses = {int(group): loss_of(gram_II, weight_OI, without(kept, int(group)), 2) for group in kept}
+        losses = {int(group): loss_of(hessian_II, weight_OI, without(kept, int(group)), 2) for group in kept}
         kept = without(kept, min(losses, key=lambda group: losses[group]))
     assert tableau.kept.tolist() == kept.tolist()
 
 
 def test_features_go_in_batches_that_end_at_the_right_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    gram_II, weight_OI = make_layer(5, 31, 3)
-    tableau = make_tableau(gram_II, weight_OI, 1)
+    hessian_II, weight_OI = make_layer(5, 31, 3)
+    tableau = make_tableau(hessian_II, weight_OI, 1)
     lowest = torch.sort(tableau.changes()).indices[:5]
     sizes: list[int] = []
     exchange = tableau.exchange
@@ -178,14 +178,14 @@ def test_search_ends_near_the_best_of_all_subsets_and_never_above_greedy(
     """
     excess = []
     for seed in range(100, 140):
-        gram_II, weight_OI = make_layer(seed, num_inputs, 5, num_tokens=24)
-        tableau = make_tableau(gram_II, weight_OI, group_size)
+        hessian_II, weight_OI = make_layer(seed, num_inputs, 5, num_tokens=24)
+        tableau = make_tableau(hessian_II, weight_OI, group_size)
         remove_greedily(tableau, num_kept)
-        greedy = loss_of(gram_II, weight_OI, tableau.kept, group_size)
+        greedy = loss_of(hessian_II, weight_OI, tableau.kept, group_size)
         search(tableau)
-        found = loss_of(gram_II, weight_OI, tableau.kept, group_size)
+        found = loss_of(hessian_II, weight_OI, tableau.kept, group_size)
         assert found <= greedy * (1 + 1e-12)
-        excess.append(found / best_loss(gram_II, weight_OI, group_size, num_kept) - 1)
+        excess.append(found / best_loss(hessian_II, weight_OI, group_size, num_kept) - 1)
     assert min(excess) > -1e-9
     assert sum(value < 1e-9 for value in excess) >= 0.9 * len(excess)
     assert sum(excess) / len(excess) < 0.02
@@ -196,16 +196,16 @@ def test_search_ends_near_the_best_of_all_subsets_and_never_above_greedy(
 def test_an_accepted_swap_never_raises_the_loss_and_the_end_is_a_local_optimum(
     num_inputs: int, group_size: int, num_removed: int
 ) -> None:
-    gram_II, weight_OI = make_layer(6, num_inputs, 7)
-    tableau = make_tableau(gram_II, weight_OI, group_size)
+    hessian_II, weight_OI = make_layer(6, num_inputs, 7)
+    tableau = make_tableau(hessian_II, weight_OI, group_size)
     order = torch.sort(tableau.changes(), descending=True).indices
     tableau.exchange(order[:num_removed])
-    start = loss_of(gram_II, weight_OI, tableau.kept, group_size)
+    start = loss_of(hessian_II, weight_OI, tableau.kept, group_size)
     log = search(tableau)
     assert log.num_swaps >= len(log.losses) - 1 >= 2
     assert log.losses[0] == pytest.approx(start)
     assert all(after < before for before, after in itertools.pairwise(log.losses))
-    end = loss_of(gram_II, weight_OI, tableau.kept, group_size)
+    end = loss_of(hessian_II, weight_OI, tableau.kept, group_size)
     assert end < 0.7 * start
     assert log.losses[-1] == pytest.approx(end, rel=1e-8)
     assert len(tableau.removed) == num_removed
@@ -217,12 +217,12 @@ def test_search_takes_fewer_swaps_where_many_at_once_would_hurt() -> None:
     x_TI = torch.eye(4, dtype=torch.float64)
     x_TI[:, 1] = x_TI[:, 0] + 0.01 * x_TI[:, 1]
     weight_OI = torch.tensor([[3.0, 3.0, 1.0, 1.1]], dtype=torch.float64)
-    gram_II = x_TI.T @ x_TI
-    tableau = make_tableau(gram_II, weight_OI, 1)
+    hessian_II = x_TI.T @ x_TI
+    tableau = make_tableau(hessian_II, weight_OI, 1)
     tableau.exchange(torch.tensor([0, 1]))
     log = search(tableau)
     assert log.num_swaps == 1
-    assert tableau.loss == pytest.approx(best_loss(gram_II, weight_OI, 1, 2))
+    assert tableau.loss == pytest.approx(best_loss(hessian_II, weight_OI, 1, 2))
 
 
 def test_search_has_nothing_to_do_without_removed_groups() -> None:
@@ -232,11 +232,11 @@ def test_search_has_nothing_to_do_without_removed_groups() -> None:
 
 @pytest.mark.parametrize(("num_inputs", "num_outputs", "kept"), [(9, 4, [0, 3, 4, 8]), (5, 11, [2]), (7, 3, range(7))])
 def test_refit_equals_least_squares(num_inputs: int, num_outputs: int, kept: list[int]) -> None:
-    gram_II, weight_OI = make_layer(8, num_inputs, num_outputs)
+    hessian_II, weight_OI = make_layer(8, num_inputs, num_outputs)
     kept_I = torch.tensor(kept)
-    expected_KO, _ = solve(gram_II, weight_OI, kept_I)
-    own_OK, damping = refit(gram_II, weight_OI, None, DAMPING, kept_I)
-    aimed_OK, _ = refit(gram_II, torch.zeros_like(weight_OI), damp(gram_II) @ weight_OI.T, DAMPING, kept_I)
+    expected_KO, _ = solve(hessian_II, weight_OI, kept_I)
+    own_OK, damping = refit(hessian_II, weight_OI, None, DAMPING, kept_I)
+    aimed_OK, _ = refit(hessian_II, torch.zeros_like(weight_OI), damp(hessian_II) @ weight_OI.T, DAMPING, kept_I)
     torch.testing.assert_close(own_OK, expected_KO.T, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(aimed_OK, expected_KO.T, rtol=1e-9, atol=1e-9)
     assert damping == DAMPING
@@ -245,16 +245,16 @@ def test_refit_equals_least_squares(num_inputs: int, num_outputs: int, kept: lis
 
 
 def test_damping_grows_only_until_a_singular_matrix_can_be_inverted() -> None:
-    gram_II, _ = make_layer(9, 10, 3, num_tokens=4)
-    factor_II, damping = factorize(gram_II, 0.0)
+    hessian_II, _ = make_layer(9, 10, 3, num_tokens=4)
+    factor_II, damping = factorize(hessian_II, 0.0)
     assert 0 < damping <= 1e-6
-    torch.testing.assert_close(factor_II @ factor_II.T, damp(gram_II, damping))
-    assert factorize(gram_II, DAMPING).damping == DAMPING
+    torch.testing.assert_close(factor_II @ factor_II.T, damp(hessian_II, damping))
+    assert factorize(hessian_II, DAMPING).damping == DAMPING
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_broken_gram_matrix_is_refused(value: float) -> None:
-    gram_II, _ = make_layer(10, 5, 3)
-    gram_II[3, 1] = gram_II[1, 3] = value
-    with pytest.raises(UserError, match="calibration: 'Gram matrix' holds NaN or infinity"):
-        factorize(gram_II, DAMPING)
+    hessian_II, _ = make_layer(10, 5, 3)
+    hessian_II[3, 1] = hessian_II[1, 3] = value
+    with pytest.raises(UserError, match="calibration: 'Hessian' holds NaN or infinity"):
+        factorize(hessian_II, DAMPING)

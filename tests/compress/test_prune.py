@@ -42,13 +42,13 @@ def make_problem(
     return PruneProblem(weight_OI, x_TI.T @ x_TI / len(x_TI), target_IO, group_size, damping)
 
 
-def gram_of(problem: PruneProblem) -> Tensor:
-    assert problem.gram_II is not None
-    return problem.gram_II
+def hessian_of(problem: PruneProblem) -> Tensor:
+    assert problem.hessian_II is not None
+    return problem.hessian_II
 
 
 def ridge_of(problem: PruneProblem) -> Tensor:
-    return problem.damping * gram_of(problem).diagonal().mean()
+    return problem.damping * hessian_of(problem).diagonal().mean()
 
 
 def test_magnitude_is_what_removal_costs_on_white_inputs() -> None:
@@ -121,7 +121,7 @@ def test_every_method_keeps_whole_groups_and_a_weight_to_match(
 @pytest.mark.parametrize("method", sorted(METHODS.keys() - NEEDS_DATA))
 def test_methods_that_need_no_data_choose_the_same_without(method: str) -> None:
     problem = make_problem(make_inputs(1, 40, 12), 5, 2)
-    blind = METHODS[method](replace(problem, gram_II=None), 3)
+    blind = METHODS[method](replace(problem, hessian_II=None), 3)
     assert blind.kept_U.tolist() == METHODS[method](problem, 3).kept_U.tolist()
     assert "relative_output_error" not in blind.detail
 
@@ -136,7 +136,7 @@ def test_the_methods_rank_as_their_information_does() -> None:
 @pytest.mark.parametrize("method", ["magnitude", "refit", "osscar", "osscar_search"])
 @pytest.mark.parametrize("group_size", [1, 3])
 def test_on_white_inputs_all_is_magnitude_and_no_weight_changes(method: str, group_size: int) -> None:
-    problem = replace(make_problem(make_inputs(3, 9, 21), 5, group_size), gram_II=torch.eye(21, dtype=torch.float64))
+    problem = replace(make_problem(make_inputs(3, 9, 21), 5, group_size), hessian_II=torch.eye(21, dtype=torch.float64))
     norms = problem.weight_OI.square().sum(dim=0).reshape(-1, group_size).sum(dim=1)
     num_kept = len(norms) // 2
     pruned = METHODS[method](problem, num_kept)
@@ -204,10 +204,10 @@ def test_search_never_ends_above_greedy(group_size: int) -> None:
 @pytest.mark.parametrize("group_size", [1, 5])
 def test_aiming_at_the_layers_own_outputs_is_having_no_target(method: str, group_size: int) -> None:
     own = make_problem(make_inputs(8, 60, 15), 7, group_size)
-    cross_IO = gram_of(own) @ own.weight_OI.T
-    target_IO = dense_target(cross_IO, own.weight_OI, gram_of(own), own.damping)
+    cross_IO = hessian_of(own) @ own.weight_OI.T
+    target_IO = dense_target(cross_IO, own.weight_OI, hessian_of(own), own.damping)
     torch.testing.assert_close(
-        target_IO, (gram_of(own) + ridge_of(own) * torch.eye(15, dtype=torch.float64)) @ own.weight_OI.T
+        target_IO, (hessian_of(own) + ridge_of(own) * torch.eye(15, dtype=torch.float64)) @ own.weight_OI.T
     )
     expected = METHODS[method](own, 2)
     found = METHODS[method](replace(own, target_IO=target_IO), 2)
@@ -223,7 +223,7 @@ def test_aiming_at_the_dense_outputs_comes_nearer_to_them(method: str) -> None:
     own = make_problem(dense_TI + 0.5 * make_inputs(10, 80, 14), 6)
     x_TI = dense_TI + 0.5 * make_inputs(10, 80, 14)
     y_TO = dense_TI @ own.weight_OI.T
-    target_IO = dense_target(x_TI.T @ y_TO / 80, own.weight_OI, gram_of(own), own.damping)
+    target_IO = dense_target(x_TI.T @ y_TO / 80, own.weight_OI, hessian_of(own), own.damping)
     errors = []
     for problem in (replace(own, target_IO=target_IO), own):
         pruned = METHODS[method](problem, 9)

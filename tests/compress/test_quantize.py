@@ -150,16 +150,16 @@ def test_a_matrix_on_the_grid_comes_back_exactly(
 
 
 @pytest.mark.parametrize("name", GRIDS)
-@pytest.mark.parametrize("with_gram", [True, False])
-def test_searched_scales_never_have_the_larger_weighted_error(name: str, with_gram: bool) -> None:
+@pytest.mark.parametrize("with_hessian", [True, False])
+def test_searched_scales_never_have_the_larger_weighted_error(name: str, with_hessian: bool) -> None:
     torch.manual_seed(3)
     weight_OI = torch.randn(140, 128) ** 3
-    gram_II = torch.diag(torch.rand(128) ** 4) if with_gram else None
-    energy_I = torch.ones(128) if gram_II is None else gram_II.diagonal()
+    hessian_II = torch.diag(torch.rand(128) ** 4) if with_hessian else None
+    energy_I = torch.ones(128) if hessian_II is None else hessian_II.diagonal()
     grid = GRIDS[name]
     errors = []
     for options in (RoundingOptions(), MSE):
-        miss_OI = weight_OI - round_to_nearest(weight_OI, gram_II, grid, options).dequantize()
+        miss_OI = weight_OI - round_to_nearest(weight_OI, hessian_II, grid, options).dequantize()
         width = grid.group_size or 128
         errors.append((miss_OI.square() * energy_I).unflatten(1, (-1, width)).sum(2))
     assert (errors[1] <= errors[0] * (1 + 1e-5)).all()

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from slimserve.compress.gptq import NEEDS_DATA, ROUNDINGS
 from slimserve.compress.quantize import Grid, Quantized, RoundingOptions, output_error, round_to_nearest
+from slimserve.compress.rounding import NEEDS_DATA, ROUNDINGS
 from slimserve.core.errors import UserError
 
 GRIDS = {
@@ -30,21 +30,23 @@ def make_layer(num_outputs: int, num_inputs: int, seed: int = 0) -> tuple[Tensor
     return torch.randn(num_outputs, num_inputs), inputs_TI.T @ inputs_TI / (3 * num_inputs)
 
 
-def damped(gram_II: Tensor, damping: float = 0.01) -> Tensor:
-    hessian_II = gram_II.double()
-    return hessian_II + damping * hessian_II.diagonal().mean() * torch.eye(len(gram_II), dtype=torch.float64)
+def damped(hessian_II: Tensor, damping: float = 0.01) -> Tensor:
+    damped_hessian_II = hessian_II.double()
+    return damped_hessian_II + damping * damped_hessian_II.diagonal().mean() * torch.eye(
+        len(hessian_II), dtype=torch.float64
+    )
 
 
-def row_objectives(weight_OI: Tensor, quantized: Quantized, hessian_II: Tensor) -> Tensor:
+def row_objectives(weight_OI: Tensor, quantized: Quantized, damped_hessian_II: Tensor) -> Tensor:
     error_OI = weight_OI.double() - quantized.dequantize().double()
-    return ((error_OI @ hessian_II) * error_OI).sum(1)
+    return ((error_OI @ damped_hessian_II) * error_OI).sum(1)
 
 
-def textbook_gptq(weight_OI: Tensor, hessian_II: Tensor, grid: Grid, order: list[int]) -> Tensor:
+def textbook_gptq(weight_OI: Tensor, damped_hessian_II: Tensor, grid: Grid, order: list[int]) -> Tensor:
     """Optimal brain surgery as GPTQ's section 3 starts from: the inverse of H over what is left, feature by feature."""
     start = round_to_nearest(weight_OI, None, grid)
     width = weight_OI.shape[1] // start.scale_OG.shape[1]
-    weight, inverse = weight_OI.double().clone(), torch.linalg.inv(hessian_II)
+    weight, inverse = weight_OI.double().clone(), torch.linalg.inv(damped_hessian_II)
     codes_OI = torch.zeros_like(weight_OI)
     for index in order:
         scale_O = start.scale_OG[:, index // width].double()
@@ -77,32 +79,34 @@ def test_inputs_that_do_not_correlate_leave_nothing_to_make_up_for(method: str, 
 @pytest.mark.parametrize("options", [RoundingOptions(), ACTIVATION], ids=["natural", "activation"])
 def test_gptq_equals_the_slow_textbook(name: str, options: RoundingOptions) -> None:
     grid = GRIDS[name]
-    weight_OI, gram_II = make_layer(7, 96 if grid.group_size == 32 else 64 if grid.group_size else 75)
-    order = torch.arange(len(gram_II))
+    weight_OI, hessian_II = make_layer(7, 96 if grid.group_size == 32 else 64 if grid.group_size else 75)
+    order = torch.arange(len(hessian_II))
     if options.order == "activation":
-        order = gram_II.diagonal().argsort(descending=True)
-    expected_OI = textbook_gptq(weight_OI, damped(gram_II), grid, order.tolist())
-    rounded = ROUNDINGS["gptq"](weight_OI, gram_II, grid, options)
+        order = hessian_II.diagonal().argsort(descending=True)
+    expected_OI = textbook_gptq(weight_OI, damped(hessian_II), grid, order.tolist())
+    rounded = ROUNDINGS["gptq"](weight_OI, hessian_II, grid, options)
     assert torch.equal(rounded.codes_OI.float(), expected_OI)
     assert not torch.equal(expected_OI, round_to_nearest(weight_OI, None, grid).codes_OI.float())
 
 
 def test_activation_order_equals_permuting_by_hand() -> None:
-    weight_OI, gram_II = make_layer(5, 75)
-    order_I = gram_II.diagonal().argsort(descending=True)
-    by_hand = ROUNDINGS["gptq"](weight_OI[:, order_I], gram_II[order_I][:, order_I], GRIDS["int8"], RoundingOptions())
-    rounded = ROUNDINGS["gptq"](weight_OI, gram_II, GRIDS["int8"], ACTIVATION)
+    weight_OI, hessian_II = make_layer(5, 75)
+    order_I = hessian_II.diagonal().argsort(descending=True)
+    by_hand = ROUNDINGS["gptq"](
+        weight_OI[:, order_I], hessian_II[order_I][:, order_I], GRIDS["int8"], RoundingOptions()
+    )
+    rounded = ROUNDINGS["gptq"](weight_OI, hessian_II, GRIDS["int8"], ACTIVATION)
     assert torch.equal(rounded.codes_OI[:, order_I], by_hand.codes_OI)
     assert torch.equal(rounded.scale_OG, by_hand.scale_OG)
 
 
 @by_grid
 def test_looking_at_data_moves_the_outputs_less(name: str) -> None:
-    weight_OI, gram_II = make_layer(33, 192)
+    weight_OI, hessian_II = make_layer(33, 192)
     grid = GRIDS[name]
-    hessian_II = damped(gram_II).float()
+    damped_hessian_II = damped(hessian_II).float()
     nearest, once, swept, searched = (
-        output_error(weight_OI, ROUNDINGS[method](weight_OI, gram_II, grid, options), hessian_II)
+        output_error(weight_OI, ROUNDINGS[method](weight_OI, hessian_II, grid, options), damped_hessian_II)
         for method, options in (
             ("rtn", RoundingOptions()),
             ("gptq", ACTIVATION),
@@ -118,14 +122,16 @@ def test_looking_at_data_moves_the_outputs_less(name: str) -> None:
 @by_grid
 @pytest.mark.parametrize("scales", ["minmax", "mse"])
 def test_no_sweep_raises_any_rows_objective(name: str, scales: str) -> None:
-    weight_OI, gram_II = make_layer(9, 192)
-    hessian_II = damped(gram_II)
+    weight_OI, hessian_II = make_layer(9, 192)
+    damped_hessian_II = damped(hessian_II)
     options = RoundingOptions(scales="mse" if scales == "mse" else "minmax")
-    previous_O = row_objectives(weight_OI, ROUNDINGS["gptq"](weight_OI, gram_II, GRIDS[name], options), hessian_II)
+    previous_O = row_objectives(
+        weight_OI, ROUNDINGS["gptq"](weight_OI, hessian_II, GRIDS[name], options), damped_hessian_II
+    )
     first_O = previous_O
     for sweeps in range(6):
-        swept = ROUNDINGS["quantease"](weight_OI, gram_II, GRIDS[name], replace(options, sweeps=sweeps))
-        objective_O = row_objectives(weight_OI, swept, hessian_II)
+        swept = ROUNDINGS["quantease"](weight_OI, hessian_II, GRIDS[name], replace(options, sweeps=sweeps))
+        objective_O = row_objectives(weight_OI, swept, damped_hessian_II)
         assert (objective_O <= previous_O * (1 + 1e-6)).all()
         previous_O = objective_O
     assert previous_O.sum() < 0.99 * first_O.sum()
@@ -135,10 +141,10 @@ def test_no_sweep_raises_any_rows_objective(name: str, scales: str) -> None:
     "grid", [Grid("int", 4), Grid("int", 4, symmetric=False, group_size=7), Grid("fp8", 8)], ids=["sym", "asym", "fp8"]
 )
 def test_after_the_sweeps_no_single_code_can_be_bettered(grid: Grid) -> None:
-    weight_OI, gram_II = make_layer(3, 35)
-    hessian_II = damped(gram_II)
-    swept = ROUNDINGS["quantease"](weight_OI, gram_II, grid, RoundingOptions(sweeps=100))
-    reached_O = row_objectives(weight_OI, swept, hessian_II)
+    weight_OI, hessian_II = make_layer(3, 35)
+    damped_hessian_II = damped(hessian_II)
+    swept = ROUNDINGS["quantease"](weight_OI, hessian_II, grid, RoundingOptions(sweeps=100))
+    reached_O = row_objectives(weight_OI, swept, damped_hessian_II)
     codes = torch.arange(-8, 8).to(torch.int8)
     if grid.kind == "fp8":
         codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
@@ -147,7 +153,7 @@ def test_after_the_sweeps_no_single_code_can_be_bettered(grid: Grid) -> None:
         for code in codes:
             changed_OI = swept.codes_OI.clone()
             changed_OI[:, index] = code
-            changed_O = row_objectives(weight_OI, replace(swept, codes_OI=changed_OI), hessian_II)
+            changed_O = row_objectives(weight_OI, replace(swept, codes_OI=changed_OI), damped_hessian_II)
             assert (changed_O >= reached_O * (1 - 1e-6)).all()
 
 
@@ -164,25 +170,25 @@ def test_sweeps_end_once_no_code_changes() -> None:
 
 
 def test_after_the_sweeps_no_single_scale_can_be_bettered_by_much() -> None:
-    weight_OI, gram_II = make_layer(3, 36)
-    hessian_II = damped(gram_II)
+    weight_OI, hessian_II = make_layer(3, 36)
+    damped_hessian_II = damped(hessian_II)
     options = RoundingOptions(sweeps=50, scales="mse")
-    swept = ROUNDINGS["quantease"](weight_OI, gram_II, Grid("int", 4, group_size=12), options)
-    reached_O = row_objectives(weight_OI, swept, hessian_II)
+    swept = ROUNDINGS["quantease"](weight_OI, hessian_II, Grid("int", 4, group_size=12), options)
+    reached_O = row_objectives(weight_OI, swept, damped_hessian_II)
     for group in range(3):
         for factor in (0.97, 0.99, 1.01, 1.03):
             moved_OG = swept.scale_OG.clone()
             moved_OG[:, group] *= factor
-            assert (row_objectives(weight_OI, replace(swept, scale_OG=moved_OG), hessian_II) > reached_O).all()
+            assert (row_objectives(weight_OI, replace(swept, scale_OG=moved_OG), damped_hessian_II) > reached_O).all()
 
 
 @by_method
 @by_grid
 def test_refitted_scales_are_what_a_file_can_hold(method: str, name: str) -> None:
-    weight_OI, gram_II = make_layer(5, 64)
+    weight_OI, hessian_II = make_layer(5, 64)
     weight_OI[1] = 0
     grid = GRIDS[name]
-    rounded = ROUNDINGS[method](weight_OI, gram_II, grid, RoundingOptions(scales="mse"))
+    rounded = ROUNDINGS[method](weight_OI, hessian_II, grid, RoundingOptions(scales="mse"))
     assert rounded.scale_OG[1].eq(1).all()
     assert rounded.dequantize()[1].eq(0).all()
     assert torch.equal(rounded.scale_OG, rounded.scale_OG.to(grid.scale_dtype).float())
@@ -197,11 +203,11 @@ def test_refitted_scales_are_what_a_file_can_hold(method: str, name: str) -> Non
     ids=["natural", "undamped", "activation"],
 )
 def test_dead_inputs_round_to_nearest_and_are_counted(method: str, options: RoundingOptions) -> None:
-    weight_OI, gram_II = make_layer(5, 70)
+    weight_OI, hessian_II = make_layer(5, 70)
     dead = [0, 33, 69]
-    gram_II[dead] = 0
-    gram_II[:, dead] = 0
-    rounded = ROUNDINGS[method](weight_OI, gram_II, GRIDS["int8"], options)
+    hessian_II[dead] = 0
+    hessian_II[:, dead] = 0
+    rounded = ROUNDINGS[method](weight_OI, hessian_II, GRIDS["int8"], options)
     assert rounded.notes == {"num_dead_inputs": 3}
     miss_OD = (weight_OI - rounded.dequantize())[:, dead].abs()
     assert (miss_OD <= 0.5001 * rounded.scale_OG).all()
@@ -209,8 +215,8 @@ def test_dead_inputs_round_to_nearest_and_are_counted(method: str, options: Roun
     live = [index for index in range(70) if index not in dead]
     if options == RoundingOptions():
         weight_OI[:, dead] = 0
-        without = ROUNDINGS[method](weight_OI, gram_II, GRIDS["int8"], options)
-        alone = ROUNDINGS[method](weight_OI[:, live], gram_II[live][:, live], GRIDS["int8"], options)
+        without = ROUNDINGS[method](weight_OI, hessian_II, GRIDS["int8"], options)
+        alone = ROUNDINGS[method](weight_OI[:, live], hessian_II[live][:, live], GRIDS["int8"], options)
         assert torch.equal(without.codes_OI[:, live], alone.codes_OI)
 
 
@@ -226,59 +232,59 @@ def test_inputs_that_were_never_seen_at_all_leave_rounding_to_nearest(method: st
 def test_a_gram_of_fewer_tokens_than_inputs_is_no_trouble(method: str) -> None:
     torch.manual_seed(6)
     weight_OI, inputs_TI = torch.randn(9, 130), torch.randn(11, 130)
-    gram_II = inputs_TI.T @ inputs_TI / 11
-    rounded = ROUNDINGS[method](weight_OI, gram_II, GRIDS["int4 by rows"], ACTIVATION)
+    hessian_II = inputs_TI.T @ inputs_TI / 11
+    rounded = ROUNDINGS[method](weight_OI, hessian_II, GRIDS["int4 by rows"], ACTIVATION)
     assert rounded.notes == {}
     nearest = round_to_nearest(weight_OI, None, GRIDS["int4 by rows"])
-    assert output_error(weight_OI, rounded, gram_II) < 0.3 * output_error(weight_OI, nearest, gram_II)
+    assert output_error(weight_OI, rounded, hessian_II) < 0.3 * output_error(weight_OI, nearest, hessian_II)
 
 
 @by_method
 def test_damping_is_raised_as_far_as_needed_and_told(method: str) -> None:
-    gram_II = torch.eye(5)
-    gram_II[0, 1] = gram_II[1, 0] = 1.05  # least eigenvalue -0.05
-    rounded = ROUNDINGS[method](torch.randn(3, 5), gram_II, GRIDS["int8"], RoundingOptions(damping=0.001))
+    hessian_II = torch.eye(5)
+    hessian_II[0, 1] = hessian_II[1, 0] = 1.05  # least eigenvalue -0.05
+    rounded = ROUNDINGS[method](torch.randn(3, 5), hessian_II, GRIDS["int8"], RoundingOptions(damping=0.001))
     assert rounded.notes == {"damping_used": pytest.approx(0.1)}
 
 
 @by_method
 @pytest.mark.parametrize("off_diagonal", [300.0, float("nan")])
 def test_a_gram_that_no_damping_mends_is_refused(method: str, off_diagonal: float) -> None:
-    gram_II = torch.eye(5)
-    gram_II[0, 1] = gram_II[1, 0] = off_diagonal
+    hessian_II = torch.eye(5)
+    hessian_II[0, 1] = hessian_II[1, 0] = off_diagonal
     with pytest.raises(UserError, match="damping: '0.01' leaves the gram"):
-        ROUNDINGS[method](torch.randn(3, 5), gram_II, GRIDS["int8"], RoundingOptions())
+        ROUNDINGS[method](torch.randn(3, 5), hessian_II, GRIDS["int8"], RoundingOptions())
 
 
 @by_method
 @pytest.mark.parametrize("name", ["int8", "int4 asymmetric g32"])
 def test_stacking_layers_changes_nothing(method: str, name: str) -> None:
-    weight_OI, gram_II = make_layer(12, 96)
+    weight_OI, hessian_II = make_layer(12, 96)
     options = RoundingOptions(order="activation", scales="mse")
-    together = ROUNDINGS[method](weight_OI, gram_II, GRIDS[name], options).split([5, 7])
+    together = ROUNDINGS[method](weight_OI, hessian_II, GRIDS[name], options).split([5, 7])
     for part, rows in zip(together, (weight_OI[:5], weight_OI[5:]), strict=True):
-        alone = ROUNDINGS[method](rows, gram_II, GRIDS[name], options)
+        alone = ROUNDINGS[method](rows, hessian_II, GRIDS[name], options)
         assert torch.equal(part.codes_OI, alone.codes_OI)
         torch.testing.assert_close(part.scale_OG, alone.scale_OG, rtol=1e-4, atol=0)
 
 
 @by_method
 def test_the_size_of_the_inputs_does_not_matter(method: str) -> None:
-    weight_OI, gram_II = make_layer(5, 70)
-    gram_II[:, 3] = gram_II[3] = 0
-    rounded = ROUNDINGS[method](weight_OI, gram_II, GRIDS["int8"], ACTIVATION)
-    scaled = ROUNDINGS[method](weight_OI, gram_II * 2.0**-20, GRIDS["int8"], ACTIVATION)
+    weight_OI, hessian_II = make_layer(5, 70)
+    hessian_II[:, 3] = hessian_II[3] = 0
+    rounded = ROUNDINGS[method](weight_OI, hessian_II, GRIDS["int8"], ACTIVATION)
+    scaled = ROUNDINGS[method](weight_OI, hessian_II * 2.0**-20, GRIDS["int8"], ACTIVATION)
     assert torch.equal(rounded.codes_OI, scaled.codes_OI)
 
 
 @by_method
 def test_nothing_given_is_changed(method: str) -> None:
-    weight_OI, gram_II = make_layer(5, 64)
-    gram_II = gram_II.double()  # the precision of the work inside, where a copy is easily forgotten
-    weight, gram = weight_OI.clone(), gram_II.clone()
-    ROUNDINGS[method](weight_OI, gram_II, GRIDS["int4 g32"], RoundingOptions(order="activation", scales="mse"))
+    weight_OI, hessian_II = make_layer(5, 64)
+    hessian_II = hessian_II.double()  # the precision of the work inside, where a copy is easily forgotten
+    weight, hessian = weight_OI.clone(), hessian_II.clone()
+    ROUNDINGS[method](weight_OI, hessian_II, GRIDS["int4 g32"], RoundingOptions(order="activation", scales="mse"))
     assert torch.equal(weight, weight_OI)
-    assert torch.equal(gram, gram_II)
+    assert torch.equal(hessian, hessian_II)
 
 
 @by_method
@@ -289,6 +295,6 @@ def test_data_is_asked_for_where_it_is_missing(method: str) -> None:
 
 @by_method
 def test_a_group_size_that_does_not_fit_is_refused_with_those_that_do(method: str) -> None:
-    weight_OI, gram_II = make_layer(3, 48)
+    weight_OI, hessian_II = make_layer(3, 48)
     with pytest.raises(UserError, match=r"group_size: '32' does not divide the 48 .*choose from 8, 12, 16, 24, 48"):
-        ROUNDINGS[method](weight_OI, gram_II, GRIDS["int4 g32"], RoundingOptions())
+        ROUNDINGS[method](weight_OI, hessian_II, GRIDS["int4 g32"], RoundingOptions())

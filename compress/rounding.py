@@ -34,7 +34,7 @@ _MOST_RAISES = 3
 
 
 @torch.no_grad()
-def gptq(weight_OI: Tensor, gram_II: Tensor | None, grid: Grid, options: RoundingOptions | None = None) -> Quantized:
+def gptq(weight_OI: Tensor, hessian_II: Tensor | None, grid: Grid, options: RoundingOptions | None = None) -> Quantized:
     """Round feature by feature, each making up for the rounding of those before it (GPTQ, arXiv 2210.17323 §3).
 
     We differ from the paper in three points. The error is fed back through the Cholesky factor of H
@@ -43,20 +43,20 @@ def gptq(weight_OI: Tensor, gram_II: Tensor | None, grid: Grid, options: Roundin
     file. And `scales="mse"` refits the scales to the codes at the end by least squares, which never
     raises the objective.
 
-    `weight_OI` and `gram_II` are float32 and not changed; `gram_II` is XᵀX / num_tokens, undamped. An input that
+    `weight_OI` and `hessian_II` are float32 and not changed; `hessian_II` is XᵀX / num_tokens, undamped. An input that
     was never seen is rounded to nearest and counted in the notes as `num_dead_inputs`; a gram that cannot
     be factorised gets ten times the damping, up to three times, noted as `damping_used`. Raises UserError
     without a gram, where the group size does not divide I, and where no damping helped.
     """
     options = options or RoundingOptions()
-    curvature = _factorise("gptq", gram_II, options)
-    state = _gptq(weight_OI, gram_II, grid, options, curvature)
+    curvature = _factorise("gptq", hessian_II, options)
+    state = _gptq(weight_OI, hessian_II, grid, options, curvature)
     return state.quantized(curvature.notes)
 
 
 @torch.no_grad()
 def quantease(
-    weight_OI: Tensor, gram_II: Tensor | None, grid: Grid, options: RoundingOptions | None = None
+    weight_OI: Tensor, hessian_II: Tensor | None, grid: Grid, options: RoundingOptions | None = None
 ) -> Quantized:
     """Coordinate descent from GPTQ's solution (QuantEase, arXiv 2309.01885 §3).
 
@@ -68,10 +68,10 @@ def quantease(
     Arguments, notes and errors are those of `gptq`.
     """
     options = options or RoundingOptions()
-    curvature = _factorise("quantease", gram_II, options)
-    state = _gptq(weight_OI, gram_II, grid, options, curvature)
-    hessian_II = curvature.hessian_II.float()
-    feedback_II = hessian_II / hessian_II.diagonal()[:, None]
+    curvature = _factorise("quantease", hessian_II, options)
+    state = _gptq(weight_OI, hessian_II, grid, options, curvature)
+    damped_hessian_II = curvature.damped_hessian_II.float()
+    feedback_II = damped_hessian_II / damped_hessian_II.diagonal()[:, None]
     feedback_II.fill_diagonal_(0)
     for _ in range(options.sweeps):
         before_IO = state.codes_IO.clone()
@@ -83,7 +83,7 @@ def quantease(
         if torch.equal(before_IO, state.codes_IO):
             break
         if options.scales == "mse":
-            state.refit_scales(hessian_II)
+            state.refit_scales(damped_hessian_II)
     return state.quantized(curvature.notes)
 
 
@@ -98,7 +98,7 @@ NEEDS_DATA: frozenset[str] = frozenset({"gptq", "quantease"})
 class _Curvature:
     """The damped gram H of a layer's inputs and its factor."""
 
-    hessian_II: Tensor
+    damped_hessian_II: Tensor
     """H, features in their natural order."""
     order_I: Tensor
     """Features in the order in which GPTQ rounds them."""
@@ -107,11 +107,11 @@ class _Curvature:
     notes: dict[str, int | float]
 
 
-def _factorise(method: str, gram_II: Tensor | None, options: RoundingOptions) -> _Curvature:
-    if gram_II is None:
+def _factorise(method: str, hessian_II: Tensor | None, options: RoundingOptions) -> _Curvature:
+    if hessian_II is None:
         raise UserError("method", method, "needs calibration data", "give the recipe calibration data, or use rtn")
-    dtype = torch.float64 if len(gram_II) <= _FLOAT64_UP_TO else torch.float32
-    energy_I = gram_II.diagonal().to(dtype)
+    dtype = torch.float64 if len(hessian_II) <= _FLOAT64_UP_TO else torch.float32
+    energy_I = hessian_II.diagonal().to(dtype)
     dead_I = energy_I <= 0
     num_dead = int(dead_I.sum())
     mean = energy_I[~dead_I].mean() if num_dead < len(energy_I) else energy_I.new_tensor(1.0)
@@ -121,16 +121,16 @@ def _factorise(method: str, gram_II: Tensor | None, options: RoundingOptions) ->
     notes: dict[str, int | float] = {"num_dead_inputs": num_dead} if num_dead else {}
     damping = options.damping
     for num_raises in range(_MOST_RAISES + 1):
-        hessian_II = gram_II.to(dtype, copy=True)
+        damped_hessian_II = hessian_II.to(dtype, copy=True)
         # A dead input touches no other: any positive curvature makes it round to nearest.
-        hessian_II.diagonal().copy_(torch.where(dead_I, mean, energy_I + damping * mean))
+        damped_hessian_II.diagonal().copy_(torch.where(dead_I, mean, energy_I + damping * mean))
         # Reversing both axes turns the lower factor, which LAPACK gives, into the upper one.
         reverse_I = order_I.flip(0)
-        lower_II, failed = torch.linalg.cholesky_ex(hessian_II[reverse_I[:, None], reverse_I])
+        lower_II, failed = torch.linalg.cholesky_ex(damped_hessian_II[reverse_I[:, None], reverse_I])
         if not failed:
             if num_raises:
                 notes["damping_used"] = damping
-            return _Curvature(hessian_II, order_I, lower_II.flip(0, 1), notes)
+            return _Curvature(damped_hessian_II, order_I, lower_II.flip(0, 1), notes)
         damping = max(10 * damping, 1e-4)
     raise UserError(
         "damping",
@@ -167,15 +167,15 @@ class _State:
             self.codes_IO[index] = codes_O
             torch.sub(self.weight_IO[index], self.grid.decode(codes_O, scale_O, zero_O), out=self.error_IO[index])
 
-    def refit_scales(self, hessian_II: Tensor) -> None:
+    def refit_scales(self, damped_hessian_II: Tensor) -> None:
         """Move each group's scale in turn to the minimiser of the objective, codes and other scales fixed."""
         width = len(self.weight_IO) // len(self.scale_GO)
         for group in range(len(self.scale_GO)):
             features = slice(group * width, (group + 1) * width)
             scale_O, zero_O = self.step_of(group)
             steps_BO = self.grid.decode(self.codes_IO[features], torch.ones_like(scale_O), zero_O)
-            slope_O = (hessian_II[features] @ self.error_IO).mul_(steps_BO).sum(0)
-            bend_O = (hessian_II[features, features] @ steps_BO).mul_(steps_BO).sum(0)
+            slope_O = (damped_hessian_II[features] @ self.error_IO).mul_(steps_BO).sum(0)
+            bend_O = (damped_hessian_II[features, features] @ steps_BO).mul_(steps_BO).sum(0)
             # The objective is a parabola in the scale, so the storable scale nearest to its vertex is the best.
             best_O = self.grid.storable(scale_O + slope_O / bend_O)
             scale_O.copy_(torch.where(bend_O > 0, best_O, scale_O))
@@ -202,10 +202,10 @@ class _State:
 
 
 def _gptq(
-    weight_OI: Tensor, gram_II: Tensor | None, grid: Grid, options: RoundingOptions, curvature: _Curvature
+    weight_OI: Tensor, hessian_II: Tensor | None, grid: Grid, options: RoundingOptions, curvature: _Curvature
 ) -> _State:
     width = grid.width(weight_OI.shape[1])
-    scale_OG, zero_OG = fit_scales(weight_OI, gram_II, grid, options)
+    scale_OG, zero_OG = fit_scales(weight_OI, hessian_II, grid, options)
     weight_IO = weight_OI.float().T.contiguous()
     state = _State(
         weight_IO=weight_IO,
@@ -224,7 +224,7 @@ def _gptq(
         state.round_block(block, target_BO, feedback_II)
     state.reorder(curvature.order_I.argsort())
     if options.scales == "mse":
-        state.refit_scales(curvature.hessian_II.float())
+        state.refit_scales(curvature.damped_hessian_II.float())
     return state
 
 
