@@ -172,8 +172,8 @@ def cut_attention(
     Cuts rows and biases of query, key and value, and columns of the output projection, whose
     bias stays. Norms of queries and keys are per `head_dim` and stay too. `block` is not changed.
     """
-    kv_rows = osscar.expand(kept_heads_U, head_dim)
-    query_rows = osscar.expand(kept_heads_U, num_q_per_kv * head_dim)
+    kv_rows = osscar.expand_groups(kept_heads_U, head_dim)
+    query_rows = osscar.expand_groups(kept_heads_U, num_q_per_kv * head_dim)
     rows = {roles.query: query_rows, roles.key: kv_rows, roles.value: kv_rows}
     return _cut(block, rows, roles.attention_consumer, query_rows)
 
@@ -273,7 +273,7 @@ def _by_score(problem: PruneProblem, num_kept: int, scores_U: Tensor) -> Pruned:
 
 
 def _without_refit(problem: PruneProblem, kept_U: Tensor, detail: dict[str, Any]) -> Pruned:
-    kept_I = osscar.expand(kept_U, problem.group_size)
+    kept_I = osscar.expand_groups(kept_U, problem.group_size)
     weight_OK = problem.weight_OI[:, kept_I].contiguous()
     if problem.hessian_II is not None:
         detail["relative_output_error"] = objective(problem, kept_I, weight_OK)
@@ -284,7 +284,7 @@ def _with_refit(
     problem: PruneProblem, kept_U: Tensor, detail: dict[str, Any], solution_IO: Tensor | None = None
 ) -> Pruned:
     hessian_II = _hessian(problem)
-    kept_I = osscar.expand(kept_U, problem.group_size)
+    kept_I = osscar.expand_groups(kept_U, problem.group_size)
     weight_OK, damping = osscar.refit(hessian_II, problem.weight_OI, problem.target_IO, problem.damping, kept_I)
     if solution_IO is None:
         solution_IO = _solution(replace(problem, damping=damping))
@@ -302,7 +302,7 @@ def _choose_by_osscar(
     """Kept groups, full solution, damping used, what local search did. The large tableau lives in here only."""
     tableau, solution_IO, damping = _tableau(problem)
     osscar.remove_greedily(tableau, num_kept)
-    log = osscar.search(tableau) if local_search else osscar.SearchLog(0, [tableau.loss])
+    log = osscar.local_search(tableau) if local_search else osscar.SearchLog(0, [tableau.loss])
     return tableau.kept, solution_IO, damping, log
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from slimserve.compress import osscar
-from slimserve.compress.osscar import Tableau, expand, factorize, refit, remove_greedily, search
+from slimserve.compress.osscar import Tableau, expand_groups, factorize, local_search, refit, remove_greedily
 from slimserve.core.errors import UserError
 
 DAMPING = 0.01
@@ -39,7 +39,7 @@ def solve(hessian_II: Tensor, weight_OI: Tensor, kept_I: Tensor) -> tuple[Tensor
 
 
 def loss_of(hessian_II: Tensor, weight_OI: Tensor, kept_U: Tensor, group_size: int) -> float:
-    return solve(hessian_II, weight_OI, expand(kept_U, group_size))[1]
+    return solve(hessian_II, weight_OI, expand_groups(kept_U, group_size))[1]
 
 
 def without(kept_U: Tensor, group: int) -> Tensor:
@@ -64,7 +64,7 @@ def test_the_downdated_tableau_equals_direct_inversion(group_size: int, num_outp
     tableau.exchange(torch.tensor([1]))
     tableau.exchange(torch.tensor([0]))
     assert tableau.removed.tolist() == [1, num_groups - 1]
-    kept, removed = expand(tableau.kept, group_size), expand(tableau.removed, group_size)
+    kept, removed = expand_groups(tableau.kept, group_size), expand_groups(tableau.removed, group_size)
     inverse_KK = torch.linalg.inv(damped_II[kept][:, kept])
     cross_KR = damped_II[kept][:, removed]
     weight_KO, loss = solve(hessian_II, weight_OI, kept)
@@ -87,7 +87,7 @@ def test_changes_are_what_the_loss_does_when_one_group_changes_sides(group_size:
     hessian_II, weight_OI = make_layer(1, 15, 7)
     tableau = make_tableau(hessian_II, weight_OI, group_size)
     tableau.exchange(torch.tensor([1, 4]))
-    changes_U = tableau.changes()
+    changes_U = tableau.loss_changes()
     for group in range(15 // group_size):
         kept = tableau.kept
         other = without(kept, group) if group in kept else torch.cat([kept, torch.tensor([group])]).sort().values
@@ -102,7 +102,7 @@ def test_a_swap_is_priced_exactly_before_it_is_made(group_size: int) -> None:
     tableau.exchange(torch.tensor([0, 3, 5]))
     before = loss_of(hessian_II, weight_OI, tableau.kept, group_size)
     dropped, added = torch.tensor([6, 2]), torch.tensor([5, 0])
-    price = tableau.swap_change(dropped, added)
+    price = tableau.swap_loss_change(dropped, added)
     tableau.exchange(dropped)
     tableau.exchange(added)
     assert tableau.removed.tolist() == [2, 3, 6]
@@ -114,7 +114,7 @@ def test_a_swap_is_priced_exactly_before_it_is_made(group_size: int) -> None:
 def test_the_best_partner_of_each_removed_group_is_the_best_of_all(
     group_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(osscar, "_ROWS", 2)
+    monkeypatch.setattr(osscar, "_CHUNK_ROWS", 2)
     hessian_II, weight_OI = make_layer(3, 21, 5)
     tableau = make_tableau(hessian_II, weight_OI, group_size)
     tableau.exchange(torch.tensor([0, 2, 6]))
@@ -145,7 +145,7 @@ def test_greedy_removal_takes_the_cheapest_group_each_time() -> None:
 def test_features_go_in_batches_that_end_at_the_right_number(monkeypatch: pytest.MonkeyPatch) -> None:
     hessian_II, weight_OI = make_layer(5, 31, 3)
     tableau = make_tableau(hessian_II, weight_OI, 1)
-    lowest = torch.sort(tableau.changes()).indices[:5]
+    lowest = torch.sort(tableau.loss_changes()).indices[:5]
     sizes: list[int] = []
     exchange = tableau.exchange
 
@@ -154,7 +154,7 @@ def test_features_go_in_batches_that_end_at_the_right_number(monkeypatch: pytest
         exchange(groups)
 
     monkeypatch.setattr(tableau, "exchange", exchange_and_count)
-    remove_greedily(tableau, 31 - 18, num_rounds=4)
+    remove_greedily(tableau, 31 - 18, num_batches=4)
     assert sizes == [5, 5, 5, 3]
     assert set(lowest.tolist()) <= set(tableau.removed.tolist())
 
@@ -182,7 +182,7 @@ def test_search_ends_near_the_best_of_all_subsets_and_never_above_greedy(
         tableau = make_tableau(hessian_II, weight_OI, group_size)
         remove_greedily(tableau, num_kept)
         greedy = loss_of(hessian_II, weight_OI, tableau.kept, group_size)
-        search(tableau)
+        local_search(tableau)
         found = loss_of(hessian_II, weight_OI, tableau.kept, group_size)
         assert found <= greedy * (1 + 1e-12)
         excess.append(found / best_loss(hessian_II, weight_OI, group_size, num_kept) - 1)
@@ -198,10 +198,10 @@ def test_an_accepted_swap_never_raises_the_loss_and_the_end_is_a_local_optimum(
 ) -> None:
     hessian_II, weight_OI = make_layer(6, num_inputs, 7)
     tableau = make_tableau(hessian_II, weight_OI, group_size)
-    order = torch.sort(tableau.changes(), descending=True).indices
+    order = torch.sort(tableau.loss_changes(), descending=True).indices
     tableau.exchange(order[:num_removed])
     start = loss_of(hessian_II, weight_OI, tableau.kept, group_size)
-    log = search(tableau)
+    log = local_search(tableau)
     assert log.num_swaps >= len(log.losses) - 1 >= 2
     assert log.losses[0] == pytest.approx(start)
     assert all(after < before for before, after in itertools.pairwise(log.losses))
@@ -220,14 +220,14 @@ def test_search_takes_fewer_swaps_where_many_at_once_would_hurt() -> None:
     hessian_II = x_TI.T @ x_TI
     tableau = make_tableau(hessian_II, weight_OI, 1)
     tableau.exchange(torch.tensor([0, 1]))
-    log = search(tableau)
+    log = local_search(tableau)
     assert log.num_swaps == 1
     assert tableau.loss == pytest.approx(best_loss(hessian_II, weight_OI, 1, 2))
 
 
 def test_search_has_nothing_to_do_without_removed_groups() -> None:
     tableau = make_tableau(*make_layer(7, 6, 3), 1)
-    assert search(tableau) == (0, [0.0])
+    assert local_search(tableau) == (0, [0.0])
 
 
 @pytest.mark.parametrize(("num_inputs", "num_outputs", "kept"), [(9, 4, [0, 3, 4, 8]), (5, 11, [2]), (7, 3, range(7))])
@@ -253,8 +253,8 @@ def test_damping_grows_only_until_a_singular_matrix_can_be_inverted() -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_broken_gram_matrix_is_refused(value: float) -> None:
+def test_a_hessian_with_nan_or_infinity_is_refused(value: float) -> None:
     hessian_II, _ = make_layer(10, 5, 3)
     hessian_II[3, 1] = hessian_II[1, 3] = value
-    with pytest.raises(UserError, match="calibration: 'Hessian' holds NaN or infinity"):
+    with pytest.raises(UserError, match="calibration: 'Hessian' contains NaN or infinity"):
         factorize(hessian_II, DAMPING)
