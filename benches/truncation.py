@@ -31,6 +31,7 @@ from slimserve.distill.run import distill
 from slimserve.distill.sweep import make_points, sweep
 from slimserve.serve.launch.process import Engine
 from slimserve.workloads.interface import Answer, ChatPrompt
+from slimserve.workloads.metrics import evaluate
 from slimserve.workloads.reasoning import Reasoning, chain_of_thought
 
 NUM_STEPS, TEACHER_STEPS, BATCH_SIZE = 16, 80, 8
@@ -139,7 +140,7 @@ def _judge(log: Path, directory: Path, prompts: Sequence[ChatPrompt]) -> Mapping
     with Engine(our_spec(log, directory, "reasoning")) as engine:
         target = Target(engine.spec.url, engine.spec.name)
         answers = ask_prompts(target, f"problems, {directory.name}", prompts)
-    figures = Reasoning().evaluate(prompts, cast("list[Answer]", answers))
+    figures = evaluate(Reasoning(), prompts, cast("list[Answer]", answers))
     return {name: figures[name].value for name in ("accuracy", "tokens_per_answer")}
 
 

@@ -25,11 +25,10 @@ from slimserve.core.openai_client import Target, auth_headers
 from slimserve.core.progress import ProgressCallback, print_status, progress
 from slimserve.core.storage import write_atomically
 from slimserve.loadtest.client import SCORING
-from slimserve.workloads import load_workload, metrics
-from slimserve.workloads.interface import ChatAnswer, ChatPrompt, Prompt, ScoringPrompt
+from slimserve.workloads import load_workload
+from slimserve.workloads.interface import Answer, ChatAnswer, ChatPrompt, Prompt, ScoringPrompt
 from slimserve.workloads.metrics import MetricData
-from slimserve.workloads.reasoning import is_right
-from slimserve.workloads.text import TextReading, make_documents, text_figures
+from slimserve.workloads.text import TextReading, make_documents, text_metrics
 
 _CONCURRENCY = 8
 _TIMEOUT_S = 600.0
@@ -111,24 +110,16 @@ def read_answers(file: Path) -> Answers:
         raise UserError("answers", file, f"cannot be read ({error})", "measure again in another folder") from error
 
 
-def figures_of(
+def quality_metrics(
     workload: str, num_prompts: int, seed: int, answers: Answers, reference: Answers | None = None
 ) -> dict[str, MetricData]:
     """The workload's figures; TEXT's KL and agreement need the reference's answers to the same text."""
     if workload == TEXT:
         pairs = reference is not None and reference.prompts_sha256 == answers.prompts_sha256
         theirs = cast("list[TextReading]", reference.answers) if reference and pairs else None
-        return text_figures(cast("list[TextReading]", answers.answers), theirs)
+        return text_metrics(cast("list[TextReading]", answers.answers), theirs)
     prompts = _prompts(workload, num_prompts, seed)
-    if all(isinstance(prompt, ScoringPrompt) for prompt in prompts):
-        slates = cast("list[ScoringPrompt]", prompts)
-        scores = cast("list[tuple[float, ...]]", answers.answers)
-        return metrics.ranking_metrics([slate.truth for slate in slates], scores, [slate.group for slate in slates])
-    problems = cast("list[ChatPrompt]", prompts)
-    given = cast("list[ChatAnswer]", answers.answers)
-    right = [is_right(problem, answer.text) for problem, answer in zip(problems, given, strict=True)]
-    kinds = [problem.kind for problem in problems]
-    return metrics.answer_metrics(right, kinds, [answer.num_tokens for answer in given])
+    return load_workload(workload).metric_data(prompts, cast("list[Answer]", answers.answers))
 
 
 @cache

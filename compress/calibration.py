@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from slimserve.core.errors import UserError
-from slimserve.workloads import WORKLOADS, load_workload
+from slimserve.workloads import is_workload, load_workload, workload_names
 from slimserve.workloads.interface import Prompt, ScoringPrompt
 
 MIXED = "mixed"
@@ -37,14 +37,14 @@ class Calibration:
 
 def check_source(source: str) -> None:
     """Raise UserError unless `source` is a workload, `mixed`, or a readable .txt or .jsonl file."""
-    if source == MIXED or source in WORKLOADS:
+    if source == MIXED or is_workload(source):
         return
     if Path(source).suffix not in {".txt", ".jsonl"} or not Path(source).is_file():
         raise UserError(
             "calibration source",
             source,
             "is neither a workload nor a file",
-            f"choose from {', '.join([MIXED, *WORKLOADS])}, or give the path of a .txt or .jsonl file",
+            f"choose from {', '.join([MIXED, *workload_names()])}, or give the path of a .txt or .jsonl file",
         )
 
 
@@ -150,7 +150,7 @@ def _is_document(row: dict[str, Any]) -> bool:
 
 def _workload_documents(directory: Path, source: str, seed: int) -> Iterator[list[int]]:
     tokenizer = _tokenizer(directory)
-    names = list(WORKLOADS) if source == MIXED else [source]
+    names = workload_names() if source == MIXED else [source]
     streams = [_prompts(name, seed) for name in names]
     for prompts in zip(*streams, strict=False):
         for prompt in prompts:

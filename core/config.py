@@ -96,7 +96,8 @@ def setting(
     """Declare a field of a `Settings` model.
 
     `option` replaces the command-line spelling, which is `--` and the field's name with dashes; an empty string keeps
-    the field off the command line. `constraints` are pydantic's (`ge`, `lt`, `min_length`, …).
+    the field off the command line. The default `...` makes the option required. `constraints` are pydantic's (`ge`,
+    `lt`, `min_length`, …).
     """
     names = (option,) if isinstance(option, str) else option
     extra: dict[str, Any] = {"option": list(names), "panel": panel, "metavar": metavar}
@@ -115,7 +116,7 @@ def set_value(document: dict[str, Any], assignment: str) -> None:
     """Apply `table.key=value` (`--set`) to a document in place.
 
     The value is TOML, or else plain text. A number in the path is an index into an array of tables, as in
-    `stages.0.steps=100`. Raises UserError where the path leads nowhere.
+    `stages.0.steps=100`; a missing array is made with one empty table. Raises UserError where the path leads nowhere.
     """
     path, equals, text = assignment.partition("=")
     if not equals:
@@ -126,13 +127,13 @@ def set_value(document: dict[str, Any], assignment: str) -> None:
         value = text
     *tables, key = path.strip().split(".")
     place: Any = document
-    for name in tables:
+    for name, following in zip(tables, [*tables[1:], key], strict=True):
         if isinstance(place, list):
             if not name.isdigit() or int(name) >= len(place):
                 raise UserError("--set", assignment, f"has no entry {name}", f"use 0 to {len(place) - 1}")
             place = place[int(name)]
         elif isinstance(place, dict):
-            place = place.setdefault(name, {})
+            place = place.setdefault(name, [{}] if following.isdigit() else {})
     if not isinstance(place, dict):
         raise UserError("--set", assignment, "names no key of a table", "write for example stages.0.steps=100")
     place[key] = value
@@ -217,7 +218,8 @@ class _Option:
         import typer
 
         kind, metavar, is_many = _kind_of(self.field)
-        default = self.field.get_default(call_default_factory=True)
+        is_required = self.field.is_required()
+        default = None if is_required else self.field.get_default(call_default_factory=True)
         shown: Any = None
         if kind is bool:
             shown = False
@@ -235,7 +237,7 @@ class _Option:
         return inspect.Parameter(
             self.parameter,
             inspect.Parameter.KEYWORD_ONLY,
-            default=shown,
+            default=inspect.Parameter.empty if is_required else shown,
             annotation=Annotated[annotation, option],
         )
 

@@ -21,7 +21,7 @@ from typing import Any
 from slimserve.core.errors import UserError
 from slimserve.distill.models import stop_tokens
 from slimserve.distill.sections import Example, chat_example, label_example
-from slimserve.workloads import WORKLOADS, load_workload
+from slimserve.workloads import is_workload, load_workload, workload_names
 from slimserve.workloads.interface import ChatPrompt, Prompt, ScoringPrompt, hash_number
 
 _VALIDATION_OF = 10
@@ -60,7 +60,7 @@ def load_examples(
     stop = stop_tokens(directory, tokenizer)
     is_scoring = False
     chosen: tuple[list[Any], list[Any]] = ([], [])
-    if source in WORKLOADS:
+    if is_workload(source):
         for prompt in load_workload(source).make_prompts("calibration", _most(num_training, num_validation), seed):
             is_scoring = isinstance(prompt, ScoringPrompt)
             chosen[_is_validation(_key(prompt))].append(prompt)
@@ -138,7 +138,7 @@ def _read_conversations(file: Path) -> Iterator[_Conversation]:
             "data.source",
             file,
             "is neither a workload nor a file",
-            f"choose from {', '.join(WORKLOADS)}, or give the path of a .jsonl file",
+            f"choose from {', '.join(workload_names())}, or give the path of a .jsonl file",
         )
     try:
         lines = file.read_text(encoding="utf-8").splitlines()

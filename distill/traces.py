@@ -19,8 +19,7 @@ from slimserve.core.errors import UserError
 from slimserve.core.openai_client import Target, auth_headers
 from slimserve.core.progress import progress
 from slimserve.workloads import load_workload
-from slimserve.workloads.interface import ChatPrompt, hash_number
-from slimserve.workloads.reasoning import is_right
+from slimserve.workloads.interface import ChatPrompt, Workload, hash_number
 
 _CONCURRENCY = 16
 _TIMEOUT_S = 600.0
@@ -53,7 +52,8 @@ def write_traces(
     A line without `messages` notes a problem that no try solved. Raises UserError where the workload has no verifier,
     or the server does not answer.
     """
-    prompts = load_workload(workload).make_prompts("calibration", num_problems, seed)
+    task = load_workload(workload)
+    prompts = task.make_prompts("calibration", num_problems, seed)
     if not prompts or not isinstance(prompts[0], ChatPrompt):
         raise UserError("workload", workload, "has no replies to verify", "choose one of conversations, as reasoning")
     problems = cast("Sequence[ChatPrompt]", prompts)
@@ -61,7 +61,7 @@ def write_traces(
     left = [problem for problem in problems if problem.messages[-1]["content"] not in known]
     request = {"model": target.model, "temperature": temperature, "max_tokens": max_tokens}
     file.parent.mkdir(parents=True, exist_ok=True)
-    asker = _Asker(target.url, request, num_tries, seed, file)
+    asker = _Asker(target.url, request, num_tries, seed, file, task)
     asyncio.run(asker.ask_all(left, f"replies of {target.model} to {workload}"))
     known = _known(file)
     kept = sum(known.get(problem.messages[-1]["content"], False) for problem in problems)
@@ -69,7 +69,10 @@ def write_traces(
 
 
 class _Asker:
-    def __init__(self, url: str, request: dict[str, Any], tries: int, seed: int, file: Path) -> None:
+    def __init__(
+        self, url: str, request: dict[str, Any], tries: int, seed: int, file: Path, workload: Workload
+    ) -> None:
+        self._workload = workload
         self.num_replies = 0
         self._url = f"{url}/v1/chat/completions"
         self._request = request
@@ -119,7 +122,7 @@ class _Asker:
             reply = message.get("content") or ""
             if message.get("reasoning_content"):
                 reply = f"<think>\n{message['reasoning_content']}\n</think>\n{reply}"
-            if choice["finish_reason"] == "stop" and is_right(problem, reply):
+            if choice["finish_reason"] == "stop" and self._workload.is_correct(problem, reply):
                 return reply
         return None
 

@@ -43,7 +43,7 @@ class Client:
         self._label_ids: dict[str, int] = {}
         self._counts_chunks = True
 
-    def prepare(self, kinds: Sequence[str]) -> None:
+    def prepare(self, prompts: Sequence[Prompt]) -> None:
         """Find the scoring endpoint and whether the server counts the tokens of each chunk.
 
         A server that answers nothing now is left to show its fault under load, under its name. Raises UserError
@@ -51,10 +51,10 @@ class Client:
         """
         if self._endpoint not in {"auto", *SCORING}:
             raise UserError("--endpoint", self._endpoint, "is unknown", f"choose from auto, {', '.join(SCORING)}")
-        if "recommendation" in kinds:
+        if any(isinstance(prompt, ScoringPrompt) for prompt in prompts):
             asked = [name for name in SCORING if name != "rerank"] if self._endpoint == "auto" else [self._endpoint]
             self._endpoint = next((name for name in asked if self._can_score(name)), asked[0])
-        if set(kinds) - {"recommendation"}:
+        if any(isinstance(prompt, ChatPrompt) for prompt in prompts):
             body = self._chat_body(ChatPrompt(({"role": "user", "content": "Ready?"},), 1, "", "", "", {}), False)
             self._counts_chunks = self._wire.post("/v1/chat/completions", msgspec.json.encode(body)).status != 400
 

@@ -21,14 +21,16 @@ from slimserve.core.openai_client import Target
 from slimserve.core.progress import ProgressCallback, print_status, progress
 from slimserve.core.provenance import provenance
 from slimserve.core.storage import write_atomically
-from slimserve.loadtest.prompts import make_prompts, workload_of
+from slimserve.loadtest.prompts import MIXED, make_prompts, suite_names
 from slimserve.loadtest.rows import Row, read_rows, row_of
 from slimserve.loadtest.server_metrics import ServerWatch, disagreements
-from slimserve.loadtest.settings import SUITES, LoadSettings, suite_arguments
+from slimserve.loadtest.settings import LoadSettings, suite_arguments
 from slimserve.loadtest.slo import goodput, parse_objective
 from slimserve.loadtest.summary import ClientCounts, LoadSummary, percentile, summarize
 from slimserve.report.load import write_html
+from slimserve.workloads import is_workload, load_workload, workload_argument
 from slimserve.workloads.interface import Answer, ChatAnswer, Estimate, Prompt
+from slimserve.workloads.metrics import evaluate
 
 _BEGIN_S = 120.0
 """Longest that Locust may take to its first row, beside the time that an answer takes."""
@@ -71,11 +73,10 @@ def run_suite(
     and Locust's log. An interrupt ends the load; what was measured until then is summed up and written, then the
     interrupt goes on its way. Raises UserError where the suite or a setting is unknown or Locust fails.
     """
-    if suite not in SUITES:
-        raise UserError("suite", suite, "is unknown", f"choose from {', '.join(SUITES)}")
+    if suite != MIXED and not is_workload(suite):
+        raise UserError("suite", suite, "is unknown", f"choose from {', '.join(suite_names())}")
     settings.check()
-    if suite == "chat":
-        make_prompts(suite, settings.suite, 1)  # a file that holds no chat is refused before any work
+    make_prompts(suite, settings.suite, 1)  # bad data is rejected before any work
     output.mkdir(parents=True, exist_ok=True)
     rows_file = output / f"{suite}.rows.jsonl"
     report_file = output / f".{suite}.client.json"
@@ -173,11 +174,11 @@ def _quality(
 ) -> tuple[dict[str, Estimate], int | None]:
     """The workload's own figures over the good answers of rows of one kind, and how many answers were right."""
     good = [row for row in rows if row.error is None and 0 <= row.prompt < len(prompts)]
-    workload = workload_of(good[0].kind, settings.suite) if good and len({row.kind for row in good}) == 1 else None
-    if workload is None:
+    if len({row.kind for row in good}) != 1:
         return {}, None
+    workload = load_workload(good[0].kind)
     answers: list[Answer] = [row.scores if row.num_items else ChatAnswer(row.text, row.output_tokens) for row in good]
-    figures = workload.evaluate([prompts[row.prompt][1] for row in good], answers)
+    figures = evaluate(workload, [prompts[row.prompt][1] for row in good], answers)
     known = {name: figure for name, figure in figures.items() if figure.value == figure.value}
     accuracy = known.get("accuracy")
     return known, round(accuracy.value * accuracy.n) if accuracy else None
@@ -229,7 +230,8 @@ def _locust_arguments(
     num_workers = cluster.expect_workers if cluster else settings.processes
     return [
         *("--headless", "--only-summary", "--skip-log-setup", *distributed),
-        *("--locustfile", str(Path(__file__).parent / "suites" / f"{suite}.py")),
+        *("--locustfile", str(Path(__file__).parent / "suites" / "workload.py")),
+        *("--suite", workload_argument(suite)),
         *("--host", target.url, "--model", target.model),
         *("--users", str(max(users, num_workers)), "--spawn-rate", str(max(users, num_workers))),
         *("--stop-timeout", str(_TERMINATE_S), "--exit-code-on-error", "0"),

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 from slimserve.core.errors import UserError
 from slimserve.loadtest.arrivals import Arrival, due_times, parse_rate, read_trace
 from slimserve.loadtest.slo import parse_objective
+from slimserve.workloads.interface import SizeDistribution
 
-SUITES = ("recommendation", "reasoning", "mixed", "chat")
-_RANGE = re.compile(r"(\d+)\.\.(\d+)")
-_CHOICE = re.compile(r"\d+(,\d+)*")
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h)?")
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 
@@ -103,8 +100,8 @@ class LoadSettings:
         for text in self.slos:
             parse_objective(text)
         for name, size in (("--history", self.suite.history), ("--candidates", self.suite.candidates)):
-            Sizes(name, size)
-        Sizes("--max-tokens", self.suite.max_tokens)
+            SizeDistribution(name, size)
+        SizeDistribution("--max-tokens", self.suite.max_tokens)
         if self.is_open_loop:
             self.due_s()
 
@@ -113,25 +110,6 @@ class LoadSettings:
         if self.trace:
             return read_trace(Path(self.trace), self.total_s)
         return due_times(parse_rate(self.rate, self.total_s), self.arrival, self.burstiness, self.seed)
-
-
-class Sizes:
-    """A distribution of whole numbers, as it is written on the command line."""
-
-    def __init__(self, name: str, text: str) -> None:
-        if span := _RANGE.fullmatch(text):
-            self._choices: Sequence[int] = range(int(span[1]), int(span[2]) + 1)
-        else:
-            self._choices = [int(part) for part in text.split(",")] if _CHOICE.fullmatch(text) else []
-        if not self._choices or min(self._choices) < 1:
-            raise UserError(name, text, "is no size", "write 16, 8..32 (each as likely) or 8,16,32 (one of these)")
-
-    @property
-    def largest(self) -> int:
-        return max(self._choices)
-
-    def draw(self, numbers: random.Random) -> int:
-        return numbers.choice(self._choices)
 
 
 def parse_duration(name: str, text: str) -> float:

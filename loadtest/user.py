@@ -28,7 +28,7 @@ from locust.runners import MasterRunner, WorkerRunner
 from slimserve.core.errors import UserError
 from slimserve.core.openai_client import auth_headers
 from slimserve.loadtest.client import Client, Request
-from slimserve.loadtest.prompts import MOST_PROMPTS, make_prompts
+from slimserve.loadtest.prompts import MAX_PROMPTS, make_prompts
 from slimserve.loadtest.rows import Row, row_line
 from slimserve.loadtest.settings import LoadSettings, SuiteOptions
 from slimserve.loadtest.timer import Alarm
@@ -65,14 +65,14 @@ class SuiteUser(User):
 class LoadRun:
     """One run's traffic in this process."""
 
-    def __init__(self, environment: Environment, suite: str) -> None:
+    def __init__(self, environment: Environment) -> None:
         options: Any = environment.parsed_options
         self.begun = Event()
         self.is_over = False
         self.is_open_loop = bool(options.rate or options.trace)
         self.num_running = 0
         self._environment = environment
-        self._suite = suite
+        self._suite: str = options.suite
         self._seconds: float = options.load_seconds
         self._settings = settings_of(options)
         self._client: Client
@@ -94,10 +94,10 @@ class LoadRun:
         )
         if self.is_open_loop:
             self._due_s = settings.due_s()
-        count = min(len(self._due_s), MOST_PROMPTS) if self.is_open_loop else MOST_PROMPTS
+        count = min(len(self._due_s), MAX_PROMPTS) if self.is_open_loop else MAX_PROMPTS
         # In a thread: a worker that does not answer for three seconds is lost to Locust's master.
         prompts = gevent.get_hub().threadpool.spawn(make_prompts, self._suite, settings.suite, count).get()
-        self._client.prepare(sorted({kind for kind, _ in prompts}))
+        self._client.prepare([prompt for _, prompt in prompts])
         exact = settings.suite.exact_tokens
         self._prepared = [
             self._client.make_request(number, kind, prompt, exact) for number, (kind, prompt) in enumerate(prompts)
@@ -263,6 +263,7 @@ def register(user: type[SuiteUser]) -> None:
     @events.init_command_line_parser.add_listener
     def _add_options(parser: LocustArgumentParser) -> None:
         add = parser.add_argument
+        add("--suite", default=user.suite, help="workload that supplies the requests: a name or a .py file")
         add("--model", default="", help="model name on the server's API (all but workers need it)")
         add("--rows", default="", help="write one JSON line per request to this file")
         add("--client-report", default="", help="write what the client says of itself to this file")
@@ -296,7 +297,7 @@ def register(user: type[SuiteUser]) -> None:
             environment.slimserve_ready, environment.slimserve_ended = set(), set()
             gevent.spawn(_lead_workers, environment)
             return
-        run = environment.slimserve_run = LoadRun(environment, user.suite)
+        run = environment.slimserve_run = LoadRun(environment)
         if isinstance(runner, WorkerRunner):
             gevent.spawn(_prepare_worker, runner, run)
         else:

@@ -11,7 +11,7 @@ from slimserve.core.storage import write_atomically
 from slimserve.loadtest.rows import read_rows
 from slimserve.loadtest.slo import samples_of
 from slimserve.report import comparison_plots as plots
-from slimserve.report.comparison_tables import VIEWS, Cell, Table, Tables, VariantLine
+from slimserve.report.comparison_tables import Cell, Table, Tables, VariantLine, view_of
 from slimserve.report.page import Line, Plot, number_text, origin_lines, percent_text, render_page, setting_lines, words
 from slimserve.report.plots import plot_distribution
 
@@ -31,11 +31,11 @@ def write_report(comparison: Comparison, directory: Path) -> Path:
         faults=list(_faults(comparison)),
         tables=[tables.overview(), *(tables.workload(workload) for workload in comparison.workloads)],
         plots=_plots(comparison, tables, directory),
-        details=[*tables.quality(), *tables.regimes(), *tables.rank_drift()],
+        details=[*tables.quality(), *tables.bottlenecks(), *tables.rank_agreement()],
         losses=_losses(comparison),
         variants=[Line(variant.name, _described(variant)) for variant in comparison.variants],
-        settings=list(setting_lines({**asdict(comparison.effort), **asdict(comparison.requirements)})),
-        judged=[Line(name, f"{number_text(rate)} requests/s") for name, rate in comparison.judged_rates.items()],
+        settings=list(setting_lines({**asdict(comparison.preset), **asdict(comparison.requirements)})),
+        judged=[Line(name, f"{number_text(rate)} requests/s") for name, rate in comparison.slo_rates.items()],
         origin=origin_lines(comparison.origin),
     )
     path = directory / REPORT_FILE
@@ -81,7 +81,7 @@ def _facts(comparison: Comparison, tables: Tables) -> list[tuple[str, Cell]]:
     whole = comparison.variant(reference)
     facts: list[tuple[str, Cell]] = [("cost of a unit of work", (f"{overview[0][0]} of {reference}'s", overview[0][1]))]
     for number, workload in enumerate(comparison.workloads, 1):
-        view = VIEWS[workload]
+        view = view_of(workload)
         ratio = spread(
             view.speed(ours.capacity[workload].summary) / speed
             for ours, theirs in zip(winner.rounds, whole.rounds, strict=False)
@@ -90,8 +90,8 @@ def _facts(comparison: Comparison, tables: Tables) -> list[tuple[str, Cell]]:
         )
         if ratio:
             span = f"{ratio.min:.2f} to {ratio.max:.2f} over {ratio.n} rounds" if ratio.n > 1 else ""
-            facts.append((f"{workload}, {view.speed_label}", (f"{ratio.median:.2f} × {reference}'s", span)))
-        least = 1 - comparison.requirements.quality_tolerance_frac
+            facts.append((f"{workload}, {view.spec.speed_label}", (f"{ratio.median:.2f} × {reference}'s", span)))
+        least = 1 - comparison.requirements.max_quality_loss_frac
         text, interval = overview[number]
         facts.append((f"{workload} quality kept", (text, f"{interval}; asked for: {least:.0%}".removeprefix("; "))))
     if winner.disk_bytes and whole.disk_bytes:
@@ -129,7 +129,7 @@ def _losses(comparison: Comparison) -> Table | None:
             "LOST TOO MUCH" if loss.fails else "within the limit",
             "",
             [
-                (f"{loss.workload}: {words(loss.figure)}", ""),
+                (f"{loss.workload}: {words(loss.metric)}", ""),
                 (percent_text(loss.loss_frac, 1), f"{loss.low:.1%} to {loss.high:.1%}"),
                 (percent_text(loss.limit_frac, 1), ""),
             ],
@@ -164,23 +164,28 @@ def _plots(comparison: Comparison, tables: Tables, directory: Path) -> list[Plot
 
 def _tradeoffs(comparison: Comparison, tables: Tables, workload: str) -> Iterator[Plot]:
     """Quality against cost and against speed."""
-    view, headline = VIEWS[workload], comparison.workloads[workload]
-    tolerance = comparison.requirements.quality_tolerance_frac
-    whole = comparison.variant(comparison.reference).quality.get(workload, {}).get(headline)
+    view, primary_metric = view_of(workload), comparison.workloads[workload]
+    tolerance = comparison.requirements.max_quality_loss_frac
+    whole = comparison.variant(comparison.reference).quality.get(workload, {}).get(primary_metric)
     least = whole.value * (1 - tolerance) if whole and whole.value == whole.value else None
-    cost_label = f"{comparison.cost_unit} {words(view.cost)}"
+    cost_label = f"{comparison.cost_unit} {words(view.spec.cost)}"
     axes: tuple[tuple[str, str, str, Callable[[VariantResult], Spread | None]], ...] = (
-        ("cost", cost_label, "Up and to the left", lambda one: one.costs.get(workload, {}).get(view.cost)),
-        ("speed", view.speed_label, "Up and to the right", lambda one: spread(map(view.speed, one.capacity(workload)))),
+        ("cost", cost_label, "Up and to the left", lambda one: one.costs.get(workload, {}).get(view.spec.cost)),
+        (
+            "speed",
+            view.spec.speed_label,
+            "Up and to the right",
+            lambda one: spread(map(view.speed, one.capacity(workload))),
+        ),
     )
     for against, x_label, better, pick in axes:
         points = []
         for number, variant in enumerate(comparison.variants):
-            x, quality = pick(variant), variant.quality.get(workload, {}).get(headline)
+            x, quality = pick(variant), variant.quality.get(workload, {}).get(primary_metric)
             if x is None or quality is None or quality.value != quality.value:
                 continue
-            outcome = tables.outcomes.get(variant.name)
-            dominated = outcome.dominated_by if outcome else []
+            decision = tables.decisions.get(variant.name)
+            dominated = decision.dominated_by if decision else []
             is_winner = comparison.verdict is not None and comparison.verdict.winner == variant.name
             notes = ["ship this"] * is_winner + ([f"dominated by {', '.join(dominated)}"] if dominated else [])
             label = f"{variant.name}{' (' + '; '.join(notes) + ')' if notes else ''}"
@@ -188,20 +193,20 @@ def _tradeoffs(comparison: Comparison, tables: Tables, workload: str) -> Iterato
         if points:
             hint = f"{better} is better. Bars: 95% interval, range over rounds. Ring: ship this. Hollow: dominated."
             asked = f"asked for: {1 - tolerance:.0%} of {comparison.reference}"
-            svg = plots.plot_tradeoff(points, x_label, view.quality_label, least, asked)
+            svg = plots.plot_tradeoff(points, x_label, view.spec.quality_label, least, asked)
             yield Plot(f"{workload.capitalize()}: quality against {against}", hint, svg)
 
 
 def _recovery(comparison: Comparison, tables: Tables, workload: str) -> Iterator[Plot]:
     recoveries = []
     for number, variant in enumerate(comparison.variants):
-        outcome = tables.outcomes.get(variant.name)
-        if outcome and workload in outcome.quality and variant.name != comparison.reference:
+        decision = tables.decisions.get(variant.name)
+        if decision and workload in decision.quality and variant.name != comparison.reference:
             low, high = tables.kept_interval(variant, workload) or (None, None)
-            recoveries.append(plots.Recovery(number, variant.name, outcome.quality[workload].kept_frac, low, high))
+            recoveries.append(plots.Recovery(number, variant.name, decision.quality[workload].kept_frac, low, high))
     if recoveries:
-        label = f"{VIEWS[workload].quality_label}, % of {comparison.reference}"
-        svg = plots.plot_recovery(recoveries, label, 1 - comparison.requirements.quality_tolerance_frac)
+        label = f"{view_of(workload).spec.quality_label}, % of {comparison.reference}"
+        svg = plots.plot_recovery(recoveries, label, 1 - comparison.requirements.max_quality_loss_frac)
         hint = "Further right is better. Bars are 95% intervals, paired prompt by prompt."
         yield Plot(f"{workload.capitalize()}: quality kept", hint, svg)
 
@@ -210,7 +215,7 @@ def _over_rate(comparison: Comparison, workload: str) -> Iterator[Plot]:
     rates = comparison.rates(workload)
     if len(rates) < 2:
         return
-    name, pick = next(iter(VIEWS[workload].latencies.items()))
+    name, pick = next(iter(view_of(workload).latencies.items()))
     series = []
     for number, variant in enumerate(comparison.variants):
         course = [(rate, spread(pick(load).p99 for load in variant.at_rate(workload, rate))) for rate in rates]
@@ -218,29 +223,31 @@ def _over_rate(comparison: Comparison, workload: str) -> Iterator[Plot]:
         if known:
             series.append((number, variant.name, known))
     if series:
-        svg = plots.plot_over_rate(series, f"{name}, p99 (ms)", comparison.judged_rates.get(workload))
-        hint = "Lower is better. Medians over rounds with their range; a missing point is a rate far beyond capacity."
+        svg = plots.plot_over_rate(series, f"{name}, p99 (ms)", comparison.slo_rates.get(workload))
+        hint = (
+            "Lower is better. Medians over rounds with their range; a missing point is a rate far overloaded capacity."
+        )
         yield Plot(f"{workload.capitalize()}: latency over rate", hint, svg)
 
 
 def _distribution(comparison: Comparison, workload: str, directory: Path) -> Iterator[Plot]:
     """Latency at the judged rate, or of the closed loop where there is none, over all rounds."""
-    view, rate = VIEWS[workload], comparison.judged_rates.get(workload)
-    begin_s = comparison.effort.warmup_s
-    end_s = begin_s + comparison.effort.duration_s
+    view, rate = view_of(workload), comparison.slo_rates.get(workload)
+    begin_s = comparison.preset.warmup_s
+    end_s = begin_s + comparison.preset.duration_s
     series: list[tuple[str, list[float]]] = []
     for variant in comparison.variants:
         samples: list[float] = []
         for one in variant.rounds:
             closed = [one.capacity[workload]] if workload in one.capacity else []
             at_rate = [run for run in one.at_rate.get(workload, []) if run.rate_rps == rate]
-            for file in (directory / run.rows for run in (closed if rate is None else at_rate)):
+            for file in (directory / run.rows_file for run in (closed if rate is None else at_rate)):
                 rows = read_rows(file) if file.exists() else []
                 due = (row for row in rows if row.error is None and begin_s <= row.due_s < end_s)
-                samples += [sample for row in due for sample in samples_of(row, view.metric)]
+                samples += [sample for row in due for sample in samples_of(row, view.spec.distribution)]
         series.append((variant.name, samples))
     if any(samples for _, samples in series):
         load = "in closed loop" if rate is None else f"at {number_text(rate)} requests/s"
         hint = "Further left is better. All rounds together; the axis ends a little after the largest p99."
-        svg = plot_distribution(series, view.metric_label)
+        svg = plot_distribution(series, view.spec.distribution_label)
         yield Plot(f"{workload.capitalize()}: distribution {load}", hint, svg)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 
-from slimserve.compare.results import TEXT, Comparison, Difference, Outcome, Spread, VariantResult, spread
-from slimserve.loadtest.slo import Metric
+from slimserve.compare.results import TEXT, Comparison, Difference, Spread, VariantDecision, VariantResult, spread
 from slimserve.loadtest.summary import LoadSummary, Percentiles
 from slimserve.report.page import NOT_KNOWN, ms_text, number_text, percent_text, plain_text, words
-from slimserve.workloads.interface import Estimate
+from slimserve.workloads import load_workload
+from slimserve.workloads.interface import Estimate, ReportView
 
 Cell = tuple[str, str]
 """A figure, and its interval or range in smaller type."""
@@ -39,40 +40,18 @@ class Table:
 
 @dataclass(frozen=True)
 class View:
-    """How a workload's quality, speed and latency are named and read."""
+    """A workload's `ReportView` with functions that read a load summary instead of field names."""
 
-    quality_label: str
-    speed_label: str
+    spec: ReportView
     speed: Callable[[LoadSummary], float]
     latencies: dict[str, Callable[[LoadSummary], Percentiles]]
-    """By name; the first one is drawn over the rate."""
-    metric: Metric
-    """Whose distribution is drawn."""
-    metric_label: str
-    cost: str
-    """Key of the cost that stands for the workload."""
+    """Readers of latencies by label; the first is plotted over the request rate."""
 
 
-VIEWS = {
-    "recommendation": View(
-        "ranking quality (AUC)",
-        "scored items/s",
-        lambda load: load.items_per_s,
-        {"slate latency": lambda load: load.e2e_s},
-        "e2e",
-        "latency of a slate (ms)",
-        "per_million_items",
-    ),
-    "reasoning": View(
-        "right answers (share)",
-        "output tokens/s",
-        lambda load: load.output_tokens_per_s,
-        {"first token": lambda load: load.ttft_s, "between tokens": lambda load: load.itl_s},
-        "itl",
-        "time between tokens (ms)",
-        "per_thousand_answers",
-    ),
-}
+def view_of(workload: str) -> View:
+    """Return the view of a workload by its name."""
+    spec = load_workload(workload).view
+    return View(spec, attrgetter(spec.speed), {label: attrgetter(name) for label, name in spec.latencies.items()})
 
 
 @dataclass
@@ -80,11 +59,11 @@ class Tables:
     """What the page and the terminal show of one comparison."""
 
     comparison: Comparison
-    outcomes: dict[str, Outcome] = field(init=False)
+    decisions: dict[str, VariantDecision] = field(init=False)
 
     def __post_init__(self) -> None:
         verdict = self.comparison.verdict
-        self.outcomes = {one.name: one for one in verdict.outcomes} if verdict else {}
+        self.decisions = {one.name: one for one in verdict.decisions} if verdict else {}
 
     def overview(self) -> Table:
         """One line per variant: what it costs, what it keeps, what it needs."""
@@ -106,29 +85,29 @@ class Tables:
         )
 
     def _overview_cells(self, variant: VariantResult) -> list[Cell]:
-        outcome = self.outcomes.get(variant.name)
+        decision = self.decisions.get(variant.name)
         peak = variant.peak_rss_bytes
         return [
-            _spread_cell(outcome.cost_ratio if outcome else None, percent_text),
+            _spread_cell(decision.cost_ratio if decision else None, percent_text),
             *(self._kept_cell(variant, name) for name in self.comparison.workloads),
-            self._objectives_cell(outcome),
+            self._objectives_cell(decision),
             (NOT_KNOWN if variant.disk_bytes is None else f"{variant.disk_bytes / 2**20:,.0f}", ""),
             _spread_cell(peak, lambda value: f"{value / 2**30:.2f}"),
             _spread_cell(variant.ready_s, lambda value: f"{value:.0f}"),
         ]
 
     def kept_interval(self, variant: VariantResult, workload: str) -> tuple[float, float] | None:
-        """95% interval of the share of the reference's headline figure that a variant keeps; None for the reference."""
-        headline = self.comparison.workloads[workload]
-        difference = variant.differences.get(workload, {}).get(headline)
-        whole = self.comparison.variant(self.comparison.reference).quality.get(workload, {}).get(headline)
+        """95% interval of the share of the reference's primary_metric figure that a variant keeps; None for the reference."""
+        primary_metric = self.comparison.workloads[workload]
+        difference = variant.differences.get(workload, {}).get(primary_metric)
+        whole = self.comparison.variant(self.comparison.reference).quality.get(workload, {}).get(primary_metric)
         if difference is None or whole is None or not whole.value > 0:
             return None
         return 1 + difference.low / whole.value, 1 + difference.high / whole.value
 
     def _kept_cell(self, variant: VariantResult, workload: str) -> Cell:
-        outcome = self.outcomes.get(variant.name)
-        found = outcome.quality.get(workload) if outcome else None
+        decision = self.decisions.get(variant.name)
+        found = decision.quality.get(workload) if decision else None
         if found is None:
             return _UNKNOWN
         interval = self.kept_interval(variant, workload)
@@ -136,31 +115,31 @@ class Tables:
             *interval, lambda value: f"{100 * value:.1f}"
         ) if interval else ""
 
-    def _objectives_cell(self, outcome: Outcome | None) -> Cell:
-        if outcome is None or not outcome.slo:
+    def _objectives_cell(self, decision: VariantDecision | None) -> Cell:
+        if decision is None or not decision.slo:
             return "none asked", ""
-        rounds = ", ".join(f"{name} {slo.num_met}/{slo.num_rounds}" for name, slo in outcome.slo.items())
-        return "met" if outcome.meets_slo else "MISSED", f"{rounds} rounds"
+        rounds = ", ".join(f"{name} {slo.num_met}/{slo.num_rounds}" for name, slo in decision.slo.items())
+        return "met" if decision.meets_slo else "MISSED", f"{rounds} rounds"
 
     def workload(self, workload: str) -> Table:
         """A workload's quality, capacity, latency at the judged rate and cost."""
-        view, rate = VIEWS[workload], self.comparison.judged_rates.get(workload)
+        view, rate = view_of(workload), self.comparison.slo_rates.get(workload)
         slos = self.comparison.requirements.slos.get(workload, ())
         at = [] if rate is None else [f"{name} p50 / p99, ms" for name in view.latencies]
         loaded = "" if rate is None else f" Latency at {number_text(rate)} requests/s (Poisson)."
         asked = f" Objectives: {', '.join(slos)}." if slos and rate is not None else ""
         return Table(
             workload.capitalize(),
-            f"Capacity is what {self.comparison.effort.users.get(workload, '–')} requests at once get through.{loaded}"
+            f"Capacity is what {self.comparison.preset.users.get(workload, '–')} requests at once get through.{loaded}"
             f"{asked} Medians over rounds; small: their range.",
             [
                 "variant",
-                view.quality_label,
+                view.spec.quality_label,
                 f"against {self.comparison.reference}",
-                f"capacity, {view.speed_label}",
+                f"capacity, {view.spec.speed_label}",
                 *at,
                 *(["objectives"] if asked else []),
-                f"{self.comparison.cost_unit} {words(view.cost)}",
+                f"{self.comparison.cost_unit} {words(view.spec.cost)}",
                 "prompt from cache",
                 "failed",
             ],
@@ -171,26 +150,26 @@ class Tables:
         )
 
     def _workload_cells(self, variant: VariantResult, workload: str, rate: float | None, has_slo: bool) -> list[Cell]:
-        view, headline = VIEWS[workload], self.comparison.workloads[workload]
+        view, primary_metric = view_of(workload), self.comparison.workloads[workload]
         capacity = variant.capacity(workload)
         loads = [] if rate is None else variant.at_rate(workload, rate)
-        is_beyond = any(rate in one.beyond.get(workload, []) for one in variant.rounds)
-        outcome = self.outcomes.get(variant.name)
-        slo = outcome.slo.get(workload) if outcome else None
+        is_overloaded = any(rate in one.overloaded.get(workload, []) for one in variant.rounds)
+        decision = self.decisions.get(variant.name)
+        slo = decision.slo.get(workload) if decision else None
         cells = [
-            estimate_cell(variant.quality.get(workload, {}).get(headline)),
-            difference_cell(variant.differences.get(workload, {}).get(headline)),
+            estimate_cell(variant.quality.get(workload, {}).get(primary_metric)),
+            difference_cell(variant.differences.get(workload, {}).get(primary_metric)),
             _spread_cell(spread(view.speed(load) for load in capacity), number_text),
         ]
         if rate is not None:
-            missing: Cell = ("beyond capacity", "not run") if is_beyond else _UNKNOWN
+            missing: Cell = ("overloaded capacity", "not run") if is_overloaded else _UNKNOWN
             cells += [_latency_cell([pick(load) for load in loads]) or missing for pick in view.latencies.values()]
         if has_slo:
             text = "met" if slo and slo.num_rounds and slo.num_met == slo.num_rounds else "MISSED"
             cells.append((text, f"{slo.num_met}/{slo.num_rounds} rounds") if slo else _UNKNOWN)
         return [
             *cells,
-            _spread_cell(variant.costs.get(workload, {}).get(view.cost), number_text),
+            _spread_cell(variant.costs.get(workload, {}).get(view.spec.cost), number_text),
             _spread_cell(spread(_cached(load) for load in capacity), percent_text),
             _errors_cell([*capacity, *loads]),
         ]
@@ -220,7 +199,7 @@ class Tables:
                 tables.append(Table(f"Quality: {title}", "", ["variant", *map(words, figures)], lines))
         return tables
 
-    def regimes(self) -> list[Table]:
+    def bottlenecks(self) -> list[Table]:
         """Per workload, what binds each variant and how near the hardware's roof it comes."""
         return [
             Table(
@@ -228,13 +207,13 @@ class Tables:
                 "Of the first round's closed loop. Prefill computes prompts and is bound by arithmetic; decode makes "
                 "tokens one by one and is bound by memory bandwidth. 100% is as fast as the hardware allows.",
                 ["variant", "bound by", "of the roof in all", "prefill, tokens/s", "decode, tokens/s"],
-                [self._line(variant, _regime_cells(variant, workload)) for variant in self.comparison.variants],
+                [self._line(variant, _bottleneck_cells(variant, workload)) for variant in self.comparison.variants],
             )
             for workload in self.comparison.workloads
-            if any(workload in variant.regime for variant in self.comparison.variants)
+            if any(workload in variant.bottlenecks for variant in self.comparison.variants)
         ]
 
-    def rank_drift(self) -> list[Table]:
+    def rank_agreement(self) -> list[Table]:
         """Per workload with scores, how much the order of candidates under load differs from the reference's."""
         return [
             Table(
@@ -246,7 +225,7 @@ class Tables:
                     self._line(
                         variant,
                         [
-                            estimate_cell(variant.rank_drift.get(workload, {}).get(name))
+                            estimate_cell(variant.rank_agreement.get(workload, {}).get(name))
                             for name in ("kendall_tau", "top10_overlap")
                         ],
                     )
@@ -255,29 +234,29 @@ class Tables:
                 ],
             )
             for workload in self.comparison.workloads
-            if any(variant.rank_drift.get(workload) for variant in self.comparison.variants)
+            if any(variant.rank_agreement.get(workload) for variant in self.comparison.variants)
         ]
 
     def status(self, variant: VariantResult) -> str:
         """What became of a variant, in a few words."""
-        outcome = self.outcomes.get(variant.name)
+        decision = self.decisions.get(variant.name)
         verdict = self.comparison.verdict
-        if outcome is None or verdict is None:
+        if decision is None or verdict is None:
             return "not judged"
         parts = ["SHIP THIS"] if verdict.winner == variant.name else []
         if variant.name == self.comparison.reference:
             parts.append("the reference")
-        if not outcome.keeps_quality:
+        if not decision.keeps_quality:
             parts.append("loses too much quality")
-        if not outcome.meets_slo:
+        if not decision.meets_slo:
             parts.append("misses objectives")
-        if outcome.dominated_by:
-            parts.append(f"dominated by {' and '.join(outcome.dominated_by)}")
+        if decision.dominated_by:
+            parts.append(f"dominated by {' and '.join(decision.dominated_by)}")
         return ", ".join(parts) or "qualifies, costs more"
 
     def _line(self, variant: VariantResult, cells: list[Cell]) -> VariantLine:
-        outcome, verdict = self.outcomes.get(variant.name), self.comparison.verdict
-        mood = "dominated" if outcome and outcome.dominated_by else ""
+        decision, verdict = self.decisions.get(variant.name), self.comparison.verdict
+        mood = "dominated" if decision and decision.dominated_by else ""
         return VariantLine(
             variant.name,
             self.status(variant),
@@ -348,17 +327,17 @@ def _errors_cell(loads: Sequence[LoadSummary]) -> Cell:
     return f"{sum(counts.values()):,}/{total:,}", kinds
 
 
-def _regime_cells(variant: VariantResult, workload: str) -> list[Cell]:
-    regime = variant.regime.get(workload)
-    if regime is None:
+def _bottleneck_cells(variant: VariantResult, workload: str) -> list[Cell]:
+    bottleneck = variant.bottlenecks.get(workload)
+    if bottleneck is None:
         return [_UNKNOWN] * 4
     parts = (
-        (regime.prefill_tokens_per_s, regime.prefill_roof_tokens_per_s),
-        (regime.decode_tokens_per_s, regime.decode_roof_tokens_per_s),
+        (bottleneck.prefill_tokens_per_s, bottleneck.prefill_roofline_tokens_per_s),
+        (bottleneck.decode_tokens_per_s, bottleneck.decode_roofline_tokens_per_s),
     )
     return [
-        (regime.bound or NOT_KNOWN, ""),
-        (percent_text(regime.achieved_frac), ""),
+        (bottleneck.limited_by or NOT_KNOWN, ""),
+        (percent_text(bottleneck.roofline_frac), ""),
         *(
             (number_text(rate), f"{rate / roof:.0%} of {number_text(roof)}" if rate and roof else "")
             for rate, roof in parts

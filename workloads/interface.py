@@ -1,50 +1,71 @@
-"""The types between a workload and whoever asks a model for answers."""
+"""The workload interface: one object that says what a model is asked and how its answers are evaluated.
+
+Calibration, distillation, quality and load all use the same object, on separate splits of its data. A new workload is
+one file with a subclass of `Workload`; every other part of the project asks the object and knows no workload by name.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+import random
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, Protocol
 
+from slimserve.core.errors import UserError
+
+THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
+"""Tags around the chain of thought in a reply."""
 Split = Literal["calibration", "quality", "load"]
-"""Disjoint shares of a workload's data: what recipes look at, what quality is judged on, what load sends."""
+"""Disjoint parts of a workload's data: for recipes and training, for quality, and for load tests."""
+LaunchProfile = Literal["prefill", "decode", "balanced"]
+"""Phase of inference that takes most of a workload's time; the launch of an engine is planned for it."""
+
+_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+_CHOICE = re.compile(r"\d+(,\d+)*")
+
+
+def join_reply(chain_of_thought: str, answer: str) -> str:
+    """Return a reply with its chain of thought between think tags; without a chain, the answer alone."""
+    return f"{THINK_OPEN}\n{chain_of_thought}\n{THINK_CLOSE}\n{answer}" if chain_of_thought else answer
 
 
 def split_of(key: str) -> Split:
-    """The split that a member or a question belongs to, by a hash of its text: 40%, 20% and 40%."""
+    """Assign a user or a question to a split by a hash of its text: 40% calibration, 20% quality, 40% load."""
     tenth = hash_number(key) % 10
     return "calibration" if tenth < 4 else "quality" if tenth < 6 else "load"
 
 
 def hash_number(key: str) -> int:
-    """A 48-bit number that depends on the text alone, the same on every machine."""
+    """Return a 48-bit number that depends on the text alone and is the same on every machine."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:6], "big")
 
 
 @dataclass(frozen=True)
 class ScoringPrompt:
-    """One shared prefix and its candidates; the model gives each candidate the probability of a label."""
+    """A shared prefix and its candidate items; the model gives each item the probability of a label."""
 
     query: str
     items: tuple[str, ...]
     labels: tuple[str, ...]
-    """Label texts, each a single token of the model; the score is the first one's share of their probability."""
+    """Label texts, each one token of the model; the score is the first label's share of their probability."""
     truth: tuple[bool, ...]
-    """Per candidate, whether the first label is the true one."""
+    """Per item, whether the first label is the true one."""
     group: int
-    """Whose prompt it is: prompts of one group are not independent samples."""
+    """Number of the user; prompts of one group are not independent samples."""
 
     @property
     def solved(self) -> str:
-        """The prompt with the true label behind each candidate, a line each as in the history."""
+        """The prompt with the true label after each item, one line each, as in the history."""
         answers = [self.labels[0] if true else self.labels[1] for true in self.truth]
         return self.query + "".join(f"{item}{answer}\n" for item, answer in zip(self.items, answers, strict=True))
 
 
 @dataclass(frozen=True)
 class ChatPrompt:
-    """One conversation that the model answers with a chain of thought and an answer."""
+    """A conversation that the model continues with a chain of thought and an answer."""
 
     messages: tuple[dict[str, str], ...]
     max_tokens: int
@@ -53,17 +74,17 @@ class ChatPrompt:
     """A worked derivation, as the workload's generator wrote it."""
     answer: str
     entry: dict[str, Any]
-    """What the workload's own verifier needs."""
+    """Data that the workload's own verifier needs."""
 
     @property
     def solution(self) -> str:
         """The reply that a model should give: the derivation between think tags, then the answer."""
-        return f"<think>\n{self.chain_of_thought}\n</think>\n{self.answer}"
+        return join_reply(self.chain_of_thought, self.answer)
 
 
 @dataclass(frozen=True)
 class ChatAnswer:
-    """What came back for a ChatPrompt."""
+    """A model's reply to a ChatPrompt."""
 
     text: str
     num_tokens: int
@@ -71,12 +92,12 @@ class ChatAnswer:
 
 Prompt = ScoringPrompt | ChatPrompt
 Answer = Sequence[float] | ChatAnswer
-"""Per ScoringPrompt one score in [0, 1] per item; per ChatPrompt a ChatAnswer."""
+"""For a ScoringPrompt one score in [0, 1] per item; for a ChatPrompt a ChatAnswer."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure with its 95% confidence interval and the number of samples behind it."""
+    """The value of a metric with its 95% confidence interval and the number of samples."""
 
     value: float
     low: float
@@ -84,21 +105,135 @@ class Estimate:
     n: int
 
 
-class Workload(Protocol):
-    """Makes prompts and judges answers."""
+@dataclass(frozen=True)
+class MetricData:
+    """A metric as a statistic of rows, so that intervals and paired tests can resample the rows."""
+
+    statistic: Callable[[list[int]], float]
+    """Maps row numbers, which may repeat, to the value; NaN where it is undefined."""
+    groups: Sequence[int]
+    """Group of each row; rows of one group are not independent and are resampled together."""
+    n: int
+    """Number of samples, in the metric's own unit."""
+    successes: tuple[bool, ...] | None = None
+    """Success of each row, if the metric is the share of successes."""
 
     @property
-    def name(self) -> str: ...
+    def value(self) -> float:
+        return self.statistic(list(range(len(self.groups))))
+
+
+@dataclass(frozen=True)
+class ReportView:
+    """How reports name a workload's quality, speed and latency. Field names refer to `loadtest.summary.LoadSummary`."""
+
+    quality_label: str
+    speed: str
+    """Field that holds the throughput, such as `items_per_s`."""
+    speed_label: str
+    latencies: Mapping[str, str]
+    """Fields that hold latencies, by label; the first is plotted over the request rate."""
+    distribution: str
+    """Latency whose distribution is plotted: `ttft`, `itl`, `tpot` or `e2e`."""
+    distribution_label: str
+    cost: str
+    """Key of the cost that compares variants, such as `per_million_items`."""
+
+
+CHAT_VIEW = ReportView(
+    quality_label="correct answers (fraction)",
+    speed="output_tokens_per_s",
+    speed_label="output tokens/s",
+    latencies={"first token": "ttft_s", "between tokens": "itl_s"},
+    distribution="itl",
+    distribution_label="time between tokens (ms)",
+    cost="per_thousand_answers",
+)
+SCORING_VIEW = ReportView(
+    quality_label="ranking quality (AUC)",
+    speed="items_per_s",
+    speed_label="scored items/s",
+    latencies={"request latency": "e2e_s"},
+    distribution="e2e",
+    distribution_label="latency of a scoring request (ms)",
+    cost="per_million_items",
+)
+
+
+class SizeDistribution:
+    """A distribution of whole numbers: `16`, `8..32` (uniform) or `8,16,32` (one of these)."""
+
+    def __init__(self, option: str, text: str) -> None:
+        """Parse `text`; UserError names `option` if it is none of the three forms."""
+        self._choices: Sequence[int] = ()
+        if span := _RANGE.fullmatch(text):
+            self._choices = range(int(span[1]), int(span[2]) + 1)
+        elif _CHOICE.fullmatch(text):
+            self._choices = [int(part) for part in text.split(",")]
+        if not self._choices or min(self._choices) < 1:
+            raise UserError(option, text, "is not a size", "write 16, 8..32 (uniform) or 8,16,32 (one of these)")
 
     @property
-    def primary_metric(self) -> str:
-        """The figure of `judge` that stands for quality in one number; more is better."""
-        ...
+    def largest(self) -> int:
+        return max(self._choices)
 
+    def draw(self, numbers: random.Random) -> int:
+        return numbers.choice(self._choices)
+
+
+class LoadOptions(Protocol):
+    """Options of a load test that shape a workload's requests (loadtest/settings.py)."""
+
+    @property
+    def history(self) -> str: ...
+    @property
+    def candidates(self) -> str: ...
+    @property
+    def repeat_visits(self) -> float: ...
+    @property
+    def max_tokens(self) -> str: ...
+    @property
+    def prompt_seed(self) -> int: ...
+    @property
+    def data(self) -> str: ...
+
+
+class Workload(ABC):
+    """Makes prompts and evaluates answers, and states everything else that the project needs to know of a task."""
+
+    name: ClassVar[str]
+    primary_metric: ClassVar[str]
+    """Metric that stands for quality in one number; higher is better."""
+    floor: ClassVar[float] = 0.0
+    """Value of the primary metric for a model that knows nothing."""
+    launch_profile: ClassVar[LaunchProfile] = "balanced"
+    preset_prompts: ClassVar[Mapping[str, int]] = {"quick": 64, "full": 256}
+    """Number of quality prompts in each preset of a comparison."""
+    load_users: ClassVar[int] = 8
+    """Number of closed-loop users that measure the capacity of a server."""
+    view: ClassVar[ReportView] = CHAT_VIEW
+
+    @abstractmethod
     def make_prompts(self, split: Split, num_prompts: int, seed: int = 0) -> list[Prompt]:
-        """The first `num_prompts` of a split in the order of `seed`; fewer where the split has no more."""
-        ...
+        """Return the first `num_prompts` prompts of a split in the order of `seed`; fewer if it has no more."""
 
-    def evaluate(self, prompts: Sequence[Prompt], answers: Sequence[Answer]) -> dict[str, Estimate]:
-        """Quality figures by name, for answers in the order of their prompts."""
-        ...
+    @abstractmethod
+    def metric_data(self, prompts: Sequence[Prompt], answers: Sequence[Answer]) -> dict[str, MetricData]:
+        """Return the quality metrics by name, for answers in the order of their prompts."""
+
+    def is_correct(self, prompt: ChatPrompt, text: str) -> bool:
+        """Verify a reply to one of this workload's chat prompts; scoring workloads have no correct replies."""
+        raise NotImplementedError(f"{self.name} does not verify replies")
+
+    def load_prompts(self, options: LoadOptions, num_prompts: int) -> list[Prompt]:
+        """Return at most `num_prompts` prompts of the load split; replies have lengths drawn from `max_tokens`."""
+        numbers, sizes = random.Random(f"{self.name} {options.prompt_seed}"), _max_tokens_of(options)
+        prompts = self.make_prompts("load", num_prompts, options.prompt_seed)
+        return [
+            replace(prompt, max_tokens=sizes.draw(numbers)) if isinstance(prompt, ChatPrompt) else prompt
+            for prompt in prompts
+        ]
+
+
+def _max_tokens_of(options: LoadOptions) -> SizeDistribution:
+    return SizeDistribution("--max-tokens", options.max_tokens)

@@ -1,18 +1,17 @@
-"""Quality figures with confidence intervals, and tests of two models' figures over the same prompts.
+"""Quality metrics with confidence intervals, and paired tests of two models over the same prompts.
 
-A `MetricData` is a statistic of rows (prompts, blocks of tokens) in groups that are resampled together. `estimate` gives
-it a 95% interval; `paired_samples` draws two models' figures over the same groups, so what is hard for both cancels.
+`estimate` gives a metric (`MetricData`) its 95% interval. `paired_samples` draws two models' metrics over the same groups
+of prompts, so that prompts that are difficult for both models cancel.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from slimserve.workloads.interface import Estimate
+from slimserve.workloads.interface import Answer, Estimate, MetricData, Prompt, Workload
 
 _Metric = Callable[[Sequence[bool], Sequence[float]], float]
 _CONFIDENCE = 0.95
@@ -21,42 +20,29 @@ _NUM_PAIRED_RESAMPLES = 1000
 _NUM_POSTERIOR = 20_000
 
 
-@dataclass(frozen=True)
-class MetricData:
-    """One figure of quality as a statistic of rows."""
-
-    statistic: Callable[[list[int]], float]
-    """Of row numbers, with repeats; NaN where it is undefined."""
-    groups: Sequence[int]
-    """Per row, what it belongs to: rows of one group are not independent."""
-    n: int
-    """Samples behind it, in the figure's own unit."""
-    successes: tuple[bool, ...] | None = None
-    """Per row whether it succeeded, where the figure is the share of these."""
-
-    @property
-    def value(self) -> float:
-        return self.statistic(list(range(len(self.groups))))
+def evaluate(workload: Workload, prompts: Sequence[Prompt], answers: Sequence[Answer]) -> dict[str, Estimate]:
+    """Return a workload's quality metrics with intervals, for answers in the order of their prompts."""
+    return {name: estimate(metric) for name, metric in workload.metric_data(prompts, answers).items()}
 
 
-def estimate(figure: MetricData) -> Estimate:
-    """The figure with its 95% interval: Wilson's for a share of successes, a bootstrap by group for the rest."""
-    if figure.successes is not None:
-        return proportion(sum(figure.successes), len(figure.successes))
-    return grouped(figure.statistic, figure.groups, figure.n)
+def estimate(metric: MetricData) -> Estimate:
+    """Return the metric with its 95% interval: Wilson's for a share of successes, else a bootstrap by group."""
+    if metric.successes is not None:
+        return proportion(sum(metric.successes), len(metric.successes))
+    return bootstrap_by_group(metric.statistic, metric.groups, metric.n)
 
 
 def ranking_metrics(
-    truths: Sequence[Sequence[bool]], scores: Sequence[Sequence[float]], members: Sequence[int]
+    truths: Sequence[Sequence[bool]], scores: Sequence[Sequence[float]], users: Sequence[int]
 ) -> dict[str, MetricData]:
-    """Figures of scored slates: pooled `auc` and `calibration_error`, mean `within_user_auc` and `ndcg_at_10`."""
+    """Return metrics of scored candidate lists: pooled `auc` and `calibration_error`, mean `within_user_auc` and NDCG@10."""
 
     def pooled(metric: _Metric) -> MetricData:
         def statistic(rows: list[int]) -> float:
             labels = [label for row in rows for label in truths[row]]
             return metric(labels, [score for row in rows for score in scores[row]])
 
-        return MetricData(statistic, members, sum(map(len, truths)))
+        return MetricData(statistic, users, sum(map(len, truths)))
 
     def mean(metric: _Metric) -> MetricData:
         values = [metric(truth, given) for truth, given in zip(truths, scores, strict=True)]
@@ -65,7 +51,7 @@ def ranking_metrics(
             known = [values[row] for row in rows if values[row] == values[row]]
             return sum(known) / len(known) if known else float("nan")
 
-        return MetricData(statistic, members, sum(value == value for value in values))
+        return MetricData(statistic, users, sum(value == value for value in values))
 
     return {
         "auc": pooled(roc_auc),
@@ -75,18 +61,18 @@ def ranking_metrics(
     }
 
 
-def answer_metrics(right: Sequence[bool], kinds: Sequence[str], num_tokens: Sequence[int]) -> dict[str, MetricData]:
-    """Figures of verified answers: `accuracy` over all and by kind, and mean `tokens_per_answer`."""
+def answer_metrics(correct: Sequence[bool], kinds: Sequence[str], num_tokens: Sequence[int]) -> dict[str, MetricData]:
+    """Return metrics of verified answers: `accuracy` over all and by kind, and mean `tokens_per_answer`."""
 
     def share(rows_of_kind: Sequence[int]) -> MetricData:
-        found = tuple(right[row] for row in rows_of_kind)
+        outcomes = tuple(correct[row] for row in rows_of_kind)
         return MetricData(
-            lambda rows: sum(found[row] for row in rows) / len(rows), range(len(found)), len(found), found
+            lambda rows: sum(outcomes[row] for row in rows) / len(rows), range(len(outcomes)), len(outcomes), outcomes
         )
 
     of_kind = {kind: [row for row, its in enumerate(kinds) if its == kind] for kind in dict.fromkeys(kinds)}
     return {
-        "accuracy": share(range(len(right))),
+        "accuracy": share(range(len(correct))),
         **{f"accuracy_{kind}": share(rows) for kind, rows in of_kind.items()},
         "tokens_per_answer": MetricData(
             lambda rows: sum(num_tokens[row] for row in rows) / len(rows), range(len(num_tokens)), len(num_tokens)
@@ -94,53 +80,55 @@ def answer_metrics(right: Sequence[bool], kinds: Sequence[str], num_tokens: Sequ
     }
 
 
-def paired_samples(figure: MetricData, reference: MetricData, seed: int = 0) -> NDArray[np.float64]:
-    """Both figures `[resamples, 2]` over the same bootstrap draws of groups, without draws that leave one undefined.
+def paired_samples(metric: MetricData, reference: MetricData, seed: int = 0) -> NDArray[np.float64]:
+    """Return both metrics `[resamples, 2]` over the same bootstrap draws of groups.
 
-    The figures must be of the same rows in the same groups, as those of two models that answered the same prompts.
+    Both must have the same rows in the same groups, as two models have that answered the same prompts; else ValueError.
+    Draws that leave one of them undefined are left out.
     """
-    if list(figure.groups) != list(reference.groups):
-        raise ValueError("paired figures are of different rows")
-    rows_of = _rows_of(figure.groups)
+    if list(metric.groups) != list(reference.groups):
+        raise ValueError("paired metrics have different rows")
+    rows_of = _rows_of(metric.groups)
     random = np.random.default_rng(seed)
     samples = np.empty((_NUM_PAIRED_RESAMPLES, 2))
     for index in range(_NUM_PAIRED_RESAMPLES):
         drawn = random.choice(len(rows_of), size=len(rows_of))
-        rows = [row for member in drawn for row in rows_of[member]]
-        samples[index] = figure.statistic(rows), reference.statistic(rows)
+        rows = [row for group in drawn for row in rows_of[group]]
+        samples[index] = metric.statistic(rows), reference.statistic(rows)
     return samples[~np.isnan(samples).any(axis=1)]
 
 
 def paired_difference(samples: NDArray[np.float64]) -> tuple[float, float, float]:
-    """95% interval of the first figure minus the second, and the two-sided p-value of no difference."""
+    """Return the 95% interval of the first metric minus the second, and the two-sided p-value of no difference."""
     if not len(samples):
         return float("nan"), float("nan"), float("nan")
     differences = samples[:, 0] - samples[:, 1]
     tail = (1 - _CONFIDENCE) / 2
     low, high = np.quantile(differences, [tail, 1 - tail])
-    # One is added to counts and draws alike, so that a finite number of draws never gives 0.
+    # One is added to counts and draws, so that a finite number of draws never gives a p-value of 0.
     below, above = (1 + np.sum(differences <= 0)), (1 + np.sum(differences >= 0))
     return float(low), float(high), float(min(1.0, 2 * min(below, above) / (1 + len(differences))))
 
 
 def probability_kept(
-    figure: MetricData, reference: MetricData, samples: NDArray[np.float64], least_frac: float, seed: int = 0
+    metric: MetricData, reference: MetricData, samples: NDArray[np.float64], least_frac: float, seed: int = 0
 ) -> float:
-    """How likely `figure` is at least `least_frac` of `reference`, where `samples` are their paired draws.
+    """Return the probability that `metric` is at least `least_frac` of `reference`.
 
-    The share of paired bootstrap draws in which it is. For shares of successes draws come from the posterior of the
-    four kinds of pairs instead (Jeffreys' prior): a bootstrap of few pairs that differ would pass for certainty.
+    It is the share of the paired bootstrap draws `samples` in which this holds. For shares of successes the draws come
+    from the posterior of the four kinds of pairs (Jeffreys' prior), because a bootstrap of a few discordant pairs looks
+    certain.
     """
-    if figure.successes is not None and reference.successes is not None:
+    if metric.successes is not None and reference.successes is not None:
         kinds = [(ours, theirs) for ours in (True, False) for theirs in (True, False)]
-        pairs = list(zip(figure.successes, reference.successes, strict=True))
+        pairs = list(zip(metric.successes, reference.successes, strict=True))
         shares = np.random.default_rng(seed).dirichlet([pairs.count(kind) + 0.5 for kind in kinds], _NUM_POSTERIOR)
         samples = np.stack([shares[:, 0] + shares[:, 1], shares[:, 0] + shares[:, 2]], axis=1)
     return float(np.mean(samples[:, 0] >= least_frac * samples[:, 1])) if len(samples) else float("nan")
 
 
 def mcnemar(successes: Sequence[bool], reference: Sequence[bool]) -> float:
-    """Exact two-sided p-value of equal success: among pairs that differ, either side wins half (McNemar 1947)."""
+    """Return the exact two-sided p-value that both succeed equally often, from the discordant pairs (McNemar 1947)."""
     from scipy.stats import binomtest
 
     gained = sum(ours and not theirs for ours, theirs in zip(successes, reference, strict=True))
@@ -149,19 +137,20 @@ def mcnemar(successes: Sequence[bool], reference: Sequence[bool]) -> float:
 
 
 def proportion(successes: int, n: int) -> Estimate:
-    """A share of successes with its Wilson score interval."""
+    """Return a share of successes with its Wilson score interval."""
     from scipy.stats import binomtest
 
     interval = binomtest(successes, n).proportion_ci(_CONFIDENCE, method="wilson")
     return Estimate(successes / n, float(interval.low), float(interval.high), n)
 
 
-def grouped(statistic: Callable[[list[int]], float], groups: Sequence[int], n: int, seed: int = 0) -> Estimate:
-    """`statistic` of all rows with a percentile bootstrap interval that resamples whole groups.
+def bootstrap_by_group(
+    statistic: Callable[[list[int]], float], groups: Sequence[int], n: int, seed: int = 0
+) -> Estimate:
+    """Return `statistic` of all rows with a percentile bootstrap interval that resamples complete groups.
 
-    `groups[i]` is the group of row i and `statistic` takes row numbers (with repeats).
-    Resampling groups, not rows, keeps the interval honest where the rows of one group
-    are alike. Resamples on which the statistic is undefined (NaN) are left out.
+    `groups[i]` is the group of row i, and `statistic` takes row numbers, which may repeat. Rows of one group are alike,
+    so resampling rows would give too narrow an interval. Resamples with an undefined statistic (NaN) are left out.
     """
     rows_of = _rows_of(groups)
     random = np.random.default_rng(seed)
@@ -177,9 +166,9 @@ def grouped(statistic: Callable[[list[int]], float], groups: Sequence[int], n: i
 
 
 def roc_auc(truth: Sequence[bool], scores: Sequence[float]) -> float:
-    """Area under the ROC curve, ties counted half; NaN where only one class is present.
+    """Return the area under the ROC curve, with ties counted half; NaN if only one class is present.
 
-    By the sum of ranks (Mann and Whitney 1947): a bootstrap asks for it thousands of times.
+    It is computed from the sum of ranks (Mann and Whitney 1947), because a bootstrap needs it thousands of times.
     """
     from scipy.stats import rankdata
 
@@ -193,7 +182,7 @@ def roc_auc(truth: Sequence[bool], scores: Sequence[float]) -> float:
 
 
 def ndcg_at_10(truth: Sequence[bool], scores: Sequence[float]) -> float:
-    """Normalized discounted cumulative gain of the ten best-scored items; NaN where none is relevant."""
+    """Return the normalized discounted cumulative gain of the ten best-scored items; NaN if no item is relevant."""
     from sklearn.metrics import ndcg_score
 
     if not any(truth):
@@ -202,7 +191,7 @@ def ndcg_at_10(truth: Sequence[bool], scores: Sequence[float]) -> float:
 
 
 def calibration_error(truth: Sequence[bool], scores: Sequence[float], num_bins: int = 10) -> float:
-    """Expected calibration error over equal-width bins (Guo et al. 2017, section 2)."""
+    """Return the expected calibration error over equal-width bins (Guo et al. 2017, section 2)."""
     labels: NDArray[np.float64] = np.asarray(truth, dtype=np.float64)
     predicted = np.asarray(scores, dtype=np.float64)
     bins = np.minimum((predicted * num_bins).astype(int), num_bins - 1)
@@ -214,7 +203,6 @@ def calibration_error(truth: Sequence[bool], scores: Sequence[float], num_bins: 
 
 
 def _rows_of(groups: Sequence[int]) -> list[list[int]]:
-    """Row numbers of each group."""
     rows_of: dict[int, list[int]] = {}
     for row, group in enumerate(groups):
         rows_of.setdefault(group, []).append(row)

@@ -1,13 +1,12 @@
-"""Reasoning: a problem, a chain of thought between think tags, an answer that a verifier checks.
+"""Reasoning: a problem, a chain of thought between think tags, and an answer that a verifier checks.
 
-Problems come from the procedural generators of `reasoning-gym`; half are sums of two or
-three digits, which a model of 0.1B parameters sometimes gets right, half are the word
-problems of `gsm_symbolic` with their worked derivations, which make it write long chains.
-Each prompt shows two worked examples of its kind, of different length, from the calibration
-split, then asks.
+Problems come from the procedural generators of `reasoning-gym`. Half are sums of two or three digits, which a model of
+0.1B parameters sometimes gets right. Half are the word problems of `gsm_symbolic` with their worked derivations, which
+make the model write long chains. Each prompt shows two worked examples of its kind from the calibration split, of
+different length, and then asks.
 
-The generators seed problem i with `seed + i`, so streams of near seeds overlap; splits
-are therefore drawn from one stream and divided by a hash of the question.
+The generators seed problem i with `seed + i`, so the streams of nearby seeds overlap. Splits are therefore drawn from one
+stream and divided by a hash of the question.
 """
 
 from __future__ import annotations
@@ -15,60 +14,91 @@ from __future__ import annotations
 import itertools
 import random
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 from slimserve.workloads import metrics
-from slimserve.workloads.interface import Answer, ChatAnswer, ChatPrompt, Estimate, Prompt, Split, split_of
+from slimserve.workloads.interface import (
+    THINK_CLOSE,
+    Answer,
+    ChatAnswer,
+    ChatPrompt,
+    LaunchProfile,
+    LoadOptions,
+    MetricData,
+    Prompt,
+    SizeDistribution,
+    Split,
+    Workload,
+    join_reply,
+    split_of,
+)
 
 KINDS: dict[str, dict[str, int]] = {
     "chain_sum": {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 1},
     "gsm_symbolic": {},
 }
-"""reasoning-gym data sets and their settings."""
-_MOST_REPEATS = 2000
-"""So many known problems in a row end a generator."""
+"""Data sets of reasoning-gym and their settings."""
+_MAX_REPEATS = 2000
+"""Number of known problems in a row after which a generator counts as exhausted."""
 _NUM_EXAMPLES = 2
-_LOT = 256
-"""Problems of a kind that are shuffled together."""
+_SHUFFLE_WINDOW = 256
+"""Number of problems of a kind that are shuffled together."""
 _STREAM_SEED = 20_000_000
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 
 
 @dataclass(frozen=True)
-class Reasoning:
-    """Problems of all kinds in turn, answered within `max_tokens` tokens."""
+class Reasoning(Workload):
+    """Problems of all kinds in turn, to be answered within `max_tokens` tokens."""
 
     max_tokens: int = 160
-    name: str = "reasoning"
-    primary_metric: str = "accuracy"
+
+    name: ClassVar[str] = "reasoning"
+    primary_metric: ClassVar[str] = "accuracy"
+    launch_profile: ClassVar[LaunchProfile] = "decode"
+    preset_prompts: ClassVar[Mapping[str, int]] = {"quick": 64, "full": 256}
 
     def make_prompts(self, split: Split, num_prompts: int, seed: int = 0) -> list[Prompt]:
-        """Prompts of a split, the kinds taking turns, in the order of `seed`; fewer where one kind runs out."""
+        """Return prompts of a split, the kinds in turn, in the order of `seed`; fewer if one kind runs out."""
         streams = [self._prompts_of(kind, split, num_prompts, seed) for kind in KINDS]
         return list(itertools.islice(itertools.chain.from_iterable(zip(*streams, strict=False)), num_prompts))
 
-    def evaluate(self, prompts: Sequence[Prompt], answers: Sequence[Answer]) -> dict[str, Estimate]:
-        """Accuracy over all and by kind (Wilson intervals), and tokens per answer (bootstrap)."""
+    def metric_data(self, prompts: Sequence[Prompt], answers: Sequence[Answer]) -> dict[str, MetricData]:
+        """Return the accuracy over all problems and by kind, and the mean number of tokens per answer."""
         problems = cast("Sequence[ChatPrompt]", prompts)
-        given = cast("Sequence[ChatAnswer]", answers)
-        right = [is_right(problem, answer.text) for problem, answer in zip(problems, given, strict=True)]
+        replies = cast("Sequence[ChatAnswer]", answers)
+        correct = [self.is_correct(problem, reply.text) for problem, reply in zip(problems, replies, strict=True)]
         kinds = [problem.kind for problem in problems]
-        figures = metrics.answer_metrics(right, kinds, [answer.num_tokens for answer in given])
-        return {name: metrics.estimate(figure) for name, figure in figures.items()}
+        return metrics.answer_metrics(correct, kinds, [reply.num_tokens for reply in replies])
+
+    def is_correct(self, prompt: ChatPrompt, text: str) -> bool:
+        """Tell whether reasoning-gym's verifier gives full marks to the last number after the think tags.
+
+        Without a closing tag the last number of the text counts, so an unfinished chain is evaluated at its end.
+        """
+        numbers = _NUMBER.findall(text.rsplit(THINK_CLOSE, 1)[-1].replace(",", ""))
+        return bool(numbers) and float(_dataset(prompt.kind).score_answer(numbers[-1], prompt.entry)) >= 1.0
+
+    def load_prompts(self, options: LoadOptions, num_prompts: int) -> list[Prompt]:
+        """Return problems of the load split with answer lengths drawn from `max_tokens`."""
+        # The text seeds the draws, so a different text would change every recorded load test.
+        numbers = random.Random(f"problems {options.prompt_seed}")
+        sizes = SizeDistribution("--max-tokens", options.max_tokens)
+        problems = cast("list[ChatPrompt]", self.make_prompts("load", num_prompts, options.prompt_seed))
+        return [replace(problem, max_tokens=sizes.draw(numbers)) for problem in problems]
 
     def _prompts_of(self, kind: str, split: Split, num_prompts: int, seed: int) -> list[ChatPrompt]:
         examples = _examples(kind)
         shown = [message for example in examples for message in _worked(kind, example)]
         unseen = (entry for entry in _entries(kind, split) if entry not in examples)
         drawn: list[dict[str, Any]] = []
-        # Shuffled in lots of one size, so that asking for more prompts does not change the first ones.
-        while len(drawn) < num_prompts and (lot := list(itertools.islice(unseen, _LOT))):
-            random.Random(f"{seed} {len(drawn)}").shuffle(lot)
-            drawn += lot
-        drawn = drawn[:num_prompts]
+        # Windows of one size, so that asking for more prompts does not change the first ones.
+        while len(drawn) < num_prompts and (window := list(itertools.islice(unseen, _SHUFFLE_WINDOW))):
+            random.Random(f"{seed} {len(drawn)}").shuffle(window)
+            drawn += window
         return [
             ChatPrompt(
                 messages=(*shown, {"role": "user", "content": entry["question"]}),
@@ -78,23 +108,13 @@ class Reasoning:
                 answer=entry["answer"],
                 entry=entry,
             )
-            for entry in drawn
+            for entry in drawn[:num_prompts]
         ]
-
-
-def is_right(problem: ChatPrompt, text: str) -> bool:
-    """Whether reasoning-gym's verifier gives full marks to the last number after the think tags.
-
-    Without a closing tag the last number of the whole text counts: a model that never
-    finishes its chain is judged on where it got.
-    """
-    numbers = _NUMBER.findall(text.rsplit("</think>", 1)[-1].replace(",", ""))
-    return bool(numbers) and float(_dataset(problem.kind).score_answer(numbers[-1], problem.entry)) >= 1.0
 
 
 @cache
 def _examples(kind: str) -> tuple[dict[str, Any], ...]:
-    """The first calibration problems whose worked chains differ in their number of steps."""
+    """Return the first calibration problems whose worked chains have different numbers of steps."""
     by_length: dict[int, dict[str, Any]] = {}
     for entry in _entries(kind, "calibration"):
         by_length.setdefault(len(re.findall(r"=", chain_of_thought(kind, entry))), entry)
@@ -104,12 +124,12 @@ def _examples(kind: str) -> tuple[dict[str, Any], ...]:
 
 
 def _worked(kind: str, entry: dict[str, Any]) -> tuple[dict[str, str], dict[str, str]]:
-    solution = f"<think>\n{chain_of_thought(kind, entry)}\n</think>\n{entry['answer']}"
+    solution = join_reply(chain_of_thought(kind, entry), str(entry["answer"]))
     return {"role": "user", "content": entry["question"]}, {"role": "assistant", "content": solution}
 
 
 def chain_of_thought(kind: str, entry: dict[str, Any]) -> str:
-    """The worked derivation of a reasoning-gym problem of one of `KINDS`."""
+    """Return the worked derivation of a reasoning-gym problem of one of `KINDS`."""
     if kind == "gsm_symbolic":
         return str(entry["metadata"]["answer_cot"])
     first, *rest = entry["metadata"]["expression"].split()
@@ -129,16 +149,19 @@ def _dataset(kind: str) -> Any:
 
 
 def _entries(kind: str, split: Split) -> Iterator[dict[str, Any]]:
-    """Different problems of a split; ends where the generator brings nothing new, as small sums are few."""
+    """Yield the distinct problems of a split until the generator is exhausted; there are few small sums."""
     seen = set()
     repeats = 0
     for index in itertools.count():
         entry = _dataset(kind)[index]
         question = entry["question"]
         repeats = repeats + 1 if question in seen else 0
-        if repeats == _MOST_REPEATS:
+        if repeats == _MAX_REPEATS:
             return
         if question not in seen:
             seen.add(question)
             if split_of(question) == split:
                 yield entry
+
+
+WORKLOAD = Reasoning()

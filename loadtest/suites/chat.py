@@ -1,4 +1,4 @@
-"""A user's own chats, streamed: --data names a JSONL file."""
+"""The user's own conversations, streamed; `--data` names a JSONL file."""
 
 from slimserve.loadtest.user import SuiteUser, register
 

@@ -1,4 +1,4 @@
-"""Slates and chats in one stream of requests; --share says how many of them are slates."""
+"""Scoring requests and chats in one stream; `--share` is the fraction of scoring requests."""
 
 from slimserve.loadtest.user import SuiteUser, register
 

@@ -1,4 +1,4 @@
-"""Chain-of-thought chats, streamed."""
+"""Chats that are answered with a chain of thought, streamed."""
 
 from slimserve.loadtest.user import SuiteUser, register
 

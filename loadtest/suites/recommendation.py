@@ -1,4 +1,4 @@
-"""Slates of candidates behind a member's history, scored in one request each."""
+"""Candidate lists after a user's history; each request scores one list."""
 
 from slimserve.loadtest.user import SuiteUser, register
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -17,7 +16,7 @@ def compare(
     workloads: Annotated[str, typer.Option(help="Workloads, separated by commas")] = "recommendation,reasoning",
     quick: Annotated[bool, typer.Option("--quick", help="One round, fewer prompts, wider intervals")] = False,
     variant: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=MODEL", help="A finished model as one more row")
+        list[str] | None, typer.Option(metavar="NAME=MODEL", help="A existing model as one more row")
     ] = None,
     endpoint: Annotated[
         list[str] | None, typer.Option(metavar="NAME=URL[#MODEL]", help="A running server as one more row")
@@ -46,11 +45,10 @@ def compare(
     The same command with the same -o goes on where it was interrupted.
     """
     from slimserve.compare.plan import (
-        FULL,
-        QUICK,
         Baseline,
+        make_preset,
         parse_endpoint,
-        parse_finished,
+        parse_existing_model,
         parse_rates,
         parse_share,
         parse_slos,
@@ -73,10 +71,10 @@ def compare(
         model,
         names[0],
         names[1],
-        replace(QUICK if quick else FULL, rates=parse_rates(rate or ())),
+        make_preset("quick" if quick else "full", names[1], rates=parse_rates(rate or ())),
         output or new_run_folder(model.rstrip("/").rsplit("/", 1)[-1]),
         requirements=requirements,
-        finished=[parse_finished(text) for text in variant or ()],
+        existing=[parse_existing_model(text) for text in variant or ()],
         endpoints=[parse_endpoint(text) for text in endpoint or ()],
         baseline=against,
     )

@@ -4,28 +4,28 @@ from pathlib import Path
 
 import pytest
 
-from slimserve.compare.quality import Answers, ask_quality, ask_text, figures_of, read_answers, write_answers
+from slimserve.compare.quality import Answers, ask_quality, ask_text, quality_metrics, read_answers, write_answers
 from slimserve.core.errors import UserError
 from slimserve.core.openai_client import Target
 from slimserve.serve.launch.process import free_port
 from slimserve.workloads import load_workload, metrics
 from slimserve.workloads.interface import ChatAnswer
-from slimserve.workloads.reasoning import Reasoning, is_right
+from slimserve.workloads.reasoning import Reasoning
 from slimserve.workloads.text import TextReading
 
 
 def test_scores_come_back_in_the_order_of_the_items(fake_url: str) -> None:
     answers = ask_quality(Target(fake_url, "good"), "recommendation", 5, 0)
-    figures = figures_of("recommendation", 5, 0, answers)
+    figures = quality_metrics("recommendation", 5, 0, answers)
     assert figures["auc"].value == 0.5
     assert figures["auc"].n == 5 * 16
 
 
 def test_answers_are_judged_by_the_verifier(fake_url: str) -> None:
     answers = ask_quality(Target(fake_url, "good"), "reasoning", 30, 0)
-    figures = figures_of("reasoning", 30, 0, answers)
+    figures = quality_metrics("reasoning", 30, 0, answers)
     # The fake server answers every problem with 42.
-    right = sum(is_right(problem, "42") for problem in Reasoning().make_prompts("quality", 30))  # type: ignore[arg-type]
+    right = sum(Reasoning().is_correct(problem, "42") for problem in Reasoning().make_prompts("quality", 30))  # type: ignore[arg-type]
     assert figures["accuracy"].value == right / 30
     assert figures["tokens_per_answer"].value == 7
 
@@ -39,8 +39,8 @@ def test_figures_are_those_that_the_workload_itself_judges(workload: str) -> Non
         else ChatAnswer(f"<think></think>{row}", 10 + row)
         for row in range(12)
     ]
-    figures = figures_of(workload, 12, 0, Answers("", list(kept)))
-    judged = load_workload(workload).evaluate(prompts, kept)
+    figures = quality_metrics(workload, 12, 0, Answers("", list(kept)))
+    judged = metrics.evaluate(load_workload(workload), prompts, kept)
     assert {name: metrics.estimate(figure) for name, figure in figures.items()} == judged
 
 

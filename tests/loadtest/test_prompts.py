@@ -6,8 +6,8 @@ import pytest
 
 from slimserve.core.errors import UserError
 from slimserve.loadtest.prompts import make_prompts
-from slimserve.loadtest.settings import Sizes, SuiteOptions, parse_duration
-from slimserve.workloads.interface import ChatPrompt, ScoringPrompt
+from slimserve.loadtest.settings import SuiteOptions, parse_duration
+from slimserve.workloads.interface import ChatPrompt, ScoringPrompt, SizeDistribution
 from slimserve.workloads.recommendation import Recommendation
 
 
@@ -61,7 +61,12 @@ def test_chats_are_read_as_messages_or_prompts(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [(None, "is missing"), ("", "has no chat"), ("{}", ":1' is no chat"), ('{"prompt": "a"}\n[1]', ":2' is no chat")],
+    [
+        (None, "is missing"),
+        ("", "has no conversation"),
+        ("{}", ":1' is not a conversation"),
+        ('{"prompt": "a"}\n[1]', ":2' is not a JSON object"),
+    ],
 )
 def test_data_that_holds_no_chats_is_refused(tmp_path: Path, text: str | None, message: str) -> None:
     file = tmp_path / "chats.jsonl"
@@ -79,14 +84,14 @@ def test_a_run_begins_where_an_earlier_one_ended_and_goes_round() -> None:
 
 
 def test_histories_longer_than_any_members_are_refused() -> None:
-    with pytest.raises(UserError, match="is longer than every member's"):
+    with pytest.raises(UserError, match="is longer than the history of every user"):
         slates(SuiteOptions(history="5000"))
 
 
 @pytest.mark.parametrize("text", ["", "0", "5..2", "a", "1,,2", "-3"])
 def test_what_is_no_size_is_refused(text: str) -> None:
-    with pytest.raises(UserError, match="is no size"):
-        Sizes("--candidates", text)
+    with pytest.raises(UserError, match="is not a size"):
+        SizeDistribution("--candidates", text)
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("90", 90), ("1.5m", 90), ("500ms", 0.5), ("1h", 3600), ("2s", 2)])

@@ -69,8 +69,8 @@ def test_resampling_groups_is_wider_than_resampling_rows_that_are_alike() -> Non
     def mean(rows: list[int]) -> float:
         return float(np.mean([values[row] for row in rows]))
 
-    by_group = metrics.grouped(mean, [row // 50 for row in range(1000)], 1000)
-    by_row = metrics.grouped(mean, list(range(1000)), 1000)
+    by_group = metrics.bootstrap_by_group(mean, [row // 50 for row in range(1000)], 1000)
+    by_row = metrics.bootstrap_by_group(mean, list(range(1000)), 1000)
     assert by_group.value == by_row.value == 0.5
     normal = 2 * 1.96 * 0.5 / math.sqrt(20)
     assert by_group.high - by_group.low == pytest.approx(normal, rel=0.25)
@@ -83,7 +83,7 @@ def test_undefined_resamples_are_left_out() -> None:
     def auc(rows: list[int]) -> float:
         return metrics.roc_auc([truth[row] for row in rows], [scores[row] for row in rows])
 
-    estimate = metrics.grouped(auc, [0, 1, 2], 3)
+    estimate = metrics.bootstrap_by_group(auc, [0, 1, 2], 3)
     assert (estimate.value, estimate.low, estimate.high) == (1.0, 1.0, 1.0)
 
 

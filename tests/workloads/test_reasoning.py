@@ -1,7 +1,8 @@
 import pytest
 
 from slimserve.workloads.interface import ChatAnswer, ChatPrompt, Split
-from slimserve.workloads.reasoning import KINDS, Reasoning, is_right
+from slimserve.workloads.metrics import evaluate
+from slimserve.workloads.reasoning import KINDS, Reasoning
 
 SPLITS: tuple[Split, ...] = ("calibration", "quality", "load")
 
@@ -28,7 +29,7 @@ def test_examples_are_never_the_question() -> None:
 
 def test_the_worked_chain_ends_in_the_answer_that_the_verifier_takes() -> None:
     for problem in problems("quality", 60):
-        assert is_right(problem, f"<think>\n{problem.chain_of_thought}\n</think>\n{problem.answer}")
+        assert Reasoning().is_correct(problem, f"<think>\n{problem.chain_of_thought}\n</think>\n{problem.answer}")
 
 
 def test_a_worked_sum_adds_up() -> None:
@@ -55,7 +56,7 @@ def test_a_worked_sum_adds_up() -> None:
 def test_the_last_number_after_the_think_tags_counts(template: str, right: bool) -> None:
     problem = next(problem for problem in problems("quality", 10) if problem.kind == "chain_sum")
     text = template.format(answer=problem.answer, wrong=int(problem.answer) + 1)
-    assert is_right(problem, text) is right
+    assert Reasoning().is_correct(problem, text) is right
 
 
 def test_judging_counts_right_answers_by_kind_and_tokens() -> None:
@@ -64,7 +65,7 @@ def test_judging_counts_right_answers_by_kind_and_tokens() -> None:
         ChatAnswer(problem.answer if problem.kind == "chain_sum" else "", num_tokens=10 * (index % 2))
         for index, problem in enumerate(asked)
     ]
-    figures = Reasoning().evaluate(asked, answers)
+    figures = evaluate(Reasoning(), asked, answers)
     assert figures["accuracy"].value == 0.5
     assert figures["accuracy_chain_sum"].value == 1.0
     assert figures["accuracy_gsm_symbolic"].value == 0.0

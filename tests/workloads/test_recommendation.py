@@ -6,6 +6,7 @@ import pytest
 from slimserve.core.errors import UserError
 from slimserve.workloads import load_workload
 from slimserve.workloads.interface import ScoringPrompt, Split, split_of
+from slimserve.workloads.metrics import evaluate
 from slimserve.workloads.recommendation import Recommendation, label_prompts, load_ratings, movielens_directory
 
 SPLITS: tuple[Split, ...] = ("calibration", "quality", "load")
@@ -87,21 +88,21 @@ def test_judging_knows_perfect_useless_and_reversed_scores() -> None:
     workload = Recommendation()
     prompts = slates(workload, "quality", 40)
     perfect = [[float(label) for label in slate.truth] for slate in prompts]
-    figures = workload.evaluate(prompts, perfect)
+    figures = evaluate(workload, prompts, perfect)
     assert figures["auc"].value == figures["within_user_auc"].value == 1.0
     assert figures["ndcg_at_10"].value == pytest.approx(1.0)
     assert figures["calibration_error"].value == pytest.approx(0.0)
     assert figures["auc"].n == 40 * 16
-    assert workload.evaluate(prompts, [[0.5] * 16] * 40)["auc"].value == 0.5
+    assert evaluate(workload, prompts, [[0.5] * 16] * 40)["auc"].value == 0.5
     reversed_scores = [[1 - score for score in row] for row in perfect]
-    assert workload.evaluate(prompts, reversed_scores)["within_user_auc"].value == 0.0
+    assert evaluate(workload, prompts, reversed_scores)["within_user_auc"].value == 0.0
 
 
 def test_taste_per_member_lifts_the_pooled_figure_only() -> None:
     workload = Recommendation()
     prompts = slates(workload, "quality", 60)
     base_rate = [[sum(slate.truth) / len(slate.truth)] * len(slate.truth) for slate in prompts]
-    figures = workload.evaluate(prompts, base_rate)
+    figures = evaluate(workload, prompts, base_rate)
     assert figures["auc"].value > 0.6
     assert figures["within_user_auc"].value == 0.5
 

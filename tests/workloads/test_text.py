@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from slimserve.workloads.text import TextReading, coarse_kl, make_documents, text_figures
+from slimserve.workloads.text import TextReading, coarse_kl, make_documents, text_metrics
 
 
 def listed(shares: NDArray[np.float64], count: int) -> dict[int, float]:
@@ -46,13 +46,13 @@ def test_figures_by_hand() -> None:
     p = [{1: math.log(0.5), 2: math.log(0.5 - 1e-9)}] * 70
     q = [{1: math.log(0.2), 2: math.log(0.8)}] * 70
     tokens = [1] * 70
-    figures = text_figures([reading(q, tokens)], [reading(p, tokens)])
+    figures = text_metrics([reading(q, tokens)], [reading(p, tokens)])
     assert figures["perplexity"].value == pytest.approx(1 / 0.2)
     assert figures["kl_nats"].value == pytest.approx(0.5 * math.log(0.5 / 0.2) + 0.5 * math.log(0.5 / 0.8))
     assert figures["top1_agreement"].value == 0
     assert figures["perplexity"].n == 70
     assert len(figures["perplexity"].groups) == 2
-    assert set(text_figures([reading(q, tokens)])) == {"perplexity"}
+    assert set(text_metrics([reading(q, tokens)])) == {"perplexity"}
 
 
 def test_documents_are_long_enough_differ_and_take_turns() -> None:

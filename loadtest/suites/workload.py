@@ -1,0 +1,10 @@
+"""Requests of any workload: `--suite` names a built-in one or a Python file that defines it."""
+
+from slimserve.loadtest.user import SuiteUser, register
+
+
+class WorkloadUser(SuiteUser):
+    suite = ""
+
+
+register(WorkloadUser)
