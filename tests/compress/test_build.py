@@ -78,7 +78,7 @@ def test_the_manifest_counts_what_the_files_hold(tiny_llama: TinyModel, tmp_path
     assert manifest.num_parameters == tiny_llama.model.num_parameters() - removed
     prune, quantize, _ = manifest.steps
     assert (prune.detail["neurons_before"], prune.detail["neurons_after"]) == (44, 32)
-    assert all(0 < block["mlp.down_proj"]["removed_score_share"] < 0.3 for block in prune.detail["per_block"])
+    assert all(0 < block["mlp.down_proj"]["removed_score_frac"] < 0.3 for block in prune.detail["per_block"])
     errors = [block["output_error"] for block in quantize.detail["per_block"]]
     assert [len(block) for block in errors] == [7, 7, 7]
     assert all(0 < value < 0.01 for block in errors for value in block.values())

@@ -177,4 +177,4 @@ def test_dead_inputs_and_a_single_sample_are_handled_and_written_down(deep: Tiny
     assert manifest is not None
     assert manifest.calibration["num_sequences"] == 1
     assert manifest.calibration["num_sequences_asked"] == 8
-    assert manifest.steps[0].detail["per_block"][0]["mlp.down_proj"]["dead_inputs"] == 7
+    assert manifest.steps[0].detail["per_block"][0]["mlp.down_proj"]["num_dead_inputs"] == 7

@@ -10,20 +10,18 @@ from slimserve.compress import prune
 from slimserve.compress.families import FAMILIES
 from slimserve.compress.prune import (
     METHODS,
-    NEEDS_DATA,
     PruneProblem,
     choose_kept,
-    cut_attention,
-    cut_mlp,
     dense_target,
-    kept_width,
     magnitude,
-    objective,
+    output_error,
     peak_magnitude,
 )
+from slimserve.compress.steps.width import cut_attention, cut_mlp, kept_width
 from slimserve.core.errors import UserError
 
 LLAMA = FAMILIES["llama"]
+NEEDS_DATA = {name for name, method in METHODS.items() if method.needs_data}
 
 
 def make_inputs(seed: int, num_tokens: int, num_inputs: int) -> Tensor:
@@ -109,7 +107,7 @@ def test_every_method_keeps_whole_groups_and_a_weight_to_match(
     assert pruned.weight_OK.dtype == torch.float64
     assert pruned.weight_OK.is_contiguous()
     error = pruned.detail["relative_output_error"]
-    assert error == pytest.approx(objective(problem, pruned.kept_I, pruned.weight_OK), abs=1e-12)
+    assert error == pytest.approx(output_error(problem, pruned.kept_I, pruned.weight_OK), abs=1e-12)
     again = METHODS[method](problem, num_kept)
     assert torch.equal(again.weight_OK, pruned.weight_OK)
     assert again.detail == pruned.detail
@@ -166,14 +164,14 @@ def test_a_group_is_as_peaked_as_its_highest_column() -> None:
     problem = PruneProblem(weight_OI, None, None, 2)
     assert METHODS["peak_magnitude"](problem, 1).kept_U.tolist() == [0]
     assert METHODS["magnitude"](problem, 1).kept_U.tolist() == [1]
-    assert METHODS["magnitude"](problem, 1).detail["removed_score_share"] == pytest.approx(0.83 / 3.39)
+    assert METHODS["magnitude"](problem, 1).detail["removed_score_frac"] == pytest.approx(0.83 / 3.39)
 
 
 @pytest.mark.parametrize(("rows", "damped"), [(4, False), (512, False), (4, True)])
-def test_the_objective_is_the_relative_error_of_the_outputs(
+def test_output_error_is_the_relative_error_of_the_outputs(
     rows: int, damped: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prune, "_ROWS", rows)
+    monkeypatch.setattr(prune, "_CHUNK_ROWS", rows)
     x_TI = make_inputs(7, 30, 11)
     problem = make_problem(x_TI, 5)
     kept_I = torch.tensor([0, 2, 3, 9])
@@ -182,7 +180,7 @@ def test_the_objective_is_the_relative_error_of_the_outputs(
         x_TI = torch.cat([x_TI, (ridge_of(problem) * len(x_TI)).sqrt() * torch.eye(11, dtype=torch.float64)])
     y_TO = x_TI @ problem.weight_OI.T
     expected = (y_TO - x_TI[:, kept_I] @ weight_OK.T).square().sum() / y_TO.square().sum()
-    assert objective(problem, kept_I, weight_OK, damped=damped) == pytest.approx(float(expected), rel=1e-12)
+    assert output_error(problem, kept_I, weight_OK, damped=damped) == pytest.approx(float(expected), rel=1e-12)
 
 
 @pytest.mark.parametrize("group_size", [1, 3])
@@ -191,11 +189,11 @@ def test_search_never_ends_above_greedy(group_size: int) -> None:
     for seed in range(10):
         problem = make_problem(make_inputs(seed, 40, 24), 5, group_size)
         greedy, found = (METHODS[name](problem, 12 // group_size) for name in ("osscar", "osscar_search"))
-        before = objective(problem, greedy.kept_I, greedy.weight_OK, damped=True)
-        after = objective(problem, found.kept_I, found.weight_OK, damped=True)
+        before = output_error(problem, greedy.kept_I, greedy.weight_OK, damped=True)
+        after = output_error(problem, found.kept_I, found.weight_OK, damped=True)
         assert after <= before
-        assert 1 - after / before == pytest.approx(found.detail["search_gain"], abs=1e-8)
-        assert (found.detail["swaps"] > 0) == (found.detail["search_gain"] > 0)
+        assert 1 - after / before == pytest.approx(found.detail["search_gain_frac"], abs=1e-8)
+        assert (found.detail["num_swaps"] > 0) == (found.detail["search_gain_frac"] > 0)
         gained += after < before
     assert gained > 0
 
@@ -253,7 +251,7 @@ def test_dead_inputs_go_first_and_cost_nothing(method: str) -> None:
     assert pruned.kept_U.tolist() == [0, 2, 3, 4, 5, 8, 9, 10, 11]
     torch.testing.assert_close(pruned.weight_OK, problem.weight_OI[:, pruned.kept_I])
     assert pruned.detail["relative_output_error"] == pytest.approx(0, abs=1e-12)
-    assert pruned.detail.get("dead_inputs", 3) == 3
+    assert pruned.detail.get("num_dead_inputs", 3) == 3
 
 
 @pytest.mark.parametrize("method", sorted(NEEDS_DATA))
