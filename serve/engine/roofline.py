@@ -22,6 +22,7 @@ from typing import Any
 
 from prometheus_client import REGISTRY, CollectorRegistry
 
+from slimserve.core.model_config import head_dim_of, num_kv_heads_of
 from slimserve.core.roofline import Roofline, load_roofline
 from slimserve.serve.policy.metrics import RoofMetrics, roof_metrics
 
@@ -85,13 +86,11 @@ def read_cost(directory: Path) -> Cost:
         for name, (dtype, shape) in tensors.items()
         if _MATRIX.search(name) and len(shape) > 1 and not _EMBEDDING.search(name) and not _HEAD.search(name)
     )
-    kv_heads = config.get("num_key_value_heads") or config["num_attention_heads"]
-    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     return Cost(
         weight_bytes=weight_bytes,
         decode_bytes=weight_bytes - (embedding_bytes if has_head else 0),
         prefill_flops=2 * num_weights,
-        kv_bytes=2 * 2 * config["num_hidden_layers"] * kv_heads * head_dim,
+        kv_bytes=2 * 2 * config["num_hidden_layers"] * num_kv_heads_of(config) * head_dim_of(config),
         is_int8=any(_is_int8(group) for group in (quantization.get("config_groups") or {}).values()),
     )
 

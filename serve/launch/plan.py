@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from slimserve.core.hardware import Hardware, openmp_library
+from slimserve.core.model_config import head_dim_of, num_kv_heads_of
 from slimserve.core.storage import cache_dir
 from slimserve.serve.engine.gemm import PACKED_BELOW
 
-Profile = Literal["recommendation", "reasoning", "balanced"]
+TrafficProfile = Literal["prefill", "decode", "balanced"]
 """What a server will mostly be asked: prompts to score, long answers, or both."""
 _KV_MEMORY_FRAC = 0.1
 _GPU_MEMORY_FRAC = 0.9
@@ -60,7 +61,7 @@ class LaunchPlan:
 
 
 def plan_launch(
-    directory: Path, hardware: Hardware, profile: Profile = "balanced", num_variants: int = 1
+    directory: Path, hardware: Hardware, profile: TrafficProfile = "balanced", num_variants: int = 1
 ) -> LaunchPlan:
     """Choose the launch for the model in `directory`, one of `num_variants` on this machine.
 
@@ -121,7 +122,7 @@ def plan_launch(
             + (f", shared by {num_variants} variants" if num_variants > 1 else ""),
         ),
     ]
-    if profile != "reasoning":
+    if profile != "decode":
         arguments.append(
             Choice(
                 "--kv-transfer-config",
@@ -135,17 +136,17 @@ def plan_launch(
     return LaunchPlan(tuple(arguments), tuple(environment))
 
 
-def _on_gpu(profile: Profile, num_variants: int) -> tuple[Choice, ...]:
+def _on_gpu(profile: TrafficProfile, num_variants: int) -> tuple[Choice, ...]:
     """What vLLM's guide to optimization and tuning advises; none of it was measured by us, and the reasons say so."""
     choices = []
     if num_variants > 1:
         share = f"{_GPU_MEMORY_FRAC / num_variants:.3f}"
         reason = f"each of {num_variants} engines on the GPU would else take {_GPU_MEMORY_FRAC:.0%} of its memory"
         choices.append(Choice("--gpu-memory-utilization", share, f"{reason} (unmeasured)"))
-    if profile == "recommendation":
+    if profile == "prefill":
         reason = "vLLM's documentation: over 8,192 tokens a step for the throughput of small models on large GPUs"
         choices.append(Choice("--max-num-batched-tokens", "16384", f"{reason} (unmeasured)"))
-    elif profile == "reasoning":
+    elif profile == "decode":
         reason = "vLLM's documentation: steps of 2,048 tokens, as fewer prefills slow down the tokens of others"
         choices.append(Choice("--max-num-batched-tokens", "2048", f"{reason} (unmeasured)"))
     return tuple(choices)
@@ -187,9 +188,7 @@ def _worker_process(cores: Sequence[int]) -> tuple[Choice, ...]:
 
 def _longest_sequence(config: Mapping[str, Any], kv_bytes: int) -> int:
     """Tokens of one sequence that fit into `kv_bytes` at 16 bits, in whole blocks."""
-    kv_heads = config.get("num_key_value_heads") or config["num_attention_heads"]
-    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    bytes_per_token = 2 * config["num_hidden_layers"] * kv_heads * head_dim * 2
+    bytes_per_token = 2 * config["num_hidden_layers"] * num_kv_heads_of(config) * head_dim_of(config) * 2
     return int(kv_bytes // bytes_per_token // _BLOCK_SIZE * _BLOCK_SIZE)
 
 
