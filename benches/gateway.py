@@ -67,7 +67,7 @@ FAKE_GAP_MS, NUM_FAKE_CHUNKS = 10, 600
 NUM_INSTANT_CHUNKS = 4000
 _ROOT = Path(__file__).parent.parent
 _STREAM_END = b"data: [DONE]\n\n\r\n0\r\n\r\n"
-_STREAM_TIMEOUT_S = 60.0
+_STREAM_TIMEOUT_S = 120.0
 _EVENT = b'data: {"id":"cmpl-0123456789abcdef","choices":[{"index":0,"text":" word","finish_reason":null}]}\n\n'
 _NUM_TOKENS = re.compile(rb'"max_tokens": (\d+)')
 

@@ -17,7 +17,7 @@ from slimserve.compress.build import build_variant
 from slimserve.compress.recipe import load_recipe
 from slimserve.core.hardware import probe_hardware
 from slimserve.core.model import resolve_model
-from slimserve.serve.launch.plan import LaunchPlan, Profile, plan_launch
+from slimserve.serve.launch.plan import LaunchPlan, TrafficProfile, plan_launch
 from slimserve.serve.launch.process import STOCK_COMMAND, EngineSpec, free_port
 
 MODEL = "smollm2-135m-instruct"
@@ -45,7 +45,7 @@ def stock_spec(log: Path, directory: Path | None = None) -> EngineSpec:
     return EngineSpec(directory, _SERVED_NAME, plan, log, free_port(), command=STOCK_COMMAND)
 
 
-def our_spec(log: Path, directory: Path | None = None, profile: Profile = "balanced") -> EngineSpec:
+def our_spec(log: Path, directory: Path | None = None, profile: TrafficProfile = "balanced") -> EngineSpec:
     """Our launch of a variant."""
     directory = directory or resolve_model(MODEL)
     return EngineSpec(directory, _SERVED_NAME, plan_launch(directory, probe_hardware(), profile), log, free_port())

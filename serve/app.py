@@ -22,7 +22,7 @@ from slimserve.serve.engine.roofline import describe_start
 from slimserve.serve.gateway.proxy import ProxyServer, Timeouts
 from slimserve.serve.gateway.routing import Gateway
 from slimserve.serve.gateway.supervisor import SupervisedEngine, supervise
-from slimserve.serve.launch.config import Stack
+from slimserve.serve.launch.config import ResolvedServeConfig
 from slimserve.serve.launch.plan import LaunchPlan
 from slimserve.serve.launch.process import Engine, EngineSpec, base_url, last_error
 from slimserve.serve.launch.tune import kept_launch, tune_launch
@@ -33,7 +33,7 @@ _GRACE_S = 30.0
 """On top of the engines' own deadline, before the gateway ends a request that they did not end."""
 
 
-def engine_specs(stack: Stack, plans: Sequence[LaunchPlan]) -> list[EngineSpec]:
+def engine_specs(stack: ResolvedServeConfig, plans: Sequence[LaunchPlan]) -> list[EngineSpec]:
     """What to start for every variant: the only one on the stack's address, several on ports of the loopback."""
     is_only = len(stack.variants) == 1
     return [
@@ -53,7 +53,7 @@ def engine_specs(stack: Stack, plans: Sequence[LaunchPlan]) -> list[EngineSpec]:
     ]
 
 
-def serve_foreground(stack: Stack, plans: Sequence[LaunchPlan], print_status: Callable[[str], object]) -> None:
+def run_app(stack: ResolvedServeConfig, plans: Sequence[LaunchPlan], print_status: Callable[[str], object]) -> None:
     """Serve until SystemExit (one variant) or a signal (several); UserError where nothing is left that serves."""
     specs = engine_specs(stack, plans)
     load_roofline()  # measured before an engine takes the cores
@@ -67,7 +67,7 @@ def serve_foreground(stack: Stack, plans: Sequence[LaunchPlan], print_status: Ca
             runner.run(_serve_several(stack, specs, print_status))
 
 
-def _serve_one(stack: Stack, spec: EngineSpec) -> Iterator[str]:
+def _serve_one(stack: ResolvedServeConfig, spec: EngineSpec) -> Iterator[str]:
     with Engine(spec) as engine:
         yield f"ready in {engine.ready_s:.1f} s: {spec.name} at {spec.url}/v1, metrics at {spec.url}/metrics"
         yield from describe_start(spec.directory, spec.log)
@@ -78,7 +78,9 @@ def _serve_one(stack: Stack, spec: EngineSpec) -> Iterator[str]:
         raise UserError("engine", spec.name, problem, f"read {spec.log}")
 
 
-async def _serve_several(stack: Stack, specs: Sequence[EngineSpec], print_status: Callable[[str], object]) -> None:
+async def _serve_several(
+    stack: ResolvedServeConfig, specs: Sequence[EngineSpec], print_status: Callable[[str], object]
+) -> None:
     _log_to_stderr()
     keys = stack.api_keys()
     limits = stack.limits
@@ -124,7 +126,7 @@ async def _serve_several(stack: Stack, specs: Sequence[EngineSpec], print_status
     print_status("stopped")
 
 
-def _curl_line(stack: Stack, url: str, name: str) -> str:
+def _curl_line(stack: ResolvedServeConfig, url: str, name: str) -> str:
     shown = next((f"${name}" for name in KEY_VARIABLES if os.environ.get(name)), "")
     if stack.api_key_file and not shown:
         shown = f"$(grep -m 1 -v '^#' {shlex.quote(str(stack.api_key_file))})"
@@ -134,7 +136,7 @@ def _curl_line(stack: Stack, url: str, name: str) -> str:
     return f"try: curl {url}/v1/chat/completions {header} -d {shlex.quote(json.dumps(question))}"
 
 
-def explain_stack(stack: Stack, plans: Sequence[LaunchPlan]) -> Iterator[str]:
+def explain_launches(stack: ResolvedServeConfig, plans: Sequence[LaunchPlan]) -> Iterator[str]:
     """Every launch choice of every variant with its reason."""
     for variant, plan in zip(stack.variants, plans, strict=True):
         if len(stack.variants) > 1:
@@ -145,7 +147,7 @@ def explain_stack(stack: Stack, plans: Sequence[LaunchPlan]) -> Iterator[str]:
         yield "limits: " + ", ".join(f"{name}={value}" for name, value in stack.limits.model_dump().items())
 
 
-def plan_stack(stack: Stack, hardware: Hardware, is_tuned: bool) -> list[LaunchPlan]:
+def plan_launches(stack: ResolvedServeConfig, hardware: Hardware, is_tuned: bool) -> list[LaunchPlan]:
     """One launch plan per variant: measured now if it is to be tuned, else with what was measured earlier."""
     choose = tune_launch if is_tuned else kept_launch
     num_variants = len(stack.variants)

@@ -60,7 +60,7 @@ _log = logging.getLogger("slimserve.proxy")
 
 
 @dataclass(slots=True)
-class Request:
+class ProxyRequest:
     """One request of a client; names of headers in lower case."""
 
     begin_s: float
@@ -125,16 +125,16 @@ class Timeouts:
 class Application(Protocol):
     """Who decides what the proxy does with a request."""
 
-    def admit(self, request: Request) -> Answer | None:
+    def admit(self, request: ProxyRequest) -> Answer | None:
         """Refuse a request by its head, before its body is read."""
 
-    def route(self, request: Request) -> Backend | Answer | Coroutine[Any, Any, Answer]:
+    def route(self, request: ProxyRequest) -> Backend | Answer | Coroutine[Any, Any, Answer]:
         """Where a whole request goes, or its answer."""
 
-    def unreachable(self, request: Request) -> Answer:
+    def unreachable(self, request: ProxyRequest) -> Answer:
         """The answer where the engine does not take a connection."""
 
-    def finished(self, request: Request, status: int, seconds: float) -> None:
+    def finished(self, request: ProxyRequest, status: int, seconds: float) -> None:
         """Called once per request. The status is what the client got, but 502 or 503 where its answer was cut."""
 
 
@@ -196,7 +196,7 @@ class _ClientSide(asyncio.Protocol):
         self._loop = loop
         self._transport: asyncio.Transport
         self._parser = HttpRequestParser(self)
-        self._request: Request | None = None
+        self._request: ProxyRequest | None = None
         self._is_reading = False
         """From the first byte of a request to its last."""
         self._in_head = False
@@ -281,7 +281,7 @@ class _ClientSide(asyncio.Protocol):
             # A second request before the first is answered: HTTP lets us close after the first.
             self._is_deaf, self._keep_alive = True, False
             return
-        self._request = Request(self._loop.time())
+        self._request = ProxyRequest(self._loop.time())
         self._sent_status = 0
         self._is_reading = self._in_head = True
         self._head_bytes = 0
@@ -313,7 +313,7 @@ class _ClientSide(asyncio.Protocol):
         if request.header(b"expect").lower() == b"100-continue":
             self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
-    def _check_head(self, request: Request) -> Answer | None:
+    def _check_head(self, request: ProxyRequest) -> Answer | None:
         size = sum(len(name) + len(value) for name, value in request.headers) + len(request.target)
         if size > MAX_HEAD_BYTES:
             return error_answer(431, f"the head is larger than {MAX_HEAD_BYTES} bytes")
@@ -372,7 +372,7 @@ class _ClientSide(asyncio.Protocol):
         """Whether a request is being read or answered."""
         return self._request is not None
 
-    def _send_to(self, backend: Backend, request: Request) -> None:
+    def _send_to(self, backend: Backend, request: ProxyRequest) -> None:
         head = b"%b %b HTTP/1.1\r\n%b%b: %b\r\n" % (
             request.method.encode(),
             request.target,
@@ -495,7 +495,7 @@ class _ClientSide(asyncio.Protocol):
         self._keep_alive &= not (answer.close or self._server.draining)
         headers = [("Content-Type", answer.content_type), ("Content-Length", str(len(answer.body))), *answer.headers]
         if request.id:
-            headers.append(("X-Request-Id", request.id))
+            headers.append(("X-ProxyRequest-Id", request.id))
         if not self._keep_alive:
             headers.append(("Connection", "close"))
         lines = "".join(f"{name}: {value}\r\n" for name, value in headers)
@@ -507,7 +507,7 @@ class _ClientSide(asyncio.Protocol):
     def _refuse(self, answer: Answer) -> None:
         """Answer before the request was read to its end, then hear nothing more on this connection."""
         if self._request is None:
-            self._request = Request(self._loop.time())
+            self._request = ProxyRequest(self._loop.time())
         self._is_deaf, self._keep_alive = True, False
         self._drop_body()
         self._answer(answer)

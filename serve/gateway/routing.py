@@ -19,7 +19,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, CollectorRegistry, 
 
 from slimserve.core.variant import disk_bytes, read_manifest
 from slimserve.serve.engine.middleware import OPEN_PATHS
-from slimserve.serve.gateway.proxy import Answer, Request, error_answer
+from slimserve.serve.gateway.proxy import Answer, ProxyRequest, error_answer
 from slimserve.serve.gateway.supervisor import State, SupervisedEngine
 from slimserve.serve.gateway.upstream import Backend, fetch
 from slimserve.serve.launch.config import Alias, Variant
@@ -65,7 +65,7 @@ class Gateway:
 
     # What the proxy asks
 
-    def admit(self, request: Request) -> Answer | None:
+    def admit(self, request: ProxyRequest) -> Answer | None:
         path = request.path
         if path not in OPEN_PATHS:
             if self.is_draining:
@@ -76,7 +76,7 @@ class Gateway:
             return error_answer(405, f"use GET for {path}")
         return None
 
-    def route(self, request: Request) -> Backend | Answer | Coroutine[Any, Any, Answer]:
+    def route(self, request: ProxyRequest) -> Backend | Answer | Coroutine[Any, Any, Answer]:
         if _is_local(request.path):
             return self._answer_locally(request)
         picked = self._pick_variant(request)
@@ -90,12 +90,12 @@ class Gateway:
         request.is_counted = True
         return engine.backend
 
-    def unreachable(self, request: Request) -> Answer:
+    def unreachable(self, request: ProxyRequest) -> Answer:
         engine = self._engines[request.variant]
         message = f"The model `{request.variant}` is {engine.state.value} and does not answer now."
         return error_answer(503, message, "model_unavailable", retry_after_s=engine.retry_after_s())
 
-    def finished(self, request: Request, status: int, seconds: float) -> None:
+    def finished(self, request: ProxyRequest, status: int, seconds: float) -> None:
         variant = request.variant
         self._metrics.requests.labels(variant, str(status)).inc()
         if request.is_counted:
@@ -110,7 +110,7 @@ class Gateway:
 
     # Where a request goes
 
-    def _pick_variant(self, request: Request) -> str | Answer:
+    def _pick_variant(self, request: ProxyRequest) -> str | Answer:
         model, user = self._default, None
         if request.body and not request.header(b"content-type").startswith(b"multipart/"):
             try:
@@ -135,7 +135,7 @@ class Gateway:
 
     # What concerns all variants
 
-    def _answer_locally(self, request: Request) -> Answer | Coroutine[Any, Any, Answer]:
+    def _answer_locally(self, request: ProxyRequest) -> Answer | Coroutine[Any, Any, Answer]:
         path = request.path
         if path == "/metrics":
             return self._metrics_page()
@@ -147,7 +147,7 @@ class Gateway:
         status = "draining" if self.is_draining else "ready" if is_ready else "not ready"
         return Answer(200 if is_fine else 503, json.dumps({"status": status, "variants": described}).encode())
 
-    async def _models(self, request: Request) -> Answer:
+    async def _models(self, request: ProxyRequest) -> Answer:
         """vLLM's own entry of every variant, with what the manifest says of it; aliases after them."""
         credentials = [
             (name.decode(), value.decode("latin-1"))

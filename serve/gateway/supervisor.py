@@ -23,7 +23,7 @@ from slimserve.serve.policy.metrics import GatewayMetrics
 
 
 @dataclass(frozen=True)
-class Patience:
+class SupervisorTimeouts:
     """How long the supervisor waits for what, in seconds."""
 
     poll_s: float = 0.1
@@ -65,7 +65,7 @@ class SupervisedEngine:
         spec: EngineSpec,
         metrics: GatewayMetrics,
         print_status: Callable[[str], object],
-        patience: Patience | None = None,
+        patience: SupervisorTimeouts | None = None,
     ) -> None:
         self.spec = spec
         self.state = State.STARTING
@@ -77,7 +77,7 @@ class SupervisedEngine:
         self.num_restarts = 0
         self._metrics = metrics
         self._say = print_status
-        self._patience = patience or Patience()
+        self._patience = patience or SupervisorTimeouts()
         self._process: EngineProcess | None = None
         self._start_s = 0.0
         self._num_short_lives = 0

@@ -11,7 +11,7 @@ It comes from the command line (`NAME=MODEL …`) or from a TOML file:
 
     [variants.small]
     model = "build/small"
-    profile = "recommendation"
+    profile = "prefill"
     vllm_args = ["--enforce-eager"]             # after those of every variant, so it wins
 
     [aliases.chat]                              # weights of a canary
@@ -38,7 +38,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from slimserve.core.errors import UserError
 from slimserve.core.model import model_name, resolve_model
-from slimserve.serve.launch.plan import Profile
+from slimserve.serve.launch.plan import TrafficProfile
 from slimserve.serve.policy.limits import KEYS_FILE_VARIABLE, Limits, load_api_keys
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -48,27 +48,27 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-class VariantConfig(_Strict):
+class VariantSettings(_Strict):
     """One `[variants.NAME]` of the file."""
 
     model: str
     """A model argument."""
-    profile: Profile | None = None
+    profile: TrafficProfile | None = None
     """The kind of traffic to plan for; None: the stack's."""
     vllm_args: list[str] = Field(default_factory=list)
 
 
-class StackConfig(_Strict):
+class ServeConfig(_Strict):
     """The whole file."""
 
-    variants: dict[str, VariantConfig] = Field(min_length=1)
+    variants: dict[str, VariantSettings] = Field(min_length=1)
     aliases: dict[str, dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False, strict=False)]]] = Field(
         default_factory=dict
     )
     """Weight of each variant under a name of its own."""
     default: str | None = None
     """The variant or alias of a request that names no model; None: the only variant, else such a request is refused."""
-    profile: Profile = "balanced"
+    profile: TrafficProfile = "balanced"
     vllm_args: list[str] = Field(default_factory=list)
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=1, le=65535)
@@ -85,7 +85,7 @@ class Variant:
     model: str
     """The model argument as the user gave it."""
     directory: Path
-    profile: Profile
+    profile: TrafficProfile
     vllm_args: tuple[str, ...] = ()
 
 
@@ -112,7 +112,7 @@ class Alias:
 
 
 @dataclass(frozen=True)
-class Stack:
+class ResolvedServeConfig:
     """Everything that `slimserve serve` was asked for, checked, with every model resolved."""
 
     variants: tuple[Variant, ...]
@@ -133,18 +133,18 @@ class Stack:
         return load_api_keys(os.environ | named)
 
 
-def load_stack(
+def load_serve_config(
     models: Sequence[str],
     config_file: Path | None = None,
     aliases: Sequence[str] = (),
     vllm_args: Sequence[str] = (),
     limits: Mapping[str, int | float] | None = None,
     **options: Any,
-) -> Stack:
+) -> ResolvedServeConfig:
     """Read a stack from `NAME=MODEL` arguments or a file, check it, and resolve its models.
 
     All but the first two come from the command line, too: `aliases` as NAME=V1:95,V2:5, `vllm_args` for every
-    variant after those of the file, `options` as fields of StackConfig, None where not given. What the file sets to
+    variant after those of the file, `options` as fields of ServeConfig, None where not given. What the file sets to
     something else is refused. Raises UserError.
     """
     given = {name: value for name, value in options.items() if value is not None}
@@ -219,9 +219,9 @@ def _parse_alias(argument: str) -> tuple[str, dict[str, float]]:
     return name, weights
 
 
-def _validated(document: dict[str, Any], source: str) -> StackConfig:
+def _validated(document: dict[str, Any], source: str) -> ServeConfig:
     try:
-        config = StackConfig.model_validate(document)
+        config = ServeConfig.model_validate(document)
         Limits.model_validate(config.limits)
     except ValidationError as error:
         first = error.errors()[0]
@@ -251,7 +251,7 @@ def _choice_of(names: Iterable[str]) -> str:
     return f"choose from {known}" if known else "write NAME=MODEL, so that it can be named"
 
 
-def _resolve(config: StackConfig, vllm_args: tuple[str, ...]) -> Stack:
+def _resolve(config: ServeConfig, vllm_args: tuple[str, ...]) -> ResolvedServeConfig:
     if config.api_key_file is not None:
         load_api_keys({KEYS_FILE_VARIABLE: config.api_key_file})
     variants = []
@@ -270,7 +270,7 @@ def _resolve(config: StackConfig, vllm_args: tuple[str, ...]) -> Stack:
         Alias(name, tuple((variant, weight / sum(weights.values())) for variant, weight in weights.items()))
         for name, weights in config.aliases.items()
     )
-    return Stack(
+    return ResolvedServeConfig(
         tuple(variants),
         aliases,
         config.default or (variants[0].name if len(variants) == 1 else None),

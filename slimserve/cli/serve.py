@@ -53,8 +53,8 @@ def serve(
     Arguments after `--` go to vLLM unchanged and win. --api-key-file or VLLM_API_KEY make it ask for a key.
     """
     from slimserve.core.hardware import probe_hardware
-    from slimserve.serve.app import explain_stack, plan_stack, serve_foreground
-    from slimserve.serve.launch.config import load_stack
+    from slimserve.serve.app import explain_launches, plan_launches, run_app
+    from slimserve.serve.launch.config import load_serve_config
     from slimserve.serve.launch.process import check_port_is_free
 
     limits = {
@@ -64,7 +64,7 @@ def serve(
         "request_timeout_s": timeout,
         "drain_s": drain,
     }
-    stack = load_stack(
+    stack = load_serve_config(
         models or [],
         config,
         alias or [],
@@ -77,12 +77,12 @@ def serve(
         limits={name: value for name, value in limits.items() if value is not None},
     )
     check_port_is_free(stack.host, stack.port)
-    plans = plan_stack(stack, probe_hardware(), tune)
+    plans = plan_launches(stack, probe_hardware(), tune)
     if explain:
-        for line in explain_stack(stack, plans):
+        for line in explain_launches(stack, plans):
             typer.echo(line)
         return
     try:
-        serve_foreground(stack, plans, typer.echo)
+        run_app(stack, plans, typer.echo)
     except SystemExit:
         typer.echo("stopped")

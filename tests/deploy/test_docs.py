@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry
 
 from slimserve.serve.engine.rerank import RerankRequest
 from slimserve.serve.engine.scoring import ScoreRequest
-from slimserve.serve.launch.config import StackConfig
+from slimserve.serve.launch.config import ServeConfig
 from slimserve.serve.policy.limits import Limits
 from slimserve.serve.policy.metrics import GatewayMetrics, RequestMetrics, RoofMetrics, ScoreMetrics
 
@@ -41,7 +41,7 @@ def rows(heading: str) -> list[list[str]]:
 
 def test_the_toml_example_is_a_stack() -> None:
     for text in blocks("toml"):
-        config = StackConfig.model_validate(tomllib.loads(text))
+        config = ServeConfig.model_validate(tomllib.loads(text))
         Limits.model_validate(config.limits)
         assert config.aliases["chat"].keys() == config.variants.keys()
     assert len(blocks("toml")) == 1

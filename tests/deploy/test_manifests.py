@@ -15,7 +15,7 @@ import yaml
 from prometheus_client import CollectorRegistry
 
 from slimserve.serve.engine.middleware import OPEN_PATHS
-from slimserve.serve.launch.config import StackConfig
+from slimserve.serve.launch.config import ServeConfig
 from slimserve.serve.policy.limits import Limits
 from slimserve.serve.policy.metrics import RequestMetrics
 
@@ -84,7 +84,7 @@ def test_the_compose_schema_accepts_the_compose_file() -> None:
 
 @pytest.mark.parametrize("file", STACKS, ids=lambda file: file.parent.name)
 def test_every_stack_file_is_one_that_serve_takes(file: Path) -> None:
-    config = StackConfig.model_validate(tomllib.loads(file.read_text()))
+    config = ServeConfig.model_validate(tomllib.loads(file.read_text()))
     Limits.model_validate(config.limits)
     assert all(weights.keys() <= config.variants.keys() for weights in config.aliases.values())
 
@@ -111,7 +111,7 @@ def seconds(text: str) -> int:
 
 @pytest.mark.parametrize("file", STACKS, ids=lambda file: file.parent.name)
 def test_a_drain_ends_before_the_container_is_killed(file: Path) -> None:
-    drain_s = Limits.model_validate(StackConfig.model_validate(tomllib.loads(file.read_text())).limits).drain_s
+    drain_s = Limits.model_validate(ServeConfig.model_validate(tomllib.loads(file.read_text())).limits).drain_s
     stop_s = 10
     if file.parent.name == "compose":
         assert seconds(COMPOSE["services"]["slimserve"]["stop_grace_period"]) >= drain_s + stop_s

@@ -35,7 +35,7 @@ _START_S = 150.0
 
 
 @dataclass(frozen=True)
-class Stack:
+class RunningServer:
     """`slimserve serve` of two variants, `a` and `b`."""
 
     url: str
@@ -66,7 +66,7 @@ class Stack:
 
 
 @pytest.fixture(scope="module")
-def stack(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+def stack(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     folder = tmp_path_factory.mktemp("stack")
     (folder / "keys.txt").write_text(f"{KEY}\n")
     (folder / "keys.txt").chmod(0o600)
@@ -79,7 +79,7 @@ def stack(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     # Any cores: two engines on two cores would else bind to the same one, as CI's other processes may.
     environment = os.environ | {"SLIMSERVE_CACHE": str(folder / "cache"), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     process = subprocess.Popen(command, env=environment)
-    running = Stack(f"http://127.0.0.1:{port}", process)
+    running = RunningServer(f"http://127.0.0.1:{port}", process)
     try:
         running.wait_until_ready()
         yield running
@@ -137,7 +137,7 @@ async def wait_for(begun: asyncio.Semaphore, num_streams: int) -> None:
             await begun.acquire()
 
 
-def test_openais_client_lists_chats_and_streams_through_the_gateway(stack: Stack) -> None:
+def test_openais_client_lists_chats_and_streams_through_the_gateway(stack: RunningServer) -> None:
     client = OpenAI(base_url=f"{stack.url}/v1", api_key=KEY, max_retries=0)
     assert [model.id for model in client.models.list()] == ["a", "b", "chat"]
     assert client.models.retrieve("b").id == "b"
@@ -154,7 +154,7 @@ def test_openais_client_lists_chats_and_streams_through_the_gateway(stack: Stack
     assert streamed == whole.choices[0].message.content
 
 
-def test_an_engine_that_is_killed_under_load_costs_the_other_nothing_and_comes_back(stack: Stack) -> None:
+def test_an_engine_that_is_killed_under_load_costs_the_other_nothing_and_comes_back(stack: RunningServer) -> None:
     async def scenario() -> None:
         begun = asyncio.Semaphore(0)
         async with httpx.AsyncClient(base_url=stack.url, timeout=60) as client:
@@ -188,7 +188,9 @@ def test_an_engine_that_is_killed_under_load_costs_the_other_nothing_and_comes_b
     assert values["vllm:num_requests_running", "b"] == 0
 
 
-def test_sigterm_under_load_ends_every_stream_properly_within_its_time_and_leaves_no_process(stack: Stack) -> None:
+def test_sigterm_under_load_ends_every_stream_properly_within_its_time_and_leaves_no_process(
+    stack: RunningServer,
+) -> None:
     family = [psutil.Process(stack.process.pid), *psutil.Process(stack.process.pid).children(recursive=True)]
     assert len(family) >= 3
 

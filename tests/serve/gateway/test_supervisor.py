@@ -17,7 +17,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from slimserve.core.errors import UserError
-from slimserve.serve.gateway.supervisor import Patience, State, SupervisedEngine, supervise
+from slimserve.serve.gateway.supervisor import State, SupervisedEngine, SupervisorTimeouts, supervise
 from slimserve.serve.gateway.upstream import fetch
 from slimserve.serve.launch.plan import Choice, LaunchPlan
 from slimserve.serve.launch.process import EngineSpec
@@ -46,7 +46,7 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
 ThreadingHTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Handler).serve_forever()
 """
-QUICK = Patience(
+QUICK = SupervisorTimeouts(
     poll_s=0.02,
     ask_ready_s=0.02,
     ask_health_s=0.15,
@@ -85,7 +85,7 @@ class Supervised:
 
 @asynccontextmanager
 async def supervised(
-    folder: Path, told: str = "serve", patience: Patience = QUICK, name: str = "a"
+    folder: Path, told: str = "serve", patience: SupervisorTimeouts = QUICK, name: str = "a"
 ) -> AsyncIterator[Supervised]:
     (folder / "engine.py").write_text(ENGINE)
     orders = folder / f"{name}.told"

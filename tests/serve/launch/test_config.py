@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from slimserve.core.errors import UserError
-from slimserve.serve.launch.config import Alias, load_stack
+from slimserve.serve.launch.config import Alias, load_serve_config
 
 
 @pytest.fixture(scope="module")
@@ -32,24 +32,24 @@ def write(folder: Path, text: str, model: Path) -> Path:
 
 
 def test_a_single_model_is_a_stack_of_one_which_answers_to_no_name_too(model: Path) -> None:
-    stack = load_stack([str(model)])
+    stack = load_serve_config([str(model)])
     assert [(variant.name, variant.directory) for variant in stack.variants] == [("tiny", model)]
     assert stack.default == "tiny"
     assert (stack.host, stack.port) == ("127.0.0.1", 8000)
 
 
 def test_names_aliases_and_options_of_the_command_line(model: Path) -> None:
-    stack = load_stack(
+    stack = load_serve_config(
         [f"a={model}", f"b={model}"],
         aliases=["chat=a:3,b:1", "both=a,b"],
         vllm_args=["--enforce-eager"],
         limits={"max_running": 7},
-        profile="reasoning",
+        profile="decode",
         port=9000,
         host=None,
     )
     assert [variant.name for variant in stack.variants] == ["a", "b"]
-    assert {variant.profile for variant in stack.variants} == {"reasoning"}
+    assert {variant.profile for variant in stack.variants} == {"decode"}
     assert stack.variants[0].vllm_args == ("--enforce-eager",)
     assert [alias.shares for alias in stack.aliases] == [(("a", 0.75), ("b", 0.25)), (("a", 0.5), ("b", 0.5))]
     assert stack.default is None
@@ -61,13 +61,13 @@ def test_a_file_holds_the_same_and_the_arguments_closest_to_the_variant_come_las
     text = """
         port = 9001
         default = "chat"
-        profile = "reasoning"
+        profile = "decode"
         vllm_args = ["--all"]
         [variants.a]
         model = "MODEL"
         [variants.b]
         model = "MODEL"
-        profile = "recommendation"
+        profile = "prefill"
         vllm_args = ["--own"]
         [aliases.chat]
         a = 95
@@ -75,9 +75,9 @@ def test_a_file_holds_the_same_and_the_arguments_closest_to_the_variant_come_las
         [limits]
         drain_s = 5
     """
-    stack = load_stack([], write(tmp_path, text, model), vllm_args=["--last"])
+    stack = load_serve_config([], write(tmp_path, text, model), vllm_args=["--last"])
     a, b = stack.variants
-    assert (a.profile, b.profile) == ("reasoning", "recommendation")
+    assert (a.profile, b.profile) == ("decode", "prefill")
     assert (a.vllm_args, b.vllm_args) == (("--all", "--last"), ("--all", "--own", "--last"))
     assert stack.default == "chat"
     assert (stack.port, stack.limits.drain_s) == (9001, 5)
@@ -111,7 +111,7 @@ def test_a_mistake_on_the_command_line_is_told_in_one_line(
     models: list[str], options: dict[str, Any], message: str, model: Path
 ) -> None:
     with pytest.raises(UserError) as caught:
-        load_stack([text.replace("MODEL", str(model)) for text in models], **options)
+        load_serve_config([text.replace("MODEL", str(model)) for text in models], **options)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert caught.value.remedy
@@ -139,7 +139,7 @@ BAD_FILES = {
 @pytest.mark.parametrize(("text", "message"), BAD_FILES.values(), ids=BAD_FILES.keys())
 def test_a_mistake_in_the_file_is_told_in_one_line(text: str, message: str, tmp_path: Path, model: Path) -> None:
     with pytest.raises(UserError) as caught:
-        load_stack([], write(tmp_path, text, model))
+        load_serve_config([], write(tmp_path, text, model))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -148,13 +148,13 @@ def test_what_the_file_and_the_command_line_set_differently_is_refused_and_the_s
     tmp_path: Path, model: Path
 ) -> None:
     file = write(tmp_path, f"port = 9\n{ONE}[limits]\nmax_running = 3\n", model)
-    assert load_stack([], file, port=9, limits={"max_running": 3, "max_queued": 1}).limits.max_queued == 1
+    assert load_serve_config([], file, port=9, limits={"max_running": 3, "max_queued": 1}).limits.max_queued == 1
     with pytest.raises(UserError, match="port: '10' is 9 in .*leave one of the two out"):
-        load_stack([], file, port=10)
+        load_serve_config([], file, port=10)
     with pytest.raises(UserError, match="max_running: '4' is 3 in"):
-        load_stack([], file, limits={"max_running": 4})
+        load_serve_config([], file, limits={"max_running": 4})
     with pytest.raises(UserError, match="is given beside --config"):
-        load_stack([f"b={model}"], file)
+        load_serve_config([f"b={model}"], file)
 
 
 def test_a_users_mistake_ends_the_command_with_one_line_and_no_traceback(

@@ -8,7 +8,7 @@ import pytest
 from slimserve.core.hardware import Hardware
 from slimserve.serve.engine.gemm import PACKED_BELOW
 from slimserve.serve.launch import plan as module
-from slimserve.serve.launch.plan import Choice, LaunchPlan, Profile, plan_launch
+from slimserve.serve.launch.plan import Choice, LaunchPlan, TrafficProfile, plan_launch
 
 CPU = Hardware(cpu="x", cores=(0, 1), memory_gib=24.0, isa=("avx512f",), gpus=())
 CONFIG = {
@@ -54,11 +54,11 @@ def test_a_gpu_keeps_vllms_own_choices_but_for_what_its_documentation_advises(tm
     gpu = Hardware(cpu="x", cores=(0,), memory_gib=64.0, isa=(), gpus=("NVIDIA H100, 81559 MiB",))
     assert set(planned(tmp_path, gpu)) == {"VLLM_NO_USAGE_STATS", "HF_HUB_OFFLINE", "VLLM_PLUGINS"}
     for profile, num_variants, expected in (
-        ("recommendation", 1, {"--max-num-batched-tokens": "16384"}),
-        ("reasoning", 1, {"--max-num-batched-tokens": "2048"}),
+        ("prefill", 1, {"--max-num-batched-tokens": "16384"}),
+        ("decode", 1, {"--max-num-batched-tokens": "2048"}),
         ("balanced", 3, {"--gpu-memory-utilization": "0.300"}),
     ):
-        arguments = plan_launch(tmp_path, gpu, cast("Profile", profile), num_variants).arguments
+        arguments = plan_launch(tmp_path, gpu, cast("TrafficProfile", profile), num_variants).arguments
         assert {choice.name: choice.value for choice in arguments} == expected
         assert all("unmeasured" in choice.reason for choice in arguments)
 
@@ -85,7 +85,7 @@ def test_on_several_numa_nodes_vllm_keeps_its_own_worker_process(tmp_path: Path)
 
 def test_candidates_share_partial_blocks_but_for_pure_reasoning(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    profiles: dict[Profile, bool] = {"balanced": True, "recommendation": True, "reasoning": False}
+    profiles: dict[TrafficProfile, bool] = {"balanced": True, "prefill": True, "decode": False}
     for profile, shared in profiles.items():
         names = {choice.name for choice in plan_launch(tmp_path, CPU, profile).arguments}
         assert ("--kv-transfer-config" in names) == shared

@@ -8,7 +8,7 @@ import pytest
 from slimserve.core.errors import UserError
 from slimserve.core.hardware import Hardware
 from slimserve.serve.launch import tune as module
-from slimserve.serve.launch.plan import Choice, LaunchPlan, Profile
+from slimserve.serve.launch.plan import Choice, LaunchPlan, TrafficProfile
 from slimserve.serve.launch.tune import best_candidate, candidates, kept_launch, tune_launch
 
 CPU = Hardware(cpu="x", cores=(0, 1), memory_gib=24.0, isa=(), gpus=())
@@ -26,7 +26,7 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def rates_by_steps(fast: float) -> object:
     """A measurement in which steps of 8,192 tokens run at `fast` and everything else at 100."""
 
-    def measure(directory: Path, plan: LaunchPlan, profile: Profile) -> float:
+    def measure(directory: Path, plan: LaunchPlan, profile: TrafficProfile) -> float:
         return fast if ("--max-num-batched-tokens", "8192") in named(plan.arguments) else 100.0
 
     return measure
@@ -43,7 +43,7 @@ def test_the_fastest_is_used_at_once_and_at_later_starts(model: Path, monkeypatc
     assert ("--max-num-batched-tokens", "8192") in named(tuned.arguments)
     assert named(tuned.arguments) > named(before.arguments)
     assert kept_launch(model, CPU, "balanced") == tuned
-    assert kept_launch(model, CPU, "reasoning") != tuned, "another profile was not measured"
+    assert kept_launch(model, CPU, "decode") != tuned, "another profile was not measured"
     other = Hardware(cpu="y", cores=(0, 1), memory_gib=24.0, isa=(), gpus=())
     assert kept_launch(model, other, "balanced") == before, "nor another machine"
 
@@ -60,7 +60,7 @@ def test_what_was_fast_once_must_be_so_again(
 ) -> None:
     left = list(rates)
 
-    def measure(directory: Path, plan: LaunchPlan, profile: Profile) -> float:
+    def measure(directory: Path, plan: LaunchPlan, profile: TrafficProfile) -> float:
         return left.pop(0) if ("--max-num-batched-tokens", "8192") in named(plan.arguments) else 100.0
 
     monkeypatch.setattr(module, "_measure", measure)
@@ -72,7 +72,7 @@ def test_what_was_fast_once_must_be_so_again(
 def test_a_candidate_that_does_not_start_is_left_out_but_the_plan_must(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def measure(directory: Path, plan: LaunchPlan, profile: Profile) -> float:
+    def measure(directory: Path, plan: LaunchPlan, profile: TrafficProfile) -> float:
         if any(choice.name == "--max-num-batched-tokens" for choice in plan.arguments):
             raise UserError("engine", "tuned", "ended", "read its log")
         return 100.0
@@ -80,7 +80,7 @@ def test_a_candidate_that_does_not_start_is_left_out_but_the_plan_must(
     monkeypatch.setattr(module, "_measure", measure)
     assert tune_launch(model, CPU, "balanced") == kept_launch(model, CPU, "balanced")
 
-    def fail(directory: Path, plan: LaunchPlan, profile: Profile) -> float:
+    def fail(directory: Path, plan: LaunchPlan, profile: TrafficProfile) -> float:
         raise UserError("engine", "tuned", "ended", "read its log")
 
     monkeypatch.setattr(module, "_measure", fail)
