@@ -1,7 +1,7 @@
-"""Quantization of linear layers: grids, weights on a grid, and rounding to the nearest point.
+"""Quantization of linear layers: grids of storable values, rounding to nearest, scale search, SmoothQuant, errors.
 
-Shapes: O output features, I input features, G groups of input features that share a scale
-(1 where a whole row shares it). `slimserve.compress.rounding` holds the roundings that look at data.
+Shape suffixes: O output features; I input features; G groups of S adjacent input features that share a scale, with G =
+1 where the complete row shares one. All functions work on tensors only. Roundings that read data are in `rounding.py`.
 """
 
 from __future__ import annotations
@@ -17,24 +17,25 @@ from slimserve.core.errors import UserError
 
 _FP8 = torch.float8_e4m3fn
 _SHRINKS = torch.linspace(1.0, 0.7, 21).tolist()
-_ROWS_AT_ONCE = 128
-"""Rows whose scales are searched together: few enough to stay in a core's cache."""
+"""Fractions of the extremes that the scale search tries."""
+_CHUNK_ROWS = 128
+"""Rows whose scales are searched together: few enough to stay in one core's cache."""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Which numbers a quantized layer can hold: codes, and the scales that stretch them."""
+    """The values that a quantized layer can hold: integer or FP8 codes times a scale."""
 
     kind: Literal["int", "fp8"]
-    """Integers, or float8_e4m3fn."""
+    """Type of the codes: integers or float8_e4m3fn."""
     num_bits: int
-    """8 or 4 for integers, 8 for fp8."""
+    """4 or 8 for integers, 8 for fp8."""
     symmetric: bool = True
-    """False: every scale has a zero point, so that a one-sided group wastes no codes. Integers only."""
+    """False gives every scale a zero point, so that a one-sided group wastes no codes. Integers only."""
     group_size: int | None = None
-    """Input features that share one scale; None: one scale per output feature."""
+    """Input features that share one scale; None means one scale per output feature."""
     scale_dtype: torch.dtype = torch.float32
-    """How scales are stored; codes are computed with the scale as stored."""
+    """Dtype of the stored scales; codes are computed with the scale as stored."""
 
     def __post_init__(self) -> None:
         assert self.kind == "int" or (self.num_bits == 8 and self.symmetric), self
@@ -42,21 +43,24 @@ class Grid:
 
     @property
     def lowest(self) -> float:
-        """The least code."""
+        """Smallest code."""
         return -(2.0 ** (self.num_bits - 1)) if self.kind == "int" else torch.finfo(_FP8).min
 
     @property
     def highest(self) -> float:
-        """The greatest code."""
+        """Largest code."""
         return 2.0 ** (self.num_bits - 1) - 1 if self.kind == "int" else torch.finfo(_FP8).max
 
     @property
     def code_dtype(self) -> torch.dtype:
-        """How codes are held: int8 for integers of any width, float8_e4m3fn."""
+        """Dtype of the codes in memory: int8 for integers of any width, or float8_e4m3fn."""
         return torch.int8 if self.kind == "int" else _FP8
 
     def width(self, num_inputs: int) -> int:
-        """Input features per scale in a layer of `num_inputs`; raises UserError where they do not divide it."""
+        """Return the input features per scale in a layer of `num_inputs`.
+
+        Raises UserError that lists the possible sizes if the group size does not divide the inputs.
+        """
         if self.group_size is None:
             return num_inputs
         if self.group_size < 1 or num_inputs % self.group_size:
@@ -70,19 +74,19 @@ class Grid:
         return self.group_size
 
     def fit(self, weight_OI: Tensor, shrink: float = 1.0) -> tuple[Tensor, Tensor | None]:
-        """Scales `[O, G]` and zero points `[O, G]` that put the extremes of every group on the grid's ends.
+        """Return scales `[O, G]` and zero points `[O, G]` that map the extremes of each group to the ends of the grid.
 
-        Both are float32; scales are exact in `scale_dtype`, zero points are codes or None for a
-        symmetric grid. `shrink` moves the ends inwards. A group of zeros gets the scale 1. Symmetric
-        8-bit integers put the largest magnitude on 127; 4 bits put it on 7.5, half a step beyond the
-        last code, as compressed-tensors does, for the waste of a whole code would cost more.
+        Both are float32. Scales are exact in `scale_dtype`; zero points are codes, or None for a symmetric grid.
+        `shrink` multiplies the extremes. A group of zeros gets the scale 1. Symmetric 8-bit integers map the largest
+        magnitude to 127. Symmetric 4-bit integers map it to 7.5, half a step beyond the last code, as
+        compressed-tensors does: an unused code would cost more.
         """
         groups_OGS = weight_OI.float().unflatten(1, (-1, self.width(weight_OI.shape[1])))
         if self.symmetric:
             top = 7.5 if self.num_bits == 4 else self.highest
             span_OG = groups_OGS.abs().amax(dim=2)
             return self.storable(span_OG * (shrink / top)).masked_fill_(span_OG == 0, 1.0), None
-        # Zero must be on the grid, or padding and dead weights would turn into something.
+        # The grid must contain zero; otherwise padding and dead weights would become nonzero.
         low_OG = groups_OGS.amin(dim=2).clamp_(max=0)
         span_OG = groups_OGS.amax(dim=2).clamp_(min=0).sub_(low_OG)
         scale_OG = self.storable(span_OG * (shrink / (self.highest - self.lowest))).masked_fill_(span_OG == 0, 1.0)
@@ -90,12 +94,12 @@ class Grid:
         return scale_OG, zero_OG
 
     def storable(self, scale: Tensor) -> Tensor:
-        """Scales as they read back from `scale_dtype`, float32, none of them 0."""
+        """Return scales as they read back from `scale_dtype`: float32, all positive."""
         limits = torch.finfo(self.scale_dtype)
         return scale.clamp(limits.tiny, limits.max).to(self.scale_dtype).float()
 
     def encode(self, values: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
-        """Codes of the grid points nearest to `values`, as float32; the arguments broadcast."""
+        """Return the codes of the grid points nearest to `values`, as float32. The arguments broadcast."""
         codes = values / scale
         if self.kind == "fp8":
             return codes.clamp_(self.lowest, self.highest).to(_FP8).float()
@@ -104,33 +108,33 @@ class Grid:
         return codes.round_().clamp_(self.lowest, self.highest)
 
     def decode(self, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
-        """Values that `codes` stand for, float32; the arguments broadcast."""
+        """Return the values that `codes` represent, float32. The arguments broadcast."""
         return (codes if zero is None else codes - zero) * scale
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """A weight on a grid."""
+    """A quantized weight."""
 
     codes_OI: Tensor
-    """int8 in `[-2**(bits-1), 2**(bits-1) - 1]` whether symmetric or not, or float8_e4m3fn."""
+    """int8 from -2**(bits-1) to 2**(bits-1) - 1, symmetric or not; or float8_e4m3fn."""
     scale_OG: Tensor
     """float32, positive, exact in `grid.scale_dtype`."""
     zero_OG: Tensor | None
-    """int8, in the codes' range; None where the grid is symmetric."""
+    """Zero points, int8 in the range of the codes; None for a symmetric grid."""
     grid: Grid
     notes: dict[str, int | float] = field(default_factory=dict)
-    """What went otherwise than asked while rounding: `num_dead_inputs`, `damping_used`."""
+    """Deviations from the request while rounding: `num_dead_inputs`, `damping_used`."""
 
     def dequantize(self) -> Tensor:
-        """The weight that the engine computes with, `[O, I]` float32."""
+        """Return the weight that the engine computes with, `[O, I]` float32."""
         num_groups = self.scale_OG.shape[1]
         codes_OGS = self.codes_OI.float().unflatten(1, (num_groups, -1))
         zero_OG1 = None if self.zero_OG is None else self.zero_OG.float()[:, :, None]
         return self.grid.decode(codes_OGS, self.scale_OG[:, :, None], zero_OG1).flatten(1)
 
     def split(self, num_outputs: Sequence[int]) -> list[Quantized]:
-        """The layers that were stacked along their output features, given how many each has."""
+        """Return the layers that were stacked along O, given the number of output features of each."""
         sizes = list(num_outputs)
         codes, scales = self.codes_OI.split(sizes), self.scale_OG.split(sizes)
         zeros = [None] * len(sizes) if self.zero_OG is None else self.zero_OG.split(sizes)
@@ -139,34 +143,46 @@ class Quantized:
 
 @dataclass(frozen=True)
 class RoundingOptions:
-    """How to round; each method reads what concerns it."""
+    """Options of all rounding methods; each method reads those that apply to it."""
 
     damping: float = 0.01
-    """Share of the gram's mean diagonal that is added to its diagonal."""
+    """Value added to the Hessian's diagonal, as a fraction of the diagonal's mean."""
     order: Literal["natural", "activation"] = "natural"
-    """Order of the input features in GPTQ: as they stand, or by descending activation energy."""
+    """Order in which GPTQ rounds input features: as stored, or by descending diagonal of the Hessian."""
     sweeps: int = 5
-    """Passes of QuantEase over all input features; it stops earlier once no code changes."""
+    """Maximum passes of QuantEase over all input features; it stops early once no code changes."""
     scales: Literal["minmax", "mse"] = "minmax"
-    """Scales from the extremes, or those that minimise the weighted squared error."""
+    """Scales from the extremes of each group, or those of least weighted squared error."""
 
 
-Rounding = Callable[[Tensor, Tensor | None, Grid, RoundingOptions], Quantized]
-"""`(weight_OI, hessian_II, grid, options)`: float32, the gram is XᵀX / num_tokens or None without data."""
+@dataclass(frozen=True)
+class RoundingMethod:
+    """A rounding method, called with weight `[O, I]`, Hessian `[I, I]` or None, grid and options.
+
+    Weight and Hessian (XᵀX / num_tokens, undamped) are float32 and are not changed. None means that there is no
+    calibration data. Raises UserError if the group size does not divide I.
+    """
+
+    function: Callable[[Tensor, Tensor | None, Grid, RoundingOptions], Quantized]
+    needs_data: bool = False
+    """Whether the method requires the Hessian."""
+
+    def __call__(self, weight_OI: Tensor, hessian_II: Tensor | None, grid: Grid, options: RoundingOptions) -> Quantized:
+        return self.function(weight_OI, hessian_II, grid, options)
 
 
 def fit_scales(
     weight_OI: Tensor, hessian_II: Tensor | None, grid: Grid, options: RoundingOptions
 ) -> tuple[Tensor, Tensor | None]:
-    """Scales and zero points as `Grid.fit` returns them, by `options.scales`.
+    """Return scales and zero points as `Grid.fit` does, chosen by `options.scales`.
 
-    "mse" tries for every group 21 ranges from the extremes down to 0.7 of them and takes that of the
-    least rounding error, summed with the diagonal of the gram as weights: never worse than "minmax".
+    "mse" tries 21 ranges per group, from the extremes down to 0.7 of them. It takes the range of least squared rounding
+    error, weighted by the Hessian's diagonal (by 1 without data), so it is never worse than "minmax".
     """
     if options.scales == "minmax":
         return grid.fit(weight_OI)
     energy_I = torch.ones(weight_OI.shape[1]) if hessian_II is None else hessian_II.diagonal().float()
-    parts = [_search_scales(rows, energy_I, grid) for rows in weight_OI.float().split(_ROWS_AT_ONCE)]
+    parts = [_search_scales(rows, energy_I, grid) for rows in weight_OI.float().split(_CHUNK_ROWS)]
     scale_OG = torch.cat([scale for scale, _ in parts])
     return scale_OG, None if grid.symmetric else torch.cat([zero for _, zero in parts if zero is not None])
 
@@ -179,8 +195,8 @@ def _search_scales(weight_OI: Tensor, energy_I: Tensor, grid: Grid) -> tuple[Ten
         trial_OG, trial_zero_OG = grid.fit(weight_OI, shrink)
         zero_OG1 = None if trial_zero_OG is None else trial_zero_OG[:, :, None]
         codes_OGS = grid.encode(groups_OGS, trial_OG[:, :, None], zero_OG1)
-        miss_OGS = grid.decode(codes_OGS, trial_OG[:, :, None], zero_OG1).sub_(groups_OGS).square_()
-        error_OG = (miss_OGS.transpose(0, 1) @ energy_GS1)[:, :, 0].T
+        square_OGS = grid.decode(codes_OGS, trial_OG[:, :, None], zero_OG1).sub_(groups_OGS).square_()
+        error_OG = (square_OGS.transpose(0, 1) @ energy_GS1)[:, :, 0].T
         better_OG = error_OG < best_OG
         best_OG = torch.where(better_OG, error_OG, best_OG)
         scale_OG = torch.where(better_OG, trial_OG, scale_OG)
@@ -192,7 +208,7 @@ def _search_scales(weight_OI: Tensor, energy_I: Tensor, grid: Grid) -> tuple[Ten
 def round_to_nearest(
     weight_OI: Tensor, hessian_II: Tensor | None, grid: Grid, options: RoundingOptions | None = None
 ) -> Quantized:
-    """Every weight to the nearest point of its grid; the gram matters only for `scales="mse"`."""
+    """Round every weight to the nearest grid point. The Hessian has an effect only with `scales="mse"`."""
     scale_OG, zero_OG = fit_scales(weight_OI, hessian_II, grid, options or RoundingOptions())
     groups_OGS = weight_OI.float().unflatten(1, (scale_OG.shape[1], -1))
     zero_OG1 = None if zero_OG is None else zero_OG[:, :, None]
@@ -201,10 +217,10 @@ def round_to_nearest(
 
 
 def smooth_scales(input_peak_I: Tensor, weight_peak_I: Tensor, strength: float) -> Tensor:
-    """What SmoothQuant divides inputs and multiplies weight columns by (arXiv 2211.10438 eq. 4).
+    """Return SmoothQuant's factors, which divide inputs and multiply weight columns (arXiv 2211.10438, equation 4).
 
-    s = input_peak**strength / weight_peak**(1 - strength), float32 `[I]`, at least 1e-5. An input that is
-    never seen, or that no weight reads, has nothing to smooth and gets 1.
+    The factor is input_peak**strength / weight_peak**(1 - strength), `[I]` float32, at least 1e-5; the arguments are
+    largest magnitudes `[I]`. An input whose peak is zero, on either side, gets the factor 1.
     """
     inputs, weights = input_peak_I.double(), weight_peak_I.double()
     scale_I = inputs**strength / weights ** (1 - strength)
@@ -212,20 +228,20 @@ def smooth_scales(input_peak_I: Tensor, weight_peak_I: Tensor, strength: float) 
 
 
 def relative_error(weight_OI: Tensor, quantized: Quantized) -> float:
-    """Frobenius norm of the rounding error over that of the weight; 0 for a weight of zeros."""
+    """Return the Frobenius norm of the rounding error over that of the weight; 0 for a weight of zeros."""
     norm = weight_OI.float().norm()
     return float((weight_OI.float() - quantized.dequantize()).norm() / norm) if norm > 0 else 0.0
 
 
 def output_error(weight_OI: Tensor, quantized: Quantized, hessian_II: Tensor | None) -> float:
-    """Root of tr(E G Eᵀ) / tr(W G Wᵀ): how far the layer's outputs move, relative to the outputs.
+    """Return the root of tr(E H Eᵀ) / tr(W H Wᵀ): the error norm of the layer's outputs relative to their norm.
 
-    E is the rounding error and G the gram of the inputs; without a gram, `relative_error`. 0 where
-    the outputs are zeros.
+    E is the rounding error and H = XᵀX / num_tokens. Without H the result is `relative_error`. Outputs that are all
+    zero give 0.
     """
     if hessian_II is None:
         return relative_error(weight_OI, quantized)
     weight, hessian = weight_OI.float(), hessian_II.float()
     error = weight - quantized.dequantize()
-    moved, whole = (float((matrix @ hessian).mul_(matrix).sum(dtype=torch.float64)) for matrix in (error, weight))
-    return (max(moved, 0.0) / whole) ** 0.5 if whole > 0 else 0.0
+    lost, total = (float((matrix @ hessian).mul_(matrix).sum(dtype=torch.float64)) for matrix in (error, weight))
+    return (max(lost, 0.0) / total) ** 0.5 if total > 0 else 0.0

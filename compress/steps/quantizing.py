@@ -27,7 +27,8 @@ class QuantizeStep:
         self._step, self._roles = step, roles
         self._is_bnb = step.format not in formats.FORMATS
         self._bnb_format = "int8" if step.format == "int8-bnb" else step.format
-        self.needs_data = step.method in rounding.NEEDS_DATA or step.smoothquant is not None or step.scales == "mse"
+        self._rounding = rounding.rounding_method(step.method)
+        self.needs_data = self._rounding.needs_data or step.smoothquant is not None or step.scales == "mse"
         self._note = ""
         inputs = input_sizes(config)
         if self._is_bnb:
@@ -146,7 +147,7 @@ class QuantizeStep:
             return
         weights = [effective[f"{layer}.weight"] for layer in layers]
         stacked_OI = torch.cat([weight.float() for weight in weights])
-        rounded = rounding.ROUNDINGS[self._step.method](stacked_OI, hessian_II, self._grid, self._options)
+        rounded = self._rounding(stacked_OI, hessian_II, self._grid, self._options)
         if rounded.notes:
             notes["+".join(layers)] = dict(rounded.notes)
         for layer, weight_OI, quantized in zip(

@@ -44,7 +44,7 @@ def scale_of_every_weight(quantized: Quantized) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("options", [RoundingOptions(), MSE], ids=["minmax", "mse"])
 @pytest.mark.parametrize("name", GRIDS)
-def test_every_weight_goes_to_the_nearest_point_of_its_grid(
+def test_every_weight_rounds_to_the_nearest_grid_point(
     name: str, options: RoundingOptions, shape: tuple[int, int]
 ) -> None:
     torch.manual_seed(0)
@@ -58,7 +58,7 @@ def test_every_weight_goes_to_the_nearest_point_of_its_grid(
 
 
 @pytest.mark.parametrize("name", GRIDS)
-def test_codes_and_scales_are_what_a_file_can_hold(name: str) -> None:
+def test_codes_and_scales_are_exact_in_their_stored_dtypes(name: str) -> None:
     torch.manual_seed(1)
     grid = GRIDS[name]
     for options in (RoundingOptions(), MSE):
@@ -78,7 +78,7 @@ def test_codes_and_scales_are_what_a_file_can_hold(name: str) -> None:
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_four_bit_scales_are_those_of_compressed_tensors(symmetric: bool) -> None:
+def test_four_bit_scales_equal_those_of_compressed_tensors(symmetric: bool) -> None:
     torch.manual_seed(2)
     weight_OI = torch.randn(7, 96)
     weight_OI[0], weight_OI[1] = weight_OI[0].abs() + 1, -weight_OI[1].abs() - 1
@@ -92,7 +92,7 @@ def test_four_bit_scales_are_those_of_compressed_tensors(symmetric: bool) -> Non
 
 
 @pytest.mark.parametrize("name", ["int8", "int4 g32", "int4 asymmetric g64"])
-def test_a_shrunk_grid_reaches_that_share_of_the_extremes(name: str) -> None:
+def test_a_shrunk_grid_reaches_that_fraction_of_the_extremes(name: str) -> None:
     torch.manual_seed(9)
     grid, weight_OI = GRIDS[name], torch.randn(4, 64)
     weight_OI[0] += 1
@@ -108,7 +108,7 @@ def test_a_shrunk_grid_reaches_that_share_of_the_extremes(name: str) -> None:
         assert ((greatest_OG - 0.75 * groups_OGS.amax(2)).abs() <= 0.6 * scale_OG).all()
 
 
-def test_the_largest_weight_of_a_row_is_kept_at_eight_bits() -> None:
+def test_eight_bits_represent_the_largest_weight_of_a_row() -> None:
     weight_OI = torch.tensor([[0.1, -3.0, 1.0], [0.0, 0.02, 0.01]])
     for name in ("int8", "fp8"):
         dequantized = round_to_nearest(weight_OI, None, GRIDS[name]).dequantize()
@@ -142,7 +142,7 @@ def test_a_group_too_small_for_the_scales_dtype_still_has_a_positive_scale() -> 
         (Grid("int", 4, symmetric=False), [[15.0, 0.0, 3.0], [-4.0, 11.0, 1.0]], [[0.5], [0.25]]),
     ],
 )
-def test_a_matrix_on_the_grid_comes_back_exactly(
+def test_a_matrix_on_the_grid_round_trips_exactly(
     grid: Grid, codes: list[list[float]], scale: list[list[float]]
 ) -> None:
     weight_OI = torch.tensor(codes) * torch.tensor(scale)
@@ -151,7 +151,7 @@ def test_a_matrix_on_the_grid_comes_back_exactly(
 
 @pytest.mark.parametrize("name", GRIDS)
 @pytest.mark.parametrize("with_hessian", [True, False])
-def test_searched_scales_never_have_the_larger_weighted_error(name: str, with_hessian: bool) -> None:
+def test_searched_scales_never_have_a_larger_weighted_error(name: str, with_hessian: bool) -> None:
     torch.manual_seed(3)
     weight_OI = torch.randn(140, 128) ** 3
     hessian_II = torch.diag(torch.rand(128) ** 4) if with_hessian else None
@@ -177,14 +177,14 @@ def test_splitting_undoes_stacking(name: str) -> None:
         assert torch.equal(part.dequantize(), alone.dequantize())
 
 
-def test_a_group_size_that_does_not_fit_is_refused_with_those_that_do() -> None:
+def test_a_group_size_that_does_not_divide_the_inputs_is_an_error_that_lists_alternatives() -> None:
     with pytest.raises(
         UserError, match=r"group_size: '64' does not divide the 96 .*choose from 8, 12, 16, 24, 32, 48, 96"
     ):
         round_to_nearest(torch.randn(2, 96), None, Grid("int", 4, group_size=64))
 
 
-def test_output_error_is_how_far_the_outputs_move() -> None:
+def test_output_error_is_the_relative_change_of_the_outputs() -> None:
     torch.manual_seed(5)
     weight_OI, inputs_TI = torch.randn(6, 33), torch.randn(50, 33) @ torch.randn(33, 33)
     quantized = round_to_nearest(weight_OI, None, Grid("int", 4))
@@ -203,13 +203,13 @@ def test_a_layer_of_zeros_has_no_error() -> None:
     assert output_error(torch.zeros(2, 3), quantized, torch.eye(3)) == 0.0
 
 
-def test_smoothing_at_one_half_gives_inputs_and_weights_the_same_peaks() -> None:
+def test_smoothing_with_strength_one_half_equalizes_the_peaks() -> None:
     inputs_I, weights_I = torch.tensor([100.0, 0.3, 2.0]), torch.tensor([0.01, 5.0, 2.0])
     scale_I = smooth_scales(inputs_I, weights_I, 0.5)
     torch.testing.assert_close(inputs_I / scale_I, weights_I * scale_I)
 
 
-def test_smoothing_moves_all_the_range_to_one_side_at_the_ends() -> None:
+def test_smoothing_with_strength_zero_or_one_moves_the_complete_range() -> None:
     inputs_I, weights_I = torch.tensor([8.0, 0.5]), torch.tensor([4.0, 0.1])
     torch.testing.assert_close(smooth_scales(inputs_I, weights_I, 1.0), inputs_I)
     torch.testing.assert_close(smooth_scales(inputs_I, weights_I, 0.0), 1 / weights_I)
@@ -218,7 +218,7 @@ def test_smoothing_moves_all_the_range_to_one_side_at_the_ends() -> None:
     )
 
 
-def test_smoothing_leaves_dead_inputs_alone() -> None:
+def test_smoothing_leaves_dead_inputs_unchanged() -> None:
     scale_I = smooth_scales(torch.tensor([0.0, 3.0, 0.0, 1e-30]), torch.tensor([2.0, 0.0, 0.0, 1e4]), 0.8)
     assert scale_I[:3].tolist() == [1.0, 1.0, 1.0]
     assert scale_I[3] == pytest.approx(1e-5)
