@@ -1,5 +1,5 @@
-"""What every part agrees on: model arguments, variant directories, result files, errors.
+"""Facts and tools that every part of the project shares: models, variants, settings, errors, storage and progress.
 
-`workloads`, `compress`, `serve`, `loadtest` and `compare` talk to each other only
-through directories, HTTP and the types in this package. Nothing here imports them.
+Nothing here imports another part. The parts pass data to each other as directories, over HTTP, and as Python objects in
+one direction: workloads, distill, compress, serve, loadtest, compare, report.
 """

@@ -1,11 +1,11 @@
-"""The one error that a user sees: which field, which value, what to do about it."""
+"""The error that a user sees: which field, which value, what is wrong, and what to do."""
 
 
 class UserError(Exception):
-    """A mistake that the user can mend; the front door prints it in one line and exits with 2.
+    """A mistake that the user can correct; the command line prints it in one line and exits with code 2.
 
-    `field` is the option, key or file as the user wrote it, `value` what it held,
-    `problem` what is wrong with it and `remedy` the next thing to type or check.
+    `field` is the option, key or file as the user wrote it, `value` its content, `problem` what is wrong with it, and
+    `remedy` the next thing to type or check.
     """
 
     def __init__(self, field: str, value: object, problem: str, remedy: str) -> None:

@@ -1,4 +1,4 @@
-"""What this machine is: the cores, memory, instruction sets and GPUs that plans and reports name."""
+"""The hardware of this machine: cores, memory, instruction sets and GPUs."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ _ISA_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "asim
 
 @dataclass(frozen=True)
 class Hardware:
-    """One machine as a launch plan or a reader of a report needs it."""
+    """The facts of one machine that launch plans and reports need."""
 
     cpu: str
     cores: tuple[int, ...]
-    """Logical cores that this process may use, ascending: its affinity mask, no more of it than a container's quota."""
+    """Logical cores that this process may use, ascending: its affinity mask, limited by a container's CPU quota."""
     memory_gib: float
-    """Of the machine, or of the container where that has less."""
+    """Memory of the machine, or of the container if that is less."""
     isa: tuple[str, ...]
     gpus: tuple[str, ...]
-    """Name and memory of each NVIDIA GPU; empty where there is none."""
+    """Name and memory of each NVIDIA GPU; empty without a GPU."""
     numa_nodes: int = 1
 
     def as_dict(self) -> dict[str, object]:
-        """The facts as JSON knows them: lists for tuples."""
+        """Return the facts as JSON types, with lists instead of tuples."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
 
 @cache
 def probe_hardware() -> Hardware:
-    """Read the machine's facts once per process; imports no torch and starts at most `nvidia-smi`."""
+    """Read the facts once per process. It does not import torch and starts no program except `nvidia-smi`."""
     cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
     facts: dict[str, str] = {}
     for line in cpuinfo.splitlines():
@@ -60,13 +60,13 @@ def probe_hardware() -> Hardware:
 
 
 def openmp_library() -> str | None:
-    """The library of the `intel-openmp` package, which vLLM's CPU build requires on x86 and its guide preloads."""
+    """Return the library of the `intel-openmp` package, which vLLM's CPU guide preloads on x86; None if absent."""
     library = Path(sys.prefix) / "lib" / "libiomp5.so"
     return str(library) if library.exists() else None
 
 
 def _cpu_quota(cgroup: Path) -> int:
-    """Whole cores that a container's quota (cgroup v2) is worth, at least one; 0 where there is none."""
+    """Return the number of cores in a container's quota (cgroup v2), at least 1; 0 without a quota."""
     with contextlib.suppress(OSError, ValueError):
         quota, period = (cgroup / "cpu.max").read_text(encoding="utf-8").split()
         if quota != "max":
@@ -75,7 +75,7 @@ def _cpu_quota(cgroup: Path) -> int:
 
 
 def _memory_limit(cgroup: Path) -> float:
-    """Bytes that a container may use (cgroup v2); infinite where nothing limits it."""
+    """Return the memory limit of a container (cgroup v2) in bytes; infinite without a limit."""
     with contextlib.suppress(OSError, ValueError):
         return float((cgroup / "memory.max").read_text(encoding="utf-8").replace("max", "inf"))
     return float("inf")

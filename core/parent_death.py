@@ -1,4 +1,4 @@
-"""Ending with the process that started this one."""
+"""The parent-death signal: a process that ends when the process that started it ends."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ _PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent() -> None:
-    """Ask the kernel for SIGTERM when the parent process ends, however it ends (Linux only)."""
+    """Ask the kernel for SIGTERM when the parent process ends for any reason (Linux only)."""
     if sys.platform != "linux":
         return
     parent = os.getppid()
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != parent:
-        sys.exit("the process that started the engine is gone")
+        sys.exit("the parent process has ended")

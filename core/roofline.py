@@ -1,6 +1,7 @@
-"""What the machine could do at most: bytes and FLOPs a second.
+"""The roofline of this machine: its highest memory bandwidth and FLOP rate.
 
-A CPU is measured once and kept (`python -m slimserve.core.roofline` measures now); a GPU's figures are its datasheet's.
+A CPU is measured once and the result is cached; `python -m slimserve.core.roofline` measures it again. The values of a
+GPU come from its datasheet.
 """
 
 from __future__ import annotations
@@ -25,16 +26,16 @@ _MEASURE_TIMEOUT_S = 60
 
 @dataclass(frozen=True)
 class Roofline:
-    """What the hardware can do."""
+    """The upper limits of the hardware."""
 
     bandwidth: float
-    """Bytes a second read from memory."""
+    """Memory read bandwidth in bytes/s."""
     bf16_flops: float
-    """FLOP a second of a large product of bfloat16 matrices."""
+    """FLOP/s of a large bfloat16 matrix product."""
     int8_flops: float
-    """The same of int8 matrices; 0 where nothing was found that computes it."""
+    """FLOP/s of a large int8 matrix product; 0 if torch cannot compute it here."""
     source: str
-    """`measured`, or `datasheet` of a GPU."""
+    """`measured` for a CPU, `datasheet` for a GPU."""
 
 
 _GPUS = {
@@ -46,18 +47,18 @@ _GPUS = {
     "A100": Roofline(1.935e12, 312e12, 624e12, "datasheet"),
     "L4": Roofline(0.3e12, 121e12, 242e12, "datasheet"),
 }
-"""By a part of the name that nvidia-smi gives, the first that fits; dense products, no sparsity."""
+"""Datasheet values by part of the name that nvidia-smi prints; the first match counts. Dense products, no sparsity."""
 
 
 def load_roofline(hardware: Hardware | None = None, measure: bool = True) -> Roofline | None:
-    """What this machine can do; None for an unknown GPU, and where it was never measured and must not be now.
+    """Return the roofline of this machine; None for an unknown GPU, or if `measure` is false and none is cached.
 
-    Measuring takes two seconds of every core and a process that imports torch: call it before an engine starts. That
-    process preloads the OpenMP library that engines do, which makes int8 products eight times as fast.
+    Measuring takes two seconds on all cores in a process that imports torch, so call it before an engine starts. The
+    process preloads the same OpenMP library as engines, which makes int8 products eight times as fast.
     """
     hardware = hardware or probe_hardware()
     if hardware.gpus:
-        return next((machine for name, machine in _GPUS.items() if name in hardware.gpus[0]), None)
+        return next((roofline for name, roofline in _GPUS.items() if name in hardware.gpus[0]), None)
     file = _cache_file(hardware)
     if not file.exists() and measure:
         print_status("measuring this machine's memory bandwidth and FLOP/s, once")
@@ -70,7 +71,7 @@ def load_roofline(hardware: Hardware | None = None, measure: bool = True) -> Roo
                 capture_output=True,
             )
         except (OSError, subprocess.SubprocessError):
-            return None  # a figure for the curious is no reason to stop
+            return None  # the roofline is informative only, so a failure does not stop the command
     try:
         return Roofline(**json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
@@ -79,11 +80,11 @@ def load_roofline(hardware: Hardware | None = None, measure: bool = True) -> Roo
 
 def _cache_file(hardware: Hardware) -> Path:
     name = re.sub(r"\W+", "-", f"{hardware.cpu} {len(hardware.cores)}").strip("-").lower()
-    return cache_dir("roof") / f"{name}.json"
+    return cache_dir("roofline") / f"{name}.json"
 
 
 def _measure() -> Roofline:
-    """Best of several runs, so that a neighbour on the machine does not become its limit. About two seconds."""
+    """Measure for about two seconds; the best of several runs excludes the load of other programs."""
     import torch
 
     torch.set_num_threads(len(probe_hardware().cores))

@@ -1,15 +1,17 @@
-"""Where things are kept, and how a directory appears whole or not at all."""
+"""Cache folders, and files and directories that appear completely or not at all."""
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import platformdirs
+from filelock import FileLock, Timeout
 
 from slimserve.core.errors import UserError
 from slimserve.core.progress import print_status
@@ -18,19 +20,18 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def cache_dir(kind: str) -> Path:
-    """Return (and create) the cache directory for one kind of artefact.
+    """Create and return the cache directory for one kind of artefact.
 
-    `SLIMSERVE_CACHE` names the root; without it, `$XDG_CACHE_HOME/slimserve` or
-    `~/.cache/slimserve`. Deleting the root loses time, never results.
+    `SLIMSERVE_CACHE` names the root; the default is the user's cache folder, usually `~/.cache/slimserve`. Deleting the
+    root costs time but loses no results.
     """
-    fallback = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slimserve"
-    root = Path(os.environ.get("SLIMSERVE_CACHE") or fallback)
+    root = Path(os.environ.get("SLIMSERVE_CACHE") or platformdirs.user_cache_path("slimserve"))
     path = root / kind
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            "cache directory", path, f"cannot be made ({error.strerror})", "set SLIMSERVE_CACHE to a writable folder"
+            "cache directory", path, f"cannot be created ({error.strerror})", "set SLIMSERVE_CACHE to a writable folder"
         ) from error
     return path
 
@@ -39,10 +40,9 @@ def cache_dir(kind: str) -> Path:
 def atomic_directory(target: Path) -> Iterator[Path]:
     """Yield a new directory beside `target` that is renamed to `target` on success.
 
-    On any exception, Ctrl-C included, the temporary directory is removed and
-    `target` is left as it was. A killed process leaves only `.NAME.partial-PID`,
-    which nobody trusts and which the next build of the same target removes; killed
-    between the two renames that replace an old target, it leaves that as `.NAME.replaced-PID`.
+    On any exception, including Ctrl-C, the temporary directory is removed and `target` does not change. A killed
+    process leaves `.NAME.partial-PID`, which the next build of the same target removes. A process killed between the
+    two renames that replace an old target leaves the old one as `.NAME.replaced-PID`.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     for leftover in target.parent.glob(f".{target.name}.partial-*"):
@@ -68,34 +68,35 @@ def atomic_directory(target: Path) -> Iterator[Path]:
             "output directory",
             target,
             f"could not be written ({error.strerror or error})",
-            f"{write_remedy(error)} or name another folder; nothing was left behind",
+            f"{write_remedy(error)} or name another folder; no partial output remains",
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
 def building_path(target: Path) -> Path:
-    """The folder beside `target` in which it is being made."""
+    """Return the folder beside `target` in which it is built."""
     return target.parent / f".{target.name}.building"
 
 
 @contextmanager
 def work_folder(target: Path, key: str, resumable: str) -> Iterator[Path]:
-    """The folder beside `target` in which it is being made: `.NAME.building`, gone when that is done.
+    """Yield the folder beside `target` in which it is built, `.NAME.building`; it is removed at the end.
 
-    Kept when the making is interrupted and a file of the pattern `resumable` is there to go on from, but not after a
-    UserError that no full disk caused: the same command would meet it again. One of another `key` is emptied first.
-    UserError where another process makes the same target.
+    After an interruption it stays if it has a file that matches `resumable`, so that the same command can resume. It is
+    removed after a UserError, which would recur, unless a full disk caused it. A folder with another `key` is emptied
+    first. Raises UserError if another process builds the same target.
     """
     work = building_path(target)
     work.mkdir(parents=True, exist_ok=True)
-    with (work / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(
-                "output directory", target, "is being built by another process", "wait for it, or name another"
-            ) from error
+    lock = FileLock(work / "lock", blocking=False)
+    try:
+        held = lock.acquire()
+    except Timeout as error:
+        raise UserError(
+            "output directory", target, "is being built by another process", "wait for it, or name another folder"
+        ) from error
+    with held:
         identity = work / "identity"
         if not identity.is_file() or identity.read_text(encoding="utf-8") != key:
             for leftover in work.iterdir():
@@ -112,7 +113,7 @@ def work_folder(target: Path, key: str, resumable: str) -> Iterator[Path]:
             is_hopeless = isinstance(error, UserError) and not isinstance(error.__cause__, OSError | SafetensorError)
             if not is_hopeless and any(work.glob(resumable)):
                 print_status(
-                    f"what is done lies in {work}: the same command resumes it; delete the folder to start anew"
+                    f"unfinished work is in {work}; run the same command to resume, or delete the folder to start over"
                 )
             else:
                 shutil.rmtree(work, ignore_errors=True)
@@ -121,7 +122,7 @@ def work_folder(target: Path, key: str, resumable: str) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write UTF-8 `text` to `path` so that a reader sees the old file or the new one, never half."""
+    """Write UTF-8 `text` to `path`; a reader sees either the old file or the complete new one."""
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         partial.write_text(text, encoding="utf-8")
@@ -136,15 +137,15 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def write_remedy(error: Exception) -> str:
-    """What to do about a write that failed."""
+    """Return what a user can do about a failed write."""
     number = getattr(error, "errno", None)
-    if number is None:  # a library that writes files itself says no more than that it failed
+    if number is None:  # libraries that write files report no error number
         return "free some disk space, or check the permissions of the folder,"
     return "free some disk space" if number in _FULL else "check the permissions of the folder and its disk"
 
 
 def sha256_of_files(paths: Iterable[Path]) -> str:
-    """SHA-256 over the names and bytes of files, in the order of their names."""
+    """Return the SHA-256 of the names and bytes of files, in the order of their names."""
     digest = hashlib.sha256()
     for path in sorted(paths, key=lambda path: path.name):
         digest.update(path.name.encode() + b"\0")

@@ -1,4 +1,4 @@
-"""A variant: a model directory that stock tools load, with `slimserve.json` that says how it was made."""
+"""Variants: model directories that stock tools load, each with a manifest `slimserve.json` of how it was made."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
+from slimserve.core.config import StrictModel
 from slimserve.core.errors import UserError
 from slimserve.core.hardware import probe_hardware
 from slimserve.core.provenance import versions
@@ -15,30 +16,26 @@ from slimserve.core.provenance import versions
 MANIFEST_FILE = "slimserve.json"
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class BaseModelRecord(_Strict):
+class BaseModelRecord(StrictModel):
     """The model that a variant was made from."""
 
     model: str
     """The model argument as the user gave it."""
     sha256: str
-    """Hash of the source's config, tokenizer and weights (of the file itself for a GGUF)."""
+    """Hash of the base model's config, tokenizer and weights, or of the file if it is a GGUF."""
     note: str = ""
 
 
-class StepRecord(_Strict):
-    """One step of a recipe, as it went."""
+class StepRecord(StrictModel):
+    """The record of one step of a recipe."""
 
     name: str
     seconds: float
     detail: dict[str, Any] = Field(default_factory=dict)
-    """What the step did: method, sizes before and after, error per layer, fallbacks."""
+    """Method, sizes before and after, error per layer, and numerical fallbacks of the step."""
 
 
-class Manifest(_Strict):
+class Manifest(StrictModel):
     """The content of `slimserve.json`."""
 
     format: int = 1
@@ -48,11 +45,11 @@ class Manifest(_Strict):
     base: BaseModelRecord
     steps: list[StepRecord]
     num_parameters: int
-    """Parameters of the model, tied ones counted once; scales of a quantized model not counted."""
+    """Number of parameters; tied ones count once, and the scales of a quantized model do not count."""
     calibration_sha256: str | None = None
-    """Hash of the calibration samples; None where no step looked at data."""
+    """Hash of the calibration samples; None if no step uses data."""
     calibration: dict[str, Any] = Field(default_factory=dict)
-    """Where the calibration samples came from, and how many were asked for and found."""
+    """Source of the calibration samples, and the numbers requested and available."""
     seed: int | None = None
     peak_rss_bytes: int | None = None
     created: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
@@ -61,7 +58,7 @@ class Manifest(_Strict):
 
     @property
     def build_s(self) -> float:
-        """Seconds that all steps took together."""
+        """Total seconds of all steps."""
         return sum(step.seconds for step in self.steps)
 
 
@@ -70,7 +67,7 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(directory: Path) -> Manifest | None:
-    """The manifest of a directory; None where it has none, as a model that others made."""
+    """Return the manifest of a directory; None without one. Raises UserError if it is invalid."""
     file = directory / MANIFEST_FILE
     if not file.is_file():
         return None
@@ -83,5 +80,5 @@ def read_manifest(directory: Path) -> Manifest | None:
 
 
 def disk_bytes(directory: Path) -> int:
-    """Bytes of all files under a model directory."""
+    """Return the total size of all files under a directory in bytes."""
     return sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())

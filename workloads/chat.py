@@ -34,11 +34,11 @@ class Chat(Workload):
     name: ClassVar[str] = "chat"
     primary_metric: ClassVar[str] = ""
 
-    def make_prompts(self, split: Split, num_prompts: int, seed: int = 0) -> list[Prompt]:
+    def make_prompts(self, split: Split, num_prompts: int, seed: int = 0) -> list[Prompt]:  # noqa: ARG002
         """Raise UserError: chats have no reference answers, so they cannot calibrate or evaluate a model."""
         raise UserError("workload", self.name, "has no reference answers", "use it with `slimserve loadtest` only")
 
-    def metric_data(self, prompts: Sequence[Prompt], answers: Sequence[Answer]) -> dict[str, MetricData]:
+    def metric_data(self, prompts: Sequence[Prompt], answers: Sequence[Answer]) -> dict[str, MetricData]:  # noqa: ARG002
         """Return no metrics: there is nothing to compare the answers with."""
         return {}
 

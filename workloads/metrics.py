@@ -1,7 +1,7 @@
 """Quality metrics with confidence intervals, and paired tests of two models over the same prompts.
 
-`estimate` gives a metric (`MetricData`) its 95% interval. `paired_samples` draws two models' metrics over the same groups
-of prompts, so that prompts that are difficult for both models cancel.
+`estimate` gives a metric (`MetricData`) its 95% interval. `paired_samples` draws two models' metrics over the same
+groups of prompts, so that prompts that are difficult for both models cancel.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def estimate(metric: MetricData) -> Estimate:
 def ranking_metrics(
     truths: Sequence[Sequence[bool]], scores: Sequence[Sequence[float]], users: Sequence[int]
 ) -> dict[str, MetricData]:
-    """Return metrics of scored candidate lists: pooled `auc` and `calibration_error`, mean `within_user_auc` and NDCG@10."""
+    """Return metrics of scored candidate lists: pooled AUC and calibration error, mean AUC and NDCG@10 per list."""
 
     def pooled(metric: _Metric) -> MetricData:
         def statistic(rows: list[int]) -> float:

@@ -5,8 +5,8 @@ Problems come from the procedural generators of `reasoning-gym`. Half are sums o
 make the model write long chains. Each prompt shows two worked examples of its kind from the calibration split, of
 different length, and then asks.
 
-The generators seed problem i with `seed + i`, so the streams of nearby seeds overlap. Splits are therefore drawn from one
-stream and divided by a hash of the question.
+The generators seed problem i with `seed + i`, so the streams of nearby seeds overlap. Splits are therefore drawn from
+one stream and divided by a hash of the question.
 """
 
 from __future__ import annotations

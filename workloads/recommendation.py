@@ -11,8 +11,9 @@ The data is MovieLens-100K as RecBole atomic files, read by path from the instal
 forbid redistribution. Any directory works that has one `.inter` file (user_id, item_id, rating, timestamp) and one
 `.item` file (item_id, a title, optionally release_year). A rating of at least 4 counts as "yes".
 
-Users are assigned to splits by a hash of their id, so no user's taste leaks from calibration into quality. Within a user
-the cut is by time: candidates are the items that were rated right after the history. A user's windows do not overlap.
+Users are assigned to splits by a hash of their id, so no user's taste leaks from calibration into quality. Within a
+user the cut is by time: candidates are the items that were rated right after the history. A user's windows do not
+overlap.
 """
 
 from __future__ import annotations

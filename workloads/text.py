@@ -1,8 +1,9 @@
 """Text: how well a model predicts held-out text, and how far its predictions are from those of a reference model.
 
-Documents come from the `quality` split of the built-in workloads in turn, which no recipe uses: user histories with their
-true labels, and problems with their worked derivations. A server returns the log-probability of each token and those of
-the most likely tokens at its position. vLLM lists at most 20 of them, so the full distribution is not available.
+Documents come from the `quality` split of the built-in workloads in turn, which no recipe uses: user histories with
+their true labels, and problems with their worked derivations. A server returns the log-probability of each token and
+those of the most likely tokens at its position. vLLM lists at most 20 of them, so the full distribution is not
+available.
 
 `coarse_kl` is therefore a lower bound of the Kullback-Leibler divergence: it compares the tokens that both sides list,
 and all others as one bucket. Merging outcomes never raises a divergence (the data-processing inequality, Cover and
@@ -22,7 +23,7 @@ _PROMPTS_DRAWN = 400
 _BLOCK = 64
 """Number of neighbouring tokens that are resampled together, because they are alike."""
 _LEAST_MASS = 1e-6
-"""Smallest mass of a bucket. Log-probabilities are rounded, so a mass may vanish; a larger one only lowers the bound."""
+"""Smallest mass of a bucket, since rounded log-probabilities may leave none; a larger one only lowers the bound."""
 
 
 @dataclass(frozen=True)

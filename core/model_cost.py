@@ -1,0 +1,101 @@
+"""The bytes and FLOPs of one token of a model, computed from the headers of its files.
+
+Decoding one stream reads every weight once per token, so its roofline is memory bandwidth over bytes (Pope et al.
+2022, arXiv 2211.05102, section 2). A prompt token costs two FLOPs per weight of the layers, so the roofline of
+prefill is FLOP/s over FLOPs. Attention is not counted, so the prefill roofline is too high for long prompts.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from slimserve.core.model_config import head_dim_of, num_kv_heads_of
+from slimserve.core.roofline import Roofline
+
+_DTYPE_BYTES = {
+    **dict.fromkeys(("BOOL", "F8_E4M3", "F8_E5M2", "I8", "U8"), 1),
+    **dict.fromkeys(("BF16", "F16", "I16", "U16"), 2),
+    **dict.fromkeys(("F32", "I32", "U32"), 4),
+    **dict.fromkeys(("F64", "I64", "U64"), 8),
+}
+_EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings)\.")
+_OUTPUT_LAYER = re.compile(r"(^|\.)lm_head\.")
+_MATRIX = re.compile(r"\.(weight|weight_packed|qweight)$")
+
+
+@dataclass(frozen=True)
+class ModelCost:
+    """The cost of a model per token."""
+
+    weight_bytes: int
+    """Bytes of all tensors."""
+    decode_bytes: int
+    """Bytes of weights that a decode step reads: all but an embedding table that is not also the output layer."""
+    prefill_flops: int
+    """FLOPs of one prompt token in the layers; the output layer runs once per prompt and is not counted."""
+    kv_bytes: int
+    """Bytes of keys and values of one token of context at 16 bits, which each later token reads."""
+    is_int8: bool
+    """Whether activations are int8 too, so that int8 FLOP/s are the roofline."""
+
+    def decode_tokens_per_s(self, hardware: Roofline) -> float:
+        """Return the roofline of one stream with a short context, in tokens per second."""
+        return hardware.bandwidth / self.decode_bytes
+
+    def prefill_tokens_per_s(self, hardware: Roofline) -> float | None:
+        """Return the roofline of prefill in prompt tokens per second; None if the hardware's FLOP/s are unknown."""
+        flops = hardware.int8_flops if self.is_int8 else hardware.bf16_flops
+        return flops / self.prefill_flops if flops else None
+
+
+def read_model_cost(directory: Path) -> ModelCost:
+    """Add up the safetensors headers of a Hugging Face model; raises OSError, ValueError or KeyError."""
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    quantization = config.get("quantization_config") or {}
+    tensors: dict[str, tuple[str, list[int]]] = {}
+    for file in sorted(directory.glob("*.safetensors")):
+        tensors |= _header(file)
+    has_output_layer = any(_OUTPUT_LAYER.search(name) for name in tensors)
+    sizes = {name: math.prod(shape) * _DTYPE_BYTES.get(dtype, 2) for name, (dtype, shape) in tensors.items()}
+    weight_bytes = sum(sizes.values())
+    embedding_bytes = sum(size for name, size in sizes.items() if _EMBEDDING.search(name))
+    values_per_int32 = 32 // _num_bits(quantization)
+    num_weights = sum(
+        math.prod(shape) * (values_per_int32 if dtype == "I32" else 1)
+        for name, (dtype, shape) in tensors.items()
+        if _MATRIX.search(name) and len(shape) > 1 and not _EMBEDDING.search(name) and not _OUTPUT_LAYER.search(name)
+    )
+    return ModelCost(
+        weight_bytes=weight_bytes,
+        decode_bytes=weight_bytes - (embedding_bytes if has_output_layer else 0),
+        prefill_flops=2 * num_weights,
+        kv_bytes=2 * 2 * config["num_hidden_layers"] * num_kv_heads_of(config) * head_dim_of(config),
+        is_int8=any(_is_int8(group) for group in (quantization.get("config_groups") or {}).values()),
+    )
+
+
+def _header(file: Path) -> dict[str, tuple[str, list[int]]]:
+    """Return dtype and shape of each tensor of a safetensors file."""
+    with file.open("rb") as handle:
+        (length,) = struct.unpack("<Q", handle.read(8))
+        header: dict[str, Any] = json.loads(handle.read(length))
+    return {name: (entry["dtype"], entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+
+
+def _num_bits(quantization: Mapping[str, Any]) -> int:
+    """Return the bits of a weight if several are packed into an int32, else 32."""
+    groups = (quantization.get("config_groups") or {}).values()
+    bits = [group["weights"]["num_bits"] for group in groups if group.get("weights")]
+    return min(bits, default=int(quantization.get("bits") or 32))
+
+
+def _is_int8(group: Mapping[str, Any]) -> bool:
+    inputs = group.get("input_activations") or {}
+    return inputs.get("type") == "int" and inputs.get("num_bits") == 8
