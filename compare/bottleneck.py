@@ -1,4 +1,4 @@
-"""What a load asks of the hardware: tokens a second against the roofs that the server names, and the energy it took."""
+"""The bottleneck of a load: tokens/s compared with the rooflines that the server reports, and the energy it took."""
 
 from __future__ import annotations
 
@@ -10,46 +10,42 @@ from pathlib import Path
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-from slimserve.compare.results import Regime
+from slimserve.compare.results import Bottleneck
 from slimserve.core.openai_client import Target, auth_headers
 from slimserve.loadtest.summary import LoadSummary
 
 _TIMEOUT_S = 10.0
 _POWERCAP = Path("/sys/class/powercap")
+_METRICS = "slimserve_{}_roofline_tokens_per_second"
 
 
 @dataclass(frozen=True)
-class Roofs:
-    """Tokens a second that the hardware allows, as docs/metrics.md defines them; None where the server does not say."""
+class Rooflines:
+    """Tokens/s that the hardware allows, as docs/metrics.md defines them; None if the server does not report them."""
 
     prefill: float | None = None
     decode: float | None = None
-    """Of one stream."""
+    """Roofline of one stream."""
 
 
-def read_roofs(target: Target) -> Roofs:
-    """The roofs on the server's /metrics page; unknown for servers other than ours."""
-    found: dict[str, float] = {}
+def read_rooflines(target: Target) -> Rooflines:
+    """Read the rooflines from the server's /metrics page; servers of other projects do not report them."""
+    values: dict[str, float] = {}
     with contextlib.suppress(httpx.HTTPError, ValueError):
         response = httpx.get(f"{target.url}/metrics", headers=auth_headers(), timeout=_TIMEOUT_S)
         for family in text_string_to_metric_families(response.text if response.status_code == 200 else ""):
-            for sample in family.samples:
-                if sample.name.endswith("_roof_tokens_per_second"):
-                    found[sample.name] = sample.value
-    # A gauge that nobody has set yet reads 0.
-    return Roofs(
-        found.get("slimserve_prefill_roof_tokens_per_second") or None,
-        found.get("slimserve_decode_roof_tokens_per_second") or None,
-    )
+            values |= {sample.name: sample.value for sample in family.samples}
+    # A gauge that was never set reads 0.
+    return Rooflines(values.get(_METRICS.format("prefill")) or None, values.get(_METRICS.format("decode")) or None)
 
 
-def regime_of(summary: LoadSummary, num_streams: int, roofs: Roofs) -> Regime:
-    """Which of prompts and single tokens binds this load, and how near the roof it comes.
+def find_bottleneck(summary: LoadSummary, num_streams: int, rooflines: Rooflines) -> Bottleneck:
+    """Return the phase that limits this load, and the fraction of the roofline that it reaches.
 
-    Prompt tokens are those that were computed: the share that came from a cache is the answers' own account of it,
-    else the server's counters. Decoding steps of `num_streams` share the reading of the weights, so their roof is one
-    stream's times the streams; context is not counted, so it is kind. `achieved_frac` adds up the shares of a second
-    that either would have taken at its roof.
+    Only computed prompt tokens count. The cached fraction comes from the answers, or else from the server's counters.
+    Decoding steps of `num_streams` streams share each read of the weights, so their roofline is one stream's times
+    `num_streams`; it ignores attention over the context and is therefore optimistic. `roofline_frac` is the sum of the
+    fractions of a second that both phases would take at their rooflines.
     """
     cached = summary.cached_frac
     if cached is None:
@@ -57,22 +53,22 @@ def regime_of(summary: LoadSummary, num_streams: int, roofs: Roofs) -> Regime:
     prefill = None
     if summary.prompt_tokens_mean:
         prefill = summary.requests_per_s * summary.prompt_tokens_mean * (1 - (cached or 0.0))
-    decode_roof = roofs.decode * num_streams if roofs.decode else None
-    prefill_share = prefill / roofs.prefill if prefill is not None and roofs.prefill else None
-    decode_share = summary.output_tokens_per_s / decode_roof if decode_roof else None
-    is_known = prefill_share is not None and decode_share is not None
-    return Regime(
-        bound=("prefill" if (prefill_share or 0) >= (decode_share or 0) else "decode") if is_known else None,
+    decode_roofline = rooflines.decode * num_streams if rooflines.decode else None
+    prefill_frac = prefill / rooflines.prefill if prefill is not None and rooflines.prefill else None
+    decode_frac = summary.output_tokens_per_s / decode_roofline if decode_roofline else None
+    is_known = prefill_frac is not None and decode_frac is not None
+    return Bottleneck(
+        limited_by=("prefill" if (prefill_frac or 0) >= (decode_frac or 0) else "decode") if is_known else None,
         prefill_tokens_per_s=prefill,
-        prefill_roof_tokens_per_s=roofs.prefill,
+        prefill_roofline_tokens_per_s=rooflines.prefill,
         decode_tokens_per_s=summary.output_tokens_per_s,
-        decode_roof_tokens_per_s=decode_roof,
-        achieved_frac=(prefill_share or 0.0) + (decode_share or 0.0) if is_known else None,
+        decode_roofline_tokens_per_s=decode_roofline,
+        roofline_frac=(prefill_frac or 0.0) + (decode_frac or 0.0) if is_known else None,
     )
 
 
 class EnergyMeter:
-    """Joules of the machine's processors (RAPL), where the kernel lets this user read them."""
+    """Reads the energy of the machine's processors (RAPL), if the kernel lets this user read it."""
 
     def __init__(self, powercap: Path = _POWERCAP) -> None:
         self._packages = sorted(powercap.glob("intel-rapl:[0-9]"))
@@ -80,7 +76,7 @@ class EnergyMeter:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """Set `joules` to what was counted meanwhile; None where nothing counts."""
+        """Set `joules` to the energy used within the context; None if it cannot be read."""
         before = self._read("energy_uj")
         try:
             yield
@@ -88,12 +84,12 @@ class EnergyMeter:
             after, wraps = self._read("energy_uj"), self._read("max_energy_range_uj")
             self.joules = None
             if before and after and wraps:
-                # A counter that is below where it began went over its end, once.
-                counted = [
+                # A counter below its first reading has wrapped around once.
+                used = [
                     now - then + (wrap if now < then else 0)
                     for then, now, wrap in zip(before, after, wraps, strict=True)
                 ]
-                self.joules = sum(counted) / 1e6
+                self.joules = sum(used) / 1e6
 
     def _read(self, name: str) -> list[int]:
         try:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from slimserve.compare.quality import Answers, figures_of, read_answers
+from slimserve.compare.quality import Answers, quality_metrics, read_answers
 from slimserve.compare.results import (
     TEXT,
     Comparison,
@@ -40,38 +40,38 @@ def answers_file(folder: Path, variant: str, workload: str) -> Path:
     return folder / variant / "quality" / f"{workload}.jsonl"
 
 
-def judge_quality(comparison: Comparison, folder: Path) -> dict[str, dict[str, QualityOutcome]]:
+def evaluate_quality(comparison: Comparison, folder: Path) -> dict[str, dict[str, QualityOutcome]]:
     """Fill in every variant's quality and its differences to the reference.
 
-    Returns, by variant and workload, whether the headline is kept within the tolerance, and how sure that is.
+    Returns, by variant and workload, whether the primary_metric is kept within the tolerance, and how sure that is.
     """
-    effort, tolerance = comparison.effort, comparison.requirements.quality_tolerance_frac
-    outcomes: dict[str, dict[str, QualityOutcome]] = {variant.name: {} for variant in comparison.variants}
-    for workload in (*comparison.workloads, *([TEXT] if effort.text_sequences else [])):
-        num_prompts = effort.quality_prompts.get(workload, 0)
+    preset, tolerance = comparison.preset, comparison.requirements.max_quality_loss_frac
+    decisions: dict[str, dict[str, QualityOutcome]] = {variant.name: {} for variant in comparison.variants}
+    for workload in (*comparison.workloads, *([TEXT] if preset.num_texts else [])):
+        num_prompts = preset.quality_prompts.get(workload, 0)
         theirs = _kept_answers(folder, comparison.reference, workload)
-        reference = figures_of(workload, num_prompts, effort.seed, theirs) if theirs else {}
+        reference = quality_metrics(workload, num_prompts, preset.seed, theirs) if theirs else {}
         for variant in comparison.variants:
             ours = _kept_answers(folder, variant.name, workload)
             if ours is None:
                 continue
             is_reference = variant.name == comparison.reference
-            figures = figures_of(workload, num_prompts, effort.seed, ours, None if is_reference else theirs)
+            figures = quality_metrics(workload, num_prompts, preset.seed, ours, None if is_reference else theirs)
             variant.quality[workload] = {name: metrics.estimate(figure) for name, figure in figures.items()}
-            samples = {} if is_reference else paired(figures, reference, ours, theirs)
+            samples = {} if is_reference else paired_metric_samples(figures, reference, ours, theirs)
             if samples:
                 variant.differences[workload] = {
                     name: difference(figures[name], reference[name], drawn) for name, drawn in samples.items()
                 }
             if primary_metric := comparison.workloads.get(workload):
-                outcomes[variant.name][workload] = _headline_outcome(
+                decisions[variant.name][workload] = _quality_outcome(
                     primary_metric,
                     figures[primary_metric],
                     reference.get(primary_metric),
                     samples.get(primary_metric),
                     tolerance,
                 )
-    return outcomes
+    return decisions
 
 
 def _kept_answers(folder: Path, variant: str, workload: str) -> Answers | None:
@@ -81,7 +81,7 @@ def _kept_answers(folder: Path, variant: str, workload: str) -> Answers | None:
     return answers if answers and answers.answers else None
 
 
-def paired(
+def paired_metric_samples(
     figures: Mapping[str, MetricData], others: Mapping[str, MetricData], ours: Answers, theirs: Answers | None
 ) -> dict[str, np.ndarray]:
     """Paired draws of each figure that both have; none where the answers are to different prompts."""
@@ -100,7 +100,7 @@ def difference(figure: MetricData, reference: MetricData, samples: np.ndarray) -
     return Difference(value, low, high, p_value, len(set(figure.groups)), "bootstrap")
 
 
-def _headline_outcome(
+def _quality_outcome(
     name: str, figure: MetricData, reference: MetricData | None, samples: np.ndarray | None, tolerance: float
 ) -> QualityOutcome:
     if reference is None or samples is None or not len(samples):  # the reference itself
@@ -112,10 +112,10 @@ def _headline_outcome(
     return QualityOutcome(name, kept_frac, kept_frac >= 1 - tolerance, probability)
 
 
-def judge_loads(comparison: Comparison, folder: Path) -> None:
+def evaluate_loads(comparison: Comparison, folder: Path) -> None:
     """Fill in what depends on requirements: objectives and goodput of every run, costs; and rank drift."""
     reference = comparison.variant(comparison.reference)
-    for variant in (*comparison.variants, *comparison.counterparts):
+    for variant in (*comparison.variants, *comparison.baseline_variants):
         for one in variant.rounds:
             for workload, runs in one.at_rate.items():
                 slos = comparison.requirements.slos.get(workload, ())
@@ -126,14 +126,14 @@ def judge_loads(comparison: Comparison, folder: Path) -> None:
             for workload in comparison.workloads
         }
         if variant is not reference:
-            drifts = {name: rank_drift(variant, reference, name, folder) for name in comparison.workloads}
-            variant.rank_drift = {name: drift for name, drift in drifts.items() if drift}
+            drifts = {name: rank_agreement(variant, reference, name, folder) for name in comparison.workloads}
+            variant.rank_agreement = {name: drift for name, drift in drifts.items() if drift}
 
 
 def _with_objectives(run: LoadRun, slos: Sequence[str], comparison: Comparison, folder: Path) -> LoadRun:
-    begin_s = comparison.effort.warmup_s
-    end_s = begin_s + comparison.effort.duration_s
-    window = [row for row in read_rows(folder / run.rows) if begin_s <= row.due_s < end_s]
+    begin_s = comparison.preset.warmup_s
+    end_s = begin_s + comparison.preset.duration_s
+    window = [row for row in read_rows(folder / run.rows_file) if begin_s <= row.due_s < end_s]
     objectives = [parse_objective(text) for text in slos]
     summary = replace(
         run.summary,
@@ -192,7 +192,9 @@ def cost_ratio(variant: VariantResult, reference: VariantResult, workloads: Sequ
     return spread(ratios) if None not in ratios else None
 
 
-def rank_drift(variant: VariantResult, reference: VariantResult, workload: str, folder: Path) -> dict[str, Estimate]:
+def rank_agreement(
+    variant: VariantResult, reference: VariantResult, workload: str, folder: Path
+) -> dict[str, Estimate]:
     """How much the order of candidates under load differs from the reference's, over slates that both scored.
 
     `kendall_tau` is tau-b (1: the same order), `top10_overlap` the share of its ten best that are the reference's too.
@@ -210,7 +212,7 @@ def _scores(variant: VariantResult, workload: str, folder: Path) -> dict[tuple[i
         (one.number, str(run.rate_rps), row.prompt): row.scores
         for one in variant.rounds
         for run in runs_of(one, workload)
-        for row in _rows(folder / run.rows)
+        for row in _rows(folder / run.rows_file)
         if row.scores and row.error is None
     }
 
@@ -237,4 +239,6 @@ def _top_overlap(ours: Sequence[float], theirs: Sequence[float]) -> float:
 
 
 def _mean(values: Sequence[float]) -> Estimate:
-    return metrics.grouped(lambda rows: sum(values[row] for row in rows) / len(rows), range(len(values)), len(values))
+    return metrics.bootstrap_by_group(
+        lambda rows: sum(values[row] for row in rows) / len(rows), range(len(values)), len(values)
+    )

@@ -1,11 +1,11 @@
 """Which variant to ship: the cheapest one that keeps quality and meets the objectives, why, and how sure.
 
-A variant keeps quality where each workload's headline figure is at least (1 - tolerance) of the reference's, both over
+A variant keeps quality where each workload's primary_metric figure is at least (1 - tolerance) of the reference's, both over
 the same prompts. How sure that is, is the share of draws from these prompts in which it holds. It meets the
 objectives where it met all of them in every round at the judged rate. Its cost is that of one unit of work (an item of
 a slate, an answer of a chat) at capacity over the reference's in the same round, the mean over workloads.
 
-One variant dominates another where it is at least as good in every headline, in cost and in latency, and clearly better
+One variant dominates another where it is at least as good in every primary_metric, in cost and in latency, and clearly better
 in one: quality intervals that do not overlap, or ranges over at least two rounds that do not.
 """
 
@@ -18,10 +18,10 @@ from dataclasses import dataclass, replace
 from slimserve.compare.evaluation import cost_ratio
 from slimserve.compare.results import (
     Comparison,
-    Outcome,
     QualityOutcome,
     SloOutcome,
     Spread,
+    VariantDecision,
     VariantResult,
     Verdict,
     spread,
@@ -33,10 +33,10 @@ _NEAR_MISS = 0.2
 
 
 def make_verdict(comparison: Comparison, quality: Mapping[str, Mapping[str, QualityOutcome]]) -> Verdict:
-    """Judge all variants; `quality` holds, by variant and workload, how each headline fared."""
+    """Judge all variants; `quality` holds, by variant and workload, how each primary_metric fared."""
     reference = comparison.variant(comparison.reference)
     dominance = _dominance(comparison)
-    outcomes = []
+    decisions = []
     for variant in comparison.variants:
         of_workloads = dict(quality.get(variant.name, {}))
         slo = {
@@ -45,7 +45,7 @@ def make_verdict(comparison: Comparison, quality: Mapping[str, Mapping[str, Qual
             if texts and workload in comparison.workloads
         }
         kept = len(of_workloads) == len(comparison.workloads) and all(one.is_kept for one in of_workloads.values())
-        outcome = Outcome(
+        decision = VariantDecision(
             name=variant.name,
             quality=of_workloads,
             keeps_quality=kept,
@@ -54,14 +54,14 @@ def make_verdict(comparison: Comparison, quality: Mapping[str, Mapping[str, Qual
             meets_slo=all(one.num_rounds > 0 and one.num_met == one.num_rounds for one in slo.values()),
             cost_ratio=cost_ratio(variant, reference, list(comparison.workloads)),
             dominated_by=dominance[variant.name][0],
-            alike=dominance[variant.name][1],
+            indistinguishable_from=dominance[variant.name][1],
             reason="",
         )
-        outcomes.append(_with_reason(outcome, comparison))
-    ranked = sorted((one for one in outcomes if one.qualifies), key=lambda one: _median(one.cost_ratio))
+        decisions.append(_with_reason(decision, comparison))
+    ranked = sorted((one for one in decisions if one.qualifies), key=lambda one: _median(one.cost_ratio))
     if not ranked:
-        return _no_winner(outcomes)
-    return _winner(comparison, ranked, outcomes)
+        return _no_winner(decisions)
+    return _winner(comparison, ranked, decisions)
 
 
 def confidence_words(confidence: float) -> str:
@@ -69,9 +69,9 @@ def confidence_words(confidence: float) -> str:
     return next((words for least, words in _WORDS if confidence >= least), "not sure")
 
 
-def _winner(comparison: Comparison, ranked: Sequence[Outcome], outcomes: Sequence[Outcome]) -> Verdict:
+def _winner(comparison: Comparison, ranked: Sequence[VariantDecision], decisions: Sequence[VariantDecision]) -> Verdict:
     winner, reference = ranked[0], comparison.reference
-    cheaper = [one for one in outcomes if _median(one.cost_ratio) < _median(winner.cost_ratio) and not one.qualifies]
+    cheaper = [one for one in decisions if _median(one.cost_ratio) < _median(winner.cost_ratio) and not one.qualifies]
     near = [one for one in cheaper if one.meets_slo and one.quality_probability >= _NEAR_MISS]
     if winner.name == reference:
         # It loses nothing against itself; what can be wrong is that a cheaper one was turned down.
@@ -100,33 +100,33 @@ def _winner(comparison: Comparison, ranked: Sequence[Outcome], outcomes: Sequenc
         for one in near
         if one.name != winner.name
     ]
-    sentences += _dominated_texts(comparison, outcomes)
-    return Verdict(winner.name, sentences, confidence, confidence_words(confidence), list(outcomes))
+    sentences += _dominated_texts(comparison, decisions)
+    return Verdict(winner.name, sentences, confidence, confidence_words(confidence), list(decisions))
 
 
-def _no_winner(outcomes: Sequence[Outcome]) -> Verdict:
-    def sure_of_failing(one: Outcome) -> float:
+def _no_winner(decisions: Sequence[VariantDecision]) -> Verdict:
+    def sure_of_failing(one: VariantDecision) -> float:
         missed = [1 - slo.num_met / slo.num_rounds if slo.num_rounds else 1.0 for slo in one.slo.values()]
         return max([1 - one.quality_probability, *missed])
 
-    confidence = min(map(sure_of_failing, outcomes))
+    confidence = min(map(sure_of_failing, decisions))
     sentences = ["Ship none of these: no variant both keeps quality and meets the objectives."]
-    sentences += [f"{one.name} {one.reason}." for one in outcomes]
+    sentences += [f"{one.name} {one.reason}." for one in decisions]
     sentences.append(f"How sure: {confidence_words(confidence)} ({confidence:.0%}).")
-    return Verdict(None, sentences, confidence, confidence_words(confidence), list(outcomes))
+    return Verdict(None, sentences, confidence, confidence_words(confidence), list(decisions))
 
 
-def _with_reason(outcome: Outcome, comparison: Comparison) -> Outcome:
+def _with_reason(decision: VariantDecision, comparison: Comparison) -> VariantDecision:
     parts = []
-    least = 1 - comparison.requirements.quality_tolerance_frac
+    least = 1 - comparison.requirements.max_quality_loss_frac
     for workload, primary_metric in comparison.workloads.items():
-        found = outcome.quality.get(workload)
+        found = decision.quality.get(workload)
         if found is None:
             parts.append(f"has no {primary_metric} of {workload}")
         elif not found.is_kept:
             kept = f"{found.kept_frac:.1%} of {comparison.reference}'s {workload} {_words(primary_metric)}"
             parts.append(f"keeps only {kept}, where {least:.0%} is asked for")
-    for workload, slo in outcome.slo.items():
+    for workload, slo in decision.slo.items():
         if not slo.num_rounds:
             parts.append(f"was not loaded with {workload}")
         elif slo.num_met < slo.num_rounds:
@@ -136,25 +136,25 @@ def _with_reason(outcome: Outcome, comparison: Comparison) -> Outcome:
                 f"{slo.num_rounds} rounds"
             )
     if not parts:
-        met = " and meets the objectives" if outcome.slo else ""
-        if outcome.name == comparison.reference:
+        met = " and meets the objectives" if decision.slo else ""
+        if decision.name == comparison.reference:
             parts = [f"is what the others are measured against{met}"]
         else:
-            parts = [f"keeps quality{met} at {_percent(outcome.cost_ratio)} of {comparison.reference}'s cost"]
-    return replace(outcome, reason=", and ".join(parts))
+            parts = [f"keeps quality{met} at {_percent(decision.cost_ratio)} of {comparison.reference}'s cost"]
+    return replace(decision, reason=", and ".join(parts))
 
 
 def _slo_outcome(comparison: Comparison, variant: VariantResult, workload: str) -> SloOutcome:
-    rate = comparison.judged_rates.get(workload, math.nan)
+    rate = comparison.slo_rates.get(workload, math.nan)
     summaries = variant.at_rate(workload, rate)
-    num_beyond = sum(rate in one.beyond.get(workload, []) for one in variant.rounds)
+    num_overloaded = sum(rate in one.overloaded.get(workload, []) for one in variant.rounds)
     values: dict[str, list[float | None]] = {}
     for summary in summaries:
         for objective in summary.objectives:
             values.setdefault(objective.text, []).append(objective.value)
     worst = {text: _largest(found) for text, found in values.items()}
     num_met = sum(bool(one.objectives) and all(found.is_met for found in one.objectives) for one in summaries)
-    return SloOutcome(rate, num_met, len(summaries) + num_beyond, worst)
+    return SloOutcome(rate, num_met, len(summaries) + num_overloaded, worst)
 
 
 def _largest(values: Sequence[float | None]) -> float | None:
@@ -176,10 +176,10 @@ def _axes(comparison: Comparison, variant: VariantResult) -> dict[str, _Axis]:
     for workload, primary_metric in comparison.workloads.items():
         if (found := variant.quality.get(workload, {}).get(primary_metric)) and found.value == found.value:
             axes[f"{workload} quality"] = _Axis(-found.value, -found.high, -found.low)
-        rate = comparison.judged_rates.get(workload)
+        rate = comparison.slo_rates.get(workload)
         if rate is not None:
             seen = spread(summary.e2e_s.p90 for summary in variant.at_rate(workload, rate))
-            if any(rate in one.beyond.get(workload, []) for one in variant.rounds):
+            if variant.is_overloaded(workload, rate):
                 axes[f"{workload} latency"] = _Axis(math.inf, math.inf, math.inf)
             elif seen:
                 axes[f"{workload} latency"] = _ranged(seen)
@@ -198,7 +198,7 @@ def _dominance(comparison: Comparison) -> dict[str, tuple[list[str], list[str]]]
     axes = {variant.name: _axes(comparison, variant) for variant in comparison.variants}
     found = {}
     for name, ours in axes.items():
-        above, alike = [], []
+        above, indistinguishable_from = [], []
         for other, theirs in axes.items():
             shared = [(ours[axis], theirs[axis]) for axis in ours if axis in theirs]
             if other == name or not shared:
@@ -207,13 +207,13 @@ def _dominance(comparison: Comparison) -> dict[str, tuple[list[str], list[str]]]
             if is_clear and all(their.value <= our.value for our, their in shared):
                 above.append(other)
             if not is_clear and not any(our.high < their.low for our, their in shared):
-                alike.append(other)
-        found[name] = above, alike
+                indistinguishable_from.append(other)
+        found[name] = above, indistinguishable_from
     return found
 
 
-def _dominated_texts(comparison: Comparison, outcomes: Sequence[Outcome]) -> list[str]:
-    if comparison.effort.rounds == 1 and len(outcomes) > 1:
+def _dominated_texts(comparison: Comparison, decisions: Sequence[VariantDecision]) -> list[str]:
+    if comparison.preset.num_rounds == 1 and len(decisions) > 1:
         return [
             "There was one round only, so how much speeds vary is not known and small differences mean nothing: two "
             "rounds or more tell which variants are clearly worse than others."
@@ -221,30 +221,30 @@ def _dominated_texts(comparison: Comparison, outcomes: Sequence[Outcome]) -> lis
     texts = [
         f"{one.name} is dominated by {' and '.join(one.dominated_by)}: no better in quality, cost or latency, and "
         "clearly worse in one of them."
-        for one in outcomes
+        for one in decisions
         if one.dominated_by
     ]
-    pairs = sorted({tuple(sorted((one.name, other))) for one in outcomes for other in one.alike})
+    pairs = sorted({tuple(sorted((one.name, other))) for one in decisions for other in one.indistinguishable_from})
     return texts + [f"{first} and {second} are not distinguishable in this run." for first, second in pairs]
 
 
-def _quality_text(outcome: Outcome, comparison: Comparison) -> str:
-    kept = [f"{one.kept_frac:.1%} of its {name} {_words(one.figure)}" for name, one in outcome.quality.items()]
-    return f"it keeps {' and '.join(kept)} ({1 - comparison.requirements.quality_tolerance_frac:.0%} is asked for)"
+def _quality_text(decision: VariantDecision, comparison: Comparison) -> str:
+    kept = [f"{one.kept_frac:.1%} of its {name} {_words(one.metric)}" for name, one in decision.quality.items()]
+    return f"it keeps {' and '.join(kept)} ({1 - comparison.requirements.max_quality_loss_frac:.0%} is asked for)"
 
 
-def _slo_text(outcome: Outcome) -> str:
-    if not outcome.slo:
+def _slo_text(decision: VariantDecision) -> str:
+    if not decision.slo:
         return "No objective was given, so latency did not count: it only had to keep quality and be cheap."
     parts = []
-    for workload, slo in outcome.slo.items():
+    for workload, slo in decision.slo.items():
         worst = ", ".join(f"{text} (worst {_value_text(text, value)})" for text, value in slo.worst.items())
         parts.append(f"{workload} at {slo.rate_rps:g} requests/s in {slo.num_met} of {slo.num_rounds} rounds: {worst}")
     return f"It met every objective: {'; '.join(parts)}."
 
 
-def _how_sure(winner: Outcome, comparison: Comparison, confidence: float, is_any_cheaper: bool) -> str:
-    tolerance = comparison.requirements.quality_tolerance_frac
+def _how_sure(winner: VariantDecision, comparison: Comparison, confidence: float, is_any_cheaper: bool) -> str:
+    tolerance = comparison.requirements.max_quality_loss_frac
     if winner.name == comparison.reference and not is_any_cheaper:
         return "It loses nothing against itself, and nothing cheaper was turned down."
     if winner.name == comparison.reference:

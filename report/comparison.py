@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
+from operator import attrgetter
 from pathlib import Path
 
-from slimserve.compare.results import Comparison, LoadRun, Spread, VariantResult, spread
+from slimserve.compare.results import (
+    RESULTS_FILE,
+    Comparison,
+    LoadRun,
+    Spread,
+    VariantResult,
+    load_comparison,
+    spread,
+)
+from slimserve.core.progress import print_status
 from slimserve.core.storage import write_atomically
 from slimserve.loadtest.rows import read_rows
 from slimserve.loadtest.slo import samples_of
 from slimserve.report import comparison_plots as plots
-from slimserve.report.comparison_tables import Cell, Table, Tables, VariantLine, view_of
+from slimserve.report.comparison_tables import Cell, Table, Tables, VariantLine
 from slimserve.report.page import Line, Plot, number_text, origin_lines, percent_text, render_page, setting_lines, words
 from slimserve.report.plots import plot_distribution
+from slimserve.workloads import load_workload
 
 REPORT_FILE = "report.html"
 
@@ -36,11 +48,30 @@ def write_report(comparison: Comparison, directory: Path) -> Path:
         variants=[Line(variant.name, _described(variant)) for variant in comparison.variants],
         settings=list(setting_lines({**asdict(comparison.preset), **asdict(comparison.requirements)})),
         judged=[Line(name, f"{number_text(rate)} requests/s") for name, rate in comparison.slo_rates.items()],
-        origin=origin_lines(comparison.origin),
+        origin=origin_lines(vars(comparison)),
     )
     path = directory / REPORT_FILE
     write_atomically(path, page)
     return path
+
+
+@contextmanager
+def reported(folder: Path) -> Iterator[None]:
+    """Report the comparison that runs in this context and writes its results.json to `folder`.
+
+    Writes report.html and prints the tables. After Ctrl-C or SIGTERM the page shows the measurements so far.
+    """
+    try:
+        yield
+    except SystemExit:
+        if (folder / RESULTS_FILE).exists():
+            report = write_report(load_comparison(folder), folder)
+            print_status(f"interrupted; measurements so far: {report}")
+        raise
+    comparison = load_comparison(folder)
+    report = write_report(comparison, folder)
+    print_table(comparison)
+    print_status(f"open: {report}")
 
 
 def print_table(comparison: Comparison) -> None:
@@ -81,16 +112,16 @@ def _facts(comparison: Comparison, tables: Tables) -> list[tuple[str, Cell]]:
     whole = comparison.variant(reference)
     facts: list[tuple[str, Cell]] = [("cost of a unit of work", (f"{overview[0][0]} of {reference}'s", overview[0][1]))]
     for number, workload in enumerate(comparison.workloads, 1):
-        view = view_of(workload)
+        view = load_workload(workload).view
         ratio = spread(
-            view.speed(ours.capacity[workload].summary) / speed
+            getattr(ours.capacity[workload].summary, view.speed) / speed
             for ours, theirs in zip(winner.rounds, whole.rounds, strict=False)
             if workload in ours.capacity and workload in theirs.capacity
-            if (speed := view.speed(theirs.capacity[workload].summary)) > 0
+            if (speed := getattr(theirs.capacity[workload].summary, view.speed)) > 0
         )
         if ratio:
             span = f"{ratio.min:.2f} to {ratio.max:.2f} over {ratio.n} rounds" if ratio.n > 1 else ""
-            facts.append((f"{workload}, {view.spec.speed_label}", (f"{ratio.median:.2f} × {reference}'s", span)))
+            facts.append((f"{workload}, {view.speed_label}", (f"{ratio.median:.2f} × {reference}'s", span)))
         least = 1 - comparison.requirements.max_quality_loss_frac
         text, interval = overview[number]
         facts.append((f"{workload} quality kept", (text, f"{interval}; asked for: {least:.0%}".removeprefix("; "))))
@@ -164,18 +195,18 @@ def _plots(comparison: Comparison, tables: Tables, directory: Path) -> list[Plot
 
 def _tradeoffs(comparison: Comparison, tables: Tables, workload: str) -> Iterator[Plot]:
     """Quality against cost and against speed."""
-    view, primary_metric = view_of(workload), comparison.workloads[workload]
+    view, primary_metric = load_workload(workload).view, comparison.workloads[workload]
     tolerance = comparison.requirements.max_quality_loss_frac
     whole = comparison.variant(comparison.reference).quality.get(workload, {}).get(primary_metric)
     least = whole.value * (1 - tolerance) if whole and whole.value == whole.value else None
-    cost_label = f"{comparison.cost_unit} {words(view.spec.cost)}"
+    cost_label = f"{comparison.cost_unit} {words(view.cost)}"
     axes: tuple[tuple[str, str, str, Callable[[VariantResult], Spread | None]], ...] = (
-        ("cost", cost_label, "Up and to the left", lambda one: one.costs.get(workload, {}).get(view.spec.cost)),
+        ("cost", cost_label, "Up and to the left", lambda one: one.costs.get(workload, {}).get(view.cost)),
         (
             "speed",
-            view.spec.speed_label,
+            view.speed_label,
             "Up and to the right",
-            lambda one: spread(map(view.speed, one.capacity(workload))),
+            lambda one: spread(map(attrgetter(view.speed), one.capacity(workload))),
         ),
     )
     for against, x_label, better, pick in axes:
@@ -193,7 +224,7 @@ def _tradeoffs(comparison: Comparison, tables: Tables, workload: str) -> Iterato
         if points:
             hint = f"{better} is better. Bars: 95% interval, range over rounds. Ring: ship this. Hollow: dominated."
             asked = f"asked for: {1 - tolerance:.0%} of {comparison.reference}"
-            svg = plots.plot_tradeoff(points, x_label, view.spec.quality_label, least, asked)
+            svg = plots.plot_tradeoff(points, x_label, view.quality_label, least, asked)
             yield Plot(f"{workload.capitalize()}: quality against {against}", hint, svg)
 
 
@@ -205,7 +236,7 @@ def _recovery(comparison: Comparison, tables: Tables, workload: str) -> Iterator
             low, high = tables.kept_interval(variant, workload) or (None, None)
             recoveries.append(plots.Recovery(number, variant.name, decision.quality[workload].kept_frac, low, high))
     if recoveries:
-        label = f"{view_of(workload).spec.quality_label}, % of {comparison.reference}"
+        label = f"{load_workload(workload).view.quality_label}, % of {comparison.reference}"
         svg = plots.plot_recovery(recoveries, label, 1 - comparison.requirements.max_quality_loss_frac)
         hint = "Further right is better. Bars are 95% intervals, paired prompt by prompt."
         yield Plot(f"{workload.capitalize()}: quality kept", hint, svg)
@@ -215,24 +246,24 @@ def _over_rate(comparison: Comparison, workload: str) -> Iterator[Plot]:
     rates = comparison.rates(workload)
     if len(rates) < 2:
         return
-    name, pick = next(iter(view_of(workload).latencies.items()))
+    name, latency = next(iter(load_workload(workload).view.latencies.items()))
     series = []
     for number, variant in enumerate(comparison.variants):
-        course = [(rate, spread(pick(load).p99 for load in variant.at_rate(workload, rate))) for rate in rates]
+        course = [
+            (rate, spread(getattr(load, latency).p99 for load in variant.at_rate(workload, rate))) for rate in rates
+        ]
         known = [(rate, found) for rate, found in course if found]
         if known:
             series.append((number, variant.name, known))
     if series:
         svg = plots.plot_over_rate(series, f"{name}, p99 (ms)", comparison.slo_rates.get(workload))
-        hint = (
-            "Lower is better. Medians over rounds with their range; a missing point is a rate far overloaded capacity."
-        )
+        hint = "Lower is better. Medians over rounds with their range; a missing point is a rate far beyond capacity."
         yield Plot(f"{workload.capitalize()}: latency over rate", hint, svg)
 
 
 def _distribution(comparison: Comparison, workload: str, directory: Path) -> Iterator[Plot]:
     """Latency at the judged rate, or of the closed loop where there is none, over all rounds."""
-    view, rate = view_of(workload), comparison.slo_rates.get(workload)
+    view, rate = load_workload(workload).view, comparison.slo_rates.get(workload)
     begin_s = comparison.preset.warmup_s
     end_s = begin_s + comparison.preset.duration_s
     series: list[tuple[str, list[float]]] = []
@@ -244,10 +275,10 @@ def _distribution(comparison: Comparison, workload: str, directory: Path) -> Ite
             for file in (directory / run.rows_file for run in (closed if rate is None else at_rate)):
                 rows = read_rows(file) if file.exists() else []
                 due = (row for row in rows if row.error is None and begin_s <= row.due_s < end_s)
-                samples += [sample for row in due for sample in samples_of(row, view.spec.distribution)]
+                samples += [sample for row in due for sample in samples_of(row, view.distribution)]
         series.append((variant.name, samples))
     if any(samples for _, samples in series):
         load = "in closed loop" if rate is None else f"at {number_text(rate)} requests/s"
         hint = "Further left is better. All rounds together; the axis ends a little after the largest p99."
-        svg = plot_distribution(series, view.spec.distribution_label)
+        svg = plot_distribution(series, view.distribution_label)
         yield Plot(f"{workload.capitalize()}: distribution {load}", hint, svg)

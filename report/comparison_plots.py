@@ -76,7 +76,7 @@ def plot_tradeoff(points: Sequence[Point], x_label: str, y_label: str, least: fl
 
 
 def plot_over_rate(
-    series: Sequence[tuple[int, str, Sequence[tuple[float, Spread]]]], y_label: str, judged_rate: float | None
+    series: Sequence[tuple[int, str, Sequence[tuple[float, Spread]]]], y_label: str, slo_rate: float | None
 ) -> str:
     """A latency in ms over the offered rate per variant: median over rounds, with the range of the rounds."""
 
@@ -91,8 +91,8 @@ def plot_over_rate(
             ]
             axes.errorbar(rates, medians, yerr=spans, color=style.color, linestyle="none", capsize=3)
             axes.plot(rates, medians, color=style.color, marker=style.marker, linestyle=style.linestyle, label=label)
-        if judged_rate is not None:
-            axes.axvline(judged_rate, color="black", linestyle=":", linewidth=1.2, label="objectives are judged here")
+        if slo_rate is not None:
+            axes.axvline(slo_rate, color="black", linestyle=":", linewidth=1.2, label="objectives are judged here")
         axes.set_xlabel("offered rate (requests/s)")
         axes.set_xlim(left=0)
         axes.set_ylabel(y_label)

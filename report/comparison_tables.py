@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from operator import attrgetter
 
 from slimserve.compare.results import TEXT, Comparison, Difference, Spread, VariantDecision, VariantResult, spread
 from slimserve.loadtest.summary import LoadSummary, Percentiles
 from slimserve.report.page import NOT_KNOWN, ms_text, number_text, percent_text, plain_text, words
 from slimserve.workloads import load_workload
-from slimserve.workloads.interface import Estimate, ReportView
+from slimserve.workloads.interface import Estimate
 
 Cell = tuple[str, str]
 """A figure, and its interval or range in smaller type."""
@@ -36,22 +35,6 @@ class Table:
     note: str
     headings: list[str]
     lines: list[VariantLine]
-
-
-@dataclass(frozen=True)
-class View:
-    """A workload's `ReportView` with functions that read a load summary instead of field names."""
-
-    spec: ReportView
-    speed: Callable[[LoadSummary], float]
-    latencies: dict[str, Callable[[LoadSummary], Percentiles]]
-    """Readers of latencies by label; the first is plotted over the request rate."""
-
-
-def view_of(workload: str) -> View:
-    """Return the view of a workload by its name."""
-    spec = load_workload(workload).view
-    return View(spec, attrgetter(spec.speed), {label: attrgetter(name) for label, name in spec.latencies.items()})
 
 
 @dataclass
@@ -97,7 +80,7 @@ class Tables:
         ]
 
     def kept_interval(self, variant: VariantResult, workload: str) -> tuple[float, float] | None:
-        """95% interval of the share of the reference's primary_metric figure that a variant keeps; None for the reference."""
+        """Return the 95% interval of the kept fraction of the primary metric; None for the reference."""
         primary_metric = self.comparison.workloads[workload]
         difference = variant.differences.get(workload, {}).get(primary_metric)
         whole = self.comparison.variant(self.comparison.reference).quality.get(workload, {}).get(primary_metric)
@@ -123,7 +106,7 @@ class Tables:
 
     def workload(self, workload: str) -> Table:
         """A workload's quality, capacity, latency at the judged rate and cost."""
-        view, rate = view_of(workload), self.comparison.slo_rates.get(workload)
+        view, rate = load_workload(workload).view, self.comparison.slo_rates.get(workload)
         slos = self.comparison.requirements.slos.get(workload, ())
         at = [] if rate is None else [f"{name} p50 / p99, ms" for name in view.latencies]
         loaded = "" if rate is None else f" Latency at {number_text(rate)} requests/s (Poisson)."
@@ -134,12 +117,12 @@ class Tables:
             f"{asked} Medians over rounds; small: their range.",
             [
                 "variant",
-                view.spec.quality_label,
+                view.quality_label,
                 f"against {self.comparison.reference}",
-                f"capacity, {view.spec.speed_label}",
+                f"capacity, {view.speed_label}",
                 *at,
                 *(["objectives"] if asked else []),
-                f"{self.comparison.cost_unit} {words(view.spec.cost)}",
+                f"{self.comparison.cost_unit} {words(view.cost)}",
                 "prompt from cache",
                 "failed",
             ],
@@ -150,26 +133,29 @@ class Tables:
         )
 
     def _workload_cells(self, variant: VariantResult, workload: str, rate: float | None, has_slo: bool) -> list[Cell]:
-        view, primary_metric = view_of(workload), self.comparison.workloads[workload]
+        view, primary_metric = load_workload(workload).view, self.comparison.workloads[workload]
         capacity = variant.capacity(workload)
         loads = [] if rate is None else variant.at_rate(workload, rate)
-        is_overloaded = any(rate in one.overloaded.get(workload, []) for one in variant.rounds)
+        is_overloaded = variant.is_overloaded(workload, rate)
         decision = self.decisions.get(variant.name)
         slo = decision.slo.get(workload) if decision else None
         cells = [
             estimate_cell(variant.quality.get(workload, {}).get(primary_metric)),
             difference_cell(variant.differences.get(workload, {}).get(primary_metric)),
-            _spread_cell(spread(view.speed(load) for load in capacity), number_text),
+            _spread_cell(spread(getattr(load, view.speed) for load in capacity), number_text),
         ]
         if rate is not None:
-            missing: Cell = ("overloaded capacity", "not run") if is_overloaded else _UNKNOWN
-            cells += [_latency_cell([pick(load) for load in loads]) or missing for pick in view.latencies.values()]
+            missing: Cell = ("beyond capacity", "not run") if is_overloaded else _UNKNOWN
+            cells += [
+                _latency_cell([getattr(load, latency) for load in loads]) or missing
+                for latency in view.latencies.values()
+            ]
         if has_slo:
             text = "met" if slo and slo.num_rounds and slo.num_met == slo.num_rounds else "MISSED"
             cells.append((text, f"{slo.num_met}/{slo.num_rounds} rounds") if slo else _UNKNOWN)
         return [
             *cells,
-            _spread_cell(variant.costs.get(workload, {}).get(view.spec.cost), number_text),
+            _spread_cell(variant.costs.get(workload, {}).get(view.cost), number_text),
             _spread_cell(spread(_cached(load) for load in capacity), percent_text),
             _errors_cell([*capacity, *loads]),
         ]

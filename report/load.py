@@ -84,7 +84,7 @@ def write_html(document: Mapping[str, Any], rows: Sequence[Row], directory: Path
         "load.html.j2",
         title=f"{document['suite']} on {document['target']['model']}",
         mood=_mood(summary),
-        headline=_headline(document, summary),
+        conclusion=_conclusion(document, summary),
         found=_found(document, summary),
         warnings=summary.warnings,
         objectives=objective_lines(summary),
@@ -113,7 +113,7 @@ def write_curve_html(
     page = render_page(
         "curve.html.j2",
         title=f"{document['suite']} on {document['target']['model']}: latency over rate",
-        headline=_curve_headline(document, ordered, found_rate),
+        conclusion=_curve_conclusion(document, ordered, found_rate),
         mood="good" if found_rate or all(meets for _, _, meets in ordered) else "bad",
         plots=_curve_plots(ordered, found_rate),
         headings=("requests/s", *_CURVE_HEADINGS),
@@ -133,7 +133,7 @@ def _mood(summary: LoadSummary) -> str:
     return "good" if summary.objectives else ""
 
 
-def _headline(document: Mapping[str, Any], summary: LoadSummary) -> str:
+def _conclusion(document: Mapping[str, Any], summary: LoadSummary) -> str:
     """The first sentence of the page: whether the figures may be believed, and whether they are good enough."""
     if summary.invalid:
         return f"INVALID: these figures are not the server's. {'; '.join(summary.invalid)}."
@@ -225,7 +225,7 @@ def _curve_row(rate: float, summary: LoadSummary, meets: bool) -> list[Any]:
     ]
 
 
-def _curve_headline(document: Mapping[str, Any], points: Sequence[CurvePoint], found_rate: float | None) -> str:
+def _curve_conclusion(document: Mapping[str, Any], points: Sequence[CurvePoint], found_rate: float | None) -> str:
     model, slos = document["target"]["model"], ", ".join(document["settings"]["slos"])
     search = document.get("max_rate")
     if search:

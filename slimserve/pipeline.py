@@ -33,6 +33,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
+from slimserve.compare.settings import CompareSettings, ComparisonSettings, ExistingModel
 from slimserve.core.config import StrictModel, invalid_key_error
 from slimserve.core.errors import UserError
 from slimserve.core.model import model_hash, resolve_model
@@ -73,15 +74,11 @@ class Compress(_Step):
     between: Between | None = None
 
 
-class Compare(StrictModel):
-    """Serve, judge and load some of the models."""
+class Compare(ComparisonSettings):
+    """Compare some of the models: serve, evaluate and load-test them."""
 
     variants: tuple[str, ...]
-    workloads: tuple[str, ...] = ("recommendation", "reasoning")
-    quick: bool = False
-    slos: tuple[str, ...] = ()
-    max_quality_loss: str = "3%"
-    price_per_hour: float | None = None
+    """Names of steps; the first one is the reference."""
 
 
 class Pipeline(StrictModel):
@@ -177,19 +174,11 @@ def _check_between(step: Compress, target: Path) -> None:
         write_atomically(note, told)
 
 
-def _compare(pipeline: Pipeline, asked: Compare, made: dict[str, Path], output: Path) -> None:
-    from slimserve.compare.plan import FULL, QUICK, Finished, parse_share, parse_slos
-    from slimserve.compare.results import Requirements
+def _compare(pipeline: Pipeline, table: Compare, made: dict[str, Path], output: Path) -> None:
     from slimserve.compare.run import compare
+    from slimserve.report.comparison import reported
 
-    compare(
-        pipeline.model,
-        [],
-        asked.workloads,
-        QUICK if asked.quick else FULL,
-        output / _COMPARISON,
-        requirements=Requirements(
-            parse_share("max_quality_loss", asked.max_quality_loss), parse_slos(asked.slos), asked.price_per_hour
-        ),
-        finished=[Finished(name, str(made[name])) for name in asked.variants],
-    )
+    variants = [ExistingModel(name, str(made[name])) for name in table.variants]
+    settings = CompareSettings(**{**dict(table), "recipes": (), "variants": variants})
+    with reported(output / _COMPARISON):
+        compare(pipeline.model, settings, output / _COMPARISON)

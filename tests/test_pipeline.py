@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import pytest
 
 import slimserve.compare.run
-from slimserve.compare.plan import QUICK, Finished
+import slimserve.report.comparison
+from slimserve.compare.settings import ExistingModel
 from slimserve.core.errors import UserError
 from slimserve.pipeline import load_pipeline, run_pipeline
 from tests.distill.conftest import save_tiny
@@ -70,6 +72,7 @@ def test_a_chain_goes_from_a_model_to_a_comparison_and_is_not_done_twice(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     asked: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(slimserve.report.comparison, "reported", lambda folder: contextlib.nullcontext())
     monkeypatch.setattr(slimserve.compare.run, "compare", lambda *given, **named: asked.append((*given, named)))
     output = tmp_path / "out"
     made = run_pipeline(load_pipeline(write(tmp_path, model)), output)
@@ -81,8 +84,10 @@ def test_a_chain_goes_from_a_model_to_a_comparison_and_is_not_done_twice(
     bases = [json.loads((made[name] / "slimserve.json").read_text())["base"]["model"] for name in made]
     assert bases == [str(model), str(made["teacher"]), str(made["pruned"])]
     given = asked[0]
-    assert given[:5] == (str(model), [], ("reasoning",), QUICK, output / "compare")
-    assert given[5]["finished"] == [Finished(name, str(made[name])) for name in ("teacher", "student")]
+    settings = given[1]
+    assert (given[0], given[2]) == (str(model), output / "compare")
+    assert (settings.recipes, settings.workloads, settings.quick) == ((), ("reasoning",), True)
+    assert list(settings.variants) == [ExistingModel(name, str(made[name])) for name in ("teacher", "student")]
     capfd.readouterr()
     run_pipeline(load_pipeline(write(tmp_path, model)), output)
     assert capfd.readouterr().err.count("reused") == 3

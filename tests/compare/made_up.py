@@ -6,11 +6,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from slimserve.compare.results import Comparison, Effort, LoadRun, QualityOutcome, Requirements, Round, VariantResult
+from slimserve.compare.results import Comparison, LoadRun, Preset, QualityOutcome, Requirements, Round, VariantResult
 from slimserve.loadtest.summary import LoadSummary, ObjectiveOutcome, percentiles, summarize
 from slimserve.workloads.interface import Estimate
 
-EFFORT = Effort({"recommendation": 5, "reasoning": 6}, {"recommendation": 2, "reasoning": 8}, 4.0, 1.0)
+PRESET = Preset({"recommendation": 5, "reasoning": 6}, {"recommendation": 2, "reasoning": 8}, 4.0, 1.0)
 RATE = 2.0
 SLO = "e2e_p90=1s"
 
@@ -34,7 +34,7 @@ def variant(
     for number, (speed, latency) in enumerate(zip(items_per_s, e2e_s, strict=True), start=1):
         one = Round(number, ready_s=30.0, capacity={"recommendation": LoadRun(None, 2, summary(speed), "capacity")})
         if math.isinf(latency):
-            one.beyond = {"recommendation": [RATE]}
+            one.overloaded = {"recommendation": [RATE]}
         else:
             one.at_rate = {"recommendation": [LoadRun(RATE, None, summary(speed, latency), "rate")]}
         rounds.append(one)
@@ -48,11 +48,11 @@ def comparison(variants: Sequence[VariantResult], slos: Mapping[str, tuple[str, 
     return Comparison(
         model="a-model",
         workloads={"recommendation": "auc"},
-        effort=EFFORT,
+        preset=PRESET,
         requirements=Requirements(slos=dict({"recommendation": (SLO,)} if slos is None else slos)),
         started="2026-01-01T00:00:00+00:00",
         reference=variants[0].name,
-        judged_rates={"recommendation": RATE},
+        slo_rates={"recommendation": RATE},
         variants=list(variants),
     )
 

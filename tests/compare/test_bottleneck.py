@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from slimserve.compare.bottleneck import EnergyMeter, Roofs, read_roofs, regime_of
+from slimserve.compare.bottleneck import EnergyMeter, Rooflines, find_bottleneck, read_rooflines
 from slimserve.core.openai_client import Target
 from slimserve.loadtest.summary import ServerCounts, summarize
 
@@ -14,23 +14,23 @@ SUMMARY = replace(
 
 def test_the_larger_share_of_its_roof_is_what_binds() -> None:
     # Half a second for 2 requests of 250 computed tokens at 1,000/s, a quarter for 100 tokens at 8 streams × 50/s.
-    regime = regime_of(SUMMARY, 8, Roofs(prefill=1000.0, decode=50.0))
-    assert regime.bound == "prefill"
-    assert regime.prefill_tokens_per_s == 500
-    assert regime.decode_roof_tokens_per_s == 400
-    assert regime.achieved_frac == pytest.approx(0.75)
-    assert regime_of(SUMMARY, 8, Roofs(prefill=10_000.0, decode=50.0)).bound == "decode"
+    bottleneck = find_bottleneck(SUMMARY, 8, Rooflines(prefill=1000.0, decode=50.0))
+    assert bottleneck.limited_by == "prefill"
+    assert bottleneck.prefill_tokens_per_s == 500
+    assert bottleneck.decode_roofline_tokens_per_s == 400
+    assert bottleneck.roofline_frac == pytest.approx(0.75)
+    assert find_bottleneck(SUMMARY, 8, Rooflines(prefill=10_000.0, decode=50.0)).limited_by == "decode"
 
 
 def test_the_servers_count_of_cached_tokens_stands_in_for_the_answers() -> None:
     summary = replace(SUMMARY, cached_frac=None, server=ServerCounts(prefix_cache_hit_frac=0.5))
-    assert regime_of(summary, 8, Roofs()).prefill_tokens_per_s == 1000
+    assert find_bottleneck(summary, 8, Rooflines()).prefill_tokens_per_s == 1000
 
 
 def test_without_roofs_no_bound_is_claimed(fake_url: str) -> None:
-    assert read_roofs(Target(fake_url, "good")) == Roofs()
-    regime = regime_of(SUMMARY, 8, Roofs(prefill=1000.0))
-    assert (regime.bound, regime.achieved_frac) == (None, None)
+    assert read_rooflines(Target(fake_url, "good")) == Rooflines()
+    bottleneck = find_bottleneck(SUMMARY, 8, Rooflines(prefill=1000.0))
+    assert (bottleneck.limited_by, bottleneck.roofline_frac) == (None, None)
 
 
 def test_energy_is_the_sum_over_processors_and_survives_a_wrap(tmp_path: Path) -> None:

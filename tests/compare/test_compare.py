@@ -1,4 +1,4 @@
-"""The main job on a real engine: build, serve, judge, load, report; and what is left when it is interrupted."""
+"""A comparison on a real engine, from build to report, and the state that an interruption leaves behind."""
 
 import json
 import os
@@ -12,19 +12,22 @@ from pathlib import Path
 import psutil
 import pytest
 
-from slimserve.compare.results import Effort
-from slimserve.compare.run import build, compare
+from slimserve.compare.backend import Backend
+from slimserve.compare.results import Preset
+from slimserve.compare.run import compare
+from slimserve.compare.settings import CompareSettings
 from slimserve.core.errors import UserError
+from slimserve.report.comparison import reported
 from tests.conftest import SMOLLM2
 
-TINY = Effort(
+TINY = Preset(
     {"recommendation": 4, "reasoning": 6},
     {"recommendation": 1, "reasoning": 2},
     duration_s=4.0,
     warmup_s=1.0,
     cooldown_s=0.0,
-    rounds=1,
-    text_sequences=1,
+    num_rounds=1,
+    num_texts=1,
     text_tokens=64,
     rates={"recommendation": (1.0,)},
     rate_fracs=(),
@@ -32,8 +35,9 @@ TINY = Effort(
 
 
 @pytest.mark.engine
-def test_a_variant_is_built_served_judged_loaded_and_reported(tmp_path: Path) -> None:
-    compare(SMOLLM2, ["w8a8"], ["recommendation", "reasoning"], TINY, tmp_path)
+def test_a_variant_is_built_served_evaluated_loaded_and_reported(tmp_path: Path) -> None:
+    with reported(tmp_path):
+        compare(SMOLLM2, CompareSettings(recipes="w8a8"), tmp_path, preset=TINY)
     document = json.loads((tmp_path / "results.json").read_text())
     (variant,) = document["variants"]
     assert variant["recipe"] == "w8a8"
@@ -50,10 +54,10 @@ def test_a_variant_is_built_served_judged_loaded_and_reported(tmp_path: Path) ->
     assert recommendation["errors"] == reasoning["errors"] == {}
     assert recommendation["items_per_s"] > 1
     assert reasoning["output_tokens_per_s"] > 1
-    for figure in ("ttft_s", "itl_s", "e2e_s"):
-        assert 0 < reasoning[figure]["p50"] <= reasoning[figure]["p90"] <= reasoning[figure]["p99"]
+    for metric in ("ttft_s", "itl_s", "e2e_s"):
+        assert 0 < reasoning[metric]["p50"] <= reasoning[metric]["p90"] <= reasoning[metric]["p99"]
     assert 0 < recommendation["server"]["prefix_cache_hit_frac"] < 1
-    assert variant["regime"]["recommendation"]["bound"] == "prefill"
+    assert variant["bottlenecks"]["recommendation"]["limited_by"] == "prefill"
     assert variant["costs"]["reasoning"]["per_million_output_tokens"]["median"] > 0
     assert [run["rate_rps"] for run in one["at_rate"]["recommendation"]] == [1.0]
     assert document["verdict"]["winner"] == "w8a8"
@@ -90,8 +94,8 @@ def test_a_variant_says_whether_this_run_built_it(
     recipe.write_text(
         'summary = "no data, so soon done"\n[[steps]]\nstep = "prune"\nmlp_remove_frac = 0.25\nmethod = "magnitude"\n'
     )
-    first = build(str(smollm2), smollm2, str(recipe), before)
-    second = build(str(smollm2), smollm2, str(recipe), before + timedelta(hours=1))
+    first = Backend(str(smollm2), ["reasoning"]).build(str(recipe), smollm2, before)
+    second = Backend(str(smollm2), ["reasoning"]).build(str(recipe), smollm2, before + timedelta(hours=1))
     assert (first.build_reused, second.build_reused) == (False, True)
     assert first.directory == second.directory
     assert first.build_s == second.build_s
@@ -105,13 +109,14 @@ def test_a_variant_says_whether_this_run_built_it(
     [
         (["w9"], ["reasoning"], "recipe: 'w9' is unknown"),
         (["dense"], ["chess"], "workload: 'chess' is unknown"),
-        ([], ["reasoning"], "name nothing"),
-        (["dense", "w8a8", "dense"], ["reasoning"], "recipes: 'dense' stands twice"),
+        ([], ["reasoning"], "are empty"),
+        (["dense", "w8a8", "dense"], ["reasoning"], "variants: 'dense' is named twice"),
     ],
 )
 def test_unknown_names_are_refused_before_any_work(
     tmp_path: Path, recipes: list[str], workloads: list[str], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
-        compare("no-model-is-looked-for", recipes, workloads, TINY, tmp_path / "out")
+        settings = CompareSettings(recipes=tuple(recipes), workloads=tuple(workloads))
+        compare("no-model-is-looked-for", settings, tmp_path / "out", preset=TINY)
     assert not (tmp_path / "out").exists()

@@ -16,22 +16,22 @@ from slimserve.workloads.text import TextReading
 
 def test_scores_come_back_in_the_order_of_the_items(fake_url: str) -> None:
     answers = ask_quality(Target(fake_url, "good"), "recommendation", 5, 0)
-    figures = quality_metrics("recommendation", 5, 0, answers)
-    assert figures["auc"].value == 0.5
-    assert figures["auc"].n == 5 * 16
+    results = quality_metrics("recommendation", 5, 0, answers)
+    assert results["auc"].value == 0.5
+    assert results["auc"].n == 5 * 16
 
 
-def test_answers_are_judged_by_the_verifier(fake_url: str) -> None:
+def test_answers_are_checked_by_the_verifier(fake_url: str) -> None:
     answers = ask_quality(Target(fake_url, "good"), "reasoning", 30, 0)
-    figures = quality_metrics("reasoning", 30, 0, answers)
+    results = quality_metrics("reasoning", 30, 0, answers)
     # The fake server answers every problem with 42.
     right = sum(Reasoning().is_correct(problem, "42") for problem in Reasoning().make_prompts("quality", 30))  # type: ignore[arg-type]
-    assert figures["accuracy"].value == right / 30
-    assert figures["tokens_per_answer"].value == 7
+    assert results["accuracy"].value == right / 30
+    assert results["tokens_per_answer"].value == 7
 
 
 @pytest.mark.parametrize("workload", ["recommendation", "reasoning"])
-def test_figures_are_those_that_the_workload_itself_judges(workload: str) -> None:
+def test_metrics_equal_the_workloads_own(workload: str) -> None:
     prompts = load_workload(workload).make_prompts("quality", 12)
     kept = [
         tuple(math.sin(7 * row + item) / 2 + 0.5 for item in range(16))
@@ -39,9 +39,9 @@ def test_figures_are_those_that_the_workload_itself_judges(workload: str) -> Non
         else ChatAnswer(f"<think></think>{row}", 10 + row)
         for row in range(12)
     ]
-    figures = quality_metrics(workload, 12, 0, Answers("", list(kept)))
-    judged = metrics.evaluate(load_workload(workload), prompts, kept)
-    assert {name: metrics.estimate(figure) for name, figure in figures.items()} == judged
+    results = quality_metrics(workload, 12, 0, Answers("", list(kept)))
+    expected = metrics.evaluate(load_workload(workload), prompts, kept)
+    assert {name: metrics.estimate(metric) for name, metric in results.items()} == expected
 
 
 def test_raw_answers_are_kept_and_read_back(tmp_path: Path) -> None:
@@ -64,15 +64,15 @@ def test_other_prompts_have_another_hash(fake_url: str) -> None:
     assert len(hashes) == 2
 
 
-def test_a_server_without_log_probabilities_of_prompts_gives_no_text_figures(fake_url: str) -> None:
+def test_a_server_without_log_probabilities_of_prompts_gives_no_text_metrics(fake_url: str) -> None:
     assert ask_text(Target(fake_url, "good"), 2, 8, 0).answers == []
 
 
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ("http-500", "quality request: .* was answered 500"),
-        ("few-scores", "quality request: '/v1/score' brought 15 scores for 16 items"),
+        ("http-500", "request: .* failed with 500"),
+        ("few-scores", "quality request: '/v1/score' returned 15 scores for 16 items"),
     ],
 )
 def test_a_failed_request_ends_the_measurement(fake_url: str, model: str, message: str) -> None:
@@ -81,5 +81,5 @@ def test_a_failed_request_ends_the_measurement(fake_url: str, model: str, messag
 
 
 def test_a_server_that_is_gone_ends_the_measurement() -> None:
-    with pytest.raises(UserError, match="got no answer"):
+    with pytest.raises(UserError, match="was not answered"):
         ask_quality(Target(f"http://127.0.0.1:{free_port()}", "m"), "reasoning", 2, 0)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from slimserve.compare.results import BaselineOutcome, Difference, Loss, Regime, load_comparison, spread
+from slimserve.compare.results import BaselineOutcome, Bottleneck, Difference, Loss, load_comparison, spread
 from slimserve.compare.verdict import make_verdict
 from slimserve.core.errors import UserError
 from slimserve.workloads.interface import Estimate
@@ -16,7 +16,7 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     written = comparison(variants)
     written.verdict = make_verdict(written, {"dense": kept(1, 1), "w8a8": kept(1, 0.5)})
     variants[1].differences = {"recommendation": {"auc": Difference(0.1, 0.0, 0.2, 0.04, 9, "bootstrap")}}
-    variants[1].regime = {"recommendation": Regime("prefill", 1.0, 2.0, 3.0, None, 0.5)}
+    variants[1].bottlenecks = {"recommendation": Bottleneck("prefill", 1.0, 2.0, 3.0, None, 0.5)}
     written.baseline = BaselineOutcome("b", [Loss("w8a8", "recommendation", "auc", "quality", 0, 0, 0, 1, False)], [])
     file = written.write(tmp_path)
     read = load_comparison(file)
@@ -26,7 +26,7 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     assert len(read.variant("w8a8").at_rate("recommendation", RATE)) == 1
 
 
-def test_undefined_figures_become_null_and_come_back(tmp_path: Path) -> None:
+def test_undefined_values_become_null_and_come_back(tmp_path: Path) -> None:
     nan = math.nan
     file = comparison([variant("dense", [50.0], Estimate(nan, nan, nan, 0), [0.5])]).write(tmp_path)
     assert json.loads(file.read_text())["variants"][0]["quality"]["recommendation"]["auc"]["value"] is None
@@ -34,7 +34,7 @@ def test_undefined_figures_become_null_and_come_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["{", "[]", "{}", '{"command": "loadtest", "commit": "", "hardware": {}, "versions": {}}']
+    "text", ["{", "[]", "{}", '{"format": 1, "command": "compare", "commit": "", "hardware": {}, "versions": {}}']
 )
 def test_another_file_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "results.json").write_text(text)

@@ -18,8 +18,8 @@ def dense() -> VariantResult:
     return variant("dense", [50.0, 52.0], AUC)
 
 
-def outcome_names(verdict: Verdict, field: str) -> dict[str, list[str]]:
-    return {one.name: getattr(one, field) for one in verdict.outcomes}
+def decision_names(verdict: Verdict, field: str) -> dict[str, list[str]]:
+    return {one.name: getattr(one, field) for one in verdict.decisions}
 
 
 def test_the_cheapest_that_keeps_quality_and_objectives_wins() -> None:
@@ -30,10 +30,10 @@ def test_the_cheapest_that_keeps_quality_and_objectives_wins() -> None:
     )
     assert verdict.winner == "w8a8"
     assert (verdict.confidence, verdict.confidence_words) == (0.86, "fairly sure")
-    costs = {one.name: one.cost_ratio for one in verdict.outcomes}
+    costs = {one.name: one.cost_ratio for one in verdict.decisions}
     assert costs["w8a8"] is not None
     assert costs["w8a8"].median == 0.5
-    reasons = {one.name: one.reason for one in verdict.outcomes}
+    reasons = {one.name: one.reason for one in verdict.decisions}
     assert reasons["prune25"].startswith("keeps only 80.0% of dense's recommendation AUC, where 97% is asked for")
     assert reasons["w8a8"] == "keeps quality and meets the objectives at 50% (50% to 50% over 2 rounds) of dense's cost"
     assert verdict.sentences[0].startswith("Ship w8a8: a unit of work costs 50%")
@@ -44,17 +44,17 @@ def test_a_variant_that_misses_the_objective_in_one_round_does_not_win() -> None
     late = variant("w8a8", [100.0, 104.0], AUC, [0.9, 1.1])
     verdict = make_verdict(comparison([dense(), late]), {"dense": kept(1, 1), "w8a8": kept(1, 1)})
     assert verdict.winner == "dense"
-    assert verdict.outcomes[1].slo["recommendation"].num_met == 1
-    assert verdict.outcomes[1].slo["recommendation"].worst == {"e2e_p90=1s": 1.1}
-    assert "misses e2e_p90=1s of recommendation at 2 requests/s in 1 of 2 rounds" in verdict.outcomes[1].reason
+    assert verdict.decisions[1].slo["recommendation"].num_met == 1
+    assert verdict.decisions[1].slo["recommendation"].worst == {"e2e_p90=1s": 1.1}
+    assert "misses e2e_p90=1s of recommendation at 2 requests/s in 1 of 2 rounds" in verdict.decisions[1].reason
 
 
 def test_a_rate_far_beyond_capacity_is_a_missed_objective() -> None:
     slow = variant("nf4", [5.0, 5.0], AUC, [math.inf, math.inf])
     verdict = make_verdict(comparison([dense(), slow]), {"dense": kept(1, 1), "nf4": kept(1, 1)})
-    assert not verdict.outcomes[1].meets_slo
-    assert "far beyond its capacity" in verdict.outcomes[1].reason
-    assert outcome_names(verdict, "dominated_by")["nf4"] == ["dense"]
+    assert not verdict.decisions[1].meets_slo
+    assert "far beyond its capacity" in verdict.decisions[1].reason
+    assert decision_names(verdict, "dominated_by")["nf4"] == ["dense"]
 
 
 def test_where_the_reference_wins_doubt_is_that_a_cheaper_one_was_turned_down() -> None:
@@ -108,23 +108,23 @@ def test_dominated_takes_no_worse_everywhere_and_clearly_better_somewhere() -> N
     verdict = make_verdict(
         comparison([better, slower_and_worse, cheaper_but_worse]), {name: kept(1, 1) for name in "abc"}
     )
-    assert outcome_names(verdict, "dominated_by") == {"a": [], "b": ["a", "c"], "c": []}
+    assert decision_names(verdict, "dominated_by") == {"a": [], "b": ["a", "c"], "c": []}
 
 
 def test_one_round_says_nothing_clear_of_speed() -> None:
     one, two = variant("a", [50.0], AUC, [0.5]), variant("b", [100.0], AUC, [0.4])
     made = comparison([one, two])
-    made.effort = replace(made.effort, rounds=1)
+    made.preset = replace(made.preset, num_rounds=1)
     verdict = make_verdict(made, {"a": kept(1, 1), "b": kept(1, 1)})
     assert any(sentence.startswith("There was one round only") for sentence in verdict.sentences)
-    assert outcome_names(verdict, "dominated_by") == {"a": [], "b": []}
-    assert outcome_names(verdict, "alike") == {"a": ["b"], "b": ["a"]}
+    assert decision_names(verdict, "dominated_by") == {"a": [], "b": []}
+    assert decision_names(verdict, "indistinguishable_from") == {"a": ["b"], "b": ["a"]}
 
 
 def test_a_variant_without_quality_does_not_qualify() -> None:
     verdict = make_verdict(comparison([dense(), variant("w8a8", [100.0, 100.0], AUC)]), {"dense": kept(1, 1)})
     assert verdict.winner == "dense"
-    assert verdict.outcomes[1].reason.startswith("has no auc of recommendation")
+    assert verdict.decisions[1].reason.startswith("has no auc of recommendation")
 
 
 @pytest.mark.parametrize(

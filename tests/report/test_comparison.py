@@ -11,13 +11,13 @@ import pytest
 
 from slimserve.compare.results import (
     BaselineOutcome,
+    Bottleneck,
     Comparison,
     Difference,
-    Effort,
     LoadRun,
     Loss,
+    Preset,
     QualityOutcome,
-    Regime,
     Requirements,
     Round,
     VariantResult,
@@ -42,19 +42,19 @@ def made_up_comparison(
 ) -> Comparison:
     """A comparison of the right shape with invented figures: per recipe its speed over dense's and quality kept."""
     draw = random.Random(1)
-    headlines = {name: WORKLOADS[name] for name in workloads}
+    primary_metrics = {name: WORKLOADS[name] for name in workloads}
     rates = dict.fromkeys(workloads, 2.0)
     comparison = Comparison(
         model="a-model-with-a-rather-long-name-135m-instruct",
-        workloads=headlines,
-        effort=Effort(
+        workloads=primary_metrics,
+        preset=Preset(
             {"recommendation": 128, "reasoning": 128}, {"recommendation": 4, "reasoning": 8}, DURATION_S, WARMUP_S
         ),
         requirements=Requirements(0.03, {name: SLOS[name] for name in workloads}),
         started="2026-01-01T00:00:00+00:00",
         reference="dense",
-        judged_rates=rates,
-        seconds=1234.0,
+        slo_rates=rates,
+        elapsed_s=1234.0,
     )
     quality: dict[str, dict[str, QualityOutcome]] = {}
     for recipe, (speed, kept) in recipes.items():
@@ -80,24 +80,24 @@ def made_up_comparison(
                     made_up_load(draw, workload, rate, speed, directory, Path(f"{file}-{rate}")) for rate in (2.0, 3.2)
                 ]
             variant.rounds.append(one)
-        for workload, headline in headlines.items():
-            value = {"auc": 0.731, "accuracy": 0.21}[headline] * kept
+        for workload, primary_metric in primary_metrics.items():
+            value = {"auc": 0.731, "accuracy": 0.21}[primary_metric] * kept
             variant.quality[workload] = {
-                headline: Estimate(value, value - 0.03, value + 0.03, 2048),
+                primary_metric: Estimate(value, value - 0.03, value + 0.03, 2048),
                 "undefined": Estimate(float("nan"), float("nan"), float("nan"), 0),
             }
             whole = value / kept
             if recipe != "dense":
                 variant.differences[workload] = {
-                    headline: Difference(
+                    primary_metric: Difference(
                         value - whole, value - whole - 0.004, value - whole + 0.004, 0.04, 128, "bootstrap"
                     )
                 }
             quality[recipe][workload] = QualityOutcome(
-                headline, kept, kept >= 0.97, min(1.0, max(0.0, (kept - 0.94) / 0.05))
+                primary_metric, kept, kept >= 0.97, min(1.0, max(0.0, (kept - 0.94) / 0.05))
             )
             summary = one.capacity[workload].summary
-            variant.regime[workload] = Regime(
+            variant.bottlenecks[workload] = Bottleneck(
                 "prefill", 1200.0 * speed, 1700.0, summary.output_tokens_per_s, 900.0, 0.7
             )
             key = "per_million_items" if workload == "recommendation" else "per_thousand_answers"
@@ -105,7 +105,9 @@ def made_up_comparison(
             assert cost is not None
             variant.costs[workload] = {key: cost}
         if "recommendation" in workloads and recipe != "dense":
-            variant.rank_drift["recommendation"] = {"kendall_tau": Estimate(0.9 * kept, 0.85 * kept, 0.95 * kept, 80)}
+            variant.rank_agreement["recommendation"] = {
+                "kendall_tau": Estimate(0.9 * kept, 0.85 * kept, 0.95 * kept, 80)
+            }
         comparison.variants.append(variant)
     comparison.verdict = make_verdict(comparison, quality)
     return comparison
@@ -226,7 +228,7 @@ def test_a_comparison_without_a_verdict_or_rows_renders(tmp_path: Path) -> None:
     for file in tmp_path.rglob("*.rows.jsonl"):
         file.unlink()
     comparison.variants[-1].rounds.clear()
-    assert "<h1>Not finished" in write_report(comparison, tmp_path).read_text()
+    assert "<h1>Not existing" in write_report(comparison, tmp_path).read_text()
 
 
 def test_no_winner_says_so_in_the_heading(tmp_path: Path) -> None:

@@ -1,0 +1,175 @@
+"""The measurements of a comparison: it serves every variant once per round and keeps every result immediately.
+
+Odd rounds serve the variants in order and even rounds in reverse order, so that a change of the machine's speed favours
+none of them. A round loads every workload: first in a closed loop, which measures capacity, then with Poisson arrivals
+at rates that are the same for all variants. The first round also measures quality and the rates that only draw a curve.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from slimserve.compare.backend import Backend
+from slimserve.compare.bottleneck import EnergyMeter, find_bottleneck, read_rooflines
+from slimserve.compare.evaluation import answers_file
+from slimserve.compare.plan import load_seed, round_rates
+from slimserve.compare.quality import ask_quality, ask_text, write_answers
+from slimserve.compare.results import TEXT, Comparison, LoadRun, Round, VariantResult
+from slimserve.core.hardware import probe_hardware
+from slimserve.core.openai_client import Target
+from slimserve.core.progress import print_status
+from slimserve.loadtest.settings import LoadSettings, SuiteOptions
+
+_OVERLOAD_FACTOR = 1.5
+"""A rate above this multiple of the capacity is not run on a CPU. Larger batches gain little there, so the queue would
+only grow, and it takes minutes to drain."""
+_MAX_LOADS = 10
+"""More load tests than a workload has in one round."""
+_PROMPTS_PER_LOAD = 340
+"""About the number of prompts of one load test. Tests of one start use different prompts, so none hits the prefix cache
+because of an earlier test."""
+_TIMEOUT_S = 60.0
+"""Maximum wait for an answer under load."""
+
+
+class Measurement:
+    """Serves every variant in rounds, measures what is missing and writes results.json after every measurement."""
+
+    def __init__(
+        self, comparison: Comparison, folder: Path, targets: Mapping[str, Target], backend: Backend, begin: float
+    ) -> None:
+        self._comparison = comparison
+        self._folder = folder
+        self._targets = targets
+        self._backend = backend
+        self._begin = begin
+        self._seconds_before = comparison.elapsed_s
+        self._meter = EnergyMeter()
+
+    def write(self) -> Path:
+        """Write results.json with the measurements so far."""
+        self._comparison.elapsed_s = self._seconds_before + time.monotonic() - self._begin
+        return self._comparison.write(self._folder)
+
+    def run(self) -> None:
+        self.write()
+        order = [(variant, False) for variant in self._comparison.variants]
+        for variant in self._comparison.baseline_variants:  # directly after today's variant of the same name
+            place = next(index for index, (one, _) in enumerate(order) if one.name == variant.name)
+            order.insert(place + 1, (variant, True))
+        num_rounds = self._comparison.preset.num_rounds
+        for number in range(1, num_rounds + 1):
+            for place, (variant, is_baseline) in enumerate(order if number % 2 else order[::-1], start=1):
+                name = f"{variant.name} of the baseline" if is_baseline else variant.name
+                title = f"round {number} of {num_rounds}, {place} of {len(order)}: {name}"
+                self._run_round(variant, number, is_baseline, title)
+
+    def _run_round(self, variant: VariantResult, number: int, is_baseline: bool, title: str) -> None:
+        one = next((one for one in variant.rounds if one.number == number), None)
+        if one is None:
+            one = Round(number)
+            variant.rounds.append(one)
+        folder = self._folder / (f"{variant.name}-baseline" if is_baseline else variant.name)
+        unanswered = [] if is_baseline or number > 1 else self._unanswered(variant)
+        if not unanswered and self._is_loaded(one):
+            print_status(f"--- {title}: measured earlier, reused ---")
+            return
+        print_status(f"--- {title} ---")
+        with self._served(variant, one, folder / f"engine-{number}.log") as target:
+            for workload in unanswered:
+                self._ask(variant, target, workload)
+                self.write()
+            for workload in self._comparison.workloads:
+                self._load(variant, one, target, workload, folder)
+        self.write()
+
+    @contextmanager
+    def _served(self, variant: VariantResult, one: Round, log: Path) -> Iterator[Target]:
+        if variant.directory is None:
+            yield self._targets[variant.name]
+            return
+        with self._backend.serve(Path(variant.directory), log) as served:
+            one.ready_s = served.ready_s
+            yield served.target
+            one.peak_rss_bytes = max(one.peak_rss_bytes or 0, served.peak_rss_bytes())
+
+    def _unanswered(self, variant: VariantResult) -> list[str]:
+        parts = [*self._comparison.workloads, *([TEXT] if self._comparison.preset.num_texts else [])]
+        return [name for name in parts if not answers_file(self._folder, variant.name, name).exists()]
+
+    def _ask(self, variant: VariantResult, target: Target, workload: str) -> None:
+        preset = self._comparison.preset
+        if workload == TEXT:
+            answers = ask_text(target, preset.num_texts, preset.text_tokens, preset.seed)
+        else:
+            answers = ask_quality(target, workload, preset.quality_prompts[workload], preset.seed)
+        write_answers(answers_file(self._folder, variant.name, workload), answers)
+
+    def _is_loaded(self, one: Round) -> bool:
+        return all(
+            workload in one.capacity and not self._missing_rates(one, workload)
+            for workload in self._comparison.workloads
+        )
+
+    def _missing_rates(self, one: Round, workload: str) -> list[float]:
+        done = {run.rate_rps for run in one.at_rate.get(workload, [])} | set(one.overloaded.get(workload, []))
+        return [rate for rate in round_rates(self._comparison, workload, one.number) if rate not in done]
+
+    def _load(self, variant: VariantResult, one: Round, target: Target, workload: str, folder: Path) -> None:
+        """Measure capacity first: the reference's capacity in the first round sets the rates of all variants."""
+        users = self._comparison.preset.users[workload]
+        index = _MAX_LOADS * list(self._comparison.workloads).index(workload)
+        load_folder = folder / f"round-{one.number}" / workload
+        if workload not in one.capacity:
+            rooflines = read_rooflines(target)
+            run = self._run_load(workload, target, one, index, load_folder / "capacity", users=users)
+            one.capacity[workload] = run
+            if one.number == 1:
+                variant.bottlenecks[workload] = find_bottleneck(run.summary, users, rooflines)
+            self.write()
+        capacity = one.capacity[workload].summary.requests_per_s
+        for step, rate in enumerate(round_rates(self._comparison, workload, one.number), start=1):
+            if rate not in self._missing_rates(one, workload):
+                continue
+            if variant.directory is not None and not probe_hardware().gpus and rate > _OVERLOAD_FACTOR * capacity:
+                print_status(
+                    f"{variant.name}: skips {rate:g} {workload} requests/s, which far exceed its capacity of "
+                    f"{capacity:.2g} requests/s"
+                )
+                one.overloaded.setdefault(workload, []).append(rate)
+            else:
+                run = self._run_load(workload, target, one, index + step, load_folder / f"{rate:g}-per-s", rate=rate)
+                one.at_rate.setdefault(workload, []).append(run)
+            self.write()
+
+    def _run_load(
+        self,
+        workload: str,
+        target: Target,
+        one: Round,
+        index: int,
+        folder: Path,
+        *,
+        users: int | None = None,
+        rate: float | None = None,
+    ) -> LoadRun:
+        preset = self._comparison.preset
+        settings = LoadSettings(
+            rate=f"{rate:g}" if rate is not None else "",
+            users=users or 1,
+            duration_s=preset.duration_s,
+            warmup_s=preset.warmup_s,
+            cooldown_s=preset.cooldown_s,
+            timeout_s=_TIMEOUT_S,
+            seed=load_seed(preset, one.number, index),
+            suite=SuiteOptions(
+                prompt_seed=load_seed(preset, one.number, 0), first_prompt=index % _MAX_LOADS * _PROMPTS_PER_LOAD
+            ),
+        )
+        with self._meter.running():
+            summary = self._backend.run_load(workload, target, settings, folder)
+        rows_file = (folder / f"{workload}.rows.jsonl").relative_to(self._folder)
+        return LoadRun(rate, users, summary, str(rows_file), self._meter.joules)
