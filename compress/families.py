@@ -1,4 +1,4 @@
-"""Which tensor plays which role in a model: one table row per model family."""
+"""Tensor names of each model family by role. A new family of gated decoders is one row in `FAMILIES`."""
 
 from __future__ import annotations
 
@@ -7,65 +7,69 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from slimserve.core.errors import UserError
+from slimserve.core.model_config import head_dim_of, num_kv_heads_of
 
 Sublayer = Literal["attention", "mlp"]
-"""A block is two halves: a norm, producers, what stands between, and a consumer that adds to the residual."""
+"""Part of a decoder block: a norm, the producers that read it, attention or gating, and the consumer.
+
+The consumer's output is added to the residual stream.
+"""
 
 SUBLAYERS: tuple[Sublayer, Sublayer] = ("attention", "mlp")
 
 
 @dataclass(frozen=True)
 class LayerRoles:
-    """Names of a decoder's tensors; those of a block are relative to the block."""
+    """Names of a decoder's tensors; names inside a block are relative to the block."""
 
     block: str
-    """Prefix of block `{index}` in the checkpoint."""
+    """Prefix of the tensors of block `{index}` in the checkpoint."""
     embedding: str
     final_norm: str
     head: str
-    """The output layer's weight; a checkpoint with tied embeddings has none."""
+    """Weight of the output layer; a checkpoint with tied embeddings has none."""
     attention_norm: str
     query: str
     key: str
     value: str
     query_norm: str
-    """RMS norm over head_dim of every query head, where the family has it; the block's tensors tell."""
+    """RMS norm over the features of each query head; absent from the blocks of families without it."""
     key_norm: str
     attention_consumer: str
-    """The layer whose columns are the attention heads' outputs."""
+    """Output projection of attention; its input columns are the outputs of the heads."""
     mlp_norm: str
     gate: str
     up: str
     mlp_consumer: str
-    """The layer whose columns are the MLP's neurons."""
+    """Down projection of the MLP; its input columns are the neurons."""
     reads_head_dim: bool = True
-    """Whether vLLM reads head_dim from the config; else it divides the hidden size by the heads, so all must stay."""
+    """Whether vLLM reads head_dim from the config. If false, it divides the hidden size by the heads, so all stay."""
 
     @property
     def attention_producers(self) -> tuple[str, ...]:
-        """Layers that read the attention's input and whose rows are heads."""
+        """Layers that read the attention's input; their rows are the features of heads."""
         return (self.query, self.key, self.value)
 
     @property
     def mlp_producers(self) -> tuple[str, ...]:
-        """Layers that read the MLP's input and whose rows are neurons."""
+        """Layers that read the MLP's input; their rows are neurons."""
         return (self.gate, self.up)
 
     def norm(self, sublayer: Sublayer) -> str:
-        """The norm that a half begins with."""
+        """Return the name of the norm at the start of a sublayer."""
         return self.attention_norm if sublayer == "attention" else self.mlp_norm
 
     def producers(self, sublayer: Sublayer) -> tuple[str, ...]:
-        """The layers that read a half's norm; engines fuse them into one."""
+        """Return the names of the layers that read a sublayer's norm. Engines fuse them into one layer."""
         return self.attention_producers if sublayer == "attention" else self.mlp_producers
 
     def consumer(self, sublayer: Sublayer) -> str:
-        """The layer that ends a half."""
+        """Return the name of the layer at the end of a sublayer."""
         return self.attention_consumer if sublayer == "attention" else self.mlp_consumer
 
     @property
     def linears(self) -> tuple[str, ...]:
-        """Every linear layer of a block, in the order of the forward pass."""
+        """Names of all linear layers of a block, in the order of the forward pass."""
         return (*self.attention_producers, self.attention_consumer, *self.mlp_producers, self.mlp_consumer)
 
 
@@ -93,30 +97,24 @@ FAMILIES: dict[str, LayerRoles] = {
     "qwen2": replace(_GATED, reads_head_dim=False),
     "qwen3": _GATED,
 }
-"""Layer roles by the `model_type` of config.json; Qwen2.5 calls itself qwen2, SmolLM2 llama."""
-
-
-def head_dim_of(config: Mapping[str, Any]) -> int:
-    """Features of one attention head, which a config states or leaves to be derived."""
-    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+"""Layer roles by the `model_type` of config.json. Qwen2.5 has the type qwen2, SmolLM2 the type llama."""
 
 
 def with_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config that states what older ones leave to be derived: head_dim, and as many KV heads as heads."""
-    kv_heads = config.get("num_key_value_heads") or config["num_attention_heads"]
-    return {**config, "head_dim": head_dim_of(config), "num_key_value_heads": kv_heads}
+    """Return the config with explicit head_dim and number of KV heads, which older configs leave to be derived."""
+    return {**config, "head_dim": head_dim_of(config), "num_key_value_heads": num_kv_heads_of(config)}
 
 
 def input_sizes(config: Mapping[str, Any]) -> tuple[int, int, int]:
-    """Input features of a block's linear layers: of the producers, of attention's consumer and of the MLP's."""
+    """Return the input features of the producers, of attention's consumer and of the MLP's consumer."""
     return config["hidden_size"], config["num_attention_heads"] * head_dim_of(config), config["intermediate_size"]
 
 
 def roles_of(config: Mapping[str, Any]) -> LayerRoles:
-    """The layer roles of a model's family; UserError lists the families that are known."""
+    """Return the layer roles of a model's family. Raises UserError that lists the supported families if it has none."""
     model_type = config["model_type"]
     if model_type not in FAMILIES:
         raise UserError(
-            "model_type", model_type, "is not a family that compress knows", f"supported: {', '.join(FAMILIES)}"
+            "model_type", model_type, "is not a supported model family", f"supported: {', '.join(FAMILIES)}"
         )
     return FAMILIES[model_type]

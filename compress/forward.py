@@ -1,8 +1,9 @@
-"""The forward pass of a decoder, one block and one half of a block at a time, in plain torch.
+"""The forward pass of a decoder in plain torch, by block and by sublayer.
 
-Compression needs the inputs of single layers while the model streams past, which a whole model cannot
-give; so the pass is written out here once, for every family in `families.py`, and a test holds it to
-transformers' own. Shapes: B sequences, T tokens, D hidden size, I input features of a consumer.
+Compression needs the inputs of single layers while the checkpoint is read block by block, and a transformers model must
+be in memory completely. So the pass is implemented here once for all families in `families.py`; a test compares it with
+transformers. Shape suffixes: B sequences; T tokens; D hidden size; I input features of a consumer; H head dimension;
+E half of it; V vocabulary.
 """
 
 from __future__ import annotations
@@ -17,18 +18,19 @@ from torch import Tensor
 from torch.nn import functional
 
 from slimserve.compress.checkpoint import CheckpointReader
-from slimserve.compress.families import SUBLAYERS, LayerRoles, Sublayer, head_dim_of
+from slimserve.compress.families import SUBLAYERS, LayerRoles, Sublayer
 from slimserve.core.errors import UserError
+from slimserve.core.model_config import head_dim_of
 
 Block = dict[str, Tensor]
-"""Tensors of one decoder block by their names relative to it."""
+"""Tensors of one decoder block by their names relative to the block."""
 
 Linear = Callable[[str, Tensor], Tensor]
-"""Applies the block's linear layer of that name."""
+"""A function that applies the linear layer of the given name: `[..., I]` to `[..., O]`."""
 
 
 def dense_linear(block: Mapping[str, Tensor]) -> Linear:
-    """Linear layers with weights and biases as the block holds them, in the input's dtype."""
+    """Return a `Linear` with the weights and biases of the block, computed in the dtype of the input."""
 
     def linear(layer: str, x: Tensor) -> Tensor:
         bias = block.get(f"{layer}.bias")
@@ -38,9 +40,14 @@ def dense_linear(block: Mapping[str, Tensor]) -> Linear:
 
 
 class Decoder:
-    """The forward pass of one model's blocks; holds the rotary embedding's tables and the sizes, no weights."""
+    """The forward pass of one model's blocks. It holds rotary tables and sizes, but no weights."""
 
     def __init__(self, config: Mapping[str, Any], roles: LayerRoles, num_tokens: int, dtype: torch.dtype) -> None:
+        """Prepare for sequences of up to `num_tokens` tokens; hidden states have `dtype`.
+
+        Raises UserError for an unsupported activation function, and if the sequence is longer than a sliding window
+        that only some blocks have.
+        """
         from transformers import AutoConfig
 
         known = {key: value for key, value in config.items() if key not in {"quantization_config", "model_type"}}
@@ -54,18 +61,18 @@ class Decoder:
         self._cos_TH, self._sin_TH = _rotary_tables(parsed, self.head_dim, num_tokens, dtype)
 
     def producer_input(self, sublayer: Sublayer, block: Mapping[str, Tensor], x_BTD: Tensor) -> Tensor:
-        """What a half's producers read: the normed residual stream, `[B, T, D]`."""
+        """Return the input of a sublayer's producers, the normed residual stream, `[B, T, D]`."""
         return self._norm(x_BTD, block[f"{self.roles.norm(sublayer)}.weight"])
 
     def consumer_input(self, sublayer: Sublayer, block: Mapping[str, Tensor], linear: Linear, h_BTD: Tensor) -> Tensor:
-        """What a half's consumer reads, `[B, T, I]`: the heads' outputs, or the neurons."""
+        """Return the input of a sublayer's consumer, `[B, T, I]`: the outputs of the heads, or the neurons."""
         if sublayer == "mlp":
             gated: Tensor = self._activation(linear(self.roles.gate, h_BTD)) * linear(self.roles.up, h_BTD)
             return gated
         return self._attend(block, linear, h_BTD)
 
     def block(self, block: Mapping[str, Tensor], linear: Linear, x_BTD: Tensor) -> Tensor:
-        """The residual stream after a whole block."""
+        """Return the residual stream `[B, T, D]` after the block."""
         for sublayer in SUBLAYERS:
             inner = self.consumer_input(sublayer, block, linear, self.producer_input(sublayer, block, x_BTD))
             x_BTD = x_BTD + linear(self.roles.consumer(sublayer), inner)
@@ -75,9 +82,9 @@ class Decoder:
         return self._norm(x_BTD, weight_D)
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        """RMS norm in float32, then the weight, as transformers does it."""
-        wide = x.float()
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self._eps)
+        """Apply RMS norm in float32, then the weight in the input's dtype, as transformers does."""
+        x_fp32 = x.float()
+        normed = x_fp32 * torch.rsqrt(x_fp32.square().mean(-1, keepdim=True) + self._eps)
         return weight.to(x.dtype) * normed.to(x.dtype)
 
     def _attend(self, block: Mapping[str, Tensor], linear: Linear, h_BTD: Tensor) -> Tensor:
@@ -113,16 +120,15 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 def _activation(name: str) -> Callable[[Tensor], Tensor]:
     if name not in _ACTIVATIONS:
         raise UserError(
-            "hidden_act", name, "is not an activation that compress knows", f"supported: {', '.join(_ACTIVATIONS)}"
+            "hidden_act", name, "is not a supported activation function", f"supported: {', '.join(_ACTIVATIONS)}"
         )
     return _ACTIVATIONS[name]
 
 
 def _rotary_tables(config: Any, head_dim: int, num_tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines `[T, H]` of positions 0 to `num_tokens` - 1, with transformers' own scaling of long contexts.
+    """Return cosines and sines `[T, H]` of positions 0 to `num_tokens` - 1, with transformers' long-context scaling.
 
-    Written out for the plain case, since transformers has it in the file of each model, and importing one of these
-    takes 3 s and 190 MiB.
+    The default case is implemented here: transformers has it in each model's file, whose import takes 3 s and 190 MiB.
     """
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -138,7 +144,7 @@ def _rotary_tables(config: Any, head_dim: int, num_tokens: int, dtype: torch.dty
 
 
 def _window_mask(config: Any, num_tokens: int) -> Tensor | None:
-    """The mask of a sliding window, where one is on and shorter than the sequence; else None, for plain causal."""
+    """Return the bool mask `[T, T]` of a sliding window that is shorter than the sequence, else None (plain causal)."""
     window = getattr(config, "sliding_window", None)
     if not window or not getattr(config, "use_sliding_window", True) or num_tokens <= window:
         return None
@@ -149,25 +155,25 @@ def _window_mask(config: Any, num_tokens: int) -> Tensor | None:
         raise UserError(
             "sequence length",
             num_tokens,
-            f"is longer than the model's sliding window of {window}, which only some of its blocks have",
+            f"exceeds the sliding window of {window} tokens, which only some of the model's blocks have",
             f"set calibration.sequence_length to at most {window}",
         )
     position = torch.arange(num_tokens)
-    behind = position[:, None] - position[None, :]
-    return (behind >= 0) & (behind < window)
+    distance = position[:, None] - position[None, :]
+    return (distance >= 0) & (distance < window)
 
 
 @dataclass(frozen=True)
-class Ends:
-    """The tensors before the first and after the last block."""
+class OuterTensors:
+    """Tensors before the first block and after the last one, in the checkpoint's dtype."""
 
     embedding_VD: Tensor
     final_norm_D: Tensor
     head_VD: Tensor
 
 
-def read_ends(reader: CheckpointReader, roles: LayerRoles) -> Ends:
-    """Embedding, final norm and head; a checkpoint without a head has the embedding there (tied)."""
+def read_outer_tensors(reader: CheckpointReader, roles: LayerRoles) -> OuterTensors:
+    """Read embedding, final norm and head. Without a head in the checkpoint, the head is the embedding (tied)."""
     embedding = reader.read(roles.embedding)
     head = reader.read(roles.head) if roles.head in reader.names else embedding
-    return Ends(embedding, reader.read(roles.final_norm), head)
+    return OuterTensors(embedding, reader.read(roles.final_norm), head)

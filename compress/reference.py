@@ -1,4 +1,7 @@
-"""What a checkpoint computes, in plain torch: the oracle for engines, and the measure of what compression cost."""
+"""The output of a dense or quantized checkpoint in plain torch.
+
+It is the reference for engines, and it measures the quality that compression costs.
+"""
 
 from __future__ import annotations
 
@@ -14,42 +17,42 @@ from torch.nn import functional
 from slimserve.compress import bnb, formats
 from slimserve.compress.checkpoint import CheckpointReader, iterate_blocks
 from slimserve.compress.families import LayerRoles, roles_of
-from slimserve.compress.forward import Block, Decoder, Ends, Linear, dense_linear, read_ends
+from slimserve.compress.forward import Block, Decoder, Linear, OuterTensors, dense_linear, read_outer_tensors
 
 
 @torch.inference_mode()
 def reference_logits(
     directory: Path, sequences: Sequence[Tensor], dtype: torch.dtype = torch.float32
 ) -> Iterator[Tensor]:
-    """Logits `[T, V]` float32 of each sequence `[T]` int64, from a dense or quantized checkpoint, in plain torch.
+    """Yield the logits `[T, V]` float32 of each sequence of token ids `[T]` int64; hidden states have `dtype`.
 
-    Quantized weights are dequantized and, where the format quantizes activations, each layer's input is put on
-    its dynamic per-token grid first: what the engine should compute, without its kernels. Streams the
-    checkpoint block by block; memory holds a block and all hidden states.
+    Weights are dequantized. Where the format quantizes activations, each layer's input is first rounded to its dynamic
+    per-token grid, as an engine should. The checkpoint is read block by block, so memory holds one block and all hidden
+    states. Raises UserError for an unknown model family or quantization format.
     """
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     roles = roles_of(config)
     reader = CheckpointReader(directory)
-    ends = read_ends(reader, roles)
+    outer = read_outer_tensors(reader, roles)
     decoder = Decoder(config, roles, max(len(sequence) for sequence in sequences), dtype)
-    states = [ends.embedding_VD[sequence].to(dtype)[None] for sequence in sequences]
+    states = [outer.embedding_VD[sequence].to(dtype)[None] for sequence in sequences]
     for _, block in iterate_blocks(reader, roles.block, config["num_hidden_layers"]):
         tensors, linear = reference_block(block, roles, config.get("quantization_config"))
         states = [decoder.block(tensors, linear, x_1TD) for x_1TD in states]
-    head = _reference_head(reader, roles, ends, dtype)
+    head = _reference_head(reader, roles, outer, dtype)
     for x_1TD in states:
-        yield head(decoder.final_norm(x_1TD, ends.final_norm_D))[0].float()
+        yield head(decoder.final_norm(x_1TD, outer.final_norm_D))[0].float()
 
 
 def _reference_head(
-    reader: CheckpointReader, roles: LayerRoles, ends: Ends, dtype: torch.dtype
+    reader: CheckpointReader, roles: LayerRoles, outer: OuterTensors, dtype: torch.dtype
 ) -> Callable[[Tensor], Tensor]:
-    """The output layer as the engine should apply it."""
+    """Return the output layer as the engine should apply it, `[..., D]` to `[..., V]`."""
     scale = _head_scale(roles)
     if scale not in reader.names:
-        dense_VD = ends.head_VD.to(dtype)
+        dense_VD = outer.head_VD.to(dtype)
         return lambda x: functional.linear(x, dense_VD)
-    tensors = {"weight": ends.head_VD, "weight_scale": reader.read(scale)}
+    tensors = {"weight": outer.head_VD, "weight_scale": reader.read(scale)}
     quantized, rounding = formats.unpack_head(tensors)
     weight_VD = quantized.dequantize().to(dtype)
     return lambda x: functional.linear(rounding.fake_quantize(x), weight_VD)
@@ -60,12 +63,12 @@ def _head_scale(roles: LayerRoles) -> str:
 
 
 def nll_per_token(logits_TV: Tensor, tokens_T: Tensor) -> Tensor:
-    """Negative log-likelihood of each token but the first, `[T - 1]`, in nats."""
+    """Return the negative log-likelihood of each token except the first, `[T - 1]`, in nats."""
     return functional.cross_entropy(logits_TV[:-1], tokens_T[1:], reduction="none")
 
 
 def kl_per_token(reference_TV: Tensor, logits_TV: Tensor) -> Tensor:
-    """KL divergence from the reference's next-token distribution at each position, `[T]`, in nats."""
+    """Return KL(reference || other) of the next-token distributions at each position, `[T]`, in nats."""
     reference = functional.log_softmax(reference_TV, dim=-1)
     return functional.kl_div(
         functional.log_softmax(logits_TV, dim=-1), reference, reduction="none", log_target=True
@@ -73,28 +76,29 @@ def kl_per_token(reference_TV: Tensor, logits_TV: Tensor) -> Tensor:
 
 
 def divergences(dense: Path, variants: Sequence[Path], sequences: Sequence[Tensor]) -> list[float]:
-    """KL(dense || variant) of each variant: mean over all tokens of the divergence of the next token's distribution.
+    """Return KL(dense || variant) of each variant in nats: the mean over all tokens of `kl_per_token`.
 
-    All checkpoints are computed in float32, sequence by sequence side by side.
+    All checkpoints are computed in float32, one sequence at a time.
     """
     streams = [reference_logits(directory, sequences) for directory in (dense, *variants)]
-    found: list[list[Tensor]] = [[] for _ in variants]
+    results: list[list[Tensor]] = [[] for _ in variants]
     for reference_TV, *others in zip(*streams, strict=True):
-        for per_variant, logits_TV in zip(found, others, strict=True):
+        for per_variant, logits_TV in zip(results, others, strict=True):
             per_variant.append(kl_per_token(reference_TV, logits_TV))
-    return [float(torch.cat(per_variant).double().mean()) for per_variant in found]
+    return [float(torch.cat(per_variant).double().mean()) for per_variant in results]
 
 
 def reference_block(block: Block, roles: LayerRoles, quantization: Mapping[str, Any] | None) -> tuple[Block, Linear]:
-    """A block with its quantized layers dequantized, and its linear layers as the engine should apply them.
+    """Return the block with its layers dequantized, and its linear layers as the engine should apply them.
 
-    `quantization` is config.json's `quantization_config`; None for a dense model.
+    `quantization` is the `quantization_config` of config.json; None for a dense model. Raises UserError for an unknown
+    format.
     """
     if quantization is None:
         return block, dense_linear(block)
     dense = dict(block)
     roundings: dict[str, Callable[[Tensor], Tensor]] = {}
-    """How the engine rounds the inputs of a layer."""
+    """The engine's rounding of a layer's inputs, by layer."""
     for layer in roles.linears:
         tensors = {name.removeprefix(f"{layer}."): dense.pop(name) for name in block if name.startswith(f"{layer}.")}
         if "bias" in tensors:
@@ -120,7 +124,7 @@ def reference_block(block: Block, roles: LayerRoles, quantization: Mapping[str, 
 
 
 def reference_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes of a checkpoint's tensors as those of the dense model, quantized layers unpacked."""
+    """Return the shapes of a checkpoint's tensors by name, with quantized layers unpacked as in a dense model."""
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     roles = roles_of(config)
     reader = CheckpointReader(directory)
@@ -128,7 +132,7 @@ def reference_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
     for prefix, block in iterate_blocks(reader, roles.block, config["num_hidden_layers"]):
         dense, _ = reference_block(block, roles, config.get("quantization_config"))
         shapes.update({prefix + name: tuple(tensor.shape) for name, tensor in dense.items()})
-    of_blocks = roles.block.partition("{index}")[0]
-    outside = [name for name in reader.names if not name.startswith(of_blocks) and name != _head_scale(roles)]
+    blocks_prefix = roles.block.partition("{index}")[0]
+    outside = [name for name in reader.names if not name.startswith(blocks_prefix) and name != _head_scale(roles)]
     shapes.update({name: tuple(reader.read(name).shape) for name in outside})
     return shapes

@@ -9,7 +9,7 @@ import torch
 
 from slimserve.compress.checkpoint import CheckpointReader, iterate_blocks
 from slimserve.compress.families import SUBLAYERS, roles_of
-from slimserve.compress.forward import Decoder, read_ends
+from slimserve.compress.forward import Decoder, read_outer_tensors
 from slimserve.compress.reference import kl_per_token, nll_per_token, reference_logits
 from slimserve.compress.stream import Stream
 
@@ -48,7 +48,7 @@ def test_a_stream_makes_the_same_grams_however_it_is_split(tiny_llama: TinyModel
     reader = CheckpointReader(tiny_llama.directory)
     stream = Stream(Decoder(config, roles, 11, torch.float32), tmp_path, tokens_NT)
     stream._batch = batch
-    stream.embed(read_ends(reader, roles).embedding_VD)
+    stream.embed(read_outer_tensors(reader, roles).embedding_VD)
     for index, (prefix, block) in enumerate(iterate_blocks(reader, roles.block, config["num_hidden_layers"])):
         stream.enter(index, config["hidden_size"])
         for sublayer in SUBLAYERS:
