@@ -1,6 +1,6 @@
 """Pruning to a budget: which width, KV groups and depth meet it at the least output error.
 
-A pass over the model (`Profile`) gives every block's error curves: OSSCAR's loss at a few widths of the MLP and at
+A pass over the model (`ErrorProfile`) gives every block's error curves: OSSCAR's loss at a few widths of the MLP and at
 each number of KV groups, and what leaving the block out would change, all relative to the hidden states that they
 disturb. Their sums rank every shape that just meets the budget; the best few are then built and measured
 (`build.py`), since errors of many blocks do not simply add up.
@@ -183,7 +183,7 @@ class Budget:
 
 
 def rank(shapes: Sequence[Shape], dense: Shape, curves: Sequence[Mapping[str, Any]]) -> list[Candidate]:
-    """All shapes with their estimated errors, the least first; `curves` are each block's details of `Profile`."""
+    """All shapes with their estimated errors, the least first; `curves` are each block's details of `ErrorProfile`."""
     influence = [block["without"] for block in curves]
     by_influence = sorted(range(len(curves)), key=lambda index: (influence[index], index))
     candidates = []

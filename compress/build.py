@@ -29,7 +29,7 @@ from slimserve.compress.families import LayerRoles, roles_of, with_sizes
 from slimserve.compress.forward import Block, Decoder
 from slimserve.compress.recipe import Prune, Quantize, Recipe
 from slimserve.compress.reference import divergences
-from slimserve.compress.steps import BoundStep, Detail, Profile, Visitor, bind
+from slimserve.compress.steps import BoundStep, Detail, ErrorProfile, Visitor, bind
 from slimserve.compress.stream import Stream
 from slimserve.core.errors import UserError
 from slimserve.core.model import count_parameters, model_hash, model_name, weight_files
@@ -241,7 +241,7 @@ class _Builder:
         allowance = budget.Budget(step.keep, config, self.roles, count_parameters(directory), num_bytes, quantization)
         shapes = self._shapes_that_fit(allowance, step, recipe, config)
         self.result = directory
-        _, curves = self._walk(f"{self.name}: error curves", Profile(step, config, self.roles), folder)
+        _, curves = self._walk(f"{self.name}: error curves", ErrorProfile(step, config, self.roles), folder)
         finalists = budget.rank(shapes, allowance.dense, curves)[: budget.NUM_FINALISTS]
         return {
             "limit": allowance.limit,

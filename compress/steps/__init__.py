@@ -1,48 +1,41 @@
-"""A recipe's steps bound to a model: what each does to one decoder block, and to the config.
+"""The steps of a recipe bound to a model: what each changes in a decoder block and in config.json.
 
-A step is checked against the model's sizes when it is made, before any work begins. `on_block` then gets one
-block after another, with the calibration stream standing before it; `emit` may still change or drop a block
-once all have been seen. A new kind of step is a class in a file here and a row in `bind`.
+`bind` checks a step against the model's sizes before any work begins. During the build, `on_block` gets one block after
+another together with the calibration stream before it. `emit` may still change or drop a block after all were seen.
+
+A new kind of step is a settings class in `recipe.py`, a file here with a function `bind`, and one row in `_STEPS`.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from slimserve.compress.families import LayerRoles, with_sizes
-from slimserve.compress.recipe import AnyStep, Prune, PruneDepth
-from slimserve.compress.steps.depth import PruneDepthStep, SearchDepthStep
+from slimserve.compress.recipe import AnyStep, Prune, PruneDepth, Quantize
+from slimserve.compress.steps import depth, quantizing, width
 from slimserve.compress.steps.interface import BoundStep, Detail, Visitor
-from slimserve.compress.steps.profile import Profile
-from slimserve.compress.steps.quantizing import QuantizeStep
-from slimserve.compress.steps.width import prune_rounds
-from slimserve.core.errors import UserError
+from slimserve.compress.steps.profile import ErrorProfile
 
-__all__ = ["BoundStep", "Detail", "Profile", "Visitor", "bind"]
+__all__ = ["BoundStep", "Detail", "ErrorProfile", "Visitor", "bind"]
+
+_STEPS: dict[type[AnyStep], Callable[[Any, Mapping[str, Any], LayerRoles, int], Sequence[BoundStep]]] = {
+    Prune: width.bind,
+    PruneDepth: depth.bind,
+    Quantize: quantizing.bind,
+}
+"""Functions from (settings, config with all sizes, layer roles, seed) to bound steps, by the class of the settings."""
 
 
 def bind(steps: Sequence[AnyStep], config: Mapping[str, Any], roles: LayerRoles, seed: int) -> list[BoundStep]:
-    """Every step on the model that those before it leave; UserError where one does not fit its sizes."""
+    """Return the bound steps, each for the model that the steps before it leave.
+
+    Raises UserError if a step names an unknown method or does not fit the model's sizes.
+    """
     config = with_sizes(copy.deepcopy(dict(config)))
     bound: list[BoundStep] = []
     for step in steps:
-        if isinstance(step, Prune):
-            bound.extend(prune_rounds(step, config, roles, seed))
-        elif isinstance(step, PruneDepth):
-            bound.extend(_prune_depth_rounds(step, config))
-        else:
-            bound.append(QuantizeStep(step, config, roles))
+        bound.extend(_STEPS[type(step)](step, config, roles, seed))
         config = bound[-1].planned_config
     return bound
-
-
-def _prune_depth_rounds(step: PruneDepth, config: Mapping[str, Any]) -> list[BoundStep]:
-    """One bound step, or one per block that is searched for."""
-    depth = config["num_hidden_layers"]
-    if step.num_blocks >= depth:
-        raise UserError("num_blocks", step.num_blocks, f"leaves none of {depth} blocks", "remove fewer")
-    if step.method == "influence":
-        return [PruneDepthStep(config, step.num_blocks)]
-    return [SearchDepthStep({**config, "num_hidden_layers": depth - number}, 1) for number in range(step.num_blocks)]

@@ -1,4 +1,4 @@
-"""Pruning the depth: which decoder blocks to leave out."""
+"""Pruning the depth: removing decoder blocks. A new method is a class like `PruneDepthStep` and a row in `METHODS`."""
 
 from __future__ import annotations
 
@@ -10,21 +10,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from slimserve.compress.families import SUBLAYERS
+from slimserve.compress.families import SUBLAYERS, LayerRoles
 from slimserve.compress.forward import Block
+from slimserve.compress.recipe import PruneDepth
 from slimserve.compress.steps.interface import Detail
 from slimserve.compress.stream import Stream
 from slimserve.core.errors import UserError
 
 _SEARCH_SEQUENCES = 8
-"""Calibration sequences on which a search for the block to remove compares its candidates."""
+"""Number of calibration sequences on which the search compares its candidates."""
 
 
 class PruneDepthStep:
-    """Whole blocks out: those whose output is most like their input (block influence, arXiv 2403.03853 §3.1)."""
+    """Remove the blocks whose output is most similar to their input (arXiv 2403.03853, section 3.1)."""
 
     name = "prune_depth"
     method = "influence"
+    one_block_per_pass = False
     needs_data = True
     wants_dense = False
 
@@ -70,13 +72,14 @@ class PruneDepthStep:
 
 
 class SearchDepthStep(PruneDepthStep):
-    """The one block out without which the last hidden states, normed, change least.
+    """Remove the one block without which the last hidden states, normed, change least.
 
-    Every candidate, the model without one block, flows along as a branch of the stream, so a pass costs about half
-    as many block evaluations as the square of the depth, of the first few calibration sequences only.
+    Each candidate is the model without one block. All candidates are branches of the stream, so one pass costs about
+    depth² / 2 block evaluations on the first few calibration sequences.
     """
 
     method = "search"
+    one_block_per_pass = True
 
     def on_block(self, index: int, block: Block, stream: Stream | None, dense: Stream | None) -> tuple[Block, Detail]:
         assert stream is not None
@@ -96,32 +99,51 @@ class SearchDepthStep(PruneDepthStep):
         return _least(self._num_removed, details[-1]["error_without"])
 
 
+METHODS: dict[str, type[PruneDepthStep]] = {"influence": PruneDepthStep, "search": SearchDepthStep}
+"""Classes of the methods by the name that a recipe gives them."""
+
+
+def bind(step: PruneDepth, config: Mapping[str, Any], _roles: LayerRoles, _seed: int) -> list[PruneDepthStep]:
+    """Return the rounds of a depth-pruning step: one, or one per block if the method removes a single block per pass.
+
+    Raises UserError if the method is unknown or no block would remain.
+    """
+    if step.method not in METHODS:
+        raise UserError("method", step.method, "is not a depth-pruning method", f"choose from {', '.join(METHODS)}")
+    depth, make = config["num_hidden_layers"], METHODS[step.method]
+    if step.num_blocks >= depth:
+        raise UserError("num_blocks", step.num_blocks, f"leaves none of {depth} blocks", "remove fewer")
+    if not make.one_block_per_pass:
+        return [make(config, step.num_blocks)]
+    return [make({**config, "num_hidden_layers": depth - number}, 1) for number in range(step.num_blocks)]
+
+
 def _finite(score: float, index: int) -> float:
     if not math.isfinite(score):
         raise UserError(
             "activations",
             f"around block {index}",
-            "hold NaN or infinity",
+            "contain NaN or infinity",
             "check the model: does it generate sensible text as it is?",
         )
     return score
 
 
 def _least(count: int, values: Sequence[float]) -> set[int]:
-    """Indices of the smallest values; of equal ones the lower index."""
+    """Return the indices of the `count` smallest values. The lower index wins a tie."""
     return set(sorted(range(len(values)), key=lambda index: (values[index], index))[:count])
 
 
 def _normed_distance(stream: Stream, other: Stream) -> float:
-    """Mean squared difference of the hidden states after the block, each state scaled to a root mean square of 1.
+    """Return the mean squared difference of the hidden states after the block, each scaled to a root mean square of 1.
 
-    Over the sequences that `other` has, which may be the first ones only.
+    The mean is over the sequences of `other`, which may have only the first ones.
     """
     total, count = 0.0, 0
-    for two_BTD, one_BTD in zip(other.results(), stream.results(), strict=False):
-        one_BTD, two_BTD = (
-            functional.rms_norm(state.float(), state.shape[-1:]) for state in (one_BTD[: len(two_BTD)], two_BTD)
+    for other_BTD, own_BTD in zip(other.results(), stream.results(), strict=False):
+        own_BTD, other_BTD = (
+            functional.rms_norm(state.float(), state.shape[-1:]) for state in (own_BTD[: len(other_BTD)], other_BTD)
         )
-        total += float((one_BTD - two_BTD).square().sum(dtype=torch.float64))
-        count += one_BTD.numel()
+        total += float((own_BTD - other_BTD).square().sum(dtype=torch.float64))
+        count += own_BTD.numel()
     return total / count

@@ -1,4 +1,4 @@
-"""What every step of a recipe offers to the walk over a model's blocks."""
+"""Interfaces of a recipe's steps for the build, which walks over the blocks of a checkpoint."""
 
 from __future__ import annotations
 
@@ -11,40 +11,44 @@ from slimserve.compress.forward import Block
 from slimserve.compress.stream import Stream
 
 Detail = dict[str, Any]
-"""What a step has to tell of one block; plain JSON."""
+"""Results of a step for one block, plain JSON."""
 
 
 class Visitor(Protocol):
-    """What sees one block after another on a walk through a model."""
+    """An object that gets one block after another on a walk over a checkpoint."""
 
     needs_data: bool
+    """Whether `on_block` needs the stream of calibration data."""
     wants_dense: bool
-    """Whether it needs the stream through the model as it was before the walk, too."""
+    """Whether `on_block` also needs the stream through the model as it was before the walk."""
 
     def on_block(self, index: int, block: Block, stream: Stream | None, dense: Stream | None) -> tuple[Block, Detail]:
-        """The block as it leaves it. A given stream must be advanced past the block."""
+        """Return the changed block and its detail. A stream that is given must be advanced past the block."""
         ...
 
 
 class BoundStep(Visitor, Protocol):
-    """One step of a recipe on one model."""
+    """One step of a recipe for one model."""
 
     name: str
     planned_config: dict[str, Any]
-    """The sizes that the step will leave, for checking those after it."""
+    """Config with the sizes that the step will leave, for checking the steps after it."""
 
     def emit(self, index: int, block: Block, original: Callable[[], Block], details: Sequence[Detail]) -> Block | None:
-        """The block as it is written, or None to leave it out, knowing the details of all blocks."""
+        """Return the block to write, given the details of all blocks, or None to leave the block out.
+
+        `original` reads the block as it was before the step.
+        """
         ...
 
     def emit_outer(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
-        """What is written for a tensor outside the blocks, by full names."""
+        """Return the tensors to write, by full name, for a tensor outside the blocks."""
         ...
 
     def config(self, before: Mapping[str, Any], details: Sequence[Detail]) -> dict[str, Any]:
-        """The model's config.json after the step, given the one before it."""
+        """Return the model's config.json after the step, given the one before it."""
         ...
 
     def describe(self, details: Sequence[Detail]) -> dict[str, Any]:
-        """What the manifest says of the step."""
+        """Return the step's entry in the manifest, plain JSON."""
         ...

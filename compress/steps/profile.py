@@ -1,4 +1,4 @@
-"""What pruning would cost each block at several sizes, found in one walk that changes nothing."""
+"""The error that pruning would cause in each block at several sizes, measured in one walk that changes nothing."""
 
 from __future__ import annotations
 
@@ -16,8 +16,12 @@ from slimserve.compress.steps.interface import Detail
 from slimserve.compress.stream import Stream
 
 
-class Profile:
-    """Changes nothing and keeps no blocks: its details hold every block's error curves, for `budget.rank`."""
+class ErrorProfile:
+    """Measure the error curves of every block for `budget.rank`. The blocks are neither changed nor kept.
+
+    The detail of a block holds, per sublayer, [size, error] pairs, and the error `without` the block. Errors are
+    relative to the squared norm of the hidden states after the block.
+    """
 
     needs_data = True
     wants_dense = False
@@ -43,10 +47,10 @@ class Profile:
             )
             losses[sublayer] = prune.loss_curve(problem, self._sizes[sublayer])
             stream.skip(sublayer, block)
-        change, weakness = _relative_change(stream)
+        change, inverse_norm = _relative_change(stream)
         curves: Detail = {
             sublayer: [
-                [size, loss * weakness] for size, loss in zip(self._sizes[sublayer], losses[sublayer], strict=True)
+                [size, loss * inverse_norm] for size, loss in zip(self._sizes[sublayer], losses[sublayer], strict=True)
             ]
             for sublayer in SUBLAYERS
         }
@@ -54,10 +58,10 @@ class Profile:
 
 
 def _relative_change(stream: Stream) -> tuple[float, float]:
-    """Of all tokens the mean of ‖after - before‖² / ‖after‖² for the block, and the mean of 1 / ‖after‖²."""
-    changes, weaknesses = [], []
+    """Return the mean over all tokens of ‖after - before‖² / ‖after‖² and of 1 / ‖after‖² for the block."""
+    changes, inverse_norms = [], []
     for before_BTD, after_BTD in stream.changes():
-        weakness_BT = 1 / after_BTD.float().square().sum(-1).clamp_(min=1e-12)
-        changes.append(((after_BTD.float() - before_BTD.float()).square().sum(-1) * weakness_BT).flatten())
-        weaknesses.append(weakness_BT.flatten())
-    return float(torch.cat(changes).mean()), float(torch.cat(weaknesses).mean())
+        inverse_norm_BT = 1 / after_BTD.float().square().sum(-1).clamp_(min=1e-12)
+        changes.append(((after_BTD.float() - before_BTD.float()).square().sum(-1) * inverse_norm_BT).flatten())
+        inverse_norms.append(inverse_norm_BT.flatten())
+    return float(torch.cat(changes).mean()), float(torch.cat(inverse_norms).mean())

@@ -1,4 +1,4 @@
-"""Rounding every linear layer of the blocks, and the head if asked."""
+"""Quantizing every linear layer of the blocks and, if requested, the output layer (head)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from slimserve.core.errors import UserError
 
 
 class QuantizeStep:
-    """Every linear layer onto a format's grid; each is rounded on inputs that the rounded layers before it made."""
+    """Round every linear layer to a format's grid, on inputs computed with the rounded layers before it."""
 
     name = "quantize"
     wants_dense = False
@@ -35,7 +35,8 @@ class QuantizeStep:
             for num_inputs in inputs:
                 bnb.check_input_size(num_inputs, self._bnb_format)
         else:
-            formats.make_grid(step.format, step.symmetric, step.group_size)  # refuses what was asked, not what fits
+            # Raises for an invalid request, which the fallback below would hide.
+            formats.make_grid(step.format, step.symmetric, step.group_size)
             group, self._note = formats.choose_group_size(step.group_size, inputs)
             self._grid = formats.make_grid(step.format, step.symmetric, group)
         self._options = quantize.RoundingOptions(
@@ -71,14 +72,14 @@ class QuantizeStep:
         return packed, {"output_error": errors, **({"notes": notes} if notes else {})}
 
     def emit(self, index: int, block: Block, original: Callable[[], Block], details: Sequence[Detail]) -> Block | None:
-        kept = [layer for where, layers in self._kept(details) if where == index for layer in layers]
+        kept = [layer for position, layers in self._kept(details) if position == index for layer in layers]
         if not kept:
             return block
         source = original()
         restored = {name: tensor for name, tensor in block.items() if not _belongs(name, kept)}
         restored |= {name: tensor for name, tensor in source.items() if _belongs(name, kept)}
         if self._step.smoothquant is not None:
-            # The norms have changed, and what reads them must change with them.
+            # The kept layers read smoothed norms, so their columns need the inverse factors.
             for sublayer in SUBLAYERS:
                 scale_I = _norm_ratio(source, block, self._roles.norm(sublayer))
                 for layer in set(kept) & set(self._roles.producers(sublayer)):
@@ -135,7 +136,11 @@ class QuantizeStep:
         errors: dict[str, float],
         notes: dict[str, Any],
     ) -> None:
-        """Round layers that share their input together: rows do not interact, and the gram is factorised once."""
+        """Round layers that share their input together: rows are independent, and the Hessian is factorized once.
+
+        `effective` gets the dequantized weights, `packed` the tensors to write, `errors` and `notes` one entry per
+        layer.
+        """
         if self._is_bnb:
             for layer in layers:
                 weight_OI = effective[f"{layer}.weight"]
@@ -167,7 +172,7 @@ class QuantizeStep:
         peak_I: Tensor,
         hessian_II: Tensor,
     ) -> Tensor:
-        """Divide the norm's outputs by the smoothing scales and multiply the producers' columns; the new gram."""
+        """Divide the norm's outputs by the smoothing factors, multiply the producers' columns; return the new H."""
         assert self._step.smoothquant is not None
         norm = self._roles.norm(sublayer)
         weight_peak_I = torch.stack([effective[f"{layer}.weight"].float().abs().amax(0) for layer in producers]).amax(0)
@@ -183,7 +188,10 @@ class QuantizeStep:
         return hessian_II / scale_I[:, None] / scale_I[None, :]
 
     def _kept(self, details: Sequence[Detail]) -> list[tuple[int, tuple[str, ...]]]:
-        """Block and layers of the fused layers that stay unquantized; engines fuse q-k-v and gate-up."""
+        """Return block index and layer names of the fused layers that stay unquantized, in order of blocks.
+
+        Engines fuse query, key and value, and gate and up, so these are kept together.
+        """
         fused = [
             layers
             for sublayer in SUBLAYERS
@@ -201,6 +209,11 @@ def _belongs(name: str, layers: Sequence[str]) -> bool:
 
 
 def _norm_ratio(before: Block, after: Block, norm: str) -> Tensor:
-    """What a norm's outputs have been divided by, `[I]`: what its dtype really did, and 1 where it is zero."""
+    """Return the factor `[I]` that divided a norm's weight, after rounding to its dtype; 1 where the weight is zero."""
     before_I, after_I = before[f"{norm}.weight"].float(), after[f"{norm}.weight"].float()
     return torch.where(after_I != 0, before_I / after_I, torch.ones_like(after_I))
+
+
+def bind(step: Quantize, config: Mapping[str, Any], roles: LayerRoles, _seed: int) -> list[QuantizeStep]:
+    """Return the one bound step. Raises UserError if the format, the method or a size does not fit."""
+    return [QuantizeStep(step, config, roles)]

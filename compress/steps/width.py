@@ -1,4 +1,4 @@
-"""Pruning the width of every block: MLP neurons and KV groups."""
+"""Pruning the width of every block: MLP neurons and KV groups (a KV head with its query heads)."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ class PruneStep:
         return hessian.mean().double(), cross_IO.double() / hessian.num_tokens
 
 
-def prune_rounds(step: Prune, config: Mapping[str, Any], roles: LayerRoles, seed: int) -> list[PruneStep]:
+def bind(step: Prune, config: Mapping[str, Any], roles: LayerRoles, seed: int) -> list[PruneStep]:
     """Return one step per round; each round keeps the same fraction of what the round before it left.
 
     Raises UserError if the fractions do not fit the model's sizes, or vLLM could not load the result.
