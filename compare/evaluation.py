@@ -1,7 +1,7 @@
-"""From what was measured to figures: estimates, paired differences, rank drift, costs, objectives.
+"""Evaluation of raw data: estimates, paired differences, rank agreement, costs and objectives.
 
-Nothing here asks a server: all of it is computed from the kept answers and raw rows, so that other objectives, another
-price or another tolerance need no new measurement.
+Everything is computed from the kept answers and the raw rows, without a server. New objectives, another price or
+another maximum loss therefore need no new measurement.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ _SECONDS_PER_HOUR = 3600
 
 
 def answers_file(folder: Path, variant: str, workload: str) -> Path:
-    """Where a variant's raw answers to the quality prompts are kept."""
+    """Return the file of a variant's raw answers to the quality prompts of a workload."""
     return folder / variant / "quality" / f"{workload}.jsonl"
 
 
 def evaluate_quality(comparison: Comparison, folder: Path) -> dict[str, dict[str, QualityOutcome]]:
-    """Fill in every variant's quality and its differences to the reference.
+    """Fill in every variant's quality and its differences from the reference.
 
-    Returns, by variant and workload, whether the primary_metric is kept within the tolerance, and how sure that is.
+    Returns, by variant and workload, whether the primary metric is kept and with which probability.
     """
-    preset, tolerance = comparison.preset, comparison.requirements.max_quality_loss_frac
-    decisions: dict[str, dict[str, QualityOutcome]] = {variant.name: {} for variant in comparison.variants}
+    preset, max_loss_frac = comparison.preset, comparison.requirements.max_quality_loss_frac
+    outcomes: dict[str, dict[str, QualityOutcome]] = {variant.name: {} for variant in comparison.variants}
     for workload in (*comparison.workloads, *([TEXT] if preset.num_texts else [])):
         num_prompts = preset.quality_prompts.get(workload, 0)
         theirs = _kept_answers(folder, comparison.reference, workload)
@@ -56,64 +56,59 @@ def evaluate_quality(comparison: Comparison, folder: Path) -> dict[str, dict[str
             if ours is None:
                 continue
             is_reference = variant.name == comparison.reference
-            figures = quality_metrics(workload, num_prompts, preset.seed, ours, None if is_reference else theirs)
-            variant.quality[workload] = {name: metrics.estimate(figure) for name, figure in figures.items()}
-            samples = {} if is_reference else paired_metric_samples(figures, reference, ours, theirs)
+            data = quality_metrics(workload, num_prompts, preset.seed, ours, None if is_reference else theirs)
+            variant.quality[workload] = {name: metrics.estimate(metric) for name, metric in data.items()}
+            samples = {} if is_reference else paired_metric_samples(data, reference, ours, theirs)
             if samples:
                 variant.differences[workload] = {
-                    name: difference(figures[name], reference[name], drawn) for name, drawn in samples.items()
+                    name: _difference(data[name], reference[name], drawn) for name, drawn in samples.items()
                 }
-            if primary_metric := comparison.workloads.get(workload):
-                decisions[variant.name][workload] = _quality_outcome(
-                    primary_metric,
-                    figures[primary_metric],
-                    reference.get(primary_metric),
-                    samples.get(primary_metric),
-                    tolerance,
+            if primary := comparison.workloads.get(workload):
+                outcomes[variant.name][workload] = _quality_outcome(
+                    primary, data[primary], reference.get(primary), samples.get(primary), max_loss_frac
                 )
-    return decisions
+    return outcomes
 
 
 def _kept_answers(folder: Path, variant: str, workload: str) -> Answers | None:
-    """None where nothing was asked, or the server could not answer."""
+    """Return the kept answers; None if nothing was asked or the server could not answer."""
     file = answers_file(folder, variant, workload)
     answers = read_answers(file) if file.exists() else None
     return answers if answers and answers.answers else None
 
 
 def paired_metric_samples(
-    figures: Mapping[str, MetricData], others: Mapping[str, MetricData], ours: Answers, theirs: Answers | None
+    data: Mapping[str, MetricData], others: Mapping[str, MetricData], ours: Answers, theirs: Answers | None
 ) -> dict[str, np.ndarray]:
-    """Paired draws of each figure that both have; none where the answers are to different prompts."""
+    """Return paired bootstrap samples of each metric on both sides; none if the prompts differ."""
     if theirs is None or ours.prompts_sha256 != theirs.prompts_sha256:
         return {}
-    return {name: metrics.paired_samples(figures[name], others[name]) for name in figures if name in others}
+    return {name: metrics.paired_samples(data[name], others[name]) for name in data if name in others}
 
 
-def difference(figure: MetricData, reference: MetricData, samples: np.ndarray) -> Difference:
-    """The figure minus the reference's; right answers are tested exactly, prompt by prompt."""
+def _difference(metric: MetricData, reference: MetricData, samples: np.ndarray) -> Difference:
+    """Return the metric minus the reference's; shares of correct answers get McNemar's exact test."""
     low, high, p_value = metrics.paired_difference(samples)
-    value = figure.value - reference.value
-    if figure.successes is not None and reference.successes is not None:
-        p_value = metrics.mcnemar(figure.successes, reference.successes)
-        return Difference(value, low, high, p_value, len(figure.successes), "mcnemar")
-    return Difference(value, low, high, p_value, len(set(figure.groups)), "bootstrap")
+    value = metric.value - reference.value
+    if metric.successes is not None and reference.successes is not None:
+        p_value = metrics.mcnemar(metric.successes, reference.successes)
+        return Difference(value, low, high, p_value, len(metric.successes), "mcnemar")
+    return Difference(value, low, high, p_value, len(set(metric.groups)), "bootstrap")
 
 
 def _quality_outcome(
-    name: str, figure: MetricData, reference: MetricData | None, samples: np.ndarray | None, tolerance: float
+    name: str, metric: MetricData, reference: MetricData | None, samples: np.ndarray | None, max_loss_frac: float
 ) -> QualityOutcome:
-    if reference is None or samples is None or not len(samples):  # the reference itself
+    # There are no samples for the reference itself, and a reference at 0 has nothing to lose.
+    if reference is None or samples is None or not len(samples) or not reference.value > 0:
         return QualityOutcome(name, 1.0, is_kept=True, probability=1.0)
-    if not reference.value > 0:  # nothing to lose
-        return QualityOutcome(name, 1.0, is_kept=True, probability=1.0)
-    kept_frac = figure.value / reference.value
-    probability = metrics.probability_kept(figure, reference, samples, 1 - tolerance)
-    return QualityOutcome(name, kept_frac, kept_frac >= 1 - tolerance, probability)
+    kept_frac = metric.value / reference.value
+    probability = metrics.probability_kept(metric, reference, samples, 1 - max_loss_frac)
+    return QualityOutcome(name, kept_frac, kept_frac >= 1 - max_loss_frac, probability)
 
 
 def evaluate_loads(comparison: Comparison, folder: Path) -> None:
-    """Fill in what depends on requirements: objectives and goodput of every run, costs; and rank drift."""
+    """Fill in everything that depends on the requirements: objectives, goodput and costs; also the rank agreement."""
     reference = comparison.variant(comparison.reference)
     for variant in (*comparison.variants, *comparison.baseline_variants):
         for one in variant.rounds:
@@ -126,8 +121,8 @@ def evaluate_loads(comparison: Comparison, folder: Path) -> None:
             for workload in comparison.workloads
         }
         if variant is not reference:
-            drifts = {name: rank_agreement(variant, reference, name, folder) for name in comparison.workloads}
-            variant.rank_agreement = {name: drift for name, drift in drifts.items() if drift}
+            agreements = {name: rank_agreement(variant, reference, name, folder) for name in comparison.workloads}
+            variant.rank_agreement = {name: agreement for name, agreement in agreements.items() if agreement}
 
 
 def _with_objectives(run: LoadRun, slos: Sequence[str], comparison: Comparison, folder: Path) -> LoadRun:
@@ -143,51 +138,54 @@ def _with_objectives(run: LoadRun, slos: Sequence[str], comparison: Comparison, 
     return replace(run, summary=summary)
 
 
-def unit_s(variant: VariantResult, workload: str, summary: LoadSummary) -> float | None:
-    """Seconds of the machine per item of a slate, or per answer of a chat; None where none was brought.
+def _unit_s(variant: VariantResult, workload: str, summary: LoadSummary) -> float | None:
+    """Return the machine's seconds per scored item or per chat answer; None if there was none.
 
-    An answer counts with its mean tokens in the quality run, where all variants answer the same prompts: in a window of
-    load the few answers that end differ too much.
+    A chat answer counts with its mean number of tokens in the quality run, where all variants answer the same prompts.
+    The few answers that end in a load window differ too much.
     """
     if summary.items_per_s > 0:
         return 1 / summary.items_per_s
-    told = variant.quality.get(workload, {}).get("tokens_per_answer")
-    tokens = told.value if told else summary.output_tokens_mean
+    measured = variant.quality.get(workload, {}).get("tokens_per_answer")
+    tokens = measured.value if measured else summary.output_tokens_mean
     return tokens / summary.output_tokens_per_s if tokens and summary.output_tokens_per_s > 0 else None
 
 
 def costs(variant: VariantResult, workload: str, price_per_hour: float | None) -> dict[str, Spread]:
-    """At capacity, in the price's currency or in machine-seconds; units that were not brought are left out."""
+    """Return the costs at capacity by unit of work, in the price's currency or in machine-seconds."""
     per_s = 1.0 if price_per_hour is None else price_per_hour / _SECONDS_PER_HOUR
     accuracy = variant.quality.get(workload, {}).get("accuracy")
-    found: dict[str, list[float | None]] = {}
+    values: dict[str, list[float | None]] = {}
     for summary in variant.capacity(workload):
-        each_s = unit_s(variant, workload, summary)
+        unit_s = _unit_s(variant, workload, summary)
         if summary.items_per_s > 0:
-            found.setdefault("per_million_items", []).append(per_s * 1e6 / summary.items_per_s)
-        elif each_s is not None:
-            found.setdefault("per_million_output_tokens", []).append(per_s * 1e6 / summary.output_tokens_per_s)
-            found.setdefault("per_thousand_answers", []).append(per_s * 1e3 * each_s)
+            values.setdefault("per_million_items", []).append(per_s * 1e6 / summary.items_per_s)
+        elif unit_s is not None:
+            values.setdefault("per_million_output_tokens", []).append(per_s * 1e6 / summary.output_tokens_per_s)
+            values.setdefault("per_thousand_answers", []).append(per_s * 1e3 * unit_s)
             if accuracy and accuracy.value > 0:
-                found.setdefault("per_correct_answer", []).append(per_s * each_s / accuracy.value)
-    known = {name: spread(values) for name, values in found.items()}
-    return {name: figure for name, figure in known.items() if figure}
+                values.setdefault("per_correct_answer", []).append(per_s * unit_s / accuracy.value)
+    spreads = {name: spread(rounds) for name, rounds in values.items()}
+    return {name: cost for name, cost in spreads.items() if cost}
 
 
 def cost_ratio(variant: VariantResult, reference: VariantResult, workloads: Sequence[str]) -> Spread | None:
-    """Cost over the reference's in the same round, mean over workloads, over rounds; None where a side lacks one."""
-    theirs = {one.number: one for one in reference.rounds}
+    """Return the cost over the reference's cost in the same round, as a mean over workloads.
+
+    None if a round lacks the cost of either side.
+    """
+    reference_rounds = {one.number: one for one in reference.rounds}
     ratios: list[float | None] = []
     for one in variant.rounds:
-        if one.number not in theirs:
+        other = reference_rounds.get(one.number)
+        if other is None:
             continue
         pairs = [
-            (unit_s(variant, name, one.capacity[name].summary), unit_s(reference, name, other.capacity[name].summary))
+            (_unit_s(variant, name, one.capacity[name].summary), _unit_s(reference, name, other.capacity[name].summary))
             for name in workloads
-            for other in [theirs[one.number]]
             if name in one.capacity and name in other.capacity
         ]
-        known = [ours / other for ours, other in pairs if ours is not None and other]
+        known = [ours / theirs for ours, theirs in pairs if ours is not None and theirs]
         ratios.append(sum(known) / len(known) if len(known) == len(workloads) else None)
     return spread(ratios) if None not in ratios else None
 
@@ -195,9 +193,10 @@ def cost_ratio(variant: VariantResult, reference: VariantResult, workloads: Sequ
 def rank_agreement(
     variant: VariantResult, reference: VariantResult, workload: str, folder: Path
 ) -> dict[str, Estimate]:
-    """How much the order of candidates under load differs from the reference's, over slates that both scored.
+    """Compare the order of candidates under load with the reference's, over the lists that both scored.
 
-    `kendall_tau` is tau-b (1: the same order), `top10_overlap` the share of its ten best that are the reference's too.
+    `kendall_tau` is tau-b (1 is the same order); `top10_overlap` is the fraction of the ten best candidates that are
+    also the reference's.
     """
     ours, theirs = _scores(variant, workload, folder), _scores(reference, workload, folder)
     pairs = [(ours[key], theirs[key]) for key in ours if key in theirs and len(ours[key]) == len(theirs[key])]
@@ -207,18 +206,17 @@ def rank_agreement(
 
 
 def _scores(variant: VariantResult, workload: str, folder: Path) -> dict[tuple[int, str, int], tuple[float, ...]]:
-    """By round, load and prompt number; seeds are the same for all variants, so the key names one slate."""
+    """Return scores by round, load and prompt number. Seeds are equal, so a key names one list for all variants."""
     return {
         (one.number, str(run.rate_rps), row.prompt): row.scores
         for one in variant.rounds
-        for run in runs_of(one, workload)
+        for run in _runs_of(one, workload)
         for row in _rows(folder / run.rows_file)
         if row.scores and row.error is None
     }
 
 
-def runs_of(one: Round, workload: str) -> list[LoadRun]:
-    """All loads that a workload had in a round."""
+def _runs_of(one: Round, workload: str) -> list[LoadRun]:
     return [*([one.capacity[workload]] if workload in one.capacity else []), *one.at_rate.get(workload, [])]
 
 

@@ -81,9 +81,7 @@ def ask_text(target: Target, num_documents: int, num_tokens: int, seed: int) -> 
     try:
         answers = ask_all(target, f"quality {TEXT}, {target.model}", documents, ask)
     except _UnsupportedError as error:
-        print_status(
-            f"{target.model}: skips perplexity and KL, as the server gives no prompt log-probabilities ({error})"
-        )
+        print_status(f"{target.model}: skips perplexity and KL, as the server gives no prompt logprobs ({error})")
         return Answers("", [])
     return Answers(_sha256_of([answer.tokens for answer in answers]), list(answers))
 

@@ -1,12 +1,13 @@
-"""Which variant to ship: the cheapest one that keeps quality and meets the objectives, why, and how sure.
+"""The verdict: which variant to ship, why, and with which confidence.
 
-A variant keeps quality where each workload's primary_metric figure is at least (1 - tolerance) of the reference's, both over
-the same prompts. How sure that is, is the share of draws from these prompts in which it holds. It meets the
-objectives where it met all of them in every round at the judged rate. Its cost is that of one unit of work (an item of
-a slate, an answer of a chat) at capacity over the reference's in the same round, the mean over workloads.
+The winner is the cheapest variant that keeps quality and meets the objectives. A variant keeps quality if each
+workload's primary metric is at least (1 - maximum loss) of the reference's, over the same prompts. The confidence is
+the fraction of resamples of these prompts in which that holds. A variant meets the objectives if it met all of them in
+every round at the SLO rate. Its cost is that of one unit of work (a scored item or a chat answer) at capacity, over the
+reference's in the same round, as a mean over workloads.
 
-One variant dominates another where it is at least as good in every primary_metric, in cost and in latency, and clearly better
-in one: quality intervals that do not overlap, or ranges over at least two rounds that do not.
+One variant dominates another if it is at least as good in every primary metric, in cost and in latency, and clearly
+better in one of them. "Clearly" means quality intervals, or ranges over at least two rounds, that do not overlap.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ from slimserve.compare.results import (
     spread,
 )
 
-_WORDS = ((0.95, "very sure"), (0.8, "fairly sure"), (0.6, "more likely than not"))
+_WORDS = ((0.95, "very high"), (0.8, "high"), (0.6, "moderate"))
 _NEAR_MISS = 0.2
-"""A cheaper variant that fails on quality is named where it keeps quality in so many of the resamples."""
+"""A cheaper variant that fails on quality is mentioned if it keeps quality in at least this fraction of resamples."""
 
 
 def make_verdict(comparison: Comparison, quality: Mapping[str, Mapping[str, QualityOutcome]]) -> Verdict:
-    """Judge all variants; `quality` holds, by variant and workload, how each primary_metric fared."""
+    """Decide over all variants; `quality` holds the outcome of each primary metric by variant and workload."""
     reference = comparison.variant(comparison.reference)
     dominance = _dominance(comparison)
     decisions = []
@@ -65,8 +66,8 @@ def make_verdict(comparison: Comparison, quality: Mapping[str, Mapping[str, Qual
 
 
 def confidence_words(confidence: float) -> str:
-    """A probability in words."""
-    return next((words for least, words in _WORDS if confidence >= least), "not sure")
+    """Return a probability in words."""
+    return next((words for least, words in _WORDS if confidence >= least), "low")
 
 
 def _winner(comparison: Comparison, ranked: Sequence[VariantDecision], decisions: Sequence[VariantDecision]) -> Verdict:
@@ -74,29 +75,31 @@ def _winner(comparison: Comparison, ranked: Sequence[VariantDecision], decisions
     cheaper = [one for one in decisions if _median(one.cost_ratio) < _median(winner.cost_ratio) and not one.qualifies]
     near = [one for one in cheaper if one.meets_slo and one.quality_probability >= _NEAR_MISS]
     if winner.name == reference:
-        # It loses nothing against itself; what can be wrong is that a cheaper one was turned down.
+        # The reference loses nothing against itself; the risk is that a cheaper variant was rejected wrongly.
         confidence = min((1 - one.quality_probability for one in cheaper if one.meets_slo), default=1.0)
         wanted = "keeps quality and meets the objectives" if winner.slo else "keeps quality"
-        sentences = [f"Ship {winner.name}: {f'no cheaper variant {wanted}' if cheaper else 'no other is cheaper'}."]
+        sentences = [
+            f"Ship {winner.name}: {f'no cheaper variant {wanted}' if cheaper else 'no other variant is cheaper'}."
+        ]
     else:
         confidence = winner.quality_probability
         sentences = [
-            f"Ship {winner.name}: a unit of work costs {_percent(winner.cost_ratio)} of what {reference} takes, and "
+            f"Ship {winner.name}: a unit of work costs {_percent(winner.cost_ratio)} of {reference}'s cost, and "
             f"{_quality_text(winner, comparison)}."
         ]
     sentences.append(_slo_text(winner))
     sentences.append(
-        f"How sure: {confidence_words(confidence)} ({confidence:.0%}). "
-        + _how_sure(winner, comparison, confidence, bool(cheaper))
+        f"Confidence: {confidence_words(confidence)} ({confidence:.0%}). "
+        + _confidence_text(winner, comparison, confidence, bool(cheaper))
     )
     if len(ranked) > 1 and not _is_below(winner.cost_ratio, ranked[1].cost_ratio):
         sentences.append(
-            f"{ranked[1].name} qualifies too, and this run cannot tell its cost ({_percent(ranked[1].cost_ratio)}) "
-            f"from {winner.name}'s."
+            f"{ranked[1].name} also qualifies; its cost ({_percent(ranked[1].cost_ratio)}) is not distinguishable from "
+            f"{winner.name}'s in this run."
         )
     sentences += [
-        f"{one.name} would be cheaper ({_percent(one.cost_ratio)}), and it is only {1 - one.quality_probability:.0%} "
-        "sure that it loses too much quality: more prompts would settle it."
+        f"{one.name} would be cheaper ({_percent(one.cost_ratio)}), and the probability that it loses too much quality "
+        f"is only {1 - one.quality_probability:.0%}; more quality prompts would decide."
         for one in near
         if one.name != winner.name
     ]
@@ -105,14 +108,14 @@ def _winner(comparison: Comparison, ranked: Sequence[VariantDecision], decisions
 
 
 def _no_winner(decisions: Sequence[VariantDecision]) -> Verdict:
-    def sure_of_failing(one: VariantDecision) -> float:
+    def failure_probability(one: VariantDecision) -> float:
         missed = [1 - slo.num_met / slo.num_rounds if slo.num_rounds else 1.0 for slo in one.slo.values()]
         return max([1 - one.quality_probability, *missed])
 
-    confidence = min(map(sure_of_failing, decisions))
-    sentences = ["Ship none of these: no variant both keeps quality and meets the objectives."]
+    confidence = min(map(failure_probability, decisions))
+    sentences = ["Ship none of these variants: none both keeps quality and meets the objectives."]
     sentences += [f"{one.name} {one.reason}." for one in decisions]
-    sentences.append(f"How sure: {confidence_words(confidence)} ({confidence:.0%}).")
+    sentences.append(f"Confidence: {confidence_words(confidence)} ({confidence:.0%}).")
     return Verdict(None, sentences, confidence, confidence_words(confidence), list(decisions))
 
 
@@ -125,12 +128,12 @@ def _with_reason(decision: VariantDecision, comparison: Comparison) -> VariantDe
             parts.append(f"has no {primary_metric} of {workload}")
         elif not found.is_kept:
             kept = f"{found.kept_frac:.1%} of {comparison.reference}'s {workload} {_words(primary_metric)}"
-            parts.append(f"keeps only {kept}, where {least:.0%} is asked for")
+            parts.append(f"keeps only {kept}; {least:.0%} is required")
     for workload, slo in decision.slo.items():
         if not slo.num_rounds:
-            parts.append(f"was not loaded with {workload}")
+            parts.append(f"was not load-tested with {workload}")
         elif slo.num_met < slo.num_rounds:
-            named = ", ".join(slo.worst) or "any latency: that is far beyond its capacity"
+            named = ", ".join(slo.worst) or "every objective, because the rate is far beyond its capacity,"
             parts.append(
                 f"misses {named} of {workload} at {slo.rate_rps:g} requests/s in {slo.num_rounds - slo.num_met} of "
                 f"{slo.num_rounds} rounds"
@@ -138,7 +141,7 @@ def _with_reason(decision: VariantDecision, comparison: Comparison) -> VariantDe
     if not parts:
         met = " and meets the objectives" if decision.slo else ""
         if decision.name == comparison.reference:
-            parts = [f"is what the others are measured against{met}"]
+            parts = [f"is the reference{met}"]
         else:
             parts = [f"keeps quality{met} at {_percent(decision.cost_ratio)} of {comparison.reference}'s cost"]
     return replace(decision, reason=", and ".join(parts))
@@ -164,7 +167,7 @@ def _largest(values: Sequence[float | None]) -> float | None:
 
 @dataclass(frozen=True)
 class _Axis:
-    """A variant on one axis, less is better; `low` and `high` enclose it as far as this run can tell."""
+    """A variant on one axis, where less is better; `low` and `high` are the bounds of its interval in this run."""
 
     value: float
     low: float
@@ -189,12 +192,12 @@ def _axes(comparison: Comparison, variant: VariantResult) -> dict[str, _Axis]:
 
 
 def _ranged(found: Spread) -> _Axis:
-    """A single round says nothing of its spread, so nothing is clear of it."""
+    """Return the axis of a spread; the bounds of a single round are infinite, because its variation is unknown."""
     return _Axis(found.median, *((found.min, found.max) if found.n > 1 else (-math.inf, math.inf)))
 
 
 def _dominance(comparison: Comparison) -> dict[str, tuple[list[str], list[str]]]:
-    """By variant, those that dominate it and those that no axis tells from it."""
+    """Return, by variant, the variants that dominate it and those that no axis distinguishes from it."""
     axes = {variant.name: _axes(comparison, variant) for variant in comparison.variants}
     found = {}
     for name, ours in axes.items():
@@ -215,8 +218,8 @@ def _dominance(comparison: Comparison) -> dict[str, tuple[list[str], list[str]]]
 def _dominated_texts(comparison: Comparison, decisions: Sequence[VariantDecision]) -> list[str]:
     if comparison.preset.num_rounds == 1 and len(decisions) > 1:
         return [
-            "There was one round only, so how much speeds vary is not known and small differences mean nothing: two "
-            "rounds or more tell which variants are clearly worse than others."
+            "There was only one round, so the variation of speeds is unknown and small differences mean nothing. Run "
+            "at least two rounds to find which variants are clearly worse."
         ]
     texts = [
         f"{one.name} is dominated by {' and '.join(one.dominated_by)}: no better in quality, cost or latency, and "
@@ -230,12 +233,12 @@ def _dominated_texts(comparison: Comparison, decisions: Sequence[VariantDecision
 
 def _quality_text(decision: VariantDecision, comparison: Comparison) -> str:
     kept = [f"{one.kept_frac:.1%} of its {name} {_words(one.metric)}" for name, one in decision.quality.items()]
-    return f"it keeps {' and '.join(kept)} ({1 - comparison.requirements.max_quality_loss_frac:.0%} is asked for)"
+    return f"it keeps {' and '.join(kept)} (required: {1 - comparison.requirements.max_quality_loss_frac:.0%})"
 
 
 def _slo_text(decision: VariantDecision) -> str:
     if not decision.slo:
-        return "No objective was given, so latency did not count: it only had to keep quality and be cheap."
+        return "No objective was given, so latency did not count; only quality and cost did."
     parts = []
     for workload, slo in decision.slo.items():
         worst = ", ".join(f"{text} (worst {_value_text(text, value)})" for text, value in slo.worst.items())
@@ -243,16 +246,16 @@ def _slo_text(decision: VariantDecision) -> str:
     return f"It met every objective: {'; '.join(parts)}."
 
 
-def _how_sure(winner: VariantDecision, comparison: Comparison, confidence: float, is_any_cheaper: bool) -> str:
-    tolerance = comparison.requirements.max_quality_loss_frac
+def _confidence_text(winner: VariantDecision, comparison: Comparison, confidence: float, is_any_cheaper: bool) -> str:
+    max_loss = comparison.requirements.max_quality_loss_frac
     if winner.name == comparison.reference and not is_any_cheaper:
-        return "It loses nothing against itself, and nothing cheaper was turned down."
+        return "The reference loses nothing against itself, and no cheaper variant was rejected."
     if winner.name == comparison.reference:
-        return "It loses nothing against itself; the figure is how sure it is that each cheaper variant loses too much."
-    advice = "" if confidence >= _WORDS[1][0] else " More quality prompts would tell."
+        return "This is the smallest probability that a rejected cheaper variant really loses too much quality."
+    advice = "" if confidence >= _WORDS[1][0] else " More quality prompts would decide."
     return (
-        f"Drawn anew from the same prompts, quality stays within {tolerance:.0%} of {comparison.reference} in "
-        f"{confidence:.0%} of the draws.{advice}"
+        f"In {confidence:.0%} of the resamples of the prompts, quality stays within {max_loss:.0%} of "
+        f"{comparison.reference}.{advice}"
     )
 
 
@@ -278,5 +281,5 @@ def _is_below(ours: Spread | None, theirs: Spread | None) -> bool:
     return theirs is None or (ours is not None and ours.n > 1 and theirs.n > 1 and ours.max < theirs.min)
 
 
-def _words(figure: str) -> str:
-    return figure.replace("_", " ").replace("auc", "AUC")
+def _words(metric: str) -> str:
+    return metric.replace("_", " ").replace("auc", "AUC")
