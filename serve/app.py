@@ -18,15 +18,16 @@ from slimserve.core.errors import UserError
 from slimserve.core.hardware import Hardware
 from slimserve.core.roofline import load_roofline
 from slimserve.core.storage import cache_dir
-from slimserve.serve.engine.roofline import describe_start
-from slimserve.serve.gateway.proxy import ProxyServer, Timeouts
+from slimserve.serve.gateway.messages import Timeouts
+from slimserve.serve.gateway.proxy import ProxyServer
 from slimserve.serve.gateway.routing import Gateway
 from slimserve.serve.gateway.supervisor import SupervisedEngine, supervise
 from slimserve.serve.launch.config import ResolvedServeConfig
 from slimserve.serve.launch.plan import LaunchPlan
 from slimserve.serve.launch.process import Engine, EngineSpec, base_url, last_error
+from slimserve.serve.launch.roofline import describe_start
 from slimserve.serve.launch.tune import kept_launch, tune_launch
-from slimserve.serve.policy.limits import KEY_VARIABLES
+from slimserve.serve.policy.keys import KEY_VARIABLES
 from slimserve.serve.policy.metrics import gateway_metrics
 
 _GRACE_S = 30.0

@@ -15,8 +15,8 @@ INDEPENDENT = {"compress": {"distill"}, "serve": {"distill", "compress"}, "loadt
 SERVE_ROOMS = {
     "policy": set(),
     "engine": {"policy"},
-    "launch": {"policy", "engine"},
-    "gateway": {"policy", "launch", "engine"},
+    "launch": {"policy"},
+    "gateway": {"policy", "launch"},
 }
 """Parts of serve/ that each part may import; serve/app.py is above all of them."""
 ONLY_IN: dict[str, set[str]] = {

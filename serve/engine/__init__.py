@@ -1,1 +1,1 @@
-"""TODO"""
+"""Code that runs inside vLLM's API server process: middleware, scoring, reranking, metrics and launch entry point."""

@@ -1,7 +1,7 @@
-"""Which of vLLM's two bf16 matrix products a layer gets on a CPU with AMX.
+"""The choice between vLLM's two bf16 matrix products on a CPU with AMX.
 
-vLLM 0.32 has a packed AMX kernel, which it keeps for weights up to 1 MiB, and oneDNN for the others. With two threads
-oneDNN runs layers of fewer than about 1,024 outputs at half speed wherever a step has 500 to 1,300 tokens; the packed
+vLLM 0.32 has a packed AMX kernel, which it uses for weights up to 1 MiB, and oneDNN for larger ones. With two threads
+oneDNN runs layers with fewer than about 1,024 outputs at half speed if a step has 500 to 1,300 tokens. The packed
 kernel does not (docs/log.md). vLLM loads `register` as a general plugin into each of its processes.
 """
 
@@ -9,22 +9,21 @@ from __future__ import annotations
 
 import os
 
-PACKED_BELOW = "SLIMSERVE_PACKED_GEMM_BELOW"
-"""Environment variable: layers of fewer outputs get the packed kernel whatever their size; unset: vLLM's own choice."""
+from slimserve.serve.policy.engine_environment import PACKED_GEMM_VARIABLE
 
 
 def register() -> None:
-    """Give narrow layers the packed kernel, where the environment asks for it."""
-    below = int(os.environ.get(PACKED_BELOW, "0"))
-    if not below:
+    """Use the packed kernel for narrow layers if the environment variable sets the number of outputs below which."""
+    max_outputs = int(os.environ.get(PACKED_GEMM_VARIABLE, "0"))
+    if not max_outputs:
         return
     import torch
     from vllm.model_executor.layers import utils
 
-    choose = utils.check_cpu_sgl_kernel
+    vllm_choice = utils.check_cpu_sgl_kernel
 
-    def takes_packed(n: int, k: int, dtype: torch.dtype) -> bool:
-        is_narrow = dtype == torch.bfloat16 and n < below and n % 16 == 0 and k % 32 == 0
-        return bool(choose(n, k, dtype) or (is_narrow and torch.cpu._is_amx_tile_supported()))
+    def uses_packed_kernel(n: int, k: int, dtype: torch.dtype) -> bool:
+        is_narrow = dtype == torch.bfloat16 and n < max_outputs and n % 16 == 0 and k % 32 == 0
+        return bool(vllm_choice(n, k, dtype) or (is_narrow and torch.cpu._is_amx_tile_supported()))
 
-    utils.check_cpu_sgl_kernel = takes_packed
+    utils.check_cpu_sgl_kernel = uses_packed_kernel

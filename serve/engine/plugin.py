@@ -34,7 +34,7 @@ from vllm.sampling_params import MAX_LOGPROB_TOKEN_IDS, RequestOutputKind, Sampl
 from vllm.utils import random_uuid
 from vllm.v1.metrics.prometheus import get_prometheus_registry
 
-from slimserve.serve.engine.partial_prefix import SHARED_PREFIX_TOKENS
+from slimserve.serve.engine.partial_prefix import SHARED_PREFIX_TOKENS, PartialPrefixConnector
 from slimserve.serve.engine.rerank import RerankRequest, as_score_request, load_template, rerank_response
 from slimserve.serve.engine.scoring import (
     Plan,
@@ -47,11 +47,12 @@ from slimserve.serve.engine.scoring import (
     reads,
     score_response,
 )
-from slimserve.serve.launch.plan import PREFIX_CONNECTOR
-from slimserve.serve.policy.limits import Limits, error_body
-from slimserve.serve.policy.metrics import label_series, score_metrics
+from slimserve.serve.policy.engine_environment import VARIANT_VARIABLE
+from slimserve.serve.policy.errors import error_body
+from slimserve.serve.policy.exposition import label_series
+from slimserve.serve.policy.limits import Limits
+from slimserve.serve.policy.metrics import score_metrics
 
-VARIANT_VARIABLE = "SLIMSERVE_VARIANT"
 _STATE = "slimserve_scorer"
 
 
@@ -74,7 +75,7 @@ class Scorer:
         own = Tokenizer.from_str(backend.to_str()) if isinstance(backend, Tokenizer) else None
         self.tokenizer = PromptTokenizer(self._encode, own)
         transfer = engine_client.vllm_config.kv_transfer_config
-        self._shares_partial_blocks = transfer is not None and transfer.kv_connector == PREFIX_CONNECTOR["kv_connector"]
+        self._shares_partial_blocks = transfer is not None and transfer.kv_connector == PartialPrefixConnector.__name__
         self.rerank_template = load_template(Path(config.model))
         self._metrics = score_metrics()
 

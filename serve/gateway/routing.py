@@ -18,13 +18,15 @@ import msgspec
 from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, CollectorRegistry, generate_latest
 
 from slimserve.core.variant import disk_bytes, read_manifest
-from slimserve.serve.engine.middleware import OPEN_PATHS
-from slimserve.serve.gateway.proxy import Answer, ProxyRequest, error_answer
+from slimserve.serve.gateway.messages import Answer, ProxyRequest, error_answer
 from slimserve.serve.gateway.supervisor import State, SupervisedEngine
 from slimserve.serve.gateway.upstream import Backend, fetch
 from slimserve.serve.launch.config import Alias, Variant
-from slimserve.serve.policy.limits import KeyRing, error_body
-from slimserve.serve.policy.metrics import GatewayMetrics, label_series, merge_expositions
+from slimserve.serve.policy.errors import error_body
+from slimserve.serve.policy.exposition import label_series, merge_expositions
+from slimserve.serve.policy.keys import KeyRing
+from slimserve.serve.policy.metrics import GatewayMetrics
+from slimserve.serve.policy.routes import OPEN_PATHS
 
 _SCRAPE_S = 3.0
 _PRINTABLE_PATH = re.compile(r"[\w./-]{1,64}", re.ASCII)
@@ -70,7 +72,7 @@ class Gateway:
         if path not in OPEN_PATHS:
             if self.is_draining:
                 return error_answer(503, "the server is shutting down", "draining", retry_after_s=5, close=True)
-            if self._keys and not self._keys.admits(request.headers):
+            if not self._keys.accepts(request.headers):
                 return error_answer(401, "no API key, or one that this server does not know", "invalid_api_key")
         if _is_local(path) and request.method not in {"GET", "HEAD"}:
             return error_answer(405, f"use GET for {path}")

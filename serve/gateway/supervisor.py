@@ -16,9 +16,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from slimserve.core.errors import UserError
-from slimserve.serve.engine.roofline import describe_start
 from slimserve.serve.gateway.upstream import Backend, fetch
 from slimserve.serve.launch.process import EngineProcess, EngineSpec, free_port, last_error
+from slimserve.serve.launch.roofline import describe_start
 from slimserve.serve.policy.metrics import GatewayMetrics
 
 

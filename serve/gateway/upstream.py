@@ -1,4 +1,4 @@
-"""The engine's side of the proxy: connections that stay open between requests, and answers passed on as they come."""
+"""Connections from the proxy to engines: they stay open between requests and relay answers as they arrive."""
 
 from __future__ import annotations
 
@@ -11,31 +11,34 @@ from httptools import HttpParserError, HttpResponseParser
 MAX_HEAD_BYTES = 64 * 1024
 Headers = list[tuple[bytes, bytes]]
 _IDLE_S = 2.0
-"""vLLM closes an idle connection after 5 s; one that it closes while a request is on its way costs a second try."""
+"""Seconds after which an idle connection is not used again.
+
+vLLM closes idle connections after 5 s. A request sent into a connection that is being closed must be sent again.
+"""
 
 
 class Reader(Protocol):
-    """Who asked, and gets the answer."""
+    """The client connection that receives the answer of an engine."""
 
     def relay_head(self, status: int, reason: bytes, headers: Headers, body: bytes) -> asyncio.Transport:
-        """The head of the answer and what came with it; returns where all further bytes go."""
+        """Take the head of the answer and the body bytes that came with it; return where further bytes go."""
 
     def relay_ended(self) -> None:
-        """The answer is whole."""
+        """The answer is complete."""
 
     def relay_failed(self, can_append: bool, got_bytes: bool) -> None:
-        """The engine's connection broke, or what it sent is no HTTP."""
+        """The engine's connection broke, or its bytes are not HTTP."""
 
 
 class Backend:
-    """One engine's address and the idle connections to it, the last used first."""
+    """Address of one engine and the idle connections to it."""
 
     def __init__(self, host: str, port: int) -> None:
         self.host, self.port = host, port
         self.idle: list[EngineSide] = []
 
     def take(self, now: float) -> EngineSide | None:
-        """An open connection that was used a moment ago, if there is one."""
+        """Return the connection that was used last if it is still fresh; drop all idle ones otherwise."""
         if self.idle and now - self.idle[-1].idle_since < _IDLE_S:
             return self.idle.pop()
         self.close()
@@ -48,7 +51,7 @@ class Backend:
 
 
 class EngineSide(asyncio.Protocol):
-    """A connection to an engine: one request at a time, kept open between them."""
+    """A connection to an engine; it carries one request at a time and stays open between them."""
 
     def __init__(self) -> None:
         self.backend: Backend
@@ -73,7 +76,7 @@ class EngineSide(asyncio.Protocol):
         self._transport = transport
 
     def send(self, client: Reader, backend: Backend, message: bytes) -> None:
-        """Ask the engine and hand its answer to `client` as it comes."""
+        """Send a request and relay the answer to `client` as it arrives."""
         self._client, self.backend = client, backend
         self._head, self._headers, self._reason = b"", [], b""
         self._in_body = self._in_chunk = self._is_complete = False
@@ -95,7 +98,7 @@ class EngineSide(asyncio.Protocol):
             else:
                 self._to_client.write(data)
         elif self._client is None:
-            self.abort()  # an answer that nobody asked for
+            self.abort()  # No request is open, so these bytes answer nothing.
         else:
             self._read_head(data)
 
@@ -125,11 +128,11 @@ class EngineSide(asyncio.Protocol):
             self._end(b"")
 
     def _is_framed(self) -> bool:
-        """Whether the answer says where it ends, other than by the end of the connection."""
+        """Whether the head states where the answer ends; the end of the connection alone could be a crash."""
         return any(name.lower() in {b"content-length", b"transfer-encoding"} for name, _ in self._headers)
 
     def _end(self, data: bytes) -> None:
-        """`data` ends the answer."""
+        """Relay `data`, the last bytes of the answer, and free the connection."""
         if self._num_messages > 1:
             self._fail(can_append=False)
             return
@@ -148,12 +151,12 @@ class EngineSide(asyncio.Protocol):
 
     @property
     def can_append(self) -> bool:
-        """Whether events of our own may follow what has been relayed."""
+        """Whether events of the gateway may follow the bytes relayed so far."""
         return self._is_event_stream() and not self._in_chunk
 
     @property
     def is_within_chunk(self) -> bool:
-        """Whether they may as soon as the chunk that has begun is whole."""
+        """Whether events of the gateway may follow once the current chunk is complete."""
         return self._is_event_stream() and self._in_chunk
 
     def _is_event_stream(self) -> bool:
@@ -162,7 +165,7 @@ class EngineSide(asyncio.Protocol):
         return kind.startswith(b"text/event-stream") and b"transfer-encoding" in headers and not self._is_complete
 
     def end_chunk(self, ended: Callable[[], None]) -> None:
-        """Relay the chunk that has begun to its end, then call `ended`; what comes behind it is dropped."""
+        """Relay the rest of the current chunk, drop everything after it, and call `ended`."""
         self._chunk_ended = ended
         self.pause(False)
 
@@ -180,7 +183,7 @@ class EngineSide(asyncio.Protocol):
         self._to_client.write(data)
 
     def pause(self, is_paused: bool) -> None:
-        """Stop reading from the engine while the client does not keep up, or go on."""
+        """Stop reading from the engine while the client does not keep up, or resume."""
         if self._transport.is_closing():
             return
         if is_paused:
@@ -205,7 +208,7 @@ class EngineSide(asyncio.Protocol):
         self.abort()
         client.relay_failed(can_append, bool(self._head))
 
-    # httptools, while it reads an answer
+    # Callbacks of httptools for an answer
 
     def on_message_begin(self) -> None:
         self._num_messages += 1
@@ -231,7 +234,10 @@ class EngineSide(asyncio.Protocol):
 async def fetch(
     backend: Backend, path: str, headers: Sequence[tuple[str, str]] = (), timeout_s: float = 5.0
 ) -> tuple[int, bytes]:
-    """GET `path` from an engine, beside the proxied requests: status and body. OSError where it does not answer."""
+    """Send GET `path` to an engine on a connection of its own; return status and body.
+
+    Raises OSError if the engine does not answer within `timeout_s` or its answer is not HTTP.
+    """
     collected = _Collected()
     parser = HttpResponseParser(collected)
     lines = "".join(f"{name}: {value}\r\n" for name, value in headers)

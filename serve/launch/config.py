@@ -39,7 +39,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from slimserve.core.errors import UserError
 from slimserve.core.model import model_name, resolve_model
 from slimserve.serve.launch.plan import TrafficProfile
-from slimserve.serve.policy.limits import KEYS_FILE_VARIABLE, Limits, load_api_keys
+from slimserve.serve.policy.keys import KEYS_FILE_VARIABLE, load_api_keys
+from slimserve.serve.policy.limits import Limits
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 

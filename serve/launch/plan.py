@@ -16,7 +16,7 @@ from typing import Any, Literal
 from slimserve.core.hardware import Hardware, openmp_library
 from slimserve.core.model_config import head_dim_of, num_kv_heads_of
 from slimserve.core.storage import cache_dir
-from slimserve.serve.engine.gemm import PACKED_BELOW
+from slimserve.serve.policy.engine_environment import PACKED_GEMM_VARIABLE
 
 TrafficProfile = Literal["prefill", "decode", "balanced"]
 """What a server will mostly be asked: prompts to score, long answers, or both."""
@@ -95,7 +95,7 @@ def plan_launch(
     if "amx_tile" in hardware.isa:
         environment.append(
             Choice(
-                PACKED_BELOW,
+                PACKED_GEMM_VARIABLE,
                 "1024",
                 "narrower layers get vLLM's packed AMX kernel: oneDNN runs them at half speed in steps of 500 to 1,300 "
                 "tokens",

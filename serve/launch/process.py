@@ -19,9 +19,10 @@ import psutil
 
 from slimserve.core.errors import UserError
 from slimserve.core.progress import progress
-from slimserve.serve.engine.roofline import ENGINE_LOG_VARIABLE
 from slimserve.serve.launch.plan import LaunchPlan
-from slimserve.serve.policy.limits import KEYS_FILE_VARIABLE, LIMITS_VARIABLE, Limits
+from slimserve.serve.policy.engine_environment import ENGINE_LOG_VARIABLE, MODEL_DIR_VARIABLE, VARIANT_VARIABLE
+from slimserve.serve.policy.keys import KEYS_FILE_VARIABLE
+from slimserve.serve.policy.limits import LIMITS_VARIABLE, Limits
 
 _READY_TIMEOUT_S = 1800
 _STOP_TIMEOUT_S = 20.0
@@ -30,7 +31,7 @@ _POLL_S = 0.2
 STOCK_COMMAND = (sys.executable, "-m", "vllm.entrypoints.openai.api_server")
 """vLLM's server with none of our code on the path, for benchmarks and proofs."""
 _OUR_COMMAND = (sys.executable, "-m", "slimserve.serve.engine.entry")
-_OUR_ARGUMENTS = ("--middleware", "slimserve.serve.engine.middleware.Guard")
+_OUR_ARGUMENTS = ("--middleware", "slimserve.serve.engine.middleware.RequestMiddleware")
 _PHASES = (
     ("Initializing a V1 LLM engine", "starting the engine"),
     ("Starting to load model", "loading weights"),
@@ -76,7 +77,7 @@ class EngineSpec:
         environment = os.environ | {choice.name: choice.value for choice in self.plan.environment}
         if self.command != _OUR_COMMAND:
             return environment
-        environment |= {"SLIMSERVE_VARIANT": self.name, "SLIMSERVE_MODEL_DIR": str(self.directory)}
+        environment |= {VARIANT_VARIABLE: self.name, MODEL_DIR_VARIABLE: str(self.directory)}
         environment[ENGINE_LOG_VARIABLE] = str(self.log.absolute())
         if self.limits is not None:
             environment[LIMITS_VARIABLE] = self.limits.model_dump_json()

@@ -1,4 +1,4 @@
-"""An engine's server without vLLM: the real guard and the real metrics over an application that knows the answers.
+"""An engine's server without vLLM: the real middleware and metrics around an application that knows the answers.
 
 Started in place of `python -m slimserve.serve.engine.entry ARGS`. Ends at once where the file that STAND_IN_BROKEN names holds the
 variant's name.
@@ -17,8 +17,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from slimserve.serve.engine.middleware import Guard
-from slimserve.serve.policy.metrics import label_series, score_metrics
+from slimserve.serve.engine.middleware import RequestMiddleware
+from slimserve.serve.policy.exposition import label_series
+from slimserve.serve.policy.metrics import score_metrics
 
 VARIANT = os.environ.get("SLIMSERVE_VARIANT", "")
 GENERATED = Counter("vllm:generation_tokens", "As vLLM counts them", ["model_name", "engine"])
@@ -50,7 +51,7 @@ def main() -> None:
         Route("/health", health),
     ]
     port = int(sys.argv[sys.argv.index("--port") + 1])
-    uvicorn.run(Guard(Starlette(routes=routes)), host="127.0.0.1", port=port, log_level="warning")
+    uvicorn.run(RequestMiddleware(Starlette(routes=routes)), host="127.0.0.1", port=port, log_level="warning")
 
 
 if __name__ == "__main__":

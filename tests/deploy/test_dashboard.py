@@ -17,7 +17,7 @@ import yaml
 from prometheus_client import CollectorRegistry
 from prometheus_client.metrics import MetricWrapperBase
 
-from slimserve.serve.policy.metrics import GatewayMetrics, RequestMetrics, RoofMetrics, ScoreMetrics
+from slimserve.serve.policy.metrics import GatewayMetrics, RequestMetrics, RooflineMetrics, ScoreMetrics
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 DASHBOARD: dict[str, Any] = json.loads((DEPLOY / "grafana" / "slimserve.json").read_text())
@@ -46,7 +46,7 @@ def expressions() -> list[str]:
 def our_metrics() -> dict[str, set[str]]:
     """The labels of every series that serve/policy/metrics.py exports, by name."""
     found: dict[str, set[str]] = {}
-    for kind in (RequestMetrics, ScoreMetrics, GatewayMetrics, RoofMetrics):
+    for kind in (RequestMetrics, ScoreMetrics, GatewayMetrics, RooflineMetrics):
         for metric in vars(kind(CollectorRegistry())).values():
             assert isinstance(metric, MetricWrapperBase)
             for suffix in SUFFIXES[str(metric._type)]:

@@ -17,7 +17,7 @@ from slimserve.serve.engine.rerank import RerankRequest
 from slimserve.serve.engine.scoring import ScoreRequest
 from slimserve.serve.launch.config import ServeConfig
 from slimserve.serve.policy.limits import Limits
-from slimserve.serve.policy.metrics import GatewayMetrics, RequestMetrics, RoofMetrics, ScoreMetrics
+from slimserve.serve.policy.metrics import GatewayMetrics, RequestMetrics, RooflineMetrics, ScoreMetrics
 
 ROOT = Path(__file__).parents[2]
 SERVE = (ROOT / "docs" / "serve.md").read_text(encoding="utf-8")
@@ -67,12 +67,12 @@ def test_the_python_examples_parse_and_send_fields_that_we_take() -> None:
 
 def test_every_error_code_that_we_send_is_in_the_table_and_no_other() -> None:
     documented = {code for row in rows("10. Errors") for code in re.findall(r"`([a-z_]+)`", row[1]) if code != "param"}
-    call = re.compile(r"(?:Refusal\(|error_answer\(|fail[,(]|_break_off\(|interrupt\()\s*[45]\d\d, ([^\n]*)")
+    call = re.compile(r"(?:Rejection\(|error_answer\(|_break_off\(|interrupt\()\s*[45]\d\d, ([^\n]*)")
     rest = [line for text in SOURCES.values() for line in call.findall(text)]
     sent = {
         code for line in rest for code in re.findall(r'"([a-z]+(?:_[a-z]+)+|draining|shutdown|timeout|uploads)"', line)
     }
-    sent |= set(re.findall(r'Refused\("(\w+)"', SOURCES[ROOT / "serve" / "admission.py"]))
+    sent |= set(re.findall(r'_overloaded\("(\w+)"', SOURCES[ROOT / "serve" / "policy" / "admission.py"]))
     assert {"queue_full", "invalid_body", "timeout", "engine_lost", "model_unavailable"} <= sent
     assert sent - documented == set()
     everything = "".join(SOURCES.values())
@@ -100,7 +100,7 @@ def test_every_metric_of_ours_is_defined_once() -> None:
     )
     ours = {
         str(metric._name): set(metric._labelnames)
-        for kind in (RequestMetrics, ScoreMetrics, GatewayMetrics, RoofMetrics)
+        for kind in (RequestMetrics, ScoreMetrics, GatewayMetrics, RooflineMetrics)
         for metric in vars(kind(CollectorRegistry())).values()
     }
     assert {name for name, _ in defined} == ours.keys()

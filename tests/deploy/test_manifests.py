@@ -14,10 +14,10 @@ import pytest
 import yaml
 from prometheus_client import CollectorRegistry
 
-from slimserve.serve.engine.middleware import OPEN_PATHS
 from slimserve.serve.launch.config import ServeConfig
 from slimserve.serve.policy.limits import Limits
 from slimserve.serve.policy.metrics import RequestMetrics
+from slimserve.serve.policy.routes import OPEN_PATHS
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"

@@ -15,7 +15,8 @@ import httptools
 import uvloop
 from prometheus_client import CollectorRegistry
 
-from slimserve.serve.gateway.proxy import ProxyServer, Timeouts
+from slimserve.serve.gateway.messages import Timeouts
+from slimserve.serve.gateway.proxy import ProxyServer
 from slimserve.serve.gateway.routing import Gateway
 from slimserve.serve.gateway.supervisor import State, SupervisedEngine
 from slimserve.serve.gateway.upstream import Backend

@@ -30,10 +30,10 @@ import requests
 from prometheus_client.parser import text_string_to_metric_families
 
 from slimserve.core.hardware import probe_hardware
-from slimserve.serve.engine.middleware import CLOSED_PATHS, INFERENCE_PATHS, OPEN_PATHS
 from slimserve.serve.launch.plan import Choice, LaunchPlan, plan_launch
 from slimserve.serve.launch.process import Engine, EngineSpec, free_port
 from slimserve.serve.policy.limits import Limits
+from slimserve.serve.policy.routes import CLOSED_PATHS, INFERENCE_PATHS, OPEN_PATHS
 from tests.serve.garbage import (
     Answer,
     Request,
@@ -57,7 +57,7 @@ LIMITS = Limits(max_body_bytes=2**20, max_running=8, max_queued=4, request_timeo
 _OVERLOAD_S = float(os.environ.get("SLIMSERVE_OVERLOAD_S", "8"))
 _MIB = 2**20
 CHUNKED = b"transfer-encoding: chunked\r\n"
-_WITHOUT_A_PLACE = {
+_WITHOUT_A_SLOT = {
     "/detokenize",
     "/ping",
     "/tokenize",
@@ -210,10 +210,10 @@ def test_the_port_answers_within_two_seconds_of_the_command_and_is_never_refused
     assert sum(status == 503 for _, status in answered) > 20
 
 
-def test_every_route_of_the_app_is_known_to_the_guard_and_to_these_tests(server: Server) -> None:
+def test_every_route_of_the_app_is_known_to_the_middleware_and_to_these_tests(server: Server) -> None:
     posts = {path for path, method in server.routes if method == "POST"}
-    new = posts - INFERENCE_PATHS - _WITHOUT_A_PLACE - _SCALE_OUT - CLOSED_PATHS
-    assert new == set(), "add the route to slimserve.serve.engine.middleware.INFERENCE_PATHS"
+    new = posts - INFERENCE_PATHS - _WITHOUT_A_SLOT - _SCALE_OUT - CLOSED_PATHS
+    assert new == set(), "add the route to INFERENCE_PATHS in serve/policy/routes.py"
     for path in posts & _SCALE_OUT:
         assert requests.post(server.url + path, headers=HEADERS, json={}, timeout=10).status_code == 403
     fuzzed = {path.replace("/abc/", "/{response_id}/") for path, _ in real_requests(NAME)}
@@ -479,7 +479,8 @@ def write_secrets_and_ids(server: Server) -> None:
 def test_the_log_has_a_line_with_the_id_for_every_request_and_holds_no_key_and_no_prompt(server: Server) -> None:
     log = server.engine.spec.log.read_text(encoding="utf-8", errors="replace")
     access = [line for line in log.splitlines() if " slimserve.access " in line]
-    shape = r"INFO [-\d]+ [:,\d]+ slimserve\.access id=([\w.-]{1,128}) method=[A-Z]+ route=\S+ status=\d+ ms=[\d.]+ "
+    shape = r"INFO [-\d]+ [:,\d]+ slimserve\.access request_id=([\w.-]{1,128}) method=[A-Z]+ route=\S+ status=\d+ "
+    shape += r"duration_ms=[\d.]+ "
     ids = Counter(match[1] for line in access if (match := re.match(shape, line)))
     assert ids.total() == len(access) > 10_000
     audited = {place: count for place, count in ids.items() if place.startswith("audit-")}

@@ -30,7 +30,7 @@ from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
 from slimserve.serve.engine.entry import Starting
-from slimserve.serve.engine.middleware import Guard
+from slimserve.serve.engine.middleware import RequestMiddleware
 from slimserve.serve.launch.process import free_port
 from slimserve.serve.policy.limits import Limits
 from slimserve.serve.policy.metrics import RequestMetrics
@@ -269,7 +269,7 @@ def test_the_connector_overrides_what_vllm_calls_and_reads_what_vllm_has() -> No
     assert "num_scheduled_tokens" in SchedulerOutput.__dataclass_fields__, "serve/engine/partial_prefix.py reads it"
 
 
-def test_the_guard_is_the_outermost_of_vllms_middlewares(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_our_middleware_is_the_outermost_of_vllms_middlewares(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.entrypoints.launchers.app import build_app
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -277,11 +277,11 @@ def test_the_guard_is_the_outermost_of_vllms_middlewares(monkeypatch: pytest.Mon
     monkeypatch.setenv("VLLM_PLUGINS", "slimserve")
     monkeypatch.setenv("VLLM_API_KEY", "inner")
     args = make_arg_parser(FlexibleArgumentParser()).parse_args(
-        ["--middleware", "slimserve.serve.engine.middleware.Guard"]
+        ["--middleware", "slimserve.serve.engine.middleware.RequestMiddleware"]
     )
     app = build_app(args, ("generate",))
     kinds = [middleware.cls.__name__ for middleware in app.user_middleware]
-    assert kinds[0] == "Guard", f"something of vLLM answers before serve/engine/middleware.py: {kinds}"
+    assert kinds[0] == "RequestMiddleware", f"vLLM answers some requests before serve/engine/middleware.py: {kinds}"
     assert "AuthenticationMiddleware" in kinds
 
 
@@ -309,7 +309,7 @@ def test_a_signal_drains_vllms_server_before_the_engine_is_stopped(name: str, mo
         """Say that the engine lives."""
 
     limits, metrics = Limits(drain_s=5.0), RequestMetrics(CollectorRegistry())
-    app.add_middleware(Guard, limits=limits, keys=frozenset(), metrics=metrics)
+    app.add_middleware(RequestMiddleware, limits=limits, keys=frozenset(), metrics=metrics)
 
     async def test(listener: socket.socket) -> None:
         port = listener.getsockname()[1]
@@ -321,11 +321,11 @@ def test_a_signal_drains_vllms_server_before_the_engine_is_stopped(name: str, mo
             os.kill(os.getpid(), getattr(signal, name))
             await asyncio.sleep(0.1)
             assert (await http.get("/ready")).json() == {"status": "draining"}, (
-                "serve/engine/middleware.py has not got the signal"
+                "serve/engine/lifecycle.py has not received the signal"
             )
             assert (await running).json() == "in full"
             await (await asyncio.wait_for(server, 5))
-        assert stopped == [], "vLLM's handler ran too; see _start in serve/engine/middleware.py"
+        assert stopped == [], "vLLM's handler ran too; see _start in serve/engine/lifecycle.py"
 
     monkeypatch.delenv("SLIMSERVE_MODEL_DIR", raising=False)
     with socket.create_server(("127.0.0.1", 0)) as listener:

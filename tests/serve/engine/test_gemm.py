@@ -1,4 +1,4 @@
-"""Which matrix product a layer gets, asked of vLLM's own chooser after the plugin has been there."""
+"""The matrix product that vLLM chooses for a layer after the plugin was registered."""
 
 from collections.abc import Callable
 
@@ -6,14 +6,15 @@ import pytest
 import torch
 from vllm.model_executor.layers import utils
 
-from slimserve.serve.engine.gemm import PACKED_BELOW, register
+from slimserve.serve.engine.gemm import register
+from slimserve.serve.policy.engine_environment import PACKED_GEMM_VARIABLE
 
 Chooser = Callable[[int, int, torch.dtype], bool]
 
 
 @pytest.fixture
 def before(monkeypatch: pytest.MonkeyPatch) -> Chooser:
-    """vLLM's own chooser on a machine with AMX; what `register` puts in its place is taken away after the test."""
+    """Return vLLM's own chooser on a machine with AMX; the test's changes are undone afterwards."""
     chooser: Chooser = utils.check_cpu_sgl_kernel
     monkeypatch.setattr(utils, "check_cpu_sgl_kernel", chooser)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
@@ -21,7 +22,7 @@ def before(monkeypatch: pytest.MonkeyPatch) -> Chooser:
 
 
 def test_narrow_bf16_layers_of_any_size_get_the_packed_kernel(before: Chooser, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(PACKED_BELOW, "1024")
+    monkeypatch.setenv(PACKED_GEMM_VARIABLE, "1024")
     assert not before(576, 1536, torch.bfloat16), "else vLLM has changed its rule, and serve/engine/gemm.py can go"
     register()
     assert utils.check_cpu_sgl_kernel(576, 1536, torch.bfloat16)
@@ -38,10 +39,10 @@ def test_narrow_bf16_layers_of_any_size_get_the_packed_kernel(before: Chooser, m
 
 
 def test_nothing_is_changed_unless_asked_for_nor_without_amx(before: Chooser, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(PACKED_BELOW, raising=False)
+    monkeypatch.delenv(PACKED_GEMM_VARIABLE, raising=False)
     register()
     assert utils.check_cpu_sgl_kernel is before
-    monkeypatch.setenv(PACKED_BELOW, "1024")
+    monkeypatch.setenv(PACKED_GEMM_VARIABLE, "1024")
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     register()
     assert not utils.check_cpu_sgl_kernel(576, 1536, torch.bfloat16)

@@ -1,4 +1,4 @@
-"""The guard around small ASGI apps, called directly and behind a real uvicorn."""
+"""RequestMiddleware around small ASGI apps, called directly and behind a real uvicorn."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from prometheus_client import CollectorRegistry
 from pydantic import TypeAdapter
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from slimserve.serve.engine.middleware import CLOSED_PATHS, INFERENCE_PATHS, OPEN_PATHS, Guard
+from slimserve.serve.engine.middleware import RequestMiddleware
 from slimserve.serve.policy.limits import Limits
 from slimserve.serve.policy.metrics import RequestMetrics
+from slimserve.serve.policy.routes import CLOSED_PATHS, INFERENCE_PATHS, OPEN_PATHS
 
 KEY = "s3cret-key"
 AUTHORIZED = {"Authorization": f"Bearer {KEY}"}
 
 
 class App:
-    """An inner app that does what its field says, and remembers what it saw."""
+    """An inner app that runs `behave` and records the scopes and bodies that it receives."""
 
     def __init__(self, behave: Callable[[Scope, Receive, Send, App], Awaitable[None]] | None = None) -> None:
         self.behave = behave
@@ -57,7 +58,7 @@ async def reply(send: Send, body: bytes, content_type: bytes = b"text/plain") ->
 
 
 async def until_released(scope: Scope, receive: Receive, send: Send, app: App) -> None:
-    """As vLLM's handlers do: answer, unless the client goes first; a cancelled handler would go on unseen."""
+    """Answer unless the client disconnects first, as vLLM's handlers do; a cancelled handler would continue unseen."""
     gone = asyncio.ensure_future(receive())
     done, _ = await asyncio.wait({gone, asyncio.ensure_future(app.release.wait())}, return_when="FIRST_COMPLETED")
     if gone in done:
@@ -76,12 +77,12 @@ async def endless_stream(scope: Scope, receive: Receive, send: Send, app: App) -
     app.disconnected += 1
 
 
-def guard(app: ASGIApp, *, keys: frozenset[str] = frozenset(), **options: Any) -> Guard:
+def protected(app: ASGIApp, *, keys: frozenset[str] = frozenset(), **options: Any) -> RequestMiddleware:
     limits = Limits(**options.pop("limits", {}))
-    return Guard(app, limits, keys, RequestMetrics(CollectorRegistry()), **options)
+    return RequestMiddleware(app, limits, keys, RequestMetrics(CollectorRegistry()), **options)
 
 
-def client(target: Guard) -> httpx.AsyncClient:
+def client(target: RequestMiddleware) -> httpx.AsyncClient:
     return httpx.AsyncClient(transport=httpx.ASGITransport(target), base_url="http://test")
 
 
@@ -90,15 +91,15 @@ def run(test: Callable[[], Coroutine[Any, Any, None]]) -> None:
 
 
 @contextlib.asynccontextmanager
-async def served(target: Guard) -> AsyncIterator[int]:
-    """The guard behind uvicorn as vLLM runs it; yields the port."""
+async def served(target: RequestMiddleware) -> AsyncIterator[int]:
+    """Run the middleware behind uvicorn as vLLM does; yield the port."""
     config = uvicorn.Config(target, port=0, log_level="critical", lifespan="on", ws="none")
     server = uvicorn.Server(config)
     server.capture_signals = contextlib.nullcontext  # type: ignore[assignment,method-assign]
     task = asyncio.create_task(server.serve())
     while not server.started:
         await asyncio.sleep(0.01)
-    target._server = server
+    target.lifecycle.server = server
     try:
         yield server.servers[0].sockets[0].getsockname()[1]
     finally:
@@ -112,14 +113,14 @@ async def eventually(condition: Callable[[], bool], seconds: float = 3.0) -> Non
             await asyncio.sleep(0.01)
 
 
-def count(target: Guard, name: str, **labels: str) -> float:
+def count(target: RequestMiddleware, name: str, **labels: str) -> float:
     metric = getattr(target.metrics, name)
     return float((metric.labels(**labels) if labels else metric)._value.get())
 
 
 @pytest.fixture(autouse=True)
 def fresh_loggers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The guard sets a handler at a server's start, and takes uvicorn's; the next test has its own."""
+    """Restore the log handlers, which the middleware changes when a server starts."""
     for name in ("slimserve", "uvicorn.access"):
         monkeypatch.setattr(logging.getLogger(name), "handlers", [])
         monkeypatch.setattr(logging.getLogger(name), "propagate", True)
@@ -131,10 +132,10 @@ def fresh_loggers(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "path", sorted(INFERENCE_PATHS | {"/v1/models", "/version", "/docs", "/tokenize", "/health/", "/x"})
 )
-def test_every_route_but_the_open_ones_wants_a_key(path: str) -> None:
+def test_every_route_but_the_open_ones_requires_a_key(path: str) -> None:
     async def test() -> None:
         app = App()
-        async with client(guard(app, keys=frozenset({KEY, "other"}))) as http:
+        async with client(protected(app, keys=frozenset({KEY, "other"}))) as http:
             for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": KEY}, {"x-api-key": "wrong"}):
                 answer = await http.post(path, json={}, headers=headers)
                 assert answer.status_code == 401
@@ -150,7 +151,7 @@ def test_every_route_but_the_open_ones_wants_a_key(path: str) -> None:
 def test_open_routes_need_no_key_and_a_root_path_opens_no_other() -> None:
     async def test() -> None:
         app = App()
-        target = guard(app, keys=frozenset({KEY}))
+        target = protected(app, keys=frozenset({KEY}))
         await startup(target)
         async with client(target) as http:
             for path in OPEN_PATHS:
@@ -165,7 +166,7 @@ def test_open_routes_need_no_key_and_a_root_path_opens_no_other() -> None:
 def test_administration_is_closed_even_with_a_key() -> None:
     async def test() -> None:
         app = App()
-        async with client(guard(app, keys=frozenset({KEY}))) as http:
+        async with client(protected(app, keys=frozenset({KEY}))) as http:
             for path in CLOSED_PATHS:
                 assert (await http.post(path, json={}, headers=AUTHORIZED)).status_code == 404
         assert app.seen == []
@@ -173,10 +174,10 @@ def test_administration_is_closed_even_with_a_key() -> None:
     run(test)
 
 
-def test_vllm_sees_its_own_key_whichever_of_ours_was_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vllm_receives_its_own_key_whichever_key_the_client_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     async def test() -> None:
         app = App()
-        async with client(guard(app, keys=frozenset({KEY, "inner"}))) as http:
+        async with client(protected(app, keys=frozenset({KEY, "inner"}))) as http:
             await http.get("/v1/models", headers=AUTHORIZED)
         assert dict(app.seen[0]["headers"])[b"authorization"] == b"Bearer inner"
 
@@ -184,10 +185,10 @@ def test_vllm_sees_its_own_key_whichever_of_ours_was_shown(monkeypatch: pytest.M
     run(test)
 
 
-def test_a_websocket_wants_a_key_too() -> None:
+def test_a_websocket_requires_a_key() -> None:
     async def test() -> None:
         app = App()
-        target = guard(app, keys=frozenset({KEY}))
+        target = protected(app, keys=frozenset({KEY}))
         sent: list[Any] = []
 
         async def receive() -> Any:
@@ -208,7 +209,7 @@ def test_a_websocket_wants_a_key_too() -> None:
 def test_a_preflight_passes_without_a_key() -> None:
     async def test() -> None:
         app = App()
-        async with client(guard(app, keys=frozenset({KEY}))) as http:
+        async with client(protected(app, keys=frozenset({KEY}))) as http:
             assert (await http.options("/v1/completions", headers={"Origin": "http://a"})).status_code == 200
 
     run(test)
@@ -217,16 +218,16 @@ def test_a_preflight_passes_without_a_key() -> None:
 # Ids, logs, metrics
 
 
-def test_an_id_is_kept_or_made_and_reaches_the_engine_and_the_client() -> None:
+def test_a_valid_request_id_is_kept_and_reaches_the_engine_and_the_client() -> None:
     async def test() -> None:
         app = App()
-        async with client(guard(app)) as http:
+        async with client(protected(app)) as http:
             kept = await http.post("/v1/score", json={}, headers={"X-Request-Id": "abc-1.2_3"})
             made = await http.post("/v1/score", json={}, headers={"X-Request-Id": "a b\tc"})
-            refused = await http.post("/v1/score", content=b"\xff", headers={"X-Request-Id": "mine"})
+            rejected = await http.post("/v1/score", content=b"\xff", headers={"X-Request-Id": "mine"})
         assert kept.headers["x-request-id"] == "abc-1.2_3"
         assert len(made.headers["x-request-id"]) == 32
-        assert (refused.status_code, refused.headers["x-request-id"]) == (400, "mine")
+        assert (rejected.status_code, rejected.headers["x-request-id"]) == (400, "mine")
         for scope, answer in zip(app.seen, (kept, made), strict=True):
             ids = [value for name, value in scope["headers"] if name == b"x-request-id"]
             assert ids == [answer.headers["x-request-id"].encode()]
@@ -234,12 +235,12 @@ def test_an_id_is_kept_or_made_and_reaches_the_engine_and_the_client() -> None:
     run(test)
 
 
-def test_one_line_per_request_and_no_key_or_prompt_in_it(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_access_log_has_one_line_per_request_without_key_or_prompt(caplog: pytest.LogCaptureFixture) -> None:
     async def fail(scope: Scope, receive: Receive, send: Send, app: App) -> None:
         raise KeyError(app.bodies[-1])
 
     async def test() -> None:
-        async with client(guard(App(fail), keys=frozenset({KEY}))) as http:
+        async with client(protected(App(fail), keys=frozenset({KEY}))) as http:
             headers = {**AUTHORIZED, "X-Request-Id": "r1"}
             answer = await http.post(
                 "/v1/chat/completions?key=private", json={"prompt": "a private prompt"}, headers=headers
@@ -252,21 +253,21 @@ def test_one_line_per_request_and_no_key_or_prompt_in_it(caplog: pytest.LogCaptu
         run(test)
     access = [record.getMessage() for record in caplog.records if record.name == "slimserve.access"]
     assert len(access) == 1
-    assert access[0].startswith("id=r1 method=POST route=/v1/chat/completions status=500 ms=")
+    assert access[0].startswith("request_id=r1 method=POST route=/v1/chat/completions status=500 duration_ms=")
     ours = "".join(record.getMessage() for record in caplog.records if record.name.startswith("slimserve"))
     assert "KeyError" in ours
     assert "private" not in ours
     assert KEY not in ours
 
 
-def test_every_line_of_ours_during_a_request_has_its_id(caplog: pytest.LogCaptureFixture) -> None:
+def test_every_log_line_during_a_request_has_its_id(caplog: pytest.LogCaptureFixture) -> None:
     async def odd(scope: Scope, receive: Receive, send: Send, app: App) -> None:
         if scope["path"] == "/v1/score":
             raise AttributeError("of the server")
         await endless_stream(scope, receive, send, app)
 
     async def test() -> None:
-        target = guard(App(odd), keys=frozenset({KEY}), limits={"request_timeout_s": 0.1, "max_body_bytes": 10})
+        target = protected(App(odd), keys=frozenset({KEY}), limits={"request_timeout_s": 0.1, "max_body_bytes": 10})
         async with client(target) as http:
             for number, (path, body, key) in enumerate(
                 [
@@ -282,16 +283,16 @@ def test_every_line_of_ours_during_a_request_has_its_id(caplog: pytest.LogCaptur
                 await http.post(path, content=body, headers=headers)
                 lines = [record.getMessage() for record in caplog.records if record.name.startswith("slimserve")]
                 assert lines
-                assert all(f"id=r{number} " in line for line in lines)
+                assert all(f"request_id=r{number} " in line for line in lines)
                 assert sum("method=POST" in line for line in lines) == 1
 
     with caplog.at_level(logging.DEBUG):
         run(test)
 
 
-def test_uvicorn_writes_no_access_lines_as_they_quote_the_query(capfd: pytest.CaptureFixture[str]) -> None:
+def test_uvicorns_access_log_is_off_because_it_quotes_the_query(capfd: pytest.CaptureFixture[str]) -> None:
     async def test() -> None:
-        target = guard(App())
+        target = protected(App())
         config = uvicorn.Config(target, port=0, lifespan="on", ws="none")  # with uvicorn's own handlers
         server = uvicorn.Server(config)
         server.capture_signals = contextlib.nullcontext  # type: ignore[assignment,method-assign]
@@ -308,13 +309,13 @@ def test_uvicorn_writes_no_access_lines_as_they_quote_the_query(capfd: pytest.Ca
     run(test)
     out, err = capfd.readouterr()
     assert "Application startup complete" in out + err
-    assert "slimserve.access id=r1 method=GET route=/v1/models status=200" in err
+    assert "slimserve.access request_id=r1 method=GET route=/v1/models status=200" in err
     assert "api_key" not in out + err
 
 
 def test_requests_are_counted_by_a_bounded_set_of_routes() -> None:
     async def test() -> None:
-        target = guard(App())
+        target = protected(App())
         async with client(target) as http:
             await http.get("/v1/models")
             await http.get("/v1/responses/abc")
@@ -343,10 +344,10 @@ def test_requests_are_counted_by_a_bounded_set_of_routes() -> None:
         b'{"prompt": "\\\\\\udfff"}',
     ],
 )
-def test_a_body_that_parsers_choke_on_is_the_clients_mistake(body: bytes) -> None:
+def test_a_body_that_breaks_parsers_gets_400(body: bytes) -> None:
     async def test() -> None:
         app = App()
-        async with client(guard(app)) as http:
+        async with client(protected(app)) as http:
             answer = await http.post("/v1/score", content=body)
         assert (answer.status_code, app.seen) == (400, [])
         assert answer.json()["error"]["code"] == "invalid_body"
@@ -365,19 +366,19 @@ def test_a_body_that_parsers_choke_on_is_the_clients_mistake(body: bytes) -> Non
         b'{"prompt": "\\\\ud800"}',
     ],
 )
-def test_an_odd_but_sound_body_reaches_the_engine_as_it_was_sent(body: bytes) -> None:
+def test_an_unusual_but_valid_body_reaches_the_engine_unchanged(body: bytes) -> None:
     async def test() -> None:
         app = App()
-        async with client(guard(app)) as http:
+        async with client(protected(app)) as http:
             assert (await http.post("/v1/score", content=body)).status_code == 200
         assert app.bodies == [body]
 
     run(test)
 
 
-def test_a_hostile_string_is_looked_at_in_linear_time() -> None:
+def test_a_hostile_string_is_checked_in_linear_time() -> None:
     async def test() -> None:
-        async with client(guard(App())) as http:
+        async with client(protected(App())) as http:
             begin = asyncio.get_running_loop().time()
             for body in (b'"' + b'\\"' * 1_000_000 + b"[" * 200, b'"\\ud83d\\ude00' * 300_000, b"[]" * 500_000):
                 await http.post("/v1/score", content=body)
@@ -386,7 +387,7 @@ def test_a_hostile_string_is_looked_at_in_linear_time() -> None:
     run(test)
 
 
-def test_what_a_validator_of_vllm_trips_over_is_400_and_a_fault_of_its_own_500() -> None:
+def test_an_exception_in_validation_gets_400_and_any_other_500() -> None:
     class Odd:
         @classmethod
         def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
@@ -400,7 +401,7 @@ def test_what_a_validator_of_vllm_trips_over_is_400_and_a_fault_of_its_own_500()
         raise AttributeError("of the server")
 
     async def test() -> None:
-        async with client(guard(App(validate))) as http:
+        async with client(protected(App(validate))) as http:
             assert (await http.post("/v1/score", json=[])).status_code == 400
             assert (await http.post("/v1/rerank", json=[])).status_code == 500
 
@@ -410,7 +411,7 @@ def test_what_a_validator_of_vllm_trips_over_is_400_and_a_fault_of_its_own_500()
 def test_a_body_over_the_limit_is_413_announced_or_streamed() -> None:
     async def test() -> None:
         app = App()
-        target = guard(app, limits={"max_body_bytes": 1000})
+        target = protected(app, limits={"max_body_bytes": 1000})
 
         async def parts() -> AsyncIterator[bytes]:
             for _ in range(500):
@@ -422,14 +423,14 @@ def test_a_body_over_the_limit_is_413_announced_or_streamed() -> None:
             assert (await http.post("/tokenize", content=b" " * 1_000_000)).status_code == 413
             assert (await http.post("/v1/score", content=b" " * 1000)).status_code == 200
         assert app.bodies == [b" " * 1000]
-        assert target._upload_bytes == 0
+        assert target.uploads.num_bytes == 0
 
     run(test)
 
 
-def test_a_body_that_never_ends_is_408_and_holds_no_place() -> None:
+def test_a_body_that_never_ends_gets_408_and_holds_no_slot() -> None:
     async def test() -> None:
-        target = guard(App(), upload_timeout_s=0.2, limits={"max_running": 1, "max_queued": 0})
+        target = protected(App(), upload_timeout_s=0.2, limits={"max_running": 1, "max_queued": 0})
         async with served(target) as port:
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
             writer.write(b"POST /v1/score HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\n{")
@@ -441,19 +442,19 @@ def test_a_body_that_never_ends_is_408_and_holds_no_place() -> None:
     run(test)
 
 
-# Places and time
+# Slots and time
 
 
 def test_over_the_limits_is_429_with_the_time_to_retry() -> None:
     async def test() -> None:
         app = App(until_released)
-        target = guard(app, limits={"max_running": 2, "max_queued": 1})
+        target = protected(app, limits={"max_running": 2, "max_queued": 1})
         async with client(target) as http:
             tasks = [asyncio.create_task(http.post("/v1/score", json={})) for _ in range(6)]
             await eventually(lambda: sum(task.done() for task in tasks) == 3)
             assert (count(target, "in_flight"), count(target, "queued")) == (2, 1)
-            refused = [task.result() for task in tasks if task.done()]
-            for answer in refused:
+            rejected = [task.result() for task in tasks if task.done()]
+            for answer in rejected:
                 assert (answer.status_code, answer.json()["error"]["code"]) == (429, "queue_full")
                 assert int(answer.headers["retry-after"]) >= 1
             app.release.set()
@@ -464,10 +465,10 @@ def test_over_the_limits_is_429_with_the_time_to_retry() -> None:
     run(test)
 
 
-def test_a_deadline_tells_the_engine_that_the_client_is_gone_and_the_client_504() -> None:
+def test_at_its_deadline_a_request_disconnects_from_the_engine_and_gets_504() -> None:
     async def test() -> None:
         app = App(until_released)
-        target = guard(app, limits={"request_timeout_s": 5.0, "max_running": 1})
+        target = protected(app, limits={"request_timeout_s": 5.0, "max_running": 1})
         async with client(target) as http:
             answer = await http.post("/v1/score", json={}, headers={"X-Request-Timeout": "0.1"})
             assert (answer.status_code, answer.json()["error"]["code"]) == (504, "timeout")
@@ -478,9 +479,9 @@ def test_a_deadline_tells_the_engine_that_the_client_is_gone_and_the_client_504(
     run(test)
 
 
-def test_a_deadline_during_a_refusal_changes_nothing() -> None:
+def test_a_deadline_during_a_rejection_changes_nothing() -> None:
     async def test() -> None:
-        target = guard(App(), limits={"max_body_bytes": 10, "request_timeout_s": 0.1})
+        target = protected(App(), limits={"max_body_bytes": 10, "request_timeout_s": 0.1})
         async with served(target) as port:
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
             writer.write(b"POST /v1/score HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\n{")
@@ -498,7 +499,7 @@ def test_a_deadline_during_a_refusal_changes_nothing() -> None:
 def test_a_deadline_ends_a_stream_with_an_error_event() -> None:
     async def test() -> None:
         app = App(endless_stream)
-        target = guard(app, limits={"request_timeout_s": 0.2})
+        target = protected(app, limits={"request_timeout_s": 0.2})
         async with served(target) as port, httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as http:
             answer = await http.post("/v1/completions", json={})
             events = answer.text.strip().split("\n\n")
@@ -516,7 +517,7 @@ def test_an_engine_that_does_not_notice_is_cancelled() -> None:
         await asyncio.sleep(60)
 
     async def test() -> None:
-        async with client(guard(App(sleep), limits={"request_timeout_s": 0.05})) as http:
+        async with client(protected(App(sleep), limits={"request_timeout_s": 0.05})) as http:
             assert (await http.post("/v1/score", json={})).status_code == 504
 
     run(test)
@@ -525,7 +526,7 @@ def test_an_engine_that_does_not_notice_is_cancelled() -> None:
 def test_a_deadline_in_the_queue_frees_the_queue() -> None:
     async def test() -> None:
         app = App(until_released)
-        target = guard(app, limits={"max_running": 1})
+        target = protected(app, limits={"max_running": 1})
         async with client(target) as http:
             first = asyncio.create_task(http.post("/v1/score", json={}))
             await eventually(lambda: count(target, "in_flight") == 1)
@@ -537,10 +538,10 @@ def test_a_deadline_in_the_queue_frees_the_queue() -> None:
     run(test)
 
 
-def test_who_disconnects_leaves_the_queue_and_the_engine() -> None:
+def test_a_client_that_disconnects_leaves_the_queue_and_the_engine() -> None:
     async def test() -> None:
         app = App(until_released)
-        target = guard(app, limits={"max_running": 1})
+        target = protected(app, limits={"max_running": 1})
         async with served(target) as port:
             request = b"POST /v1/score HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\n\r\n{}"
             writers = []
@@ -560,14 +561,14 @@ def test_who_disconnects_leaves_the_queue_and_the_engine() -> None:
     run(test)
 
 
-def test_a_reader_that_stopped_reading_is_dropped_with_its_connection() -> None:
+def test_the_connection_of_a_client_that_stops_reading_is_reset() -> None:
     async def flood(scope: Scope, receive: Receive, send: Send, app: App) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
         while True:
             await send({"type": "http.response.body", "body": b"x" * 100_000, "more_body": True})
 
     async def test() -> None:
-        target = guard(App(flood), stall_timeout_s=0.3)
+        target = protected(App(flood), stall_timeout_s=0.3)
         async with served(target) as port:
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
             writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\n\r\n{}")
@@ -575,13 +576,13 @@ def test_a_reader_that_stopped_reading_is_dropped_with_its_connection() -> None:
             reader._transport.pause_reading()  # type: ignore[attr-defined]
             await eventually(lambda: count(target, "in_flight") == 1)
             await eventually(lambda: count(target, "in_flight") == 0)
-            await eventually(lambda: not target._server.server_state.connections)
+            await eventually(lambda: not target.lifecycle.server.server_state.connections)
             writer.close()
 
     run(test)
 
 
-def test_a_streamed_answer_is_timed_by_chunk() -> None:
+def test_the_chunks_of_a_streamed_answer_are_timed() -> None:
     async def three(scope: Scope, receive: Receive, send: Send, app: App) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
         for _ in range(3):
@@ -590,7 +591,7 @@ def test_a_streamed_answer_is_timed_by_chunk() -> None:
         await send({"type": "http.response.body", "body": b""})
 
     async def test() -> None:
-        target = guard(App(three))
+        target = protected(App(three))
         async with client(target) as http:
             await http.post("/v1/completions", json={})
         gaps, first = target.metrics.inter_token_s, target.metrics.first_token_s
@@ -601,11 +602,11 @@ def test_a_streamed_answer_is_timed_by_chunk() -> None:
     run(test)
 
 
-# Life of the server
+# Start and shutdown
 
 
-async def startup(target: Guard) -> asyncio.Task[None]:
-    """Run the lifespan up to where the server is started."""
+async def startup(target: RequestMiddleware) -> asyncio.Task[None]:
+    """Run the lifespan until the server has started."""
     started = asyncio.Event()
     events: asyncio.Queue[Any] = asyncio.Queue()
     events.put_nowait({"type": "lifespan.startup"})
@@ -630,7 +631,7 @@ def test_ready_follows_the_start_the_engine_and_the_drain() -> None:
             await send({"type": "http.response.start", "status": status, "headers": []})
             await send({"type": "http.response.body", "body": b""})
 
-        target = guard(inner)
+        target = protected(inner)
         async with client(target) as http:
             assert (await http.get("/ready")).json() == {"status": "starting"}
             await startup(target)
@@ -638,7 +639,7 @@ def test_ready_follows_the_start_the_engine_and_the_drain() -> None:
             status = 200
             ready = await http.get("/ready")
             assert (ready.status_code, ready.json()) == (200, {"status": "ready"})
-            target.begin_drain()
+            target.lifecycle.begin_drain()
             draining = await http.get("/ready")
             assert (draining.status_code, draining.json()) == (503, {"status": "draining"})
             assert (await http.get("/live")).status_code == 200
@@ -647,40 +648,40 @@ def test_ready_follows_the_start_the_engine_and_the_drain() -> None:
     run(test)
 
 
-def test_a_drain_refuses_the_new_lets_the_running_finish_and_stops_the_server() -> None:
+def test_a_drain_rejects_new_requests_lets_running_ones_finish_and_stops_the_server() -> None:
     async def test() -> None:
         app = App(until_released)
-        target = guard(app, limits={"max_running": 1, "drain_s": 5.0})
+        target = protected(app, limits={"max_running": 1, "drain_s": 5.0})
         async with served(target) as port, httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as http:
             running = asyncio.create_task(http.post("/v1/score", json={}))
             await eventually(lambda: count(target, "in_flight") == 1)
             queued = asyncio.create_task(http.post("/v1/score", json={}))
             await eventually(lambda: count(target, "queued") == 1)
-            target.begin_drain()
+            target.lifecycle.begin_drain()
             for answer in (await queued, await http.post("/v1/score", json={}), await http.get("/v1/models")):
                 assert (answer.status_code, answer.headers["connection"]) == (503, "close")
                 assert int(answer.headers["retry-after"]) >= 1
-            assert not target._server.should_exit
+            assert not target.lifecycle.server.should_exit
             app.release.set()
             assert (await running).status_code == 200
-            await eventually(lambda: target._server.should_exit)
-            assert not target._server.force_exit
+            await eventually(lambda: target.lifecycle.server.should_exit)
+            assert not target.lifecycle.server.force_exit
 
     run(test)
 
 
 @pytest.mark.parametrize("signals", [1, 2])
-def test_what_outlives_the_drain_or_a_second_signal_ends_with_an_error(signals: int) -> None:
+def test_a_request_that_outlives_the_drain_ends_with_an_error(signals: int) -> None:
     async def test() -> None:
-        target = guard(App(endless_stream), limits={"drain_s": 0.2 if signals == 1 else 60.0})
+        target = protected(App(endless_stream), limits={"drain_s": 0.2 if signals == 1 else 60.0})
         async with served(target) as port, httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as http:
             running = asyncio.create_task(http.post("/v1/completions", json={}))
             await eventually(lambda: count(target, "in_flight") == 1)
             for _ in range(signals):
-                target.begin_drain()
+                target.lifecycle.begin_drain()
             last = (await running).text.strip().split("\n\n")[-1]
             assert json.loads(last.removeprefix("data: "))["error"]["code"] == "shutdown"
-            await eventually(lambda: target._server.should_exit)
-            assert target._server.force_exit == (signals == 2)
+            await eventually(lambda: target.lifecycle.server.should_exit)
+            assert target.lifecycle.server.force_exit == (signals == 2)
 
     run(test)

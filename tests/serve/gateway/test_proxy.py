@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from slimserve.serve.gateway.proxy import Answer, Timeouts
+from slimserve.serve.gateway.messages import Answer, Timeouts
 from slimserve.serve.gateway.upstream import Backend
 from tests.serve.fake_engine import MAX_BODY, STREAM_HEAD, Client, Message, answer, chunk, run, served, until
 

@@ -6,9 +6,9 @@ from typing import cast
 import pytest
 
 from slimserve.core.hardware import Hardware
-from slimserve.serve.engine.gemm import PACKED_BELOW
 from slimserve.serve.launch import plan as module
 from slimserve.serve.launch.plan import Choice, LaunchPlan, TrafficProfile, plan_launch
+from slimserve.serve.policy.engine_environment import PACKED_GEMM_VARIABLE
 
 CPU = Hardware(cpu="x", cores=(0, 1), memory_gib=24.0, isa=("avx512f",), gpus=())
 CONFIG = {
@@ -46,8 +46,8 @@ def test_a_model_whose_longest_sequence_does_not_fit_gets_a_shorter_one(tmp_path
 
 
 def test_only_a_cpu_with_amx_has_a_packed_kernel_to_choose(tmp_path: Path) -> None:
-    assert PACKED_BELOW not in planned(tmp_path)
-    assert planned(tmp_path, replace(CPU, isa=("avx512f", "amx_tile")))[PACKED_BELOW] == "1024"
+    assert PACKED_GEMM_VARIABLE not in planned(tmp_path)
+    assert planned(tmp_path, replace(CPU, isa=("avx512f", "amx_tile")))[PACKED_GEMM_VARIABLE] == "1024"
 
 
 def test_a_gpu_keeps_vllms_own_choices_but_for_what_its_documentation_advises(tmp_path: Path) -> None:

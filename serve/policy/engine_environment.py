@@ -1,0 +1,12 @@
+"""Environment variables through which the launcher configures an engine process."""
+
+VARIANT_VARIABLE = "SLIMSERVE_VARIANT"
+"""Name of the variant; it becomes the `variant` label of every metric."""
+MODEL_DIR_VARIABLE = "SLIMSERVE_MODEL_DIR"
+"""Directory of the model; if set, the engine exports its roofline metrics."""
+ENGINE_LOG_VARIABLE = "SLIMSERVE_ENGINE_LOG"
+"""Log file of the engine, in which vLLM names the kernels that it chose."""
+FORK_ENGINE_VARIABLE = "SLIMSERVE_FORK_ENGINE"
+"""`1` forks the engine from a process with all imports done (serve/engine/entry.py)."""
+PACKED_GEMM_VARIABLE = "SLIMSERVE_PACKED_GEMM_BELOW"
+"""Layers with fewer outputs use the packed AMX kernel whatever their size; unset leaves the choice to vLLM."""

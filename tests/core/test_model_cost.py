@@ -1,0 +1,74 @@
+"""Bytes and FLOPs of a model counted by hand, and its roofline on known hardware."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from slimserve.core.model_cost import ModelCost, read_model_cost
+from slimserve.core.roofline import Roofline
+
+_CONFIG = {"hidden_size": 8, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 3}
+_INT8 = {"input_activations": {"type": "int", "num_bits": 8}, "weights": {"num_bits": 8}}
+HARDWARE = Roofline(bandwidth=1e9, bf16_flops=2e12, int8_flops=6e12, source="measured")
+
+
+def save(directory: Path, tensors: dict[str, torch.Tensor], **config: object) -> Path:
+    save_file(tensors, directory / "model.safetensors")
+    (directory / "config.json").write_text(json.dumps(_CONFIG | config))
+    return directory
+
+
+def layer(name: str, outputs: int, inputs: int) -> dict[str, torch.Tensor]:
+    return {f"model.layers.0.{name}.weight": torch.zeros(outputs, inputs, dtype=torch.bfloat16)}
+
+
+def test_a_tied_embedding_table_is_read_at_every_step_but_costs_a_prompt_token_nothing(tmp_path: Path) -> None:
+    table = {"model.embed_tokens.weight": torch.zeros(11, 8, dtype=torch.bfloat16)}
+    norm = {"model.norm.weight": torch.zeros(8, dtype=torch.bfloat16)}
+    cost = read_model_cost(save(tmp_path, table | norm | layer("mlp.up_proj", 5, 8)))
+    assert cost.weight_bytes == cost.decode_bytes == 2 * (11 * 8 + 8 + 5 * 8)
+    assert cost.prefill_flops == 2 * 5 * 8
+    assert cost.kv_bytes == 2 * 2 * 3 * 2 * 2  # key and value, 2 bytes, 3 layers, 2 heads, 2 values each
+    assert not cost.is_int8
+
+
+def test_an_untied_embedding_table_is_not_read_and_the_output_layer_costs_a_prompt_nothing(
+    tmp_path: Path,
+) -> None:
+    ends = {
+        "model.embed_tokens.weight": torch.zeros(11, 8, dtype=torch.bfloat16),
+        "lm_head.weight": torch.zeros(11, 8, dtype=torch.int8),
+    }
+    cost = read_model_cost(save(tmp_path, ends | layer("mlp.up_proj", 5, 8), head_dim=5))
+    assert cost.weight_bytes == 2 * 11 * 8 + 11 * 8 + 2 * 5 * 8
+    assert cost.decode_bytes == 11 * 8 + 2 * 5 * 8
+    assert cost.prefill_flops == 2 * 5 * 8
+    assert cost.kv_bytes == 2 * 2 * 3 * 2 * 5
+
+
+def test_int8_and_packed_weights_are_counted_as_weights_not_as_tensors(tmp_path: Path) -> None:
+    tensors = {
+        "model.layers.0.mlp.up_proj.weight": torch.zeros(5, 8, dtype=torch.int8),
+        "model.layers.0.mlp.up_proj.weight_scale": torch.zeros(5, 1, dtype=torch.bfloat16),
+    }
+    cost = read_model_cost(save(tmp_path, tensors, quantization_config={"config_groups": {"group_0": _INT8}}))
+    assert (cost.is_int8, cost.weight_bytes, cost.prefill_flops) == (True, 5 * 8 + 5 * 2, 2 * 5 * 8)
+    packed = {"model.layers.0.mlp.up_proj.weight_packed": torch.zeros(5, 4, dtype=torch.int32)}
+    int4 = {"weights": {"num_bits": 4}, "input_activations": None}
+    cost = read_model_cost(save(tmp_path, packed, quantization_config={"config_groups": {"group_0": int4}}))
+    assert (cost.is_int8, cost.weight_bytes, cost.prefill_flops) == (False, 5 * 4 * 4, 2 * 5 * 32)
+
+
+def test_a_roofline_is_the_hardwares_rate_over_the_cost_of_a_token() -> None:
+    cost = ModelCost(
+        weight_bytes=4_000_000, decode_bytes=2_000_000, prefill_flops=1_000_000, kv_bytes=1024, is_int8=False
+    )
+    assert (cost.decode_tokens_per_s(HARDWARE), cost.prefill_tokens_per_s(HARDWARE)) == (500.0, 2e6)
+    int8 = ModelCost(**asdict(cost) | {"is_int8": True})
+    assert int8.prefill_tokens_per_s(HARDWARE) == 6e6
+    assert int8.prefill_tokens_per_s(Roofline(1e9, 2e12, 0.0, "measured")) is None
