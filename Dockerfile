@@ -1,9 +1,10 @@
-# CPU image (torch+cpu comes from PyTorch's index of CPU wheels, see "Get Started" on pytorch.org):
+# CPU image. pip finds torch+cpu on PyTorch's index of CPU wheels ("Get Started" on pytorch.org names it):
 #   docker build --build-arg PIP_EXTRA_INDEX_URL=<that index> -t slimserve .
-# CUDA image, on vLLM's own:
+# CUDA image, based on vLLM's own image (not built or run yet):
 #   docker build --build-arg BASE_IMAGE=vllm/vllm-openai:v0.32.0 --build-arg PLATFORM=cuda -t slimserve:cuda .
-# Run (--init reaps; publish the port on loopback unless others must reach it):
+# Run. --init reaps ended child processes. Publish the port on loopback unless others must reach it:
 #   docker run --init --rm -p 127.0.0.1:8000:8000 -v slimserve-cache:/var/cache/slimserve slimserve
+# `make image-check` builds the CPU image without Docker, starts it and sends requests to it.
 ARG BASE_IMAGE=python:3.11-slim-bookworm
 FROM ${BASE_IMAGE}
 
@@ -11,10 +12,11 @@ ARG PLATFORM=cpu
 ARG PIP_EXTRA_INDEX_URL
 ARG VENV=/opt/slimserve/venv
 
-# g++: vLLM compiles its CPU kernels at start. Versions are Debian's stable ones, which pins would break.
+# vLLM compiles CPU kernels with g++ at every first start, and its own CPU kernels link to libnuma. Versions are not
+# pinned, because Debian's mirrors keep only the newest one of a stable release.
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends g++ libtcmalloc-minimal4 \
+    && apt-get install -y --no-install-recommends g++ libnuma1 libtcmalloc-minimal4 \
     && rm -rf /var/lib/apt/lists/*
 
 WORKDIR /opt/slimserve
@@ -30,7 +32,7 @@ COPY loadtest loadtest
 COPY compare compare
 COPY report report
 
-# CPU: the full lock. CUDA: vLLM is in the base image, so only what it lacks is added beside it.
+# The CPU image installs the whole lock. The CUDA base image has vLLM, so only the missing packages are added.
 RUN if [ "${PLATFORM}" = cpu ]; then \
         sh requirements/install.sh python3 "${VENV}" requirements/cpu.lock "$(grep '^torch==' requirements/cpu.lock)"; \
     else \
@@ -40,6 +42,7 @@ RUN if [ "${PLATFORM}" = cpu ]; then \
     fi
 
 ENV PATH=${VENV}/bin:${PATH} \
+    HOME=/var/cache/slimserve/home \
     SLIMSERVE_CACHE=/var/cache/slimserve \
     XDG_CACHE_HOME=/var/cache/slimserve/other \
     PYTHONUNBUFFERED=1
@@ -49,7 +52,7 @@ USER 10001
 VOLUME /var/cache/slimserve
 EXPOSE 8000
 
-# A start compiles for up to two minutes before the port answers.
+# A first start compiles for about two minutes; until then /health answers 503.
 HEALTHCHECK --interval=15s --timeout=5s --start-period=180s --retries=3 \
     CMD ["python3", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/health', timeout=4)"]
 

@@ -1,24 +1,4 @@
-# make demo    install if needed, then build, serve, load and compare three variants of a real model
-# make test    lint, types, unit tests, and end-to-end tests against a real vLLM engine
-# make lock    resolve requirements/cpu.lock anew (needs uv, and UV_FIND_LINKS or UV_INDEX for torch+cpu)
-# make bench-quantize  GPTQ and QuantEase against llm-compressor: seconds, memory, KL
-# make bench-prune     OSSCAR against the other ways to choose neurons and KV groups: NLL, seconds, prefill speed-up
-# make bench-memory    peak memory of compressing a 1.5B model
-# make bench-load      every recipe on a real model, loaded by stock transformers and stock vLLM
-# make bench-launch    this project's launch of vLLM against vLLM's own, alternating
-# make bench-scoring   scored candidates per second: /v1/score against stock vLLM's /generative_scoring
-# make bench-decode    decoding speed against stock vLLM and llama.cpp
-# make bench-gateway   streams through the gateway against streams straight from the engine
-# make bench-ready     seconds from the command to the first token, first and later starts
-# make bench-loadtest-truth  our load generator, vLLM's and GuideLLM against a server of known latency
-# make bench-loadtest-stall  whether a freeze of the server shows in p99: open loop against plain Locust
-# make bench-loadtest-real   our latencies against those of vllm bench serve on the same server and arrivals
-# make bench-max-rate        --find-max-rate against the analytic limit of an M/D/1 queue
-# make bench-distill-cost    time, memory and FLOPs of distilling half of every sequence against the whole
-# make bench-kd-memory       peak memory and time of the chunked loss against the plain one
-# make bench-distill-quality AUC lost by pruning and won back by distillation, up to W8A8 behind the server
-# make bench-truncation      students over the share of each trace that they read, into results/truncation
-# make compare         six variants of a real model over both workloads at full size, into results/compare-latest
+# `make help` prints the commands; each line "target: … ## text" is one of them.
 
 PYTHON ?= python3
 VENV   := .venv
@@ -33,53 +13,76 @@ BENCHES := $(addprefix bench-,launch scoring decode gateway ready quantize prune
     loadtest-truth loadtest-stall loadtest-real max-rate \
     distill-cost kd-memory distill-quality truncation)
 
-# What a variant must keep at half of the dense model's capacity to be named the one to ship.
+# SLOs that the winner must meet at half of the dense model's capacity.
 OBJECTIVES := --slo recommendation:e2e_p95=1.5s --slo reasoning:ttft_p95=500ms --slo reasoning:itl_p95=100ms
 
-.PHONY: demo compare test install lock lint types unit clean $(BENCHES)
+.PHONY: help image-check demo compare test install lock lint types unit clean $(BENCHES)
 
-demo: install
+demo: install ## Compare three variants of SmolLM2: build, serve, evaluate, load (a quarter of an hour)
 	$(BIN)/slimserve compare --model smollm2-135m-instruct --recipes dense,w8a8,prune25-w8a8 \
 	    --workloads recommendation,reasoning --quick $(OBJECTIVES)
 
-compare: install
+compare: install ## Compare six variants at full size, into results/compare-latest (an hour)
 	$(BIN)/slimserve compare --model smollm2-135m-instruct --recipes dense,w8a8,w4a16,nf4,prune25,prune25-w8a8 \
 	    --workloads recommendation,reasoning $(OBJECTIVES) -o results/compare-latest
 
-test: install lint types unit
+test: install lint types unit ## Run lint, types, unit tests, and end-to-end tests on a real vLLM engine
 
-lint:
+lint: ## Check style with ruff and the Dockerfile with hadolint
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/hadolint Dockerfile
 
-types:
+types: ## Check types with mypy
 	$(BIN)/mypy
 
-# Two at a time where no test watches a clock.
+# Two processes run the tests that measure no time; the others run alone.
 unit: $(VENV)/.test-system
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile $(addprefix tests/,compare distill compress core workloads report) tests/test_*.py
 	$(BIN)/pytest $(addprefix tests/,serve loadtest deploy)
 
+# bench-quantize: ## Compare GPTQ and QuantEase with llm-compressor: seconds, memory, KL
+# bench-prune: ## Compare OSSCAR with other pruning methods: NLL, seconds, prefill speed
+# bench-memory: ## Measure peak memory of compressing a 1.5B model
+# bench-load: ## Build every recipe; load it with stock transformers and vLLM
+# bench-launch: ## Compare the tuned launch of vLLM with the stock launch
+# bench-scoring: ## Compare /v1/score with stock /generative_scoring: items per second
+# bench-decode: ## Compare decoding speed with stock vLLM and llama.cpp
+# bench-gateway: ## Measure what the gateway costs against the engine alone and other proxies
+# bench-ready: ## Measure seconds from the command to the first token
+# bench-loadtest-truth: ## Compare load generators on a mock server of known latency
+# bench-loadtest-stall: ## Show a freeze of the server in the p99 of open and closed loop
+# bench-loadtest-real: ## Compare our latencies with those of vllm bench serve on one server
+# bench-max-rate: ## Compare --find-max-rate with the exact limit of an M/D/1 queue
+# bench-distill-cost: ## Measure training on half of each sequence: time, memory, FLOPs
+# bench-kd-memory: ## Compare the chunked loss with the plain loss: memory and time
+# bench-distill-quality: ## Measure how much of the AUC lost by pruning distillation recovers
+# bench-truncation: ## Train students on parts of reasoning traces, into results/truncation
 $(BENCHES): bench-%: install
 	$(BIN)/python -m benches.$(subst -,_,$*)
 
-# A stamp per environment: a second `make install` has nothing to do.
+# The stamp file makes a second `make install` do nothing.
 install: $(VENV)/.installed
 
 $(VENV)/.installed: $(LOCK) pyproject.toml
 	@sh requirements/install.sh $(PYTHON) $(VENV) $(LOCK) $(TORCH)
 	@touch $@
 
-# The browser in which a test opens the report, and the Prometheus that scrapes a server and checks its own rules.
+# Tests open the report in Chromium, and check the deployment files with Prometheus.
 $(VENV)/.test-system: $(VENV)/.installed
 	@sh requirements/system.sh chromium chromium "the test that opens the report in a browser"
 	@sh requirements/system.sh promtool prometheus "the tests of deploy/"
 	@touch $@
 
-lock:
+image-check: ## Build the container image without Docker, start it, and send it requests (root, Debian; half an hour)
+	@sh deploy/image-check.sh
+
+help: ## Print this list
+	@sed -n 's/^#* *\([a-z][a-z-]*\):.*## /\1\t/p' Makefile | while IFS='	' read -r name text; do printf '%-22s %s\n' "$$name" "$$text"; done
+
+lock: ## Resolve requirements/cpu.lock again (needs uv, and UV_FIND_LINKS or UV_INDEX for torch+cpu)
 	uv pip compile pyproject.toml --extra cpu --extra data --extra dev --overrides requirements/overrides.txt \
 	    --python-version 3.11 --no-annotate --no-header --output-file $(LOCK)
 
-clean:
+clean: ## Delete the environment and all caches in this folder
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache
