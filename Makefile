@@ -74,7 +74,7 @@ $(VENV)/.test-system: $(VENV)/.installed
 	@sh requirements/system.sh promtool prometheus "the tests of deploy/"
 	@touch $@
 
-image-check: ## Build the container image without Docker, start it, and send it requests (root, Debian; half an hour)
+image-check: ## Build the container image without Docker, start it, and send it requests (root, Debian; a quarter of an hour)
 	@sh deploy/image-check.sh
 
 help: ## Print this list

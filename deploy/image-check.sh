@@ -4,7 +4,7 @@
 # `make image-check` runs it as root on Debian; no daemon is needed. buildah builds in a chroot, on a base that mmdebstrap
 # makes from Debian bookworm with Python 3.11, the distribution and the Python of the real base image. The build sees this
 # machine's apt sources and pip configuration. The image then starts as its unprivileged user with no capabilities, on a
-# read-only root, with a writable cache volume and without a network. Needs about 15 GB of disk and, on two cores, half an hour.
+# read-only root, with a writable cache volume and without a network. Needs about 12 GB of disk and, on two cores, a quarter of an hour.
 #
 # IMAGE_CHECK_DIR=DIR keeps the work folder, so that a second run reuses the base and the logs stay.
 set -eu
