@@ -27,6 +27,7 @@ from slimserve.compress.calibration import Calibration, check_source, load_calib
 from slimserve.compress.checkpoint import CheckpointReader, CheckpointWriter, iterate_blocks
 from slimserve.compress.families import LayerRoles, roles_of, with_sizes
 from slimserve.compress.forward import Block, Decoder
+from slimserve.compress.prune import pruning_method
 from slimserve.compress.recipe import Prune, Quantize, Recipe
 from slimserve.compress.reference import divergences
 from slimserve.compress.steps import BoundStep, Detail, ErrorProfile, Visitor, bind
@@ -88,6 +89,8 @@ def build_variant(
     roles = roles_of(config)
     # Of a step with a budget the shapes are yet to be found; what follows it is checked on the dense ones.
     budgeted = recipe.budget
+    if budgeted:
+        pruning_method(budgeted.method)  # raises before the search, which takes minutes
     steps = bind(recipe.steps[1:] if budgeted else recipe.steps, config, roles, recipe.calibration.seed)
     needs_data = budgeted is not None or any(step.needs_data for step in steps)
     source_hash = ""
@@ -392,8 +395,8 @@ def _what_matters(resolved_recipe: dict[str, Any], needs_data: bool) -> dict[str
     steps, calibration = resolved_recipe["steps"], resolved_recipe["calibration"]
     if needs_data:
         return {"steps": steps, "calibration": calibration}
-    is_random = any(step.get("method") == "random" for step in steps)
-    return {"steps": steps, **({"seed": calibration["seed"]} if is_random else {})}
+    uses_seed = any(step["step"] == "prune" and pruning_method(step["method"]).uses_seed for step in steps)
+    return {"steps": steps, **({"seed": calibration["seed"]} if uses_seed else {})}
 
 
 def _reuse(target: Path, made_of: str, needs_data: bool) -> Path:

@@ -67,9 +67,8 @@ class Prune(StrictModel):
     """Share of the MLP neurons to remove."""
     kv_remove_frac: float = Field(default=0, ge=0, lt=1)
     """Share of the KV groups to remove, rounded to whole groups."""
-    method: Literal["random", "magnitude", "peak_magnitude", "refit", "wanda", "osscar", "osscar_search"] = (
-        "osscar_search"
-    )
+    method: str = "osscar_search"
+    """Pruning method, a name in `prune.METHODS`."""
     target: Literal["current", "dense"] = "current"
     """Whose outputs a refit aims at: of the model as pruned so far, or of the model before this step."""
     multiple: int = Field(default=32, ge=1)
@@ -93,9 +92,12 @@ class PruneDepth(StrictModel):
     step: Literal["prune_depth"]
     num_blocks: int = Field(ge=1)
     """How many blocks to remove."""
-    method: Literal["influence", "search"] = "influence"
-    """Those that turn the hidden states least, found in one pass; or, one pass for each, the one without which the
-    model's output changes least."""
+    method: str = "influence"
+    """Depth-pruning method, a name in `steps.depth.METHODS`.
+
+    `influence` removes the blocks that change the hidden states least, measured in one pass. `search` takes one pass
+    per block and removes the block without which the model's output changes least.
+    """
 
 
 class Quantize(StrictModel):
@@ -103,7 +105,8 @@ class Quantize(StrictModel):
 
     step: Literal["quantize"]
     format: Literal["w8a8", "w4a16", "fp8", "nf4", "int8-bnb"]
-    method: Literal["rtn", "gptq", "quantease"] = "rtn"
+    method: str = "rtn"
+    """Rounding method, a name in `rounding.ROUNDINGS`."""
     symmetric: bool = True
     """False gives w4a16 zero points."""
     group_size: Literal[32, 64, 128] | None = None

@@ -13,7 +13,7 @@ DAMPING = 0.01
 
 
 def make_layer(seed: int, num_inputs: int, num_outputs: int, num_tokens: int = 60) -> tuple[Tensor, Tensor]:
-    """Hessian of correlated inputs of uneven size, and a weight `[O, I]`."""
+    """Return the Hessian of correlated inputs of different scales, and a weight `[O, I]`."""
     generator = torch.Generator().manual_seed(seed)
     x_TI = torch.randn(num_tokens, num_inputs, generator=generator, dtype=torch.float64)
     mix_II = torch.randn(num_inputs, num_inputs, generator=generator, dtype=torch.float64)
@@ -31,7 +31,7 @@ def make_tableau(hessian_II: Tensor, weight_OI: Tensor, group_size: int) -> Tabl
 
 
 def solve(hessian_II: Tensor, weight_OI: Tensor, kept_I: Tensor) -> tuple[Tensor, float]:
-    """Oracle: least squares by QR on rows whose Hessian is H; the weight `[K, O]` and the loss."""
+    """Return the weight `[K, O]` and the loss by least squares on rows whose Hessian is H (the oracle)."""
     rows_II = torch.linalg.cholesky(damp(hessian_II)).T
     aim_IO = rows_II @ weight_OI.T
     weight_KO = torch.linalg.lstsq(rows_II[:, kept_I], aim_IO, driver="gelsd").solution
@@ -70,7 +70,7 @@ def test_the_downdated_tableau_equals_direct_inversion(group_size: int, num_outp
     weight_KO, loss = solve(hessian_II, weight_OI, kept)
     missing_RO = (damped_II @ weight_OI.T)[removed] - cross_KR.T @ weight_KO
     schur_RR = damped_II[removed][:, removed] - cross_KR.T @ inverse_KK @ cross_KR
-    for found, expected in (
+    for actual, expected in (
         (tableau.matrix_II[kept][:, kept], inverse_KK),
         (tableau.matrix_II[removed][:, removed], -schur_RR),
         (tableau.matrix_II[kept][:, removed], -inverse_KK @ cross_KR),
@@ -78,12 +78,12 @@ def test_the_downdated_tableau_equals_direct_inversion(group_size: int, num_outp
         (tableau.weight_IO[kept], weight_KO),
         (tableau.weight_IO[removed], missing_RO),
     ):
-        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
     assert tableau.loss == pytest.approx(loss, rel=1e-9)
 
 
 @pytest.mark.parametrize("group_size", [1, 3])
-def test_changes_are_what_the_loss_does_when_one_group_changes_sides(group_size: int) -> None:
+def test_loss_changes_are_exact_for_one_group(group_size: int) -> None:
     hessian_II, weight_OI = make_layer(1, 15, 7)
     tableau = make_tableau(hessian_II, weight_OI, group_size)
     tableau.exchange(torch.tensor([1, 4]))
@@ -96,7 +96,7 @@ def test_changes_are_what_the_loss_does_when_one_group_changes_sides(group_size:
 
 
 @pytest.mark.parametrize("group_size", [1, 3])
-def test_a_swap_is_priced_exactly_before_it_is_made(group_size: int) -> None:
+def test_the_loss_change_of_a_swap_is_exact(group_size: int) -> None:
     hessian_II, weight_OI = make_layer(2, 21, 4)
     tableau = make_tableau(hessian_II, weight_OI, group_size)
     tableau.exchange(torch.tensor([0, 3, 5]))
@@ -111,9 +111,7 @@ def test_a_swap_is_priced_exactly_before_it_is_made(group_size: int) -> None:
 
 
 @pytest.mark.parametrize("group_size", [1, 3])
-def test_the_best_partner_of_each_removed_group_is_the_best_of_all(
-    group_size: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_best_partner_of_each_removed_group_is_found(group_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(osscar, "_CHUNK_ROWS", 2)
     hessian_II, weight_OI = make_layer(3, 21, 5)
     tableau = make_tableau(hessian_II, weight_OI, group_size)
@@ -131,7 +129,7 @@ def test_the_best_partner_of_each_removed_group_is_the_best_of_all(
         assert change == pytest.approx(losses[partner] - before, rel=1e-7)
 
 
-def test_greedy_removal_takes_the_cheapest_group_each_time() -> None:
+def test_greedy_removal_takes_the_group_of_least_loss_each_time() -> None:
     hessian_II, weight_OI = make_layer(4, 18, 7)
     tableau = make_tableau(hessian_II, weight_OI, 2)
     remove_greedily(tableau, 4)
@@ -142,7 +140,7 @@ def test_greedy_removal_takes_the_cheapest_group_each_time() -> None:
     assert tableau.kept.tolist() == kept.tolist()
 
 
-def test_features_go_in_batches_that_end_at_the_right_number(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_features_are_removed_in_batches_down_to_the_requested_number(monkeypatch: pytest.MonkeyPatch) -> None:
     hessian_II, weight_OI = make_layer(5, 31, 3)
     tableau = make_tableau(hessian_II, weight_OI, 1)
     lowest = torch.sort(tableau.loss_changes()).indices[:5]
@@ -159,22 +157,22 @@ def test_features_go_in_batches_that_end_at_the_right_number(monkeypatch: pytest
     assert set(lowest.tolist()) <= set(tableau.removed.tolist())
 
 
-def test_of_equal_groups_the_lower_index_stays() -> None:
+def test_among_equal_groups_the_lower_index_stays() -> None:
     tableau = Tableau(torch.eye(6, dtype=torch.float64), torch.ones(6, 3, dtype=torch.float64), 1)
     remove_greedily(tableau, 2)
     assert tableau.kept.tolist() == [0, 1]
 
 
 @pytest.mark.parametrize(("num_inputs", "group_size", "num_kept"), [(8, 1, 4), (18, 3, 3)])
-def test_search_ends_near_the_best_of_all_subsets_and_never_above_greedy(
+def test_local_search_ends_near_the_best_subset_and_never_above_greedy(
     num_inputs: int, group_size: int, num_kept: int
 ) -> None:
-    """A set that no single swap improves can still miss the optimum, by a change of two groups at once.
+    """A set that no single swap improves can still miss the optimum, which may need two swaps at once.
 
-    So no bound holds for every matrix. Over 300 other seeds of such small, correlated problems greedy
-    removal was optimal in 72% (k = 1) and 77% (k = 3) and at worst 91% above the optimum, search
-    in 94% and 95% and at worst 37%. Of the 40 seeds here one (k = 3) ends 42% above; the last
-    assertion lets one such miss pass, and no other above 5%.
+    So no bound holds for every matrix. On 300 other seeds, greedy removal was optimal in 72% (k = 1) and 77% (k = 3) of
+    these small, correlated problems, and at worst 91% above the optimum. Local search was optimal in 94% and 95%, and
+    at worst 37% above. Of the 40 seeds here one (k = 3) ends 42% above. The last assertion allows one such miss, and no
+    other above 5%.
     """
     excess = []
     for seed in range(100, 140):
@@ -212,8 +210,8 @@ def test_an_accepted_swap_never_raises_the_loss_and_the_end_is_a_local_optimum(
     assert float(tableau.best_swaps()[1].min()) > -1e-3 * end
 
 
-def test_search_takes_fewer_swaps_where_many_at_once_would_hurt() -> None:
-    """Two removed copies of one missing direction: either is worth its swap, both are worth only one."""
+def test_local_search_makes_fewer_swaps_where_many_at_once_would_raise_the_loss() -> None:
+    """Two removed features are copies of one direction, so restoring the second one gains nothing."""
     x_TI = torch.eye(4, dtype=torch.float64)
     x_TI[:, 1] = x_TI[:, 0] + 0.01 * x_TI[:, 1]
     weight_OI = torch.tensor([[3.0, 3.0, 1.0, 1.1]], dtype=torch.float64)
@@ -225,7 +223,7 @@ def test_search_takes_fewer_swaps_where_many_at_once_would_hurt() -> None:
     assert tableau.loss == pytest.approx(best_loss(hessian_II, weight_OI, 1, 2))
 
 
-def test_search_has_nothing_to_do_without_removed_groups() -> None:
+def test_local_search_does_nothing_without_removed_groups() -> None:
     tableau = make_tableau(*make_layer(7, 6, 3), 1)
     assert local_search(tableau) == (0, [0.0])
 

@@ -25,7 +25,7 @@ NEEDS_DATA = {name for name, method in METHODS.items() if method.needs_data}
 
 
 def make_inputs(seed: int, num_tokens: int, num_inputs: int) -> Tensor:
-    """Correlated inputs `[T, I]` of uneven size."""
+    """Return correlated inputs `[T, I]` with features of different scales."""
     generator = torch.Generator().manual_seed(seed)
     x_TI = torch.randn(num_tokens, num_inputs, generator=generator, dtype=torch.float64)
     mix_II = torch.randn(num_inputs, num_inputs, generator=generator, dtype=torch.float64)
@@ -49,7 +49,7 @@ def ridge_of(problem: PruneProblem) -> Tensor:
     return problem.damping * hessian_of(problem).diagonal().mean()
 
 
-def test_magnitude_is_what_removal_costs_on_white_inputs() -> None:
+def test_magnitude_is_the_loss_of_removal_for_white_inputs() -> None:
     torch.manual_seed(0)
     consumer_OI = torch.randn(5, 9)
     inputs_TI = torch.linalg.qr(torch.randn(200, 9, dtype=torch.float64)).Q
@@ -60,14 +60,14 @@ def test_magnitude_is_what_removal_costs_on_white_inputs() -> None:
         assert float(score) == pytest.approx(float(lost.square().sum()) / 2)
 
 
-def test_peak_magnitude_keeps_the_one_large_value_that_the_norm_overlooks() -> None:
+def test_peak_magnitude_keeps_a_single_large_value_that_the_norm_overlooks() -> None:
     spiky_OI = torch.tensor([[0.0, 0.6], [0.9, -0.7], [0.0, 0.6]])
     assert torch.allclose(peak_magnitude(spiky_OI), torch.tensor([0.9, 0.7], dtype=torch.float64))
     assert choose_kept(peak_magnitude(spiky_OI), 1).tolist() == [0]
     assert choose_kept(magnitude(spiky_OI), 1).tolist() == [1]
 
 
-def test_the_choice_is_the_best_subset() -> None:
+def test_the_kept_indices_are_the_best_subset() -> None:
     torch.manual_seed(1)
     scores_I = torch.rand(8)
     best = max(itertools.combinations(range(8), 3), key=lambda subset: float(scores_I[list(subset)].sum()))
@@ -87,14 +87,14 @@ def test_the_kept_width_is_a_multiple(width: int, remove_frac: float, multiple: 
 
 
 @pytest.mark.parametrize(("width", "remove_frac", "multiple"), [(44, 0.01, 4), (32, 0.5, 32), (20, 0.5, 64)])
-def test_a_cut_that_removes_nothing_is_refused(width: int, remove_frac: float, multiple: int) -> None:
+def test_removing_nothing_is_an_error(width: int, remove_frac: float, multiple: int) -> None:
     with pytest.raises(UserError, match="removes nothing"):
         kept_width(width, remove_frac, multiple)
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("group_size", "num_outputs", "num_kept"), [(1, 5, 7), (3, 17, 3), (5, 1, 1), (3, 4, 5)])
-def test_every_method_keeps_whole_groups_and_a_weight_to_match(
+def test_every_method_keeps_complete_groups_and_a_matching_weight(
     method: str, group_size: int, num_outputs: int, num_kept: int
 ) -> None:
     problem = make_problem(make_inputs(0, 40, 15), num_outputs, group_size)
@@ -117,14 +117,14 @@ def test_every_method_keeps_whole_groups_and_a_weight_to_match(
 
 
 @pytest.mark.parametrize("method", sorted(METHODS.keys() - NEEDS_DATA))
-def test_methods_that_need_no_data_choose_the_same_without(method: str) -> None:
+def test_methods_that_need_no_data_choose_the_same_without_it(method: str) -> None:
     problem = make_problem(make_inputs(1, 40, 12), 5, 2)
     blind = METHODS[method](replace(problem, hessian_II=None), 3)
     assert blind.kept_U.tolist() == METHODS[method](problem, 3).kept_U.tolist()
     assert "relative_output_error" not in blind.detail
 
 
-def test_the_methods_rank_as_their_information_does() -> None:
+def test_methods_that_use_more_information_have_a_smaller_error() -> None:
     problem = make_problem(make_inputs(2, 200, 60), 13)
     error = {name: METHODS[name](problem, 40).detail["relative_output_error"] for name in METHODS}
     assert error["osscar_search"] <= error["osscar"] < error["refit"] < error["magnitude"] < error["random"]
@@ -133,7 +133,7 @@ def test_the_methods_rank_as_their_information_does() -> None:
 
 @pytest.mark.parametrize("method", ["magnitude", "refit", "osscar", "osscar_search"])
 @pytest.mark.parametrize("group_size", [1, 3])
-def test_on_white_inputs_all_is_magnitude_and_no_weight_changes(method: str, group_size: int) -> None:
+def test_for_white_inputs_every_method_is_magnitude_pruning(method: str, group_size: int) -> None:
     problem = replace(make_problem(make_inputs(3, 9, 21), 5, group_size), hessian_II=torch.eye(21, dtype=torch.float64))
     norms = problem.weight_OI.square().sum(dim=0).reshape(-1, group_size).sum(dim=1)
     num_kept = len(norms) // 2
@@ -143,7 +143,7 @@ def test_on_white_inputs_all_is_magnitude_and_no_weight_changes(method: str, gro
     assert pruned.detail["relative_output_error"] == pytest.approx(float(1 - norms[pruned.kept_U].sum() / norms.sum()))
 
 
-def test_random_depends_on_the_seed_alone() -> None:
+def test_random_depends_only_on_the_seed() -> None:
     problem = make_problem(make_inputs(4, 9, 40), 3)
     kept = [METHODS["random"](replace(problem, seed=seed), 20).kept_U.tolist() for seed in (0, 0, 1)]
     assert kept[0] == kept[1] != kept[2]
@@ -151,7 +151,7 @@ def test_random_depends_on_the_seed_alone() -> None:
     assert METHODS["random"](other, 20).kept_U.tolist() == kept[0]
 
 
-def test_wanda_keeps_the_columns_that_write_most() -> None:
+def test_wanda_keeps_the_columns_with_the_largest_contribution() -> None:
     x_TI = make_inputs(6, 50, 14)
     problem = make_problem(x_TI, 5, 2)
     written_I = torch.stack([torch.outer(x_TI[:, i], problem.weight_OI[:, i]).square().sum() for i in range(14)])
@@ -159,7 +159,7 @@ def test_wanda_keeps_the_columns_that_write_most() -> None:
     assert METHODS["wanda"](problem, 3).kept_U.tolist() == sorted(torch.topk(written_U, 3).indices.tolist())
 
 
-def test_a_group_is_as_peaked_as_its_highest_column() -> None:
+def test_the_peak_of_a_group_is_that_of_its_highest_column() -> None:
     weight_OI = torch.tensor([[0.1, 0.9, 0.8, 0.8], [0.1, 0.0, 0.8, 0.8]], dtype=torch.float64)
     problem = PruneProblem(weight_OI, None, None, 2)
     assert METHODS["peak_magnitude"](problem, 1).kept_U.tolist() == [0]
@@ -200,7 +200,7 @@ def test_search_never_ends_above_greedy(group_size: int) -> None:
 
 @pytest.mark.parametrize("method", sorted(NEEDS_DATA))
 @pytest.mark.parametrize("group_size", [1, 5])
-def test_aiming_at_the_layers_own_outputs_is_having_no_target(method: str, group_size: int) -> None:
+def test_the_layers_own_outputs_as_target_equal_no_target(method: str, group_size: int) -> None:
     own = make_problem(make_inputs(8, 60, 15), 7, group_size)
     cross_IO = hessian_of(own) @ own.weight_OI.T
     target_IO = dense_target(cross_IO, own.weight_OI, hessian_of(own), own.damping)
@@ -215,8 +215,8 @@ def test_aiming_at_the_layers_own_outputs_is_having_no_target(method: str, group
 
 
 @pytest.mark.parametrize("method", ["refit", "osscar", "osscar_search"])
-def test_aiming_at_the_dense_outputs_comes_nearer_to_them(method: str) -> None:
-    """As after earlier blocks were pruned: the inputs have changed, the outputs wanted have not."""
+def test_the_dense_target_reduces_the_error_against_the_dense_outputs(method: str) -> None:
+    """Earlier pruned blocks have changed the inputs, while the target stays the same."""
     dense_TI = make_inputs(9, 80, 14)
     own = make_problem(dense_TI + 0.5 * make_inputs(10, 80, 14), 6)
     x_TI = dense_TI + 0.5 * make_inputs(10, 80, 14)
@@ -231,7 +231,7 @@ def test_aiming_at_the_dense_outputs_comes_nearer_to_them(method: str) -> None:
 
 @pytest.mark.parametrize("method", ["refit", "osscar", "osscar_search"])
 @pytest.mark.parametrize("damping", [0.0, 0.01])
-def test_inputs_of_low_rank_lose_nothing_that_others_can_replace(method: str, damping: float) -> None:
+def test_redundant_inputs_of_low_rank_lose_nothing(method: str, damping: float) -> None:
     factors_TR = make_inputs(11, 50, 4)
     x_TI = factors_TR @ torch.randn(4, 13, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     pruned = METHODS[method](make_problem(x_TI, 5, damping=damping), 8)
@@ -241,7 +241,7 @@ def test_inputs_of_low_rank_lose_nothing_that_others_can_replace(method: str, da
 
 
 @pytest.mark.parametrize("method", sorted(NEEDS_DATA))
-def test_dead_inputs_go_first_and_cost_nothing(method: str) -> None:
+def test_dead_inputs_are_removed_first_at_no_cost(method: str) -> None:
     x_TI = make_inputs(12, 50, 12)
     x_TI[:, [1, 6, 7]] = 0
     problem = make_problem(x_TI, 5)
@@ -255,7 +255,7 @@ def test_dead_inputs_go_first_and_cost_nothing(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", sorted(NEEDS_DATA))
-def test_without_any_input_magnitude_decides_and_the_detail_says_so(method: str) -> None:
+def test_zero_inputs_fall_back_to_magnitude_and_the_detail_says_so(method: str) -> None:
     problem = make_problem(torch.zeros(8, 10, dtype=torch.float64), 3, 2)
     pruned = METHODS[method](problem, 3)
     expected = METHODS["magnitude"](problem, 3)
@@ -265,7 +265,7 @@ def test_without_any_input_magnitude_decides_and_the_detail_says_so(method: str)
     assert "fallback" not in expected.detail
 
 
-def test_a_cut_mlp_computes_what_a_masked_one_does() -> None:
+def test_a_cut_mlp_equals_a_masked_mlp() -> None:
     torch.manual_seed(2)
     hidden, width = 5, 7
     block = {
@@ -299,7 +299,7 @@ HIDDEN, HEAD_DIM = 7, 4
 
 
 def attend(tensors: dict[str, Tensor], num_q_per_kv: int, kept_heads: list[int] | None = None) -> Tensor:
-    """Causal attention with normed queries and keys, head by head; KV groups outside `kept_heads` are masked."""
+    """Compute causal attention with normed queries and keys by head; KV groups outside `kept_heads` are masked."""
     inputs_TH = torch.linspace(-1, 1, 5 * HIDDEN).sin().reshape(5, HIDDEN)
 
     def project(name: str) -> Tensor:
@@ -320,7 +320,7 @@ def attend(tensors: dict[str, Tensor], num_q_per_kv: int, kept_heads: list[int] 
 
 
 @pytest.mark.parametrize(("num_kv", "num_q_per_kv", "kept"), [(3, 2, [0, 2]), (4, 3, [3]), (5, 1, [1, 2, 4])])
-def test_a_cut_attention_computes_what_a_masked_one_does(num_kv: int, num_q_per_kv: int, kept: list[int]) -> None:
+def test_a_cut_attention_equals_a_masked_attention(num_kv: int, num_q_per_kv: int, kept: list[int]) -> None:
     generator = torch.Generator().manual_seed(3)
     queries, keys = num_kv * num_q_per_kv * HEAD_DIM, num_kv * HEAD_DIM
     shapes: dict[str, Any] = {

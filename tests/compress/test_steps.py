@@ -1,4 +1,4 @@
-"""Steps on calibration data: what each leaves of tiny models, against definitions and transformers."""
+"""Steps on calibration data: their results on tiny models, against definitions and transformers."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from slimserve.compress import build as build_module
-from slimserve.compress.recipe import Prune, PruneDepth, Quantize
+from slimserve.compress.prune import METHODS
+from slimserve.compress.recipe import AnyStep, Keep, Prune, PruneDepth, Quantize
 from slimserve.compress.reference import kl_per_token, reference_logits
 from slimserve.core.errors import UserError
 from slimserve.core.variant import read_manifest
@@ -18,13 +19,13 @@ from slimserve.core.variant import read_manifest
 from .conftest import GPTQ, INPUT_IDS, KV, TinyModel, build_on_data, ids_file, logits
 
 
-@pytest.mark.parametrize("method", ["random", "magnitude", "refit", "wanda", "osscar", "osscar_search"])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("target", ["current", "dense"])
-def test_neurons_and_kv_groups_go_by_every_method(tiny: TinyModel, tmp_path: Path, method: str, target: str) -> None:
+def test_every_method_removes_neurons_and_kv_groups(tiny: TinyModel, tmp_path: Path, method: str, target: str) -> None:
     step = KV.model_copy(update={"method": method, "target": target})
     groups, heads = tiny.model.config.num_key_value_heads, tiny.model.config.num_attention_heads
     if tiny.model.config.model_type == "qwen2":
-        # vLLM 0.32 derives the heads' width from their number there.
+        # For qwen2, vLLM 0.32 derives the heads' width from their number.
         with pytest.raises(UserError, match="kv_remove_frac: '0.5' would give a qwen2 that vLLM cannot load"):
             build_on_data(tiny, step, target=tmp_path / "variant")
         step, groups, heads = step.model_copy(update={"kv_remove_frac": 0}), 2 * groups, 2 * heads
@@ -37,7 +38,7 @@ def test_neurons_and_kv_groups_go_by_every_method(tiny: TinyModel, tmp_path: Pat
     torch.testing.assert_close(own, logits(loaded)[0], atol=2e-4, rtol=1e-4)
 
 
-def test_osscar_loses_less_of_a_model_than_random_and_magnitude(tiny_llama: TinyModel, tmp_path: Path) -> None:
+def test_osscar_has_a_lower_loss_than_random_and_magnitude(tiny_llama: TinyModel, tmp_path: Path) -> None:
     ids = json.loads(Path(ids_file(tmp_path)).read_text().splitlines()[0])["input_ids"]
     dense = next(iter(reference_logits(tiny_llama.directory, [torch.tensor(ids)])))
     loss = {}
@@ -51,7 +52,7 @@ def test_osscar_loses_less_of_a_model_than_random_and_magnitude(tiny_llama: Tiny
 
 @pytest.mark.parametrize("method", ["gptq", "quantease"])
 @pytest.mark.parametrize("smoothquant", [None, 0.5])
-def test_a_calibrated_quantization_computes_what_the_dense_model_does(
+def test_a_calibrated_quantization_stays_near_the_dense_model(
     tiny: TinyModel, tmp_path: Path, method: str, smoothquant: float | None
 ) -> None:
     step = GPTQ.model_copy(update={"method": method, "smoothquant": smoothquant})
@@ -60,7 +61,7 @@ def test_a_calibrated_quantization_computes_what_the_dense_model_does(
     assert float((own - logits(tiny.model)[0]).norm() / logits(tiny.model).norm()) < 0.08
 
 
-def test_rounds_end_at_the_same_width_and_call_the_hook_between(tiny_llama: TinyModel, tmp_path: Path) -> None:
+def test_rounds_reach_the_same_width_and_call_the_hook_between_them(tiny_llama: TinyModel, tmp_path: Path) -> None:
     seen = []
 
     def between(checkpoint: Path) -> Path:
@@ -74,8 +75,8 @@ def test_rounds_end_at_the_same_width_and_call_the_hook_between(tiny_llama: Tiny
     assert 44 > seen[0] > seen[1] > 22
 
 
-def test_the_least_influential_blocks_go_and_the_others_close_up(tiny: TinyModel, tmp_path: Path) -> None:
-    # A block that adds next to nothing to the hidden states must be the one to go.
+def test_the_least_influential_blocks_are_removed_and_the_others_renumbered(tiny: TinyModel, tmp_path: Path) -> None:
+    # The block that adds almost nothing to the hidden states must be removed.
     file = tiny.directory / "model.safetensors"
     tensors = load_file(file)
     for name in ("self_attn.o_proj.weight", "mlp.down_proj.weight"):
@@ -91,7 +92,7 @@ def test_the_least_influential_blocks_go_and_the_others_close_up(tiny: TinyModel
     assert AutoModelForCausalLM.from_pretrained(variant).config.num_hidden_layers == 2
 
 
-def test_a_search_removes_the_blocks_without_which_the_output_changes_least(tiny: TinyModel, tmp_path: Path) -> None:
+def test_search_removes_the_blocks_without_which_the_output_changes_least(tiny: TinyModel, tmp_path: Path) -> None:
     step = PruneDepth(step="prune_depth", num_blocks=2, method="search")
     variant = build_on_data(tiny, step, target=tmp_path / "variant")
     manifest = read_manifest(variant)
@@ -103,24 +104,24 @@ def test_a_search_removes_the_blocks_without_which_the_output_changes_least(tiny
     for done in manifest.steps[:2]:
 
         def last_states(kept: list[torch.nn.Module]) -> torch.Tensor:
-            # A norm without a weight scales every state to a root mean square of 1.
+            # With weight 1, the norm scales every state to a root mean square of 1.
             tiny.model.model.layers = torch.nn.ModuleList(kept)
             tiny.model.model.norm.weight.data.fill_(1)
             return tiny.model.model(tokens_NT, use_cache=False).last_hidden_state
 
         with torch.no_grad():
-            whole = last_states(layers)
+            full = last_states(layers)
             change = [
-                float((last_states(layers[:index] + layers[index + 1 :]) - whole).square().mean())
+                float((last_states(layers[:index] + layers[index + 1 :]) - full).square().mean())
                 for index in range(len(layers))
             ]
-        found = done.detail["per_block"][-1]["error_without"]
-        torch.testing.assert_close(found, change, atol=1e-4, rtol=1e-3)
+        errors = done.detail["per_block"][-1]["error_without"]
+        torch.testing.assert_close(errors, change, atol=1e-4, rtol=1e-3)
         assert done.detail["removed_blocks"] == [change.index(min(change))]
         del layers[change.index(min(change))]
 
 
-def test_an_interrupted_search_goes_on_with_the_same_errors(
+def test_an_interrupted_search_resumes_with_the_same_errors(
     tiny_llama: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step = PruneDepth(step="prune_depth", num_blocks=1, method="search")
@@ -137,13 +138,13 @@ def test_an_interrupted_search_goes_on_with_the_same_errors(
         build_on_data(tiny_llama, step, target=tmp_path / "variant")
     left[0] = 100
     resumed = read_manifest(build_on_data(tiny_llama, step, target=tmp_path / "variant"))
-    whole = read_manifest(build_on_data(tiny_llama, step, target=tmp_path / "whole"))
+    complete = read_manifest(build_on_data(tiny_llama, step, target=tmp_path / "complete"))
     assert resumed is not None
-    assert whole is not None
-    assert resumed.steps[0].detail == whole.steps[0].detail
+    assert complete is not None
+    assert resumed.steps[0].detail == complete.steps[0].detail
 
 
-def test_the_dense_models_outputs_are_those_of_the_first_block_itself(tiny: TinyModel, tmp_path: Path) -> None:
+def test_both_targets_are_equal_in_the_first_block(tiny: TinyModel, tmp_path: Path) -> None:
     # Nothing has been cut before block 0, so both targets are the same there, biases included.
     step = KV if tiny.model.config.model_type != "qwen2" else KV.model_copy(update={"kv_remove_frac": 0})
     weights = {}
@@ -157,7 +158,7 @@ def test_the_dense_models_outputs_are_those_of_the_first_block_itself(tiny: Tiny
         torch.testing.assert_close(weights["dense"][name], weights["current"][name], atol=1e-3, rtol=1e-3)
 
 
-def test_the_worst_layers_stay_as_they_were(tiny_llama: TinyModel, tmp_path: Path) -> None:
+def test_the_layers_with_the_largest_error_stay_unquantized(tiny_llama: TinyModel, tmp_path: Path) -> None:
     step = Quantize(step="quantize", format="w8a8", keep_worst=2)
     variant = build_on_data(tiny_llama, step, target=tmp_path / "variant")
     config = json.loads((variant / "config.json").read_text())
@@ -170,9 +171,26 @@ def test_the_worst_layers_stay_as_they_were(tiny_llama: TinyModel, tmp_path: Pat
     assert manifest.steps[0].detail["kept_unquantized"] == kept
 
 
-def test_a_layer_kept_beside_a_smoothed_norm_is_smoothed_with_it(tiny: TinyModel, tmp_path: Path) -> None:
+def test_an_unquantized_layer_compensates_for_its_smoothed_norm(tiny: TinyModel, tmp_path: Path) -> None:
     step = GPTQ.model_copy(update={"smoothquant": 0.8, "keep_worst": 11})
     variant = build_on_data(tiny, step, target=tmp_path / "variant")
     own = next(iter(reference_logits(variant, [INPUT_IDS[0]])))
-    # All but one fused layer of twelve is dense: next to nothing may be lost.
+    # Eleven of twelve fused layers are dense, so almost nothing may be lost.
     assert float((own - logits(tiny.model)[0]).norm() / logits(tiny.model).norm()) < 0.03
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        Prune(step="prune", mlp_remove_frac=0.5, method="oscar"),
+        Prune(step="prune", keep=Keep(parameters=0.5), method="oscar"),
+        PruneDepth(step="prune_depth", num_blocks=1, method="oscar"),
+        Quantize(step="quantize", format="w8a8", method="oscar"),
+    ],
+    ids=["prune", "budget", "depth", "quantize"],
+)
+def test_an_unknown_method_is_an_error_that_lists_the_known_ones(
+    tiny_llama: TinyModel, tmp_path: Path, step: AnyStep
+) -> None:
+    with pytest.raises(UserError, match=r"method: 'oscar' is not a .* method; choose from "):
+        build_on_data(tiny_llama, step, target=tmp_path / "variant")
