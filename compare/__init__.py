@@ -1,1 +1,1 @@
-"""Put variants side by side: build, serve, judge and load each one, then one report."""
+"""Comparison of variants: build, serve, evaluate and load-test each of them, then decide which one to ship."""

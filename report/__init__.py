@@ -1,1 +1,1 @@
-"""TODO"""
+"""Reports of load tests and comparisons: HTML pages and terminal tables."""

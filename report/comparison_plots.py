@@ -1,4 +1,4 @@
-"""The comparison's own plots: quality against cost and speed, latency over rate, quality recovery."""
+"""Plots of a comparison: quality against cost and speed, kept quality, and latency against the request rate."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Point:
-    """One variant in a plot of quality against something; `number` is its place in the comparison."""
+class TradeoffPoint:
+    """One variant in a plot of quality against cost or speed; `number` is its position in the comparison."""
 
     number: int
     label: str
@@ -28,7 +28,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Recovery:
-    """Share of the reference's quality that a variant keeps, with its 95% interval where there is one."""
+    """Fraction of the reference's quality that a variant keeps, with its 95% interval if there is one."""
 
     number: int
     label: str
@@ -37,8 +37,10 @@ class Recovery:
     high: float | None
 
 
-def plot_tradeoff(points: Sequence[Point], x_label: str, y_label: str, least: float | None, least_label: str) -> str:
-    """Quality over cost or speed; dominated variants are hollow, the winner has a ring, `least` is asked for."""
+def plot_tradeoff(
+    points: Sequence[TradeoffPoint], x_label: str, y_label: str, required: float | None, required_label: str
+) -> str:
+    """Plot quality over cost or speed. Dominated variants are hollow, the winner has a ring, `required` is a line."""
 
     def draw(axes: Axes) -> None:
         for point in points:
@@ -65,8 +67,8 @@ def plot_tradeoff(points: Sequence[Point], x_label: str, y_label: str, least: fl
             )
             if point.is_winner:
                 axes.plot(point.x.median, quality.value, "o", markersize=19, markerfacecolor="none", color="black")
-        if least is not None:
-            axes.axhline(least, color="black", linestyle=":", linewidth=1.2, label=least_label)
+        if required is not None:
+            axes.axhline(required, color="black", linestyle=":", linewidth=1.2, label=required_label)
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         axes.set_xlim(0, max(point.x.max for point in points) * 1.1 or 1)
@@ -75,24 +77,24 @@ def plot_tradeoff(points: Sequence[Point], x_label: str, y_label: str, least: fl
     return svg_of(draw)
 
 
-def plot_over_rate(
+def plot_latency_over_rate(
     series: Sequence[tuple[int, str, Sequence[tuple[float, Spread]]]], y_label: str, slo_rate: float | None
 ) -> str:
-    """A latency in ms over the offered rate per variant: median over rounds, with the range of the rounds."""
+    """Plot a latency in ms against the offered rate per variant, as medians over rounds with their range."""
 
     def draw(axes: Axes) -> None:
-        for number, label, course in series:
+        for number, label, curve in series:
             style = style_of(number)
-            medians = [found.median * 1000 for _, found in course]
-            rates = [rate for rate, _ in course]
+            medians = [one.median * 1000 for _, one in curve]
+            rates = [rate for rate, _ in curve]
             spans = [
-                [(found.median - found.min) * 1000 for _, found in course],
-                [(found.max - found.median) * 1000 for _, found in course],
+                [(one.median - one.min) * 1000 for _, one in curve],
+                [(one.max - one.median) * 1000 for _, one in curve],
             ]
             axes.errorbar(rates, medians, yerr=spans, color=style.color, linestyle="none", capsize=3)
             axes.plot(rates, medians, color=style.color, marker=style.marker, linestyle=style.linestyle, label=label)
         if slo_rate is not None:
-            axes.axvline(slo_rate, color="black", linestyle=":", linewidth=1.2, label="objectives are judged here")
+            axes.axvline(slo_rate, color="black", linestyle=":", linewidth=1.2, label="SLO rate")
         axes.set_xlabel("offered rate (requests/s)")
         axes.set_xlim(left=0)
         axes.set_ylabel(y_label)
@@ -102,8 +104,8 @@ def plot_over_rate(
     return svg_of(draw)
 
 
-def plot_recovery(recoveries: Sequence[Recovery], x_label: str, least_frac: float) -> str:
-    """Percent of the reference's quality that each variant keeps; the dotted line is what is asked for."""
+def plot_recovery(recoveries: Sequence[Recovery], x_label: str, required_frac: float) -> str:
+    """Plot the percentage of the reference's quality that each variant keeps; the dotted line is required."""
 
     def draw(axes: Axes) -> None:
         for place, one in enumerate(reversed(recoveries)):
@@ -121,7 +123,7 @@ def plot_recovery(recoveries: Sequence[Recovery], x_label: str, least_frac: floa
             )
         axes.axvline(100, color="black", linewidth=1, label="the reference")
         axes.axvline(
-            100 * least_frac, color="black", linestyle=":", linewidth=1.2, label=f"asked for: {least_frac:.0%}"
+            100 * required_frac, color="black", linestyle=":", linewidth=1.2, label=f"required: {required_frac:.0%}"
         )
         axes.set_yticks(range(len(recoveries)), [one.label for one in reversed(recoveries)])
         axes.set_ylim(-0.6, len(recoveries) - 0.4)

@@ -1,4 +1,4 @@
-"""A load run as a person sees it: tables on the terminal and one self-contained page; a search's curve likewise."""
+"""The report of a load test or of a search over rates: tables on the terminal and a self-contained page."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from slimserve.loadtest.slo import Metric, samples_of
 from slimserve.loadtest.summary import LoadSummary, load_summary
 from slimserve.report import plots
 from slimserve.report.load_tables import LATENCY_HEADINGS, Part, interval_cell, objective_lines, parts_of
-from slimserve.report.page import Plot, ms_text, number_text, origin_lines, render_page, setting_lines
+from slimserve.report.page import Plot, environment_lines, ms_text, number_text, render_page, setting_lines
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
 CurvePoint = tuple[float, LoadSummary, bool]
-"""An offered rate in requests/s, what came of it, and whether every objective was met."""
+"""An offered rate in requests/s, the summary of its run, and whether every objective was met."""
 
 
 def print_summary(suite: str, target: Target, summary: LoadSummary) -> None:
-    """Print what a run measured to standard output; why it is invalid first, if it is."""
+    """Print the results of a run to standard output; reasons why it is invalid come first."""
     from rich.console import Console
     from rich.text import Text
 
@@ -61,7 +61,7 @@ def _tables(part: Part) -> Iterator[RenderableType]:
 
 
 def print_curve(points: Sequence[CurvePoint]) -> None:
-    """Print what came of each rate to standard output."""
+    """Print the results of each rate to standard output."""
     from rich.box import SIMPLE
     from rich.console import Console
     from rich.table import Table
@@ -76,24 +76,24 @@ def print_curve(points: Sequence[CurvePoint]) -> None:
 
 
 def write_html(document: Mapping[str, Any], rows: Sequence[Row], directory: Path) -> Path:
-    """Write `SUITE.html` into `directory`: a run's SUITE.json and raw rows as one page that loads nothing."""
+    """Write `SUITE.html` from the content of a run's SUITE.json and its raw rows, and return its path."""
     summary = load_summary(document["summary"])
     settings = document["settings"]
     window = plots.Window(settings["warmup_s"], settings["warmup_s"] + summary.window_s)
     page = render_page(
         "load.html.j2",
         title=f"{document['suite']} on {document['target']['model']}",
-        mood=_mood(summary),
+        css_class=_css_class(summary),
         conclusion=_conclusion(document, summary),
-        found=_found(document, summary),
+        answered=_answered_text(document, summary),
         warnings=summary.warnings,
         objectives=objective_lines(summary),
         plots=_plots(rows, window, summary),
         headings=LATENCY_HEADINGS,
-        parts=parts_of("Figures", summary),
+        parts=parts_of("Results", summary),
         calibration=list(setting_lines(document.get("calibration", {}))),
         settings=list(setting_lines(_used(settings))),
-        origin=origin_lines(document),
+        environment=environment_lines(document),
         suite=document["suite"],
     )
     path = directory / f"{document['suite']}.html"
@@ -104,22 +104,22 @@ def write_html(document: Mapping[str, Any], rows: Sequence[Row], directory: Path
 def write_curve_html(
     document: Mapping[str, Any], points: Sequence[CurvePoint], directory: Path, found_rate: float | None = None
 ) -> Path:
-    """Write `SUITE.curve.html`: latency and goodput over the offered rate, of a sweep or a search.
+    """Write `SUITE.curve.html`, which shows latency and goodput against the offered rate of a sweep or a search.
 
-    `document` names suite, target, settings and provenance as that of a run does; `found_rate` is the highest rate in
-    requests/s that a search found to keep every objective.
+    `document` holds suite, target, settings and provenance, like that of a run. `found_rate` is the highest rate in
+    requests/s at which a search met every objective.
     """
     ordered = sorted(points, key=lambda point: point[0])
     page = render_page(
         "curve.html.j2",
         title=f"{document['suite']} on {document['target']['model']}: latency over rate",
         conclusion=_curve_conclusion(document, ordered, found_rate),
-        mood="good" if found_rate or all(meets for _, _, meets in ordered) else "bad",
+        css_class="good" if found_rate or all(meets for _, _, meets in ordered) else "bad",
         plots=_curve_plots(ordered, found_rate),
         headings=("requests/s", *_CURVE_HEADINGS),
         rows=[_curve_row(*point) for point in ordered],
         settings=list(setting_lines({**document["settings"], "rate": "", "users": ""})),
-        origin=origin_lines(document),
+        environment=environment_lines(document),
         suite=document["suite"],
     )
     path = directory / f"{document['suite']}.curve.html"
@@ -127,16 +127,16 @@ def write_curve_html(
     return path
 
 
-def _mood(summary: LoadSummary) -> str:
+def _css_class(summary: LoadSummary) -> str:
     if summary.invalid or not all(objective.is_met for objective in summary.objectives):
         return "bad"
     return "good" if summary.objectives else ""
 
 
 def _conclusion(document: Mapping[str, Any], summary: LoadSummary) -> str:
-    """The first sentence of the page: whether the figures may be believed, and whether they are good enough."""
+    """Return the first sentence of the page: whether the run is valid and whether it met its objectives."""
     if summary.invalid:
-        return f"INVALID: these figures are not the server's. {'; '.join(summary.invalid)}."
+        return f"INVALID: these results do not describe the server. {'; '.join(summary.invalid)}."
     model, load = document["target"]["model"], traffic_text(document["settings"])
     missed = [objective for objective in summary.objectives if not objective.is_met]
     if missed:
@@ -144,35 +144,35 @@ def _conclusion(document: Mapping[str, Any], summary: LoadSummary) -> str:
     if summary.objectives:
         count = len(summary.objectives)
         return f"{model} met {'the objective' if count == 1 else f'all {count} objectives'} under {load}."
-    return f"{model} under {load}: valid, and no objective was asked for."
+    return f"{model} under {load}: the run is valid, and no objective was given."
 
 
 def _used(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that this kind of load looks at."""
+    """Return the settings that this kind of load uses."""
     unused = {"users"} if settings["rate"] or settings["trace"] else {"arrival", "burstiness"}
     return {name: value for name, value in settings.items() if name not in unused}
 
 
 def traffic_text(settings: Mapping[str, Any]) -> str:
-    """What was asked of the server, from a run's settings."""
+    """Describe the traffic of a run's settings."""
     if settings["trace"]:
         return f"the trace {settings['trace']}"
     if settings["rate"]:
         return f"{settings['rate']} requests/s ({settings['arrival'].replace('poisson', 'Poisson')} arrivals)"
     users = settings["users"]
-    return f"{users} user{'s' if users > 1 else ''} that wait{'' if users > 1 else 's'} for each answer"
+    return f"{users} closed-loop user{'s' if users > 1 else ''}"
 
 
-def _found(document: Mapping[str, Any], summary: LoadSummary) -> str:
-    """What was asked and what came back, in one sentence."""
+def _answered_text(document: Mapping[str, Any], summary: LoadSummary) -> str:
+    """Return one sentence on the answered requests and their latency."""
     num_failed = sum(summary.errors.values())
     parts = [
         f"{summary.num_requests - num_failed:,} of {summary.num_requests:,} requests to {document['target']['url']} "
         f"in {summary.window_s:.0f} s were answered"
     ]
-    for name, figure in (("the first token", summary.ttft_s), ("the whole answer", summary.e2e_s)):
-        if figure.n:
-            parts.append(f"{name} came after {ms_text(figure.p50)} ms at p50, {ms_text(figure.p99)} ms at p99")
+    for name, latency in (("first token", summary.ttft_s), ("complete answer", summary.e2e_s)):
+        if latency.n:
+            parts.append(f"{name}: p50 {ms_text(latency.p50)} ms, p99 {ms_text(latency.p99)} ms")
     return "; ".join(parts) + "."
 
 
@@ -190,16 +190,16 @@ def _plots(rows: Sequence[Row], window: plots.Window, summary: LoadSummary) -> l
         ]
         known = [(name, samples) for name, samples in series if samples]
         if known:
-            hint = "Further left is better. Of the measured window, on a logarithmic axis."
+            hint = "Further left is better. Measured window only, logarithmic axis."
             title = f"Distribution of latency{', ' + kind if kind else ''}"
             found.append(Plot(title, hint, plots.plot_distribution(known, "latency (ms)", log=True)))
-    hint = "When each request was due, and how long it then took. A cloud that rises is a server that falls behind."
+    hint = "Latency of each request over its scheduled time. Rising latencies mean that the server falls behind."
     found.append(Plot("Latency of each request", hint, plots.plot_requests(rows, window)))
-    hint = "Sent and not yet ended; below it, the arrivals that made them."
+    hint = "Requests that are sent and not yet answered; below, the arrivals."
     found.append(Plot("Requests in flight, and arrivals", hint, plots.plot_flow(rows, window)))
     output = plots.plot_output(rows, window)
     if output is not None:
-        found.append(Plot("Output over time", "What came back in each second.", output))
+        found.append(Plot("Output over time", "Output in each second.", output))
     return found
 
 
@@ -215,13 +215,13 @@ _CURVE_HEADINGS = (
 
 
 def _curve_row(rate: float, summary: LoadSummary, meets: bool) -> list[Any]:
-    judged = ("met" if meets else "MISSED") if summary.objectives else "none"
+    objectives = ("met" if meets else "MISSED") if summary.objectives else "none"
     return [
         number_text(rate),
-        (f"{judged}{', INVALID' if summary.invalid else ''}", ""),
+        (f"{objectives}{', INVALID' if summary.invalid else ''}", ""),
         (number_text(summary.requests_per_s), ""),
         (number_text(summary.goodput_per_s), ""),
-        *(interval_cell(figure, name) for figure in (summary.ttft_s, summary.e2e_s) for name in ("p50", "p99")),
+        *(interval_cell(latency, name) for latency in (summary.ttft_s, summary.e2e_s) for name in ("p50", "p99")),
     ]
 
 
@@ -229,24 +229,24 @@ def _curve_conclusion(document: Mapping[str, Any], points: Sequence[CurvePoint],
     model, slos = document["target"]["model"], ", ".join(document["settings"]["slos"])
     search = document.get("max_rate")
     if search:
-        kept = "none of the rates tried" if found_rate is None else f"{number_text(found_rate)} requests/s"
+        kept = "none of the tested rates" if found_rate is None else f"{number_text(found_rate)} requests/s"
         bound = "at" if found_rate is None else "up to" if search["is_found"] else "at least up to"
-        return f"{model} keeps {slos} {bound} {kept} ({search['ended']})."
+        return f"{model} meets {slos} {bound} {kept} ({search['ended']})."
     if not slos:
-        return f"{model} at {len(points)} rates; no objective was asked for."
+        return f"{model} at {len(points)} rates; no objective was given."
     rates = [number_text(rate) for rate, _, meets in points if meets]
     if not rates:
-        return f"{model} keeps {slos} at none of these rates."
-    return f"{model} keeps {slos} at {', '.join(rates)} requests/s; {len(points)} rates were tried."
+        return f"{model} meets {slos} at none of these rates."
+    return f"{model} meets {slos} at {', '.join(rates)} requests/s; {len(points)} rates were tested."
 
 
 def _curve_plots(points: Sequence[CurvePoint], found_rate: float | None) -> list[Plot]:
     found = []
     for metric, label in (("ttft_s", "time to first token"), ("e2e_s", "end-to-end latency")):
         if any(getattr(summary, metric).n for _, summary, _ in points):
-            hint = "Lower is better. The bend is where the server is full."
+            hint = "Lower is better. The bend is where the server reaches its capacity."
             svg = plots.plot_curve(points, metric, label, found_rate)
-            found.append(Plot(f"{label.capitalize()} over rate", hint, svg))
-    hint = "On the grey line every request that is offered is answered."
-    found.append(Plot("Answered and good requests over rate", hint, plots.plot_answered(points, found_rate)))
+            found.append(Plot(f"{label.capitalize()} against request rate", hint, svg))
+    hint = "On the grey line every offered request is answered."
+    found.append(Plot("Answered requests and goodput against rate", hint, plots.plot_answered(points, found_rate)))
     return found

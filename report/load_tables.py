@@ -1,4 +1,4 @@
-"""A load summary as lines of text, for the terminal and the page alike."""
+"""The tables of a load test, for the terminal and for the page."""
 
 from __future__ import annotations
 
@@ -11,40 +11,40 @@ from slimserve.report.page import NOT_KNOWN, Line, estimate_text, ms_text, numbe
 
 LATENCY_HEADINGS = ("latency, ms", "p50", "p90", "p95", "p99", "mean", "n")
 Cell = tuple[str, str]
-"""A figure and, where there is one, its interval."""
+"""A value and its interval; the interval is empty if there is none."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """The tables of a run, or of one workload of a mixed run."""
+    """The tables of a run, or of one workload in a mixed run."""
 
     title: str
     latencies: list[list[Any]]
-    """Per kind of latency its name, then its cells."""
+    """One row per kind of latency: its name, then its cells."""
     sections: list[tuple[str, list[Line]]]
 
 
 def parts_of(title: str, summary: LoadSummary) -> list[Part]:
-    """The whole run's tables, then those of each workload of a mixed one."""
-    whole = Part(
+    """Return the tables of the whole run, then those of each workload in a mixed run."""
+    total = Part(
         title,
         _latency_rows(summary),
         [
-            *_figure_sections(summary),
-            ("the server's own counts, warm-up and cool-down included", _server_lines(summary)),
-            ("this client", _client_lines(summary)),
+            *_metric_sections(summary),
+            ("counted by the server, with warm-up and cool-down", _server_lines(summary)),
+            ("load generator", _client_lines(summary)),
         ],
     )
     kinds = [
-        Part(f"of these, {kind}", _latency_rows(part), _figure_sections(part)) for kind, part in summary.by_kind.items()
+        Part(f"{kind} only", _latency_rows(part), _metric_sections(part)) for kind, part in summary.by_kind.items()
     ]
     return [
-        Part(part.title, part.latencies, [entry for entry in part.sections if entry[1]]) for part in (whole, *kinds)
+        Part(part.title, part.latencies, [entry for entry in part.sections if entry[1]]) for part in (total, *kinds)
     ]
 
 
 def _latency_rows(summary: LoadSummary) -> list[list[Any]]:
-    """Per kind of latency that has samples its name and its percentiles in ms, p50 and p99 with 95% intervals."""
+    """Return percentiles in ms per kind of latency with samples; p50 and p99 have 95% intervals."""
     named = {
         "first token (TTFT)": summary.ttft_s,
         "first token of the answer": summary.answer_s,
@@ -55,35 +55,35 @@ def _latency_rows(summary: LoadSummary) -> list[list[Any]]:
     return [
         [
             label,
-            interval_cell(figure, "p50"),
-            (ms_text(figure.p90), ""),
-            (ms_text(figure.p95), ""),
-            interval_cell(figure, "p99"),
-            (ms_text(figure.mean), ""),
-            (f"{figure.n:,}", ""),
+            interval_cell(metric, "p50"),
+            (ms_text(metric.p90), ""),
+            (ms_text(metric.p95), ""),
+            interval_cell(metric, "p99"),
+            (ms_text(metric.mean), ""),
+            (f"{metric.n:,}", ""),
         ]
-        for label, figure in named.items()
-        if figure.n
+        for label, metric in named.items()
+        if metric.n
     ]
 
 
-def interval_cell(figure: Percentiles, name: str) -> Cell:
-    """A percentile in ms and its 95% interval."""
-    interval = figure.intervals.get(name)
-    return ms_text(getattr(figure, name)), f"{ms_text(interval[0])}–{ms_text(interval[1])}" if interval else ""
+def interval_cell(latency: Percentiles, name: str) -> Cell:
+    """Return a percentile in ms and its 95% interval."""
+    interval = latency.intervals.get(name)
+    return ms_text(getattr(latency, name)), f"{ms_text(interval[0])}–{ms_text(interval[1])}" if interval else ""
 
 
-def _figure_sections(summary: LoadSummary) -> list[tuple[str, list[Line]]]:
+def _metric_sections(summary: LoadSummary) -> list[tuple[str, list[Line]]]:
     return [
         ("objectives", objective_lines(summary)),
         ("throughput", _throughput_lines(summary)),
         ("requests", _request_lines(summary)),
         (
-            "quality of the answers under load, 95% interval",
-            [Line(words(name), estimate_text(figure)) for name, figure in summary.quality.items()],
+            "quality of the answers under load, with 95% intervals",
+            [Line(words(name), estimate_text(metric)) for name, metric in summary.quality.items()],
         ),
         (
-            "cost at the price given",
+            "cost at the given price",
             [Line(words(name), number_text(value)) for name, value in summary.costs.items()],
         ),
     ]
@@ -94,11 +94,11 @@ def objective_lines(summary: LoadSummary) -> list[Line]:
 
 
 def _outcome_text(outcome: ObjectiveOutcome) -> str:
-    is_share = outcome.text.strip().startswith("errors")
+    is_error_rate = outcome.text.strip().startswith("errors")
     if outcome.value is None:
-        return "MISSED: failed requests, or no sample"
-    value = percent_text(outcome.value, 2) if is_share else f"{ms_text(outcome.value)} ms"
-    limit = percent_text(outcome.limit, 2) if is_share else f"{ms_text(outcome.limit)} ms"
+        return "MISSED: requests failed, or there is no sample"
+    value = percent_text(outcome.value, 2) if is_error_rate else f"{ms_text(outcome.value)} ms"
+    limit = percent_text(outcome.limit, 2) if is_error_rate else f"{ms_text(outcome.limit)} ms"
     return f"met: {value}, at most {limit}" if outcome.is_met else f"MISSED: {value}, more than {limit}"
 
 
@@ -118,7 +118,7 @@ def _throughput_lines(summary: LoadSummary) -> list[Line]:
 
 def _request_lines(summary: LoadSummary) -> list[Line]:
     lines = [
-        Line("due in the window", f"{summary.num_requests:,}"),
+        Line("scheduled in the window", f"{summary.num_requests:,}"),
         Line("errors", _counts_text(summary.errors) or "none"),
         Line("finish reasons", _counts_text(summary.finish_reasons) or NOT_KNOWN),
         Line(
@@ -128,17 +128,18 @@ def _request_lines(summary: LoadSummary) -> list[Line]:
         Line("prompt tokens from the prefix cache", _cached_text(summary)),
     ]
     if summary.num_correct is not None:
-        lines.append(Line("right answers", f"{summary.num_correct:,}"))
+        lines.append(Line("correct answers", f"{summary.num_correct:,}"))
     if summary.num_repeats:
         lines.append(Line("prompts sent more than once", f"{summary.num_repeats:,}"))
     return lines
 
 
 def _cached_text(summary: LoadSummary) -> str:
-    """Each of the two accounts that there is of it."""
-    told = {"by its answers": summary.cached_frac, "by its metrics": summary.server.prefix_cache_hit_frac}
+    """Return the cached fraction according to the answers and according to the server's metrics."""
+    reported = {"in its answers": summary.cached_frac, "in its metrics": summary.server.prefix_cache_hit_frac}
     return (
-        ", ".join(f"{percent_text(share)} {whose}" for whose, share in told.items() if share is not None) or "not told"
+        ", ".join(f"{percent_text(frac)} {where}" for where, frac in reported.items() if frac is not None)
+        or "not reported"
     )
 
 
@@ -159,7 +160,7 @@ def _server_lines(summary: LoadSummary) -> list[Line]:
             ("prompt tokens", server.prompt_tokens, _count_text(server.prompt_tokens)),
             ("output tokens", server.output_tokens, _count_text(server.output_tokens)),
             ("mean time in the queue", server.queue_mean_s, f"{ms_text(server.queue_mean_s)} ms"),
-            ("most requests waiting", server.num_waiting_peak, _count_text(server.num_waiting_peak)),
+            ("peak number of waiting requests", server.num_waiting_peak, _count_text(server.num_waiting_peak)),
             ("preemptions", server.preemptions, _count_text(server.preemptions)),
         )
         if value is not None
@@ -170,7 +171,10 @@ def _server_lines(summary: LoadSummary) -> list[Line]:
         ("end to end, p50", server.e2e_p50_bracket_s, summary.e2e_s),
     )
     lines += [
-        Line(label, f"{ms_text(bracket[0])} to {ms_text(bracket[1])} ms by the server, {ms_text(ours.p50)} ms by us")
+        Line(
+            label,
+            f"server: {ms_text(bracket[0])} to {ms_text(bracket[1])} ms, measured: {ms_text(ours.p50)} ms",
+        )
         for label, bracket, ours in brackets
         if bracket is not None
     ]
@@ -181,9 +185,9 @@ def _client_lines(summary: LoadSummary) -> list[Line]:
     client = summary.client
     lines = [
         Line("processes", str(client.num_processes)),
-        Line("CPU of the busiest, of one core", percent_text(client.cpu_frac)),
+        Line("CPU of the busiest process (100% = one core)", percent_text(client.cpu_frac)),
     ]
     if client.send_lag is not None and client.send_lag.n:
         text = f"{ms_text(client.send_lag.p50)} ms at p50, {ms_text(client.send_lag.p99)} ms at p99"
-        lines.append(Line("requests sent late by", text))
+        lines.append(Line("delay of sending", text))
     return lines

@@ -1,4 +1,4 @@
-"""What the pages of both reports share: how they are rendered, and how figures are written for people."""
+"""Rendering of report pages, and the number formats of pages and terminal tables."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NOT_KNOWN = "–"
 
 @dataclass(frozen=True)
 class Plot:
-    """One plot of a page: SVG with a title above it and a sentence that says how to read it."""
+    """A plot of a page: SVG with a title and a sentence that explains how to read it."""
 
     title: str
     hint: str
@@ -23,14 +23,14 @@ class Plot:
 
 @dataclass(frozen=True)
 class Line:
-    """A figure's name and its text."""
+    """A label and its text."""
 
     label: str
     text: str
 
 
 def render_page(template: str, **values: Any) -> str:
-    """Render a template of this package as one self-contained page that loads no other file."""
+    """Render a template of this package as a self-contained page that loads no other file."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -44,12 +44,12 @@ def render_page(template: str, **values: Any) -> str:
 
 
 def ms_text(seconds: float | None) -> str:
-    """Seconds as milliseconds to three digits at least, without the unit."""
+    """Format seconds as milliseconds with at least three digits, without the unit."""
     return NOT_KNOWN if seconds is None else number_text(seconds * 1000)
 
 
 def number_text(value: float | None) -> str:
-    """A figure to three digits, or to the unit where it has more."""
+    """Format a number with three digits, or without decimals if it has more digits."""
     if value is None or math.isnan(value):
         return NOT_KNOWN
     size = abs(value)
@@ -59,12 +59,13 @@ def number_text(value: float | None) -> str:
     return f"{value:.{digits}f}" if size >= 0.001 else f"{value:.2g}"
 
 
-def percent_text(share: float | None, digits: int = 0) -> str:
-    return NOT_KNOWN if share is None or math.isnan(share) else f"{share:.{digits}%}"
+def percent_text(frac: float | None, digits: int = 0) -> str:
+    """Format a fraction as a percentage with `digits` decimals."""
+    return NOT_KNOWN if frac is None or math.isnan(frac) else f"{frac:.{digits}%}"
 
 
 def estimate_text(estimate: Estimate) -> str:
-    """A quality figure with its 95% interval and number of samples."""
+    """Format a quality metric with its 95% interval and its number of samples."""
     if math.isnan(estimate.value):
         return f"{NOT_KNOWN} (n {estimate.n})"
     value, low, high = (plain_text(number) for number in (estimate.value, estimate.low, estimate.high))
@@ -72,17 +73,17 @@ def estimate_text(estimate: Estimate) -> str:
 
 
 def plain_text(value: float) -> str:
-    """A quality figure: three decimals below ten, so that a figure and its interval have as many."""
+    """Format a quality metric with three decimals below ten, so that a value and its interval have the same number."""
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
 
 
 def words(name: str) -> str:
-    """A figure's name in code as words."""
+    """Turn the name of a field into words."""
     return name.replace("_", " ")
 
 
 def setting_lines(settings: Mapping[str, Any], prefix: str = "") -> Iterator[Line]:
-    """Settings as they were given, nested ones with their path; empty ones are left out."""
+    """Yield settings as lines; nested ones get the name of their group, and empty ones are omitted."""
     for name, value in settings.items():
         if isinstance(value, Mapping):
             yield from setting_lines(value, f"{prefix}{words(name)}: ")
@@ -92,8 +93,8 @@ def setting_lines(settings: Mapping[str, Any], prefix: str = "") -> Iterator[Lin
             yield Line(prefix + words(name), text)
 
 
-def origin_lines(document: Mapping[str, Any]) -> list[Line]:
-    """Commit, hardware and versions of a result file."""
+def environment_lines(document: Mapping[str, Any]) -> list[Line]:
+    """Return the commit, hardware and versions of a result document as lines."""
     hardware = document["hardware"]
     machine = [f"{hardware['cpu']}, {len(hardware['cores'])} cores", f"{hardware['memory_gib']} GiB", *hardware["gpus"]]
     versions = [f"{name} {version}" for name, version in document["versions"].items()]

@@ -1,4 +1,4 @@
-"""Plots as inline SVG, for both reports: readable on a phone, on light and on dark, and without colour vision."""
+"""Plots as inline SVG for all reports: readable on a phone, on light and dark pages, and without colour vision."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-"""Okabe and Ito's palette; black and white become the page's colours, and blue is lighter on a dark page."""
+"""The palette of Okabe and Ito. Black and white become the page's colours, and blue is lighter on a dark page."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 3)))
 _NUM_STEPS = 300
-_MOST_POINTS = 1_500
-_MOST_BINS = 120
-_TIME_LABEL = "seconds since the load began; grey: not measured"
+_MAX_POINTS = 1_500
+_MAX_BINS = 120
+_TIME_LABEL = "seconds since the start of the load; grey: not measured"
 _STYLE = {"svg.hashsalt": "slimserve", "text.parse_math": False, "font.size": 10}
 
 
 @dataclass(frozen=True)
 class Style:
-    """Colour, marker and line of one series, so that none is told by its colour alone."""
+    """Colour, marker and line of one series, so that no series depends on its colour alone."""
 
     color: str
     marker: str
@@ -38,21 +38,21 @@ class Style:
 
 
 def style_of(index: int) -> Style:
-    """The style of the series of this number; beyond the seventh, colours come again with other markers and lines."""
+    """Return the style of series number `index`; after the seventh, colours repeat with other markers and lines."""
     number = index + index // len(COLOURS)
     return Style(COLOURS[index % len(COLOURS)], MARKERS[number % len(MARKERS)], LINES[number % len(LINES)])
 
 
 @dataclass(frozen=True)
 class Window:
-    """The measured part of a load, in seconds since its begin."""
+    """The measured window of a load, in seconds since its start."""
 
     begin_s: float
     end_s: float
 
 
 def svg_of(draw: Callable[..., None], num_panels: int = 1, height_in: float = 3.0) -> str:
-    """What `draw` draws into so many panels above one another, as SVG that takes its text colour from the page."""
+    """Call `draw` with `num_panels` stacked axes and return SVG that takes its text colour from the page."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -76,7 +76,7 @@ def svg_of(draw: Callable[..., None], num_panels: int = 1, height_in: float = 3.
 
 
 def _for_a_page(svg: str) -> str:
-    """SVG that scales with its place, whose black is the page's text colour and whose ids are its own."""
+    """Make SVG that scales with the page, uses its text colour for black and has unique ids."""
     svg = svg[svg.index("<svg") :].replace("#000000", "currentColor")
     svg = svg.replace(COLOURS[0], f"var(--blue, {COLOURS[0]})").replace("#ffffff", "var(--page, #fff)")
     svg = re.sub(r"<(metadata|style).*?</\1>", "", svg, flags=re.DOTALL)
@@ -91,9 +91,9 @@ def _for_a_page(svg: str) -> str:
 
 
 def plot_distribution(series: Sequence[tuple[str, Sequence[float]]], label: str, log: bool = False) -> str:
-    """Share of samples (in seconds) that took at most so long, per series; further left is better.
+    """Plot the cumulative distribution of latency samples (in seconds) per series; further left is better.
 
-    A linear axis ends a little after the largest 99th percentile, so that one straggler does not squeeze the rest.
+    A linear axis ends slightly above the largest 99th percentile, so that one outlier does not squeeze the rest.
     """
 
     def draw(axes: Axes) -> None:
@@ -127,9 +127,9 @@ def plot_distribution(series: Sequence[tuple[str, Sequence[float]]], label: str,
 
 
 def plot_requests(rows: Sequence[Row], window: Window) -> str:
-    """Latency of each request over the time at which it was due; failed ones as crosses.
+    """Plot the latency of each request over its scheduled time; failed requests are crosses.
 
-    Of many requests evenly chosen ones are drawn, and always the slowest hundredth.
+    Of many requests, evenly spaced ones are drawn, and always the slowest 1%.
     """
 
     def draw(axes: Axes) -> None:
@@ -168,7 +168,7 @@ def plot_requests(rows: Sequence[Row], window: Window) -> str:
 
 
 def plot_flow(rows: Sequence[Row], window: Window) -> str:
-    """Requests in flight, and below it requests due per second, over time."""
+    """Plot requests in flight over time and, below, scheduled requests per second."""
 
     def draw(upper: Axes, lower: Axes) -> None:
         changes = sorted([(row.sent_s, 1) for row in rows] + [(row.end_s, -1) for row in rows])
@@ -177,13 +177,13 @@ def plot_flow(rows: Sequence[Row], window: Window) -> str:
             count += change
             times.append(at)
             counts.append(count)
-        step = max(1, len(times) // _MOST_POINTS)
+        step = max(1, len(times) // _MAX_POINTS)
         upper.step(times[::step], counts[::step], where="post", color=COLOURS[0], linewidth=1)
         upper.set_ylabel("in flight")
         upper.set_ylim(bottom=0)
         _shade(upper, rows, window)
         _draw_rate(lower, [(row.due_s, 1) for row in rows], _bin_s(rows), COLOURS[1])
-        lower.set_ylabel("due per second")
+        lower.set_ylabel("scheduled per second")
         _shade(lower, rows, window)
         lower.set_xlabel(_TIME_LABEL)
 
@@ -191,7 +191,7 @@ def plot_flow(rows: Sequence[Row], window: Window) -> str:
 
 
 def plot_output(rows: Sequence[Row], window: Window) -> str | None:
-    """Streamed tokens per second, and scored items per second where there were any; None where there was neither."""
+    """Plot streamed tokens and scored items per second; None if there are neither."""
     tokens = [arrival for row in rows for arrival in row.arrivals]
     items = [(row.end_s, row.num_items) for row in rows if row.error is None and row.num_items]
     found = [(name, events) for name, events in (("output tokens", tokens), ("scored items", items)) if events]
@@ -209,8 +209,10 @@ def plot_output(rows: Sequence[Row], window: Window) -> str | None:
 
 
 def plot_curve(points: Sequence[tuple[float, LoadSummary, bool]], metric: str, label: str, found: float | None) -> str:
-    """p50 and p99 of a latency (`ttft_s`, `e2e_s`) over the offered rate: each run, and a line
-    through the medians of those at one rate; hollow where an objective was missed."""
+    """Plot p50 and p99 of a latency (`ttft_s`, `e2e_s`) against the offered rate.
+
+    Each run is a marker, hollow if it missed an objective; a line connects the medians of the runs at each rate.
+    """
 
     def draw(axes: Axes) -> None:
         for index, name in enumerate(("p50", "p99")):
@@ -241,11 +243,11 @@ def plot_curve(points: Sequence[tuple[float, LoadSummary, bool]], metric: str, l
 
 
 def plot_answered(points: Sequence[tuple[float, LoadSummary, bool]], found: float | None) -> str:
-    """Requests answered per second, and those within every objective, over the offered rate."""
+    """Plot answered requests per second and goodput against the offered rate."""
 
     def draw(axes: Axes) -> None:
         most = max(rate for rate, _, _ in points)
-        axes.plot([0, most], [0, most], color="black", alpha=0.4, linewidth=1, label="as many as offered")
+        axes.plot([0, most], [0, most], color="black", alpha=0.4, linewidth=1, label="all offered requests")
         served = [
             ("answered", [(rate, summary.requests_per_s, meets) for rate, summary, meets in points]),
             (
@@ -270,7 +272,7 @@ def plot_answered(points: Sequence[tuple[float, LoadSummary, bool]], found: floa
 
 
 def _medians(points: Sequence[tuple[float, float, bool]]) -> tuple[list[float], list[float]]:
-    """The rates, and the median of the runs at each."""
+    """Return the rates and the median of the runs at each rate."""
     values: dict[float, list[float]] = {}
     for rate, value, _ in points:
         values.setdefault(rate, []).append(value)
@@ -293,21 +295,21 @@ def _ttft_s(row: Row) -> float | None:
 
 
 def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """At most so many points, evenly chosen, and the slowest hundredth of all of them."""
-    step = math.ceil(len(points) / _MOST_POINTS)
+    """Return at most `_MAX_POINTS` evenly spaced points, plus the slowest 1% of all points."""
+    step = math.ceil(len(points) / _MAX_POINTS)
     if step <= 1:
         return list(points)
-    slowest = sorted(points, key=lambda point: -point[1])[: min(len(points) // 100, _MOST_POINTS)]
+    slowest = sorted(points, key=lambda point: -point[1])[: min(len(points) // 100, _MAX_POINTS)]
     return sorted({*points[::step], *slowest})
 
 
 def _bin_s(rows: Sequence[Row]) -> float:
-    """Width of the bins of a rate over time: a whole number of seconds, so that there are not too many."""
-    return max(1.0, math.ceil(max((row.end_s for row in rows), default=0.0) / _MOST_BINS))
+    """Return the bin width of a rate over time: a whole number of seconds that gives at most `_MAX_BINS` bins."""
+    return max(1.0, math.ceil(max((row.end_s for row in rows), default=0.0) / _MAX_BINS))
 
 
 def _draw_rate(axes: Axes, events: Sequence[tuple[float, int]], bin_s: float, color: str) -> None:
-    """Events per second in bins of time."""
+    """Draw events per second in bins of time."""
     import numpy as np
 
     times = np.array([at for at, _ in events])
@@ -318,7 +320,7 @@ def _draw_rate(axes: Axes, events: Sequence[tuple[float, int]], bin_s: float, co
 
 
 def _shade(axes: Axes, rows: Sequence[Row], window: Window) -> None:
-    """Grey over warm-up and cool-down."""
+    """Shade warm-up and cool-down in grey."""
     last_s = max([window.end_s, *(row.end_s for row in rows)])
     for begin_s, end_s in ((0.0, window.begin_s), (window.end_s, last_s)):
         if end_s > begin_s:
@@ -327,7 +329,7 @@ def _shade(axes: Axes, rows: Sequence[Row], window: Window) -> None:
 
 
 def label_decades(axis: Any) -> None:
-    """Plain numbers on a logarithmic axis that has its data already, as many as there is room for."""
+    """Label a logarithmic axis with plain numbers, as many as fit; the axis must already have its data."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     low, high = axis.get_view_interval()

@@ -40,7 +40,7 @@ WARMUP_S, DURATION_S = 4.0, 20.0
 def made_up_comparison(
     directory: Path, recipes: dict[str, tuple[float, float]], workloads: tuple[str, ...] = tuple(WORKLOADS)
 ) -> Comparison:
-    """A comparison of the right shape with invented figures: per recipe its speed over dense's and quality kept."""
+    """A comparison of the right shape with invented values: per recipe its speed over dense's and quality kept."""
     draw = random.Random(1)
     primary_metrics = {name: WORKLOADS[name] for name in workloads}
     rates = dict.fromkeys(workloads, 2.0)
@@ -150,7 +150,7 @@ def comparison(tmp_path: Path) -> Comparison:
 
 
 def text_of(page: str) -> str:
-    """What a reader sees of it, plots left out."""
+    """Return the visible text of a page, without its plots."""
     body = re.sub(r"<(svg|style).*?</\1>", "", page, flags=re.DOTALL)
     return html.unescape(" ".join(re.sub(r"<[^>]+>", " ", body).split()))
 
@@ -193,12 +193,12 @@ def test_every_variant_has_a_row_with_a_cell_for_every_heading(comparison: Compa
 
 
 def test_figures_are_medians_over_rounds_with_their_range(comparison: Comparison, tmp_path: Path) -> None:
-    lines = Tables(comparison).workload("recommendation").lines
+    rows = Tables(comparison).workload("recommendation").rows
     found = spread(load.items_per_s for load in comparison.variant("w8a8").capacity("recommendation"))
     assert found is not None
-    assert lines[1].cells[2] == (f"{found.median:.1f}", f"{found.min:.1f}–{found.max:.1f}")
-    assert lines[1].cells[0] == ("0.724", "0.694–0.754")
-    assert lines[1].cells[1] == ("−0.007", "−0.011\u00a0to\u00a0−0.003, p\u00a0=\u00a00.04")
+    assert rows[1].cells[2] == (f"{found.median:.1f}", f"{found.min:.1f}–{found.max:.1f}")
+    assert rows[1].cells[0] == ("0.724", "0.694–0.754")
+    assert rows[1].cells[1] == ("−0.007", "−0.011\u00a0to\u00a0−0.003, p\u00a0=\u00a00.04")
 
 
 def test_one_workload_alone_and_endpoints_without_sizes_are_shown(tmp_path: Path) -> None:
@@ -214,12 +214,12 @@ def test_one_workload_alone_and_endpoints_without_sizes_are_shown(tmp_path: Path
     )
     comparison.variants.append(endpoint)
     page = write_report(comparison, tmp_path).read_text()
-    assert "https://example.org, not started here" in page
+    assert "https://example.org, an external server" in page
     assert "Recommendation" not in page
     assert "<h3>Reasoning</h3>" in page
-    line = Tables(comparison).overview().lines[-1]
-    assert (line.name, line.status) == ("theirs", "not judged")
-    assert [cell[0] for cell in line.cells[-3:]] == ["–", "–", "–"]
+    row = Tables(comparison).overview().rows[-1]
+    assert (row.name, row.status) == ("theirs", "not evaluated")
+    assert [cell[0] for cell in row.cells[-3:]] == ["–", "–", "–"]
 
 
 def test_a_comparison_without_a_verdict_or_rows_renders(tmp_path: Path) -> None:
@@ -228,13 +228,13 @@ def test_a_comparison_without_a_verdict_or_rows_renders(tmp_path: Path) -> None:
     for file in tmp_path.rglob("*.rows.jsonl"):
         file.unlink()
     comparison.variants[-1].rounds.clear()
-    assert "<h1>Not existing" in write_report(comparison, tmp_path).read_text()
+    assert "<h1>Not complete" in write_report(comparison, tmp_path).read_text()
 
 
 def test_no_winner_says_so_in_the_heading(tmp_path: Path) -> None:
     comparison = made_up_comparison(tmp_path, {"dense": (0.2, 1.0), "w8a8": (0.3, 0.99)})
     page = write_report(comparison, tmp_path).read_text()
-    assert "<h1>Ship none of these</h1>" in page
+    assert "<h1>Ship none of these variants</h1>" in page
     assert "MISSED" in page
 
 
@@ -243,7 +243,7 @@ def test_invalid_loads_are_named_before_the_figures(comparison: Comparison, tmp_
     summary = replace(run.summary, invalid=["the client was late"])
     comparison.variants[0].rounds[0].capacity["reasoning"] = replace(run, summary=summary)
     page = write_report(comparison, tmp_path).read_text()
-    told = page.index("INVALID load (dense, reasoning in closed loop, round 1): the client was late.")
+    told = page.index("INVALID load test (dense, reasoning in closed loop, round 1): the client was late.")
     assert told < page.index("<table")
 
 
@@ -251,8 +251,8 @@ def test_a_loss_since_the_baseline_is_on_top(comparison: Comparison, tmp_path: P
     loss = Loss("w8a8", "reasoning", "accuracy", "quality", 0.12, 0.05, 0.2, 0.03, fails=True)
     comparison.baseline = BaselineOutcome("results/before", [loss], ["drift of the machine is not excluded"])
     page = write_report(comparison, tmp_path).read_text()
-    assert page.index("Worse than the baseline") < page.index("<h2>Figures</h2>")
-    assert "LOST TOO MUCH" in page
+    assert page.index("Worse than the baseline") < page.index("<h2>Results</h2>")
+    assert "LOSS ABOVE THE LIMIT" in page
     assert "drift of the machine is not excluded" in page
 
 

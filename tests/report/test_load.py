@@ -51,14 +51,14 @@ def summary_of(rows: Sequence[Row], **found: Any) -> LoadSummary:
 
 
 def document_of(suite: str, summary: LoadSummary, **more: Any) -> dict[str, Any]:
-    """As SUITE.json holds it."""
+    """Return the content of SUITE.json."""
     asked = {"command": "loadtest", "suite": suite, "target": asdict(TARGET), "settings": asdict(SETTINGS)}
     read: dict[str, Any] = json.loads(json.dumps({**asked, **provenance(), "summary": summary.as_dict(), **more}))
     return read
 
 
 def text_of(page: str) -> str:
-    """What a reader sees of it, plots left out."""
+    """Return the visible text of a page, without its plots."""
     body = re.sub(r"<(svg|style|title).*?</\1>", "", page, flags=re.DOTALL)
     return html.unescape(" ".join(re.sub(r"<[^>]+>", " ", body).split()))
 
@@ -81,8 +81,8 @@ def test_figures_of_the_summary_appear_in_page_and_terminal(tmp_path: Path, caps
         "100 × stop",
         "0.213 [0.155, 0.271] (n 100)",
         "0.012",
-        "31% by its metrics",
-        "100 to 250 ms by the server",
+        "31% in its metrics",
+        "server: 100 to 250 ms",
         f"met: {summary.e2e_s.p99 * 1000:.0f} ms, at most 900 ms",
     ):
         assert expected in page
@@ -106,7 +106,7 @@ def test_an_invalid_run_says_so_before_anything_else(tmp_path: Path, capsys: pyt
     first = re.search(r'<div class="verdict bad">\s*<p>(.*?)</p>', page)
     assert first
     assert html.unescape(first[1]).startswith(
-        "INVALID: these figures are not the server's. requests were sent up to 81 ms"
+        "INVALID: these results do not describe the server. requests were sent up to 81 ms"
     )
     print_summary("reasoning", TARGET, summary)
     assert capsys.readouterr().out.startswith("INVALID: requests were sent up to 81 ms late")
@@ -124,8 +124,8 @@ def test_warnings_and_the_client_s_own_error_are_shown(tmp_path: Path) -> None:
 def test_a_mixed_run_shows_both_kinds(tmp_path: Path) -> None:
     rows = made_up_rows(("recommendation", "reasoning"))
     page = write_html(document_of("mixed", summary_of(rows)), rows, tmp_path).read_text()
-    assert "Of these, recommendation" in page
-    assert "Of these, reasoning" in page
+    assert "Recommendation only" in page
+    assert "Reasoning only" in page
     assert "Distribution of latency, recommendation" in page
     assert "scored items/s" in page
     assert page.count("<svg") == 5  # a distribution of each, requests, flow, output
@@ -135,7 +135,7 @@ def test_a_mixed_run_shows_both_kinds(tmp_path: Path) -> None:
 def test_a_run_without_a_good_answer_renders(tmp_path: Path, rows: list[Row]) -> None:
     summary = summary_of(rows)
     page = text_of(write_html(document_of("reasoning", summary), rows, tmp_path).read_text())
-    assert "MISSED: failed requests, or no sample" in page
+    assert "MISSED: requests failed, or there is no sample" in page
     assert ("1 × timeout" in page) == bool(rows)
     print_summary("reasoning", TARGET, summary)
 
@@ -165,7 +165,7 @@ def test_a_curve_marks_what_was_found_and_shows_each_rate(tmp_path: Path, capsys
     points = [(2.5, summary, True), (5.0, summary, False), (1.25, summary, True), (5.0, summary, True)]
     search = {"rate": 3.5, "is_found": True, "ended": "met at 3.45/s, missed at 3.55/s"}
     page = write_curve_html(document_of("reasoning", summary, max_rate=search), points, tmp_path, 3.5).read_text()
-    assert "a-model keeps e2e_p99=900ms up to 3.50 requests/s (met at 3.45/s, missed at 3.55/s)." in page
+    assert "a-model meets e2e_p99=900ms up to 3.50 requests/s (met at 3.45/s, missed at 3.55/s)." in page
     assert "highest rate found: 3.5/s" in page  # the label of a plot, which matplotlib leaves as a comment
     assert re.findall(r'scope="row"><b>([\d.]+)', page) == ["1.25", "2.50", "5.00", "5.00"]
     print_curve(points)
@@ -173,11 +173,11 @@ def test_a_curve_marks_what_was_found_and_shows_each_rate(tmp_path: Path, capsys
     assert printed.index("1.25") < printed.index("2.50") < printed.index("MISSED")
 
 
-def test_a_sweep_says_at_which_rates_objectives_were_kept(tmp_path: Path) -> None:
+def test_a_sweep_says_at_which_rates_objectives_were_met(tmp_path: Path) -> None:
     summary = summary_of(made_up_rows())
     points = [(1.0, summary, True), (2.0, summary, False)]
     page = write_curve_html(document_of("reasoning", summary), points, tmp_path).read_text()
-    assert "a-model keeps e2e_p99=900ms at 1.00 requests/s; 2 rates were tried." in page
+    assert "a-model meets e2e_p99=900ms at 1.00 requests/s; 2 rates were tested." in page
 
 
 def test_plots_take_the_page_s_colours_and_draw_names_as_they_are() -> None:
