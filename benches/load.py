@@ -1,10 +1,10 @@
-"""Every shipped recipe on SmolLM2-135M: does stock vLLM load the outcome and compute what plain torch does?
+"""Build SmolLM2-135M by every shipped recipe and check that stock vLLM computes what plain torch does.
 
     make bench-load
 
-Builds each variant (or reuses it from the cache), then looks at it as `slimserve check` does: shapes, transformers,
-stock vLLM, greedy text. Figures: 1 per recipe where everything passed, else 0, and the seconds of each build.
-Last line: one JSON object.
+Each variant is built, or reused from the cache, and checked as by `slimserve check`: shapes, transformers, stock vLLM
+and greedy text. `RECIPE_loads` is 1 if all checks passed, else 0; `RECIPE_build_s` is the build time in seconds. The
+last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MODEL = "smollm2-135m-instruct"
 
 def main() -> None:
     model = resolve_model(MODEL)
-    figures: dict[str, list[float]] = {}
+    metrics: dict[str, list[float]] = {}
     for name in list_recipes():
         print_status(f"--- {name} ---")
         variant = build_variant(MODEL, model, *load_recipe(name), None)
@@ -32,9 +32,9 @@ def main() -> None:
             passed &= finding.passed
             print_status(f"{'ok  ' if finding.passed else 'FAIL'} {finding.what:13} {finding.detail}")
         key = name.replace("-", "_")
-        figures[f"{key}_loads"] = [float(passed)]
-        figures[f"{key}_build_s"] = [manifest.build_s if manifest else 0.0]
-    print(bench_line("load", figures))
+        metrics[f"{key}_loads"] = [float(passed)]
+        metrics[f"{key}_build_s"] = [manifest.build_s if manifest else 0.0]
+    print(bench_line("load", metrics))
 
 
 if __name__ == "__main__":

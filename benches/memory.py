@@ -1,11 +1,11 @@
-"""Peak memory of compressing a model that is larger than the memory it may take.
+"""Measure the peak memory of compressing a model that is larger than the memory budget.
 
     make bench-memory
 
-Writes a randomly initialised Llama of 1.5B parameters (3.1 GB of bf16) shard by shard into the cache, once,
-and takes it through w4a16 GPTQ and through the removal of a quarter of its MLP neurons by OSSCAR, with few and
-with many calibration samples of random tokens. Peaks are those of the whole process. The outcomes are deleted,
-the model stays. Last line: one JSON object. Takes 6 GB of disk.
+The model is a randomly initialised Llama of 1.5B parameters (3.1 GB in bf16). It is written to the cache once and kept.
+It is compressed by w4a16 GPTQ and by OSSCAR pruning of a quarter of the MLP neurons, each with 4 and with 16
+calibration samples of random tokens. Peak memory is that of the complete process. The compressed models are deleted.
+The benchmark needs 6 GB of disk. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ STEPS = {
     "w4a16": 'step = "quantize"\nformat = "w4a16"\nmethod = "gptq"\ngroup_size = 128\nsymmetric = true\n',
     "prune25": 'step = "prune"\nmlp_remove_frac = 0.25\nmethod = "osscar"\n',
 }
-"""The one step of each recipe."""
+"""TOML of the single step of each recipe."""
 HIDDEN, NEURONS, NUM_BLOCKS, VOCABULARY = 2048, 5632, 32, 32_000
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 32, 4, 64
 CONFIG = {
@@ -67,7 +67,7 @@ _BLOCKS_PER_SHARD = 8
 
 def main() -> None:
     model = _random_model()
-    figures: dict[str, list[float]] = {}
+    metrics: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory(dir=cache_dir("bench")) as folder:
         for recipe, step in STEPS.items():
             peaks = []
@@ -75,38 +75,38 @@ def main() -> None:
                 peak_gib, wall_s = _compress(model, recipe, step, num_samples, Path(folder))
                 print_status(f"{recipe} with {num_samples} samples: peak {peak_gib:.2f} GiB, {wall_s:.0f} s")
                 peaks.append(peak_gib)
-                figures[f"{recipe}_{num_samples}_samples_peak_rss_gib"] = [peak_gib]
-                figures[f"{recipe}_{num_samples}_samples_s"] = [wall_s]
-            figures[f"{recipe}_peak_rss_gib"] = [max(peaks)]
-            figures[f"{recipe}_rss_growth_frac"] = [peaks[-1] / peaks[0] - 1]
-    print(bench_line("memory", figures))
+                metrics[f"{recipe}_{num_samples}_samples_peak_rss_gib"] = [peak_gib]
+                metrics[f"{recipe}_{num_samples}_samples_s"] = [wall_s]
+            metrics[f"{recipe}_peak_rss_gib"] = [max(peaks)]
+            metrics[f"{recipe}_rss_growth_frac"] = [peaks[-1] / peaks[0] - 1]
+    print(bench_line("memory", metrics))
 
 
 def _compress(model: Path, recipe: str, step: str, num_samples: int, folder: Path) -> tuple[float, float]:
-    """Peak memory in GiB and seconds of one compression; its outcome is deleted."""
+    """Return the peak memory in GiB and the seconds of one compression, and delete the compressed model."""
     name = f"{recipe}-{num_samples}"
-    tokens, recipe_file, output = folder / f"{name}.jsonl", folder / f"{name}.toml", folder / name
+    tokens_file, recipe_file, output = folder / f"{name}.jsonl", folder / f"{name}.toml", folder / name
     generator = torch.Generator().manual_seed(num_samples)
-    drawn = torch.randint(VOCABULARY, (num_samples, SEQUENCE_LENGTH), generator=generator)
-    write_tokens(list(drawn), tokens)
+    tokens_NT = torch.randint(VOCABULARY, (num_samples, SEQUENCE_LENGTH), generator=generator)
+    write_tokens(list(tokens_NT), tokens_file)
     recipe_file.write_text(
         f'summary = "{recipe}, for bench-memory"\n'
-        f'[calibration]\nsource = "{tokens}"\nnum_samples = {num_samples}\nsequence_length = {SEQUENCE_LENGTH}\n'
+        f'[calibration]\nsource = "{tokens_file}"\nnum_samples = {num_samples}\nsequence_length = {SEQUENCE_LENGTH}\n'
         f"[[steps]]\n{step}",
         encoding="utf-8",
     )
     command = [sys.executable, "-m", "slimserve", "compress", str(model), "--recipe", str(recipe_file)]
     with progress(f"{recipe} with {num_samples} samples", None, "s"):
-        taken = measure([*command, "-o", str(output)], folder / f"{name}.log", peer_variables(NUM_THREADS))
+        usage = measure([*command, "-o", str(output)], folder / f"{name}.log", peer_variables(NUM_THREADS))
     shutil.rmtree(output)
-    return taken.peak_rss_gib, taken.wall_s
+    return usage.peak_rss_gib, usage.wall_s
 
 
 def _random_model() -> Path:
-    """The directory of the random model, which is written if needed."""
+    """Return the directory of the random model, which is written if it does not exist."""
     target = cache_dir("models") / "random-llama-1.5b-v1"
     if target.exists():
-        print_status(f"random model: reused, written earlier at {target}")
+        print_status(f"random model: reused from {target}")
         return target
     tokenizer_files = [file for file in resolve_model(_TOKENIZER_OF).iterdir() if file.stem.startswith("token")]
     num_shards = 1 + NUM_BLOCKS // _BLOCKS_PER_SHARD
@@ -127,7 +127,7 @@ def _random_model() -> Path:
 
 
 def _shards() -> Iterator[dict[str, Tensor]]:
-    """Tensors of one shard after another, bf16: embedding and head, then some blocks each."""
+    """Yield the bf16 tensors of one shard after another: embedding and head, then eight blocks per shard."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:

@@ -1,13 +1,12 @@
-"""OSSCAR against simpler ways to prune and against torch-pruning: held-out loss, seconds, and what vLLM gains.
+"""Compare OSSCAR with simpler pruning methods and torch-pruning: held-out loss, seconds and prefill speed in vLLM.
 
-    make bench-prune          # or .venv/bin/python -m benches.prune --taylor, for torch-pruning's gradients too
+    make bench-prune          # or .venv/bin/python -m benches.prune --taylor, which adds torch-pruning's Taylor method
 
-SmolLM2-135M loses 25% or 50% of its MLP neurons, 1 of 3 KV groups, or 25% and a KV group, by each method and with each
-of three calibration seeds; the loss is the mean negative log-likelihood of held-out tokens, half
-recommendation, half reasoning. torch-pruning runs in an environment of its own on top of this one. Then
-vLLM serves the dense and the pruned models in turn, and prefills prompts of fresh random tokens.
-What is finished is kept in the cache, so that an interrupted run goes on where it was.
-Last line: one JSON object.
+From SmolLM2-135M each method removes 25% or 50% of the MLP neurons, 1 of 3 KV groups, or 25% of the neurons and a KV
+group, with each of three calibration seeds. The loss is the mean negative log-likelihood of held-out tokens, half from
+recommendation and half from reasoning. torch-pruning runs in its own environment on top of this one. Then vLLM serves
+the dense and the pruned models in turn and prefills prompts of random tokens. Finished measurements are kept in the
+cache, so an interrupted run resumes. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -54,39 +53,39 @@ _PEER_SCRIPT = _HERE / "peers" / "torch_pruning_llm.py"
 
 @dataclass(frozen=True)
 class Cut:
-    """What is removed from every block."""
+    """The sizes that are removed from every block."""
 
     mlp_frac: float
     num_kv_groups: int
-    """Of the model's three."""
+    """Number of KV groups to remove, of the model's three."""
 
 
 CUTS = {"mlp25": Cut(0.25, 0), "mlp50": Cut(0.5, 0), "kv1": Cut(0, 1), "both": Cut(0.25, 1)}
 _IMPORTANCES = {"torchpruning": "magnitude", "torchpruning_taylor": "taylor"}
-"""The peer's methods, by the name of their figures."""
+"""Importance measures of torch-pruning by the name of their metrics."""
 BASELINES = ("magnitude", "refit", "wanda", "torchpruning")
 _TAYLOR = "torchpruning_taylor"
 _SEEDLESS = frozenset({"magnitude", "torchpruning"})
-"""Methods that look at no data and use no randomness: run once, and repeated in the figures."""
+"""Deterministic methods without data: they run once, and their result is repeated for every seed."""
 _SEEDS_OF = {_TAYLOR: 1}
-"""Seeds of methods that are run for information alone, and only if asked for: its gradients take minutes."""
+"""Number of seeds of optional methods; the gradients of Taylor importance take minutes."""
 _SERVED = "osscar"
-"""Every method leaves the same shapes; this one's outcome is served."""
+"""Method whose pruned model is served; all methods leave the same shapes."""
 
 Cell = dict[str, float]
 
 
 class _Results:
-    """Finished measurements by name, in a file that outlives an interruption."""
+    """Finished measurements by name, in a file that survives an interruption."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
         self._cells: dict[str, Cell] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
         if self._cells:
-            print_status(f"going on from {len(self._cells)} finished measurements in {file}")
+            print_status(f"resuming after {len(self._cells)} finished measurements in {file}")
 
     def get(self, name: str, measure_cell: Callable[[], Cell]) -> Cell:
-        """The measurement of that name, taken now if it is not yet there."""
+        """Return the measurement of that name; measure it now if it does not exist."""
         if name not in self._cells:
             self._cells[name] = measure_cell()
             write_atomically(self._file, json.dumps(self._cells, indent=1))
@@ -94,23 +93,23 @@ class _Results:
         return self._cells[name]
 
     def close(self) -> None:
-        """Put the file aside, so that the next run measures anew."""
+        """Rename the file, so that the next run measures again."""
         self._file.replace(self._file.with_stem("finished"))
 
 
 @dataclass(frozen=True)
 class _Bench:
-    """The inputs that all measurements share."""
+    """Inputs that all measurements share."""
 
     model: Path
     peer: Path
     tokens: list[Path]
-    """Calibration tokens by seed."""
+    """Files of calibration tokens by seed."""
     heldout: list[Tensor]
     folder: Path
 
     def prune(self, cut_name: str, method: str, seed: int, output: Path) -> float:
-        """Prune the model into `output` and return the seconds of the whole process."""
+        """Prune the model into `output` and return the seconds of the complete process."""
         cut = CUTS[cut_name]
         shutil.rmtree(output, ignore_errors=True)
         if method in _IMPORTANCES:
@@ -124,8 +123,8 @@ class _Bench:
             command += ["--recipe", str(recipe), "-o", str(output)]
         return measure(command, self.folder / "last.log", peer_variables(NUM_THREADS)).wall_s
 
-    def judge(self, cut_name: str, method: str, seed: int) -> Cell:
-        """Loss, seconds and size of one pruned model, which is deleted unless it is to be served."""
+    def evaluate(self, cut_name: str, method: str, seed: int) -> Cell:
+        """Return loss, seconds and size of one pruned model, and delete it unless it will be served."""
         is_served = method == _SERVED and seed == 0
         with tempfile.TemporaryDirectory(dir=self.folder) as scratch:
             output = self.served(cut_name) if is_served else Path(scratch) / "pruned"
@@ -142,7 +141,7 @@ class _Bench:
         return self.folder / f"{cut_name}-{_SERVED}"
 
     def prefill(self, name: str) -> Cell:
-        """Prompts per second that vLLM prefills; a pruned model that is gone is made again."""
+        """Return the prompts per second that vLLM prefills; a pruned model that is missing is built again."""
         directory = self.model if name == "dense" else self.served(name)
         if not directory.exists():
             self.prune(name, _SERVED, 0, directory)
@@ -153,8 +152,8 @@ class _Bench:
 
 
 def main() -> None:
-    asked_for = [_TAYLOR] if "--taylor" in sys.argv[1:] else []
-    methods = ["random", *BASELINES, *asked_for, "osscar", "osscar_search"]
+    optional = [_TAYLOR] if "--taylor" in sys.argv[1:] else []
+    methods = ["random", *BASELINES, *optional, "osscar", "osscar_search"]
     model = resolve_model(MODEL)
     peer = peer_python("torch_pruning", on_top_of_ours=True)
     folder = cache_dir("bench") / f"prune-{_content_key(model)}"
@@ -166,16 +165,16 @@ def main() -> None:
     results = _Results(folder / "cells.json")
 
     dense = results.get("dense", partial(bench.loss, model))
-    figures: dict[str, list[float]] = {}
+    metrics: dict[str, list[float]] = {}
     for cut_name in CUTS:
-        figures[f"{cut_name}_dense_nll"] = [dense["nll"]] * NUM_SEEDS
+        metrics[f"{cut_name}_dense_nll"] = [dense["nll"]] * NUM_SEEDS
         for method in methods:
             num_seeds = _SEEDS_OF.get(method, NUM_SEEDS)
             cells = [_cell(results, bench, cut_name, method, seed) for seed in range(num_seeds)]
-            figures[f"{cut_name}_{method}_nll"] = [cell["nll"] for cell in cells]
-            figures[f"{cut_name}_{method}_s"] = [cell["s"] for cell in cells]
-            figures[f"{cut_name}_removed_params_frac"] = [1 - cells[0]["parameters"] / dense["parameters"]]
-        _add_margins(figures, cut_name)
+            metrics[f"{cut_name}_{method}_nll"] = [cell["nll"] for cell in cells]
+            metrics[f"{cut_name}_{method}_s"] = [cell["s"] for cell in cells]
+            metrics[f"{cut_name}_removed_params_frac"] = [1 - cells[0]["parameters"] / dense["parameters"]]
+        _add_margins(metrics, cut_name)
     for number in range(NUM_ALTERNATIONS):
         speeds = {}
         names = ["dense", *CUTS]
@@ -183,27 +182,27 @@ def main() -> None:
             speeds[name] = results.get(f"prefill {number} {name}", partial(bench.prefill, name))
         for cut_name in CUTS:
             ratio = speeds[cut_name]["requests_per_s"] / speeds["dense"]["requests_per_s"]
-            figures.setdefault(f"{cut_name}_prefill_speedup", []).append(ratio)
+            metrics.setdefault(f"{cut_name}_prefill_speedup", []).append(ratio)
     results.close()
     for cut_name in CUTS:
         shutil.rmtree(bench.served(cut_name), ignore_errors=True)
-    _print_tables(figures, methods)
-    print(bench_line("prune", figures))
+    _print_tables(metrics, methods)
+    print(bench_line("prune", metrics))
 
 
 def _cell(results: _Results, bench: _Bench, cut_name: str, method: str, seed: int) -> Cell:
     seed = 0 if method in _SEEDLESS else seed
-    return results.get(f"{cut_name} {method} {seed}", partial(bench.judge, cut_name, method, seed))
+    return results.get(f"{cut_name} {method} {seed}", partial(bench.evaluate, cut_name, method, seed))
 
 
-def _add_margins(figures: dict[str, list[float]], cut_name: str) -> None:
-    """How far OSSCAR is below the best baseline, and local search below OSSCAR without it, seed by seed."""
-    baselines = zip(*(figures[f"{cut_name}_{method}_nll"] for method in BASELINES), strict=True)
-    plain, searched = figures[f"{cut_name}_osscar_nll"], figures[f"{cut_name}_osscar_search_nll"]
-    figures[f"{cut_name}_osscar_margin_nll"] = [
+def _add_margins(metrics: dict[str, list[float]], cut_name: str) -> None:
+    """Add the loss of the best baseline minus OSSCAR's, and OSSCAR's minus that with local search, for each seed."""
+    baselines = zip(*(metrics[f"{cut_name}_{method}_nll"] for method in BASELINES), strict=True)
+    plain, searched = metrics[f"{cut_name}_osscar_nll"], metrics[f"{cut_name}_osscar_search_nll"]
+    metrics[f"{cut_name}_osscar_margin_nll"] = [
         min(others) - ours for others, ours in zip(baselines, plain, strict=True)
     ]
-    figures[f"{cut_name}_search_gain_nll"] = [before - after for before, after in zip(plain, searched, strict=True)]
+    metrics[f"{cut_name}_search_gain_nll"] = [before - after for before, after in zip(plain, searched, strict=True)]
 
 
 def _recipe(cut: Cut, method: str, seed: int, tokens: Path) -> str:
@@ -218,7 +217,7 @@ def _recipe(cut: Cut, method: str, seed: int, tokens: Path) -> str:
 
 
 def _content_key(model: Path) -> str:
-    """Changes with whatever results depend on: the code of pruning and of this benchmark, and the model."""
+    """Return a key of all that results depend on: the code of pruning and of this benchmark, and the model."""
     own = [Path(__file__), _HERE / "heldout.py", *(_HERE / "peers").glob("torch_pruning*")]
     digest = sha256_of_files(sorted([*own, *(_HERE.parent / "compress").rglob("*.py")]))
     return f"{digest[:8]}-{model_hash(model)[:8]}"
@@ -241,20 +240,20 @@ async def _median_rate(url: str) -> float:
         return sorted(rates)[NUM_REPEATS // 2]
 
 
-def _print_tables(figures: dict[str, list[float]], methods: Sequence[str]) -> None:
+def _print_tables(metrics: dict[str, list[float]], methods: Sequence[str]) -> None:
     console = Console(stderr=True)
-    losses = Table("", *CUTS, title="Held-out negative log-likelihood per token, each of three seeds (seconds)")
+    losses = Table("", *CUTS, title="Held-out negative log-likelihood per token, three seeds (seconds)")
     for method in ("dense", *methods):
         row = []
         for cut_name in CUTS:
-            shown = " ".join(f"{nll:.3f}" for nll in figures[f"{cut_name}_{method}_nll"])
-            seconds = figures.get(f"{cut_name}_{method}_s")
+            shown = " ".join(f"{nll:.3f}" for nll in metrics[f"{cut_name}_{method}_nll"])
+            seconds = metrics.get(f"{cut_name}_{method}_s")
             row.append(f"{shown} ({sorted(seconds)[len(seconds) // 2]:.0f} s)" if seconds else shown)
         losses.add_row(method, *row)
     console.print(losses)
-    gains = Table("", "parameters removed", "prefill speed-up in vLLM", title="What the cut gains")
+    gains = Table("", "parameters removed", "prefill speed-up in vLLM", title="Size and speed after pruning")
     for cut_name in CUTS:
-        removed, speedups = figures[f"{cut_name}_removed_params_frac"][0], figures[f"{cut_name}_prefill_speedup"]
+        removed, speedups = metrics[f"{cut_name}_removed_params_frac"][0], metrics[f"{cut_name}_prefill_speedup"]
         gains.add_row(cut_name, f"{removed:.1%}", " ".join(f"{value:.2f}x" for value in speedups))
     console.print(gains)
 
