@@ -1,4 +1,4 @@
-"""Proof that a variant loads: its shapes against its config, stock transformers, stock vLLM, and the logits of all."""
+"""Checks that a variant loads: tensor shapes, stock transformers and stock vLLM, and equal logits from all of them."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ _NUM_PROMPTS, _NUM_TOKENS, _GREEDY_TOKENS = 2, 48, 12
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at."""
+    """The result of one check."""
 
-    what: str
+    name: str
     passed: bool
     detail: str
 
 
 def check_variant(directory: Path) -> Iterator[Finding]:
-    """Look at one thing after another, the cheap ones first; a wrong shape ends it, since nothing would load."""
+    """Run the checks one after another, cheap ones first; a wrong shape ends them, because nothing would load."""
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     roles_of(config)
     shapes = _compare_shapes(directory)
@@ -49,7 +49,7 @@ def check_variant(directory: Path) -> Iterator[Finding]:
 
 
 def _compare_shapes(directory: Path) -> Finding:
-    """Shapes that transformers would make from the config against those of the file, quantized ones unpacked."""
+    """Compare the shapes that transformers makes from the config with those in the files, unpacked if quantized."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(directory)
@@ -64,11 +64,11 @@ def _compare_shapes(directory: Path) -> Finding:
         expected.pop("lm_head.weight", None)
         found.pop("lm_head.weight", None)
     wrong = [
-        f"{name}: {found.get(name, 'missing')} in the file, {expected.get(name, 'nothing')} by the config"
+        f"{name}: {found.get(name, 'missing')} in the file, {expected.get(name, 'nothing')} according to the config"
         for name in sorted(expected.keys() | found.keys())
         if expected.get(name) != found.get(name)
     ]
-    return Finding("shapes", not wrong, "; ".join(wrong[:3]) if wrong else f"{len(found)} tensors as config.json says")
+    return Finding("shapes", not wrong, "; ".join(wrong[:3]) if wrong else f"{len(found)} tensors match config.json")
 
 
 def _prompts(vocabulary: int) -> list[Tensor]:
@@ -77,7 +77,7 @@ def _prompts(vocabulary: int) -> list[Tensor]:
 
 
 def _logprobs(logits_TV: Tensor, tokens_T: Tensor) -> Tensor:
-    """Log-probability of each token but the first."""
+    """Return the log-probability of each token except the first."""
     return logits_TV.log_softmax(-1)[:-1].gather(1, tokens_T[1:, None])[:, 0]
 
 
@@ -90,14 +90,14 @@ def _ask_transformers(directory: Path, prompts: list[Tensor]) -> VllmAnswer:
     try:
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
         logprobs = [_logprobs(model(prompt[None]).logits[0].float(), prompt).tolist() for prompt in prompts]
-    except Exception as error:  # whatever loading raises is the finding
+    except Exception as error:  # loading may raise anything, and this is the result of the check
         return VllmAnswer(str(directory), error=f"{type(error).__name__}: {error}"[:500])
     return VllmAnswer(str(directory), logprobs)
 
 
 @dataclass(frozen=True)
 class Reference:
-    """Log-probabilities of all prompts' tokens but the first, in plain torch, one after the other."""
+    """Log-probabilities in plain torch of all tokens except each prompt's first, concatenated."""
 
     exact: Tensor
     """Computed in float32."""
@@ -106,7 +106,7 @@ class Reference:
 
 
 def reference_logprobs(directory: Path, prompts: Sequence[Tensor]) -> Reference:
-    """What a checkpoint should give to `prompts`, and what bf16 makes of it."""
+    """Compute the exact log-probabilities of a checkpoint for `prompts`, and the same with bf16 rounding."""
     exact, rounded = (
         torch.cat([_logprobs(*pair) for pair in zip(reference_logits(directory, prompts, dtype), prompts, strict=True)])
         for dtype in (torch.float32, torch.bfloat16)
@@ -115,10 +115,10 @@ def reference_logprobs(directory: Path, prompts: Sequence[Tensor]) -> Reference:
 
 
 def deviations(reference: Reference, answer: VllmAnswer) -> tuple[float, float]:
-    """Mean absolute difference, in nats, of an answer from plain torch, and of that from itself in bf16.
+    """Return the mean absolute difference in nats of an answer from plain torch, and that of plain torch in bf16.
 
-    The second is what rounding alone does: little in a dense model, more where activations are rounded to 8 bits,
-    since one that lies near the middle of two steps may fall to either side.
+    The second value is the effect of rounding alone. It is small for a dense model and larger with 8-bit activations,
+    because an activation near the middle of two steps may be rounded to either side.
     """
     given = torch.tensor([value for row in answer.logprobs for value in row])
     off, noise = (reference.exact - given).abs().mean(), (reference.exact - reference.rounded).abs().mean()
@@ -126,16 +126,16 @@ def deviations(reference: Reference, answer: VllmAnswer) -> tuple[float, float]:
 
 
 def tolerance(noise: float) -> float:
-    """The difference that passes, in nats, where bf16 alone makes `noise`; a wrong weight gives many times that."""
+    """Return the largest accepted difference in nats if bf16 alone causes `noise`; a wrong weight causes far more."""
     return 0.03 + 2 * noise
 
 
-def _compare(what: str, reference: Reference, answer: VllmAnswer, hint: str = "") -> Finding:
+def _compare(name: str, reference: Reference, answer: VllmAnswer, hint: str = "") -> Finding:
     if answer.error:
-        return Finding(what, False, f"does not load: {answer.error}" + (f"; {hint}" if hint else ""))
+        return Finding(name, False, f"does not load: {answer.error}" + (f"; {hint}" if hint else ""))
     off, noise = deviations(reference, answer)
-    said = f"log-probabilities differ by {off:.3f} nats on average, where bf16 alone makes {noise:.3f}"
-    return Finding(what, off < tolerance(noise), said)
+    detail = f"log-probabilities differ by {off:.3f} nats on average; bf16 rounding alone causes {noise:.3f}"
+    return Finding(name, off < tolerance(noise), detail)
 
 
 def _text(directory: Path, tokens: list[int]) -> str:
@@ -143,5 +143,5 @@ def _text(directory: Path, tokens: list[int]) -> str:
 
     try:
         return repr(AutoTokenizer.from_pretrained(directory).decode(tokens))
-    except Exception as error:  # a tokenizer that does not load is a finding of its own
+    except Exception as error:  # transformers raises whatever the tokenizer raised
         raise UserError("tokenizer", directory, f"cannot be loaded ({error})", "restore its files") from error

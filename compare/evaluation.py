@@ -28,8 +28,7 @@ from slimserve.loadtest.rows import Row, read_rows
 from slimserve.loadtest.slo import goodput, parse_objective
 from slimserve.loadtest.summary import LoadSummary
 from slimserve.workloads import metrics
-from slimserve.workloads.interface import Estimate
-from slimserve.workloads.metrics import MetricData
+from slimserve.workloads.interface import Estimate, MetricData
 
 _TOP = 10
 _SECONDS_PER_HOUR = 3600
@@ -128,7 +127,7 @@ def evaluate_loads(comparison: Comparison, folder: Path) -> None:
 def _with_objectives(run: LoadRun, slos: Sequence[str], comparison: Comparison, folder: Path) -> LoadRun:
     begin_s = comparison.preset.warmup_s
     end_s = begin_s + comparison.preset.duration_s
-    window = [row for row in read_rows(folder / run.rows_file) if begin_s <= row.due_s < end_s]
+    window = [row for row in read_rows(folder / run.rows_file) if begin_s <= row.scheduled_s < end_s]
     objectives = [parse_objective(text) for text in slos]
     summary = replace(
         run.summary,

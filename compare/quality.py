@@ -25,8 +25,7 @@ from slimserve.core.progress import print_status
 from slimserve.core.storage import write_atomically
 from slimserve.loadtest.client import SCORING
 from slimserve.workloads import load_workload
-from slimserve.workloads.interface import Answer, ChatAnswer, ChatPrompt, Prompt, ScoringPrompt
-from slimserve.workloads.metrics import MetricData
+from slimserve.workloads.interface import Answer, ChatAnswer, ChatPrompt, MetricData, Prompt, ScoringPrompt
 from slimserve.workloads.text import TextReading, make_documents, text_metrics
 
 _NUM_LOGPROBS = 20

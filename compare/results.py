@@ -36,6 +36,8 @@ def _restore_nan(value: Any) -> Any:
     )
 
 
+Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
+"""A float that may be NaN."""
 QualityEstimate = Annotated[Estimate, BeforeValidator(_restore_nan)]
 
 
@@ -222,11 +224,11 @@ class QualityOutcome:
     """Tells whether a variant keeps the primary metric of a workload."""
 
     metric: str
-    kept_frac: float
+    kept_frac: Number
     """Value of the variant over the value of the reference; 1 is no loss."""
     is_kept: bool
     """Whether `kept_frac` is at least 1 minus the maximum quality loss."""
-    probability: float
+    probability: Number
     """Probability that this holds for all prompts, estimated by resampling (workloads.metrics.probability_kept)."""
 
 
@@ -234,7 +236,8 @@ class QualityOutcome:
 class SloOutcome:
     """Tells whether a variant meets a workload's objectives at the SLO rate."""
 
-    rate_rps: float
+    rate_rps: float | None
+    """The SLO rate; None if the reference's capacity is unknown."""
     num_met: int
     """Number of rounds in which every objective was met."""
     num_rounds: int
@@ -250,7 +253,7 @@ class VariantDecision:
     quality: dict[str, QualityOutcome]
     """Outcome of each workload."""
     keeps_quality: bool
-    quality_probability: float
+    quality_probability: Number
     """Probability that every primary metric is kept. Workloads are independent samples, so it is their product."""
     slo: dict[str, SloOutcome]
     """Outcome of each workload that has objectives."""
@@ -279,7 +282,7 @@ class Verdict:
     """The cheapest variant that keeps quality and meets the objectives; None if no variant does."""
     sentences: list[str]
     """Conclusions and reasons for a reader who has read nothing else."""
-    confidence: float
+    confidence: Number
     """Probability that the winner keeps quality; if there is no winner, that no variant qualifies."""
     confidence_words: str
     decisions: list[VariantDecision] = field(default_factory=list)

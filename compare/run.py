@@ -122,10 +122,10 @@ def _endpoint_result(name: str, target: Target) -> VariantResult:
 
 def _variant_names(settings: CompareSettings, workloads: Sequence[str]) -> list[str]:
     """Return the names of all variants; UserError if one is unknown or repeated, or if there is nothing to compare."""
-    others = [*settings.variants, *settings.endpoints]
+    others = [one.name for one in (*settings.variants, *settings.endpoints)]
     if not (settings.recipes or others) or not workloads:
         raise UserError("recipes or workloads", "", "are empty", "give at least one of each")
-    names = [*(load_recipe(recipe)[0] for recipe in settings.recipes), *(other.name for other in others)]
+    names = [*(load_recipe(recipe)[0] for recipe in settings.recipes), *others]
     repeated = [name for name in names if names.count(name) > 1]
     if repeated:
         raise UserError("variants", repeated[0], "is named twice", "give each variant a name of its own")

@@ -78,9 +78,7 @@ def _winner(comparison: Comparison, ranked: Sequence[VariantDecision], decisions
         # The reference loses nothing against itself; the risk is that a cheaper variant was rejected wrongly.
         confidence = min((1 - one.quality_probability for one in cheaper if one.meets_slo), default=1.0)
         wanted = "keeps quality and meets the objectives" if winner.slo else "keeps quality"
-        sentences = [
-            f"Ship {winner.name}: {f'no cheaper variant {wanted}' if cheaper else 'no other variant is cheaper'}."
-        ]
+        sentences = [f"Ship {winner.name}: {f'no cheaper variant {wanted}' if cheaper else 'no other is cheaper'}."]
     else:
         confidence = winner.quality_probability
         sentences = [
@@ -148,8 +146,8 @@ def _with_reason(decision: VariantDecision, comparison: Comparison) -> VariantDe
 
 
 def _slo_outcome(comparison: Comparison, variant: VariantResult, workload: str) -> SloOutcome:
-    rate = comparison.slo_rates.get(workload, math.nan)
-    summaries = variant.at_rate(workload, rate)
+    rate = comparison.slo_rates.get(workload)
+    summaries = variant.at_rate(workload, rate) if rate is not None else []
     num_overloaded = sum(rate in one.overloaded.get(workload, []) for one in variant.rounds)
     values: dict[str, list[float | None]] = {}
     for summary in summaries:

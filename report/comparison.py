@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from operator import attrgetter
 from pathlib import Path
+from typing import cast
 
 from slimserve.compare.results import (
     RESULTS_FILE,
@@ -20,7 +21,7 @@ from slimserve.compare.results import (
 from slimserve.core.progress import print_status
 from slimserve.core.storage import write_atomically
 from slimserve.loadtest.rows import read_rows
-from slimserve.loadtest.slo import samples_of
+from slimserve.loadtest.slo import Metric, samples_of
 from slimserve.report import comparison_plots as plots
 from slimserve.report.comparison_tables import Cell, Table, Tables, VariantRow
 from slimserve.report.page import (
@@ -273,6 +274,7 @@ def _latency_over_rate(comparison: Comparison, workload: str) -> Iterator[Plot]:
 def _distribution(comparison: Comparison, workload: str, directory: Path) -> Iterator[Plot]:
     """Yield the latency distribution over all rounds, at the SLO rate or else in the closed loop."""
     view, rate = load_workload(workload).view, comparison.slo_rates.get(workload)
+    metric = cast("Metric", view.distribution)
     begin_s = comparison.preset.warmup_s
     end_s = begin_s + comparison.preset.duration_s
     series: list[tuple[str, list[float]]] = []
@@ -283,8 +285,8 @@ def _distribution(comparison: Comparison, workload: str, directory: Path) -> Ite
             at_rate = [run for run in one.at_rate.get(workload, []) if run.rate_rps == rate]
             for file in (directory / run.rows_file for run in (closed if rate is None else at_rate)):
                 rows = read_rows(file) if file.exists() else []
-                window = (row for row in rows if row.error is None and begin_s <= row.due_s < end_s)
-                samples += [sample for row in window for sample in samples_of(row, view.distribution)]
+                window = (row for row in rows if row.error is None and begin_s <= row.scheduled_s < end_s)
+                samples += [sample for row in window for sample in samples_of(row, metric)]
         series.append((variant.name, samples))
     if any(samples for _, samples in series):
         load = "in closed loop" if rate is None else f"at {number_text(rate)} requests/s"

@@ -159,15 +159,6 @@ class Tables:
             names = dict.fromkeys(name for one in self.comparison.variants for name in one.quality.get(workload, {}))
             if not names:
                 continue
-
-            def cells(
-                variant: VariantResult, workload: str = workload, names: Sequence[str] = tuple(names)
-            ) -> list[Cell]:
-                estimates, differences = (part.get(workload, {}) for part in (variant.quality, variant.differences))
-                return [
-                    _both(estimate_cell(estimates.get(one)), difference_cell(differences.get(one))) for one in names
-                ]
-
             cells = partial(_quality_cells, workload=workload, names=tuple(names))
             title = "held-out text" if workload == TEXT else workload
             tables.append(Table(f"Quality: {title}", "", ["variant", *map(words, names)], self._rows(cells)))

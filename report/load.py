@@ -181,7 +181,7 @@ def _plots(rows: Sequence[Row], window: plots.Window, summary: LoadSummary) -> l
         return []
     found = []
     metrics: dict[str, Metric] = {"between tokens": "itl", "first token": "ttft", "end to end": "e2e"}
-    due = [row for row in rows if window.begin_s <= row.due_s < window.end_s and row.error is None]
+    due = [row for row in rows if window.begin_s <= row.scheduled_s < window.end_s and row.error is None]
     for kind in summary.by_kind or [""]:
         of_kind = [row for row in due if not kind or row.kind == kind]
         series = [

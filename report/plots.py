@@ -135,7 +135,7 @@ def plot_requests(rows: Sequence[Row], window: Window) -> str:
     def draw(axes: Axes) -> None:
         good = [row for row in rows if row.error is None]
         for index, (name, pick) in enumerate((("end to end", _e2e_s), ("first token", _ttft_s))):
-            points = [(row.due_s, value) for row in good if (value := pick(row)) is not None]
+            points = [(row.scheduled_s, value) for row in good if (value := pick(row)) is not None]
             shown = _thinned(points)
             if shown:
                 axes.plot(
@@ -148,7 +148,7 @@ def plot_requests(rows: Sequence[Row], window: Window) -> str:
                     markeredgecolor=COLOURS[index],
                     label=name if len(shown) == len(points) else f"{name} ({len(shown):,} of {len(points):,})",
                 )
-        failed = [(row.due_s, max(row.e2e_s, 1e-4)) for row in rows if row.error is not None]
+        failed = [(row.scheduled_s, max(row.e2e_s, 1e-4)) for row in rows if row.error is not None]
         if failed:
             axes.plot(
                 [at for at, _ in _thinned(failed)],
@@ -182,7 +182,7 @@ def plot_flow(rows: Sequence[Row], window: Window) -> str:
         upper.set_ylabel("in flight")
         upper.set_ylim(bottom=0)
         _shade(upper, rows, window)
-        _draw_rate(lower, [(row.due_s, 1) for row in rows], _bin_s(rows), COLOURS[1])
+        _draw_rate(lower, [(row.scheduled_s, 1) for row in rows], _bin_s(rows), COLOURS[1])
         lower.set_ylabel("scheduled per second")
         _shade(lower, rows, window)
         lower.set_xlabel(_TIME_LABEL)

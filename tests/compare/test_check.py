@@ -1,4 +1,4 @@
-"""`slimserve check`: a good variant passes in stock transformers and stock vLLM, a broken one is told what is wrong."""
+"""`slimserve check`: a good variant passes in stock transformers and stock vLLM; a broken one gets a reason."""
 
 import json
 import shutil
@@ -35,13 +35,13 @@ FAMILIES: dict[str, PreTrainedConfig] = {
 }
 INT8_HEADS = [(family, recipe) for family in ("llama-tied-gqa", "llama-untied-mha") for recipe in ("w8a8", "w4a16")]
 REFUSED = {("mistral", "nf4"): "'96' are no multiple of 64"}
-"""What bitsandbytes would decode wrongly; the other formats take these sizes."""
+"""Combinations that bitsandbytes would decode wrongly; the other formats support these sizes."""
 PROMPTS = [torch.randint(0, 331, (length,), generator=torch.Generator().manual_seed(length)) for length in (40, 23)]
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory, smollm2: Path) -> dict[tuple[str, str], Path]:
-    """Every shipped recipe on a tiny random model of every family."""
+    """Variants of every shipped recipe for a tiny random model of every family."""
     folder = tmp_path_factory.mktemp("matrix")
     ids = folder / "ids.jsonl"
     tokens = torch.randint(0, 331, (8, 32), generator=torch.Generator().manual_seed(1))
@@ -95,7 +95,7 @@ def test_every_recipe_on_every_family_computes_in_stock_vllm_what_it_should(
 @pytest.mark.engine
 def test_a_good_variant_passes(built: dict[tuple[str, str], Path]) -> None:
     findings = list(check_variant(built["llama-tied-gqa", "prune25-w8a8"]))
-    assert [finding.what for finding in findings] == ["shapes", "plain torch", "transformers", "vLLM", "greedy text"]
+    assert [finding.name for finding in findings] == ["shapes", "plain torch", "transformers", "vLLM", "greedy text"]
     assert all(finding.passed for finding in findings), findings
 
 
@@ -104,7 +104,7 @@ def test_an_int8_head_passes_what_needs_no_engine(built: dict[tuple[str, str], P
     findings = check_variant(built[family, f"{recipe}-head"])
     for what in ("shapes", "plain torch", "transformers"):
         finding = next(findings)
-        assert (finding.what, finding.passed) == (what, True), finding
+        assert (finding.name, finding.passed) == (what, True), finding
 
 
 def test_a_shape_that_is_not_the_configs_is_named(built: dict[tuple[str, str], Path], tmp_path: Path) -> None:
@@ -114,4 +114,4 @@ def test_a_shape_that_is_not_the_configs_is_named(built: dict[tuple[str, str], P
     save_file({**tensors, name: tensors[name][:, :-1].contiguous()}, broken / "model.safetensors", {"format": "pt"})
     (finding,) = check_variant(broken)
     assert not finding.passed
-    assert finding.detail.startswith(f"{name}: (192, 127) in the file, (192, 128) by the config")
+    assert finding.detail.startswith(f"{name}: (192, 127) in the file, (192, 128) according to the config")

@@ -37,7 +37,7 @@ TINY = Preset(
 @pytest.mark.engine
 def test_a_variant_is_built_served_evaluated_loaded_and_reported(tmp_path: Path) -> None:
     with reported(tmp_path):
-        compare(SMOLLM2, CompareSettings(recipes="w8a8"), tmp_path, preset=TINY)
+        compare(SMOLLM2, CompareSettings(recipes=("w8a8",)), tmp_path, preset=TINY)
     document = json.loads((tmp_path / "results.json").read_text())
     (variant,) = document["variants"]
     assert variant["recipe"] == "w8a8"

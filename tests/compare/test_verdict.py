@@ -2,10 +2,11 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from slimserve.compare.results import VariantResult, Verdict
+from slimserve.compare.results import VariantResult, Verdict, load_comparison
 from slimserve.compare.verdict import confidence_words, make_verdict
 from slimserve.workloads.interface import Estimate
 from tests.compare.made_up import comparison, kept, variant
@@ -82,6 +83,18 @@ def test_none_qualifies() -> None:
     assert verdict.sentences[0] == "Ship none of these variants: none both keeps quality and meets the objectives."
     assert any(sentence.startswith("dense misses e2e_p90=1s") for sentence in verdict.sentences)
     assert verdict.confidence == pytest.approx(0.98)
+
+
+def test_objectives_without_a_rate_are_not_met_and_survive_a_round_trip(tmp_path: Path) -> None:
+    made = comparison([dense()])
+    made.slo_rates = {}
+    made.verdict = make_verdict(made, {"dense": kept(math.nan, math.nan)})
+    made.write(tmp_path)
+    verdict = load_comparison(tmp_path).verdict
+    assert verdict is not None
+    assert verdict.decisions[0].slo["recommendation"].rate_rps is None
+    assert not verdict.decisions[0].meets_slo
+    assert math.isnan(verdict.decisions[0].quality_probability)
 
 
 def test_without_objectives_only_quality_and_cost_count() -> None:

@@ -119,7 +119,7 @@ def made_up_load(
     crowd = 1 if rate is None else rate / 3
     rows = [made_up_row(draw, workload, 0.3 * at, crowd / speed) for at in range(80)]
     objectives = [parse_objective(text) for text in SLOS[workload]]
-    window = [row for row in rows if WARMUP_S <= row.due_s < WARMUP_S + DURATION_S]
+    window = [row for row in rows if WARMUP_S <= row.scheduled_s < WARMUP_S + DURATION_S]
     summary = replace(
         summarize(rows, WARMUP_S, WARMUP_S + DURATION_S),
         output_tokens_per_s=130.0 * speed if workload == "reasoning" else 0.0,

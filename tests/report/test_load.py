@@ -41,7 +41,7 @@ def made_up_rows(kinds: Sequence[str] = ("reasoning",), num_rows: int = 130) -> 
 
 def summary_of(rows: Sequence[Row], **found: Any) -> LoadSummary:
     objectives = [parse_objective(text) for text in SETTINGS.slos]
-    window = [row for row in rows if 4 <= row.due_s < 24]
+    window = [row for row in rows if 4 <= row.scheduled_s < 24]
     return replace(
         summarize(rows, 4.0, 24.0),
         objectives=[objective.judge(window) for objective in objectives],
