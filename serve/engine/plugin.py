@@ -1,13 +1,13 @@
-"""Scoring, reranking and labelled metrics inside vLLM's own API server: an endpoint plugin.
+"""The endpoint plugin that adds scoring, reranking and labelled metrics to vLLM's own API server.
 
-vLLM loads it where `VLLM_PLUGINS` names `slimserve`, under `slimserve serve` and under anyone's stock launch alike:
+vLLM loads it if `VLLM_PLUGINS` names `slimserve`, under `slimserve serve` and under a stock launch of vLLM alike:
 
     VLLM_PLUGINS=slimserve python -m vllm.entrypoints.openai.api_server --model DIR
 
-Routes: `POST /v1/score`, `POST /rerank`, `/v1/rerank` and `/v2/rerank`, `GET /metrics`. All engine work goes through
-`engine_client.generate`, one read of one token per item, all of them at once: the scheduler of vLLM gives full blocks
-to the prefix cache as it allocates them, so of items that arrive together the first computes the shared prefix and
-the others, scheduled after it in the same step or later, find it there.
+Routes: `POST /v1/score`, `POST /rerank`, `/v1/rerank` and `/v2/rerank`, `GET /metrics`. The engine gets one request
+of one token per item through `engine_client.generate`, all at the same time. vLLM's scheduler adds full blocks to
+the prefix cache as it allocates them. The first item therefore computes the shared prefix, and the others, scheduled
+after it in the same step or later, use the cached blocks.
 """
 
 from __future__ import annotations
@@ -35,16 +35,15 @@ from vllm.utils import random_uuid
 from vllm.v1.metrics.prometheus import get_prometheus_registry
 
 from slimserve.serve.engine.partial_prefix import SHARED_PREFIX_TOKENS, PartialPrefixConnector
+from slimserve.serve.engine.prompt_tokenizer import PromptTokenizer
 from slimserve.serve.engine.rerank import RerankRequest, as_score_request, load_template, rerank_response
+from slimserve.serve.engine.score_request import RequestError, ScoreRequest
 from slimserve.serve.engine.scoring import (
-    Plan,
-    PromptTokenizer,
-    Read,
-    RequestError,
-    ScoreRequest,
+    LabelRead,
+    ScoringPlan,
     label_logprobs,
-    make_plan,
-    reads,
+    label_reads,
+    plan_scoring,
     score_response,
 )
 from slimserve.serve.policy.engine_environment import VARIANT_VARIABLE
@@ -57,7 +56,7 @@ _STATE = "slimserve_scorer"
 
 
 class Scorer:
-    """Computes plans on the engine of this server."""
+    """Answers score requests with the engine of this server."""
 
     def __init__(self, engine_client: EngineClient, state: State) -> None:
         self._engine_client = engine_client
@@ -69,9 +68,9 @@ class Scorer:
         self._max_prompt_tokens = config.max_model_len - 1
         self._tokenizer = engine_client.renderer.tokenizer
         if self._tokenizer is None:
-            raise ValueError("slimserve's endpoints need a tokenizer; start without --skip-tokenizer-init")
+            raise ValueError("slimserve's endpoints need a tokenizer; remove --skip-tokenizer-init")
         backend = getattr(self._tokenizer, "backend_tokenizer", None)
-        # A copy: vLLM's threads set truncation on theirs.
+        # A copy, because vLLM's threads change the truncation of their own tokenizer.
         own = Tokenizer.from_str(backend.to_str()) if isinstance(backend, Tokenizer) else None
         self.tokenizer = PromptTokenizer(self._encode, own)
         transfer = engine_client.vllm_config.kv_transfer_config
@@ -79,11 +78,11 @@ class Scorer:
         self.rerank_template = load_template(Path(config.model))
         self._metrics = score_metrics()
 
-    async def answer(self, request: ScoreRequest, request_id: str) -> tuple[Plan, list[list[float]], str, int]:
-        """The plan, each job's label log-probabilities, the model's name and the prompt tokens not computed.
+    async def answer(self, request: ScoreRequest, request_id: str) -> tuple[ScoringPlan, list[list[float]], str, int]:
+        """Return the plan, each task's label log-probabilities, the model's name and the number of cached tokens.
 
-        Raises RequestError for what cannot be scored and for a deadline that passed; every engine request is
-        aborted where this is cancelled, late or one of them fails.
+        Raises RequestError for a request that cannot be scored and after its deadline. All its engine requests are
+        aborted if one fails, the deadline passes or this coroutine is cancelled.
         """
         model, lora = self._model(request.model)
         try:
@@ -93,56 +92,58 @@ class Scorer:
         except TimeoutError as error:
             if request.timeout_s is None:
                 raise
-            problem = f"{request.timeout_s:g} s passed before the scores were there"
+            problem = f"{request.timeout_s:g} s passed before the scores were computed"
             raise RequestError("timeout_s", problem, 504) from error
         return plan, logprobs, model, cached
 
-    def _plan(self, request: ScoreRequest) -> Plan:
-        """As `make_plan`, with this model's tokenizer, template and limits."""
-        plan = make_plan(
+    def _plan(self, request: ScoreRequest) -> ScoringPlan:
+        """Return the plan for this model's tokenizer, template and limits."""
+        plan = plan_scoring(
             request, self.tokenizer, self._vocabulary, self._max_prompt_tokens, self._limits.max_items, self._render
         )
-        widest = max(len(read.next_tokens) for read in reads(plan.jobs[0]))
-        if widest > MAX_LOGPROB_TOKEN_IDS:
-            raise RequestError("labels", f"has {widest} labels, and vLLM reads {MAX_LOGPROB_TOKEN_IDS} at once")
+        num_labels = max(len(read.next_tokens) for read in label_reads(plan.tasks[0]))
+        if num_labels > MAX_LOGPROB_TOKEN_IDS:
+            raise RequestError(
+                "labels", f"has {num_labels} labels, but vLLM reads at most {MAX_LOGPROB_TOKEN_IDS}; split the request"
+            )
         return plan
 
     async def _logprobs(
-        self, plan: Plan, request_id: str, lora: LoRARequest | None, cache_salt: str | None, priority: int
+        self, plan: ScoringPlan, request_id: str, lora: LoRARequest | None, cache_salt: str | None, priority: int
     ) -> tuple[list[list[float]], int]:
         start = time.monotonic()
-        wanted = [(job, read) for job in plan.jobs for read in reads(job)]
+        reads = [read for task in plan.tasks for read in label_reads(task)]
         params = self._prefix_params(plan)
 
-        async def answer(index: int, read: Read) -> tuple[dict[int, float], int]:
+        async def answer(index: int, read: LabelRead) -> tuple[dict[int, float], int]:
             sampling = _sampling(read.next_tokens, params)
             prompt = tokens_input(read.prompt, cache_salt=cache_salt)
             name = f"{request_id}-{index}"
             stream = self._engine_client.generate(prompt, sampling, name, lora_request=lora, priority=priority)
-            # To its end, though it gives one result: a stream that is left before it sends an abort.
+            # Read to the end, although there is one result: leaving the stream earlier would send an abort.
             results = [result async for result in stream]
             output = results[-1].outputs[0] if results else None
             if output is None or not output.logprobs:
                 raise RuntimeError(f"the engine gave no log-probabilities for {name}")
-            found = output.logprobs[0]
-            return {token: found[token].logprob for token in read.next_tokens}, results[-1].num_cached_tokens or 0
+            logprobs = output.logprobs[0]
+            return {token: logprobs[token].logprob for token in read.next_tokens}, results[-1].num_cached_tokens or 0
 
         try:
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(answer(index, read)) for index, (_, read) in enumerate(wanted)]
+                tasks = [group.create_task(answer(index, read)) for index, read in enumerate(reads)]
         except BaseExceptionGroup as errors:
-            raise _first(errors) from errors
+            raise _first_error(errors) from errors
         answers = iter([task.result() for task in tasks])
         logprobs, cached = [], 0
-        for job in plan.jobs:
-            found = [next(answers) for _ in reads(job)]
-            logprobs.append(label_logprobs(job, [values for values, _ in found]))
-            cached += sum(tokens for _, tokens in found)
+        for task in plan.tasks:
+            results = [next(answers) for _ in label_reads(task)]
+            logprobs.append(label_logprobs(task, [values for values, _ in results]))
+            cached += sum(tokens for _, tokens in results)
         self._count(plan, time.monotonic() - start)
         return logprobs, cached
 
     def _model(self, name: str | None) -> tuple[str, LoRARequest | None]:
-        """The model's name for the answer and its adapter, if it is one; RequestError 404 where there is no such."""
+        """Return the model's name and its LoRA adapter, if it is one; raises RequestError (404) for an unknown name."""
         if not name:
             return self._models.model_name(), None
         if name in self._models.lora_requests:
@@ -152,8 +153,8 @@ class Scorer:
             raise RequestError("model", f"{name!r} does not exist; this server has {served}", 404)
         return name, None
 
-    def _prefix_params(self, plan: Plan) -> dict[str, Any] | None:
-        """What tells the connector which leading tokens all requests of a plan share; None without it."""
+    def _prefix_params(self, plan: ScoringPlan) -> dict[str, Any] | None:
+        """Return the parameters that tell the connector the number of shared leading tokens; None without it."""
         if not self._shares_partial_blocks or not plan.num_prefix_tokens:
             return None
         return {SHARED_PREFIX_TOKENS: plan.num_prefix_tokens}
@@ -162,7 +163,7 @@ class Scorer:
         return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens))
 
     def _render(self, content: str, kwargs: dict[str, Any]) -> str:
-        """The chat template around one user message, up to where the answer begins."""
+        """Return the chat template around one user message, up to the start of the answer."""
         settings = self._renderer.default_chat_template_kwargs | kwargs
         reserved = {"tokenize", "add_generation_prompt", "chat_template", "conversation"} & settings.keys()
         if reserved:
@@ -175,26 +176,26 @@ class Scorer:
                 add_generation_prompt=True,
                 **settings,
             )
-        except Exception as error:  # whatever a model's template raises
+        except Exception as error:  # a model's template may raise anything
             raise RequestError("apply_chat_template", f"the model's chat template failed ({error})") from error
         return str(text)
 
-    def _count(self, plan: Plan, seconds: float) -> None:
-        self._metrics.items.inc(len(plan.job_of_item))
-        self._metrics.computed_items.inc(len(plan.jobs))
+    def _count(self, plan: ScoringPlan, seconds: float) -> None:
+        self._metrics.items.inc(len(plan.task_of_item))
+        self._metrics.computed_items.inc(len(plan.tasks))
         self._metrics.tokens.labels("prefix").inc(plan.num_prefix_tokens)
-        self._metrics.tokens.labels("item").inc(sum(len(job.prompt) - plan.num_prefix_tokens for job in plan.jobs))
+        self._metrics.tokens.labels("item").inc(sum(len(task.prompt) - plan.num_prefix_tokens for task in plan.tasks))
         self._metrics.seconds.observe(seconds)
 
 
 _Handler = Callable[[Scorer, Any, str], Awaitable[dict[str, Any]]]
-"""Answers a checked request: the scorer, the request and its id."""
+"""Answers a validated request; the arguments are the scorer, the request and its id."""
 
 
 def _sampling(next_tokens: Sequence[int], prefix_params: dict[str, Any] | None) -> SamplingParams:
-    """One token, of which only the labels' log-probabilities are wanted.
+    """Return parameters for one token of which only the labels' log-probabilities are read.
 
-    `logprobs` stays unset: with it the sampler would also sort the whole vocabulary for a top-k nobody reads.
+    `logprobs` stays unset, because with it the sampler would also sort the full vocabulary.
     """
     return SamplingParams(
         temperature=0.0,
@@ -208,9 +209,11 @@ def _sampling(next_tokens: Sequence[int], prefix_params: dict[str, Any] | None) 
     )
 
 
-def _first(errors: BaseExceptionGroup[BaseException]) -> BaseException:
-    """One error of a group, which vLLM's handlers know how to answer."""
-    return next((_first(error) if isinstance(error, BaseExceptionGroup) else error) for error in errors.exceptions)
+def _first_error(errors: BaseExceptionGroup[BaseException]) -> BaseException:
+    """Return one error of a group, which vLLM's handlers can answer."""
+    return next(
+        (_first_error(error) if isinstance(error, BaseExceptionGroup) else error) for error in errors.exceptions
+    )
 
 
 async def _score(scorer: Scorer, request: ScoreRequest, request_id: str) -> dict[str, Any]:
@@ -223,7 +226,7 @@ def _rerank(api_version: int) -> _Handler:
         try:
             plan, logprobs, model, cached = await scorer.answer(scoring, request_id)
         except RequestError as error:
-            raise error.of("items", "documents") from error
+            raise error.renamed("items", "documents") from error
         return rerank_response(
             request,
             plan,
@@ -238,7 +241,7 @@ def _rerank(api_version: int) -> _Handler:
 
 
 def _route(kind: type[BaseModel], handle: _Handler) -> Callable[[Request], Awaitable[Response]]:
-    """A POST handler: reads and checks the body, gives up when the client goes, and answers errors as OpenAI does."""
+    """Return a POST handler that validates the body and stops if the client disconnects; errors are OpenAI's objects."""
 
     @with_cancellation
     @load_aware_call
@@ -256,7 +259,7 @@ def _route(kind: type[BaseModel], handle: _Handler) -> Callable[[Request], Await
             return JSONResponse(error_body(error.status, str(error), param=error.param), error.status)
 
     async def route(raw_request: Request) -> Response:
-        # The body is read here, as with_cancellation takes every message after it for a disconnect.
+        # The body is read here, because with_cancellation takes every later message for a disconnect.
         response: Response = await answer(await raw_request.body(), raw_request=raw_request)
         return response
 
@@ -264,7 +267,7 @@ def _route(kind: type[BaseModel], handle: _Handler) -> Callable[[Request], Await
 
 
 def _metrics() -> Response:
-    """vLLM's and our series; with this variant's name where the process has one."""
+    """Return vLLM's and our metrics, labelled with the variant's name if the process has one."""
     text = generate_latest(get_prometheus_registry()).decode()
     variant = os.environ.get(VARIANT_VARIABLE)
     return Response(label_series(text, variant) if variant else text, media_type=CONTENT_TYPE_LATEST)
@@ -277,14 +280,14 @@ class SlimservePlugin:
     required_tasks = ("generate",)
 
     def attach_router(self, app: FastAPI) -> None:
-        """Add the routes; vLLM lets them replace its own of the same path and method."""
+        """Add the routes; they replace vLLM's own routes with the same path and method."""
         self._post(app, "/v1/score", ScoreRequest, _score)
         for path, api_version in (("/rerank", 1), ("/v1/rerank", 1), ("/v2/rerank", 2)):
             self._post(app, path, RerankRequest, _rerank(api_version))
         app.add_api_route("/metrics", _metrics, methods=["GET"], include_in_schema=False)
 
     async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:  # noqa: ARG002
-        """Make the scorer; called once, after vLLM's own state is there."""
+        """Create the scorer; vLLM calls this once, after it has set up its own state."""
         assert engine_client is not None
         setattr(state, _STATE, Scorer(engine_client, state))
 

@@ -1,7 +1,8 @@
-"""What a fork server imports for the engine process, before the engine's configuration is known.
+"""Import the modules of the engine process in a fork server, before the engine's configuration is known.
 
-Importing this module is all there is to it. The modules are those that vLLM's engine core and CPU worker import
-within their first seconds, TorchDynamo and Inductor included. None of them may start a thread.
+Importing this module does the work. The modules are those that vLLM's engine core and CPU worker import in their
+first seconds, TorchDynamo and Inductor included. None of them may start a thread, because threads do not survive a
+fork.
 """
 
 import importlib

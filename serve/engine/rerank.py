@@ -1,20 +1,21 @@
-"""Reranking over a generative model: the request of Cohere's and Jina's `POST /v1/rerank` as one of scoring.
+"""Reranking with a generative model: Cohere's and Jina's `POST /v1/rerank` as a score request.
 
-A template asks of each document whether it answers the query; its relevance is the probability of the first label
-against the second, P(yes) / (P(yes) + P(no)). The query comes first, so that all documents share it as their prefix.
+A template asks the model for each document whether it answers the query. The relevance is the probability of the
+first label against the second, P(yes) / (P(yes) + P(no)). The query comes first, so that all documents share it as
+their prefix.
 
-Which template a model gets, the first that there is of:
+A model's template is the first of these that exists:
 
-1. the TOML file that `SLIMSERVE_RERANK_TEMPLATE` names,
+1. the TOML file named by the environment variable `SLIMSERVE_RERANK_TEMPLATE`,
 2. `slimserve_rerank.toml` in the model's directory,
-3. the key `rerank` of `slimserve.json` there,
+3. the key `rerank` of `slimserve.json` in that directory,
 4. the template "default".
 
-All hold the same keys, of which `template` is needed:
+All have the same keys; only `template` is required:
 
-    template = "Query: {query}\\nDocument: {document}\\nRelevant:"   # or the name of one in TEMPLATES
-    labels = [" yes", " no"]             # the relevant one first; each one token
-    apply_chat_template = false          # true: the text becomes a user message
+    template = "Query: {query}\\nDocument: {document}\\nRelevant:"   # or a name in TEMPLATES
+    labels = [" yes", " no"]             # for relevant and for other documents; one token each
+    apply_chat_template = false          # true: make the text a user message
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, ValidationError, field_validator
 
 from slimserve.core.errors import UserError
-from slimserve.serve.engine.scoring import Plan, RequestError, ScoreRequest, probabilities, usage
+from slimserve.serve.engine.score_request import RequestError, ScoreRequest
+from slimserve.serve.engine.scoring import ScoringPlan, probabilities, usage
 
 TEMPLATE_VARIABLE = "SLIMSERVE_RERANK_TEMPLATE"
 TEMPLATE_FILE = "slimserve_rerank.toml"
@@ -37,35 +39,37 @@ _MANIFEST = "slimserve.json"
 
 
 class RerankTemplate(BaseModel):
-    """How a model is asked whether a document answers a query."""
+    """The prompt that asks a model whether a document answers a query."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     template: str
-    """Text with {query} and, after it, {document}, each once; or the name of one in TEMPLATES."""
+    """Text with {query} and, after it, {document}, once each; or a name in TEMPLATES."""
     labels: list[str] = Field(default=[" yes", " no"], min_length=2, max_length=2)
-    """What the model says of a relevant document, and what of another one."""
+    """Answer of the model for a relevant document, and for any other document."""
     apply_chat_template: bool = False
-    """Whether the text becomes a user message in the model's own chat template."""
+    """Make the text a user message in the model's own chat template."""
 
     @field_validator("template")
     @classmethod
-    def _has_its_places(cls, template: str) -> str:
+    def _has_both_fields(cls, template: str) -> str:
         query, document = template.find("{query}"), template.find("{document}")
         once = template.count("{query}") == template.count("{document}") == 1
         if template not in TEMPLATES and not (once and query < document):
-            raise ValueError("needs {query} and after it {document}, each once, or a name of " + ", ".join(TEMPLATES))
+            raise ValueError(
+                "write {query} and after it {document}, once each, or one of the names " + ", ".join(TEMPLATES)
+            )
         return template
 
     def parts(self) -> tuple[str, str, str]:
-        """The text before the query, between query and document, and after the document."""
+        """Return the text before the query, between query and document, and after the document."""
         before, rest = self.template.split("{query}")
         between, after = rest.split("{document}")
         return before, between, after
 
 
 TEMPLATES: dict[str, RerankTemplate] = {}
-"""Templates by name, for models that were trained with one and for those that were not."""
+"""Templates by name, some for models that were trained with them and some for any model."""
 TEMPLATES["default"] = RerankTemplate(
     template="Does the document answer the query? Say yes or no.\n\n"
     "Query: {query}\n\nDocument: {document}\n\nDoes the document answer the query? Answer:"
@@ -86,28 +90,28 @@ TEMPLATES["qwen3-reranker"] = RerankTemplate(
 
 
 class RerankRequest(BaseModel):
-    """Body of `POST /rerank`: the fields of Cohere's v1 and v2 and of Jina's clients; others are ignored."""
+    """The body of `POST /rerank`: the fields of Cohere's v1 and v2 and of Jina's clients; others are ignored."""
 
     model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
 
     query: str
     documents: list[str | dict[str, Any]]
-    """Texts, or objects with a `text` (Jina, Cohere v1) or with the fields that `rank_fields` names."""
+    """Texts, or objects with a `text` (Jina, Cohere v1) or with the fields in `rank_fields`."""
     model: str | None = None
     top_n: int | None = Field(default=None, ge=0)
-    """Best documents to return; unset or 0: all."""
+    """Number of best documents to return; all by default, and for 0."""
     return_documents: bool | None = None
-    """Unset: Jina's default (true) under /rerank and /v1/rerank, Cohere's (false) under /v2/rerank."""
+    """Return the documents; by default true under /rerank and /v1/rerank (Jina), false under /v2/rerank (Cohere)."""
     rank_fields: list[str] | None = Field(default=None, min_length=1)
-    """Fields of the documents that count, in this order (Cohere v1)."""
+    """Fields of the documents that are ranked, in this order (Cohere v1)."""
     max_tokens_per_doc: int | None = Field(default=None, gt=0)
-    """Only the first tokens of each document count (Cohere v2); unset: nothing is cut, ever."""
+    """Maximum number of tokens of each document that are ranked (Cohere v2); by default nothing is cut."""
     timeout_s: StrictFloat | StrictInt | None = Field(default=None, gt=0, allow_inf_nan=False)
-    """Seconds until this request is given up and answered 504."""
+    """Seconds after which the request ends with 504."""
 
 
 def load_template(model: Path, environment: Mapping[str, str] | None = None) -> RerankTemplate:
-    """The template for the model in directory `model`; UserError where the file that holds it is not valid."""
+    """Return the template of the model in directory `model`; raises UserError if its file is invalid."""
     named = (os.environ if environment is None else environment).get(TEMPLATE_VARIABLE)
     beside, manifest = model / TEMPLATE_FILE, model / _MANIFEST
     source = Path(named) if named else beside if beside.is_file() else manifest
@@ -122,7 +126,7 @@ def load_template(model: Path, environment: Mapping[str, str] | None = None) -> 
     except (OSError, ValueError) as error:
         problem = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
         raise UserError(
-            "rerank template", source, f"is not valid ({problem})", 'write template = "… {query} … {document} …"'
+            "rerank template", source, f"is invalid ({problem})", 'write template = "… {query} … {document} …"'
         ) from error
     known = TEMPLATES.get(given.template)
     return known.model_copy(update=given.model_dump(exclude_unset=True, exclude={"template"})) if known else given
@@ -131,9 +135,9 @@ def load_template(model: Path, environment: Mapping[str, str] | None = None) -> 
 def as_score_request(
     request: RerankRequest, template: RerankTemplate, first_tokens_end: Callable[[str, int], int]
 ) -> ScoreRequest:
-    """The scoring that answers a rerank request; RequestError where a document has no text.
+    """Return the score request that answers a rerank request; raises RequestError if a document has no text.
 
-    `first_tokens_end(text, n)` says how many characters the first n tokens of a text cover.
+    `first_tokens_end(text, n)` returns the number of characters that the first n tokens of a text cover.
     """
     before, between, after = template.parts()
     texts = [document_text(document, index, request.rank_fields) for index, document in enumerate(request.documents)]
@@ -153,7 +157,7 @@ def as_score_request(
 
 
 def document_text(document: str | Mapping[str, Any], index: int, rank_fields: Sequence[str] | None) -> str:
-    """The text of a document that is ranked; RequestError names the field that it lacks."""
+    """Return the text of a document that is ranked; raises RequestError if a field is missing."""
     if isinstance(document, str):
         return document
     values = [document.get(field) for field in rank_fields or ("text",)]
@@ -165,7 +169,7 @@ def document_text(document: str | Mapping[str, Any], index: int, rank_fields: Se
 
 def rerank_response(
     request: RerankRequest,
-    plan: Plan,
+    plan: ScoringPlan,
     logprobs: Sequence[Sequence[float]],
     *,
     model: str,
@@ -173,9 +177,9 @@ def rerank_response(
     api_version: int,
     cached_tokens: int,
 ) -> dict[str, Any]:
-    """One answer that Cohere's clients of both versions and Jina's read; best first, ties in the order given."""
+    """Return an answer for Cohere's clients of both versions and Jina's; best first, ties in the given order."""
     relevance = [probabilities(values, apply_softmax=True)[0] for values in logprobs]
-    scored = [(index, relevance[job]) for index, job in enumerate(plan.job_of_item)]
+    scored = [(index, relevance[task]) for index, task in enumerate(plan.task_of_item)]
     best = sorted(scored, key=lambda pair: (-pair[1], pair[0]))[: request.top_n or None]
     with_documents = api_version == 1 if request.return_documents is None else request.return_documents
     results: list[dict[str, Any]] = [{"index": index, "relevance_score": score} for index, score in best]

@@ -14,7 +14,7 @@ import yaml
 from prometheus_client import CollectorRegistry
 
 from slimserve.serve.engine.rerank import RerankRequest
-from slimserve.serve.engine.scoring import ScoreRequest
+from slimserve.serve.engine.score_request import ScoreRequest
 from slimserve.serve.launch.config import ServeConfig
 from slimserve.serve.policy.limits import Limits
 from slimserve.serve.policy.metrics import GatewayMetrics, RequestMetrics, RooflineMetrics, ScoreMetrics

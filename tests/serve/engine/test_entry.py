@@ -29,7 +29,7 @@ import pytest
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
-from slimserve.serve.engine.entry import Starting
+from slimserve.serve.engine.entry import StartingResponder
 from slimserve.serve.engine.middleware import RequestMiddleware
 from slimserve.serve.launch.process import free_port
 from slimserve.serve.policy.limits import Limits
@@ -45,11 +45,11 @@ def listener() -> Iterator[socket.socket]:
 @pytest.fixture
 def url(listener: socket.socket) -> Iterator[str]:
     """Of a port that is starting."""
-    starting = Starting(listener)
+    responder = StartingResponder(listener)
     try:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     finally:
-        starting.stop()
+        responder.stop()
 
 
 # The early port
@@ -132,13 +132,13 @@ def eventually(condition: Callable[[], bool], seconds: float = 5.0) -> None:
 
 def test_the_socket_is_handed_over_without_a_refused_connection(listener: socket.socket) -> None:
     address = listener.getsockname()
-    starting = Starting(listener)
+    responder = StartingResponder(listener)
     server = HTTPServer(address, Ready, bind_and_activate=False)
     server.socket.close()
     server.socket = listener
     with asked_all_the_time("http://{}:{}/ready".format(*address), num_clients=4) as statuses:
         eventually(lambda: statuses.count(503) > 20)
-        starting.stop()
+        responder.stop()
         before = len(statuses)
         time.sleep(0.3)  # nobody answers now; who comes waits
         assert len(statuses) - before <= 4

@@ -166,7 +166,7 @@ def test_models_with_several_kinds_of_cache_are_left_alone() -> None:
     assert scheduler.ask(item("b", 7)) == 0
 
 
-@pytest.mark.parametrize("limit", [("_MAX_KEPT", 2), ("_MAX_KEPT_BYTES", 5 * BLOCK_BYTES)])
+@pytest.mark.parametrize("limit", [("_MAX_SAVED_BLOCKS", 2), ("_MAX_SAVED_BYTES", 5 * BLOCK_BYTES)])
 def test_the_block_that_was_not_used_for_longest_makes_room(
     limit: tuple[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -202,16 +202,16 @@ def test_the_block_that_was_not_used_for_longest_makes_room(
 def test_the_worker_copies_whole_blocks_whatever_the_layers_layout() -> None:
     import torch
 
-    from slimserve.serve.engine.partial_prefix import _Step
+    from slimserve.serve.engine.partial_prefix import _StepCopies
 
     connector = make_connector("WORKER", num_blocks=5)
     blocks_first, blocks_second = torch.randn(5, 3, 32, 7), torch.randn(2, 5, 4)
     before = [blocks_first.clone(), blocks_second.clone()]
     connector.register_kv_caches({"a": blocks_first, "b": blocks_second})
-    connector.bind_connector_metadata(_Step(save={1: 2}))
+    connector.bind_connector_metadata(_StepCopies(save={1: 2}))
     connector.wait_for_save()
     blocks_first[2] = 0
-    connector.bind_connector_metadata(_Step(load={1: [0, 4]}))
+    connector.bind_connector_metadata(_StepCopies(load={1: [0, 4]}))
     connector.start_load_kv(None)
     for block in (0, 4):
         assert torch.equal(blocks_first[block], before[0][2])

@@ -18,11 +18,12 @@ from slimserve.serve.engine.rerank import (
     load_template,
     rerank_response,
 )
-from slimserve.serve.engine.scoring import Job, Plan, RequestError
+from slimserve.serve.engine.score_request import RequestError
+from slimserve.serve.engine.scoring import ScoringPlan, ScoringTask
 
 TEMPLATE = RerankTemplate(template="Q {query} D {document} A", labels=[" ja", " nein"])
 LABELS = ((1,), (2,))
-PLAN = Plan(tuple(Job((token,), LABELS) for token in (10, 11, 12)), (0, 1, 2, 1), 0)
+PLAN = ScoringPlan(tuple(ScoringTask((token,), LABELS) for token in (10, 11, 12)), (0, 1, 2, 1), 0)
 
 
 def whole(text: str, num_tokens: int) -> int:

@@ -12,18 +12,16 @@ import pytest
 from pydantic import ValidationError
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from slimserve.serve.engine.prompt_tokenizer import PromptTexts, PromptTokenizer
+from slimserve.serve.engine.score_request import RequestError, ScoreRequest
 from slimserve.serve.engine.scoring import (
-    Job,
-    PromptTokenizer,
-    Read,
-    RequestError,
-    ScoreRequest,
-    Texts,
+    LabelRead,
+    ScoringTask,
     common_prefix,
     label_logprobs,
-    make_plan,
+    label_reads,
+    plan_scoring,
     probabilities,
-    reads,
     score_response,
 )
 
@@ -45,7 +43,7 @@ WORDS = ("the", "capital", "of", "France", "don't", "we'll", "they've", "1995", 
 
 
 def small_bpe(pattern: str | None, *, bos_eos: bool = False, nfc: bool = False) -> Tokenizer:
-    """A byte-level BPE of 600 tokens that splits words as the named model families do."""
+    """Return a byte-level BPE of 600 tokens that splits words by `pattern`, as a model family does."""
     tokenizer = Tokenizer(models.BPE())
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)
     split = [] if pattern is None else [pre_tokenizers.Split(Regex(pattern), "isolated")]
@@ -88,7 +86,7 @@ def random_text(rng: random.Random, length: int) -> str:
 
 
 def random_prompt(rng: random.Random) -> tuple[str, str, str]:
-    """Head, item and tail: odd pieces, or words and odd pieces cut in two at any character."""
+    """Return head, item and tail: unusual pieces, or words and pieces cut at random characters."""
     if rng.random() < 0.5:
         return random_text(rng, 30), random_text(rng, 6), random_text(rng, 12)
     words = " ".join(rng.choice([*WORDS, rng.choice(PIECES)]) for _ in range(rng.randrange(2, 20)))
@@ -108,7 +106,7 @@ def test_tokens_are_those_of_the_joined_text(family: str, smol: Tokenizer) -> No
         items = (item, random_text(rng, 6))
         for special in (True, False):
             joined = [backend.encode(head + each + tail, add_special_tokens=special).ids for each in items]
-            assert tokenizer.prompts(Texts(head, items, tail, special)) == joined, (head, items, tail)
+            assert tokenizer.prompts(PromptTexts(head, items, tail, special)) == joined, (head, items, tail)
         apart = [token for part in (head, item, tail) for token in backend.encode(part, add_special_tokens=False).ids]
         merged += apart != joined[0]
         cut += bool(re.search("[A-Za-z] [A-Za-z]", head))
@@ -121,8 +119,8 @@ def test_the_shared_query_is_tokenized_once(smol: Tokenizer) -> None:
     seen: list[str] = []
     plain = tokenizer.encode_all
     tokenizer.encode_all = lambda texts, special=False: seen.extend(texts) or plain(texts, special)  # type: ignore
-    query = "a long history of films " * 100 + "and so: yes\n"
-    tokenizer.prompts(Texts(query, ("Heat (1995):", "Seven (1995):"), "", True))
+    query = "a long history of items " * 100 + "and so: yes\n"
+    tokenizer.prompts(PromptTexts(query, ("Heat (1995):", "Seven (1995):"), "", True))
     assert [len(text) < 40 for text in seen] == [True, True]
 
 
@@ -133,8 +131,8 @@ def test_a_tokenizer_that_merges_over_spaces_is_not_cut() -> None:
     backend.train_from_iterator(["the capital of the capital of", "of the of the"] * 50, trainer)
     tokenizer = wrapped(backend)
     assert not tokenizer.can_share
-    texts = Texts("the capital of", (" the capital", " of the", "f"), "", True)
-    assert tokenizer.prompts(texts) == [backend.encode(texts.whole(index)).ids for index in range(3)]
+    texts = PromptTexts("the capital of", (" the capital", " of the", "f"), "", True)
+    assert tokenizer.prompts(texts) == [backend.encode(texts.prompt(index)).ids for index in range(3)]
 
 
 def test_added_tokens_that_swallow_spaces_prevent_cuts() -> None:
@@ -147,7 +145,7 @@ def test_added_tokens_that_swallow_spaces_prevent_cuts() -> None:
 
 def plan_of(tokenizer: PromptTokenizer, limit: int = 100, **fields: Any) -> Any:
     request = ScoreRequest.model_validate_json(json.dumps(fields))
-    return make_plan(request, tokenizer, 600, limit, 8, lambda content, kwargs: f"<user>{content.strip()}</user>\n")
+    return plan_scoring(request, tokenizer, 600, limit, 8, lambda content, kwargs: f"<user>{content.strip()}</user>\n")
 
 
 @pytest.fixture(scope="module")
@@ -155,10 +153,10 @@ def tokenizer() -> PromptTokenizer:
     return wrapped(small_bpe(GPT2))
 
 
-def test_equal_items_are_one_job_and_answers_keep_the_order(tokenizer: PromptTokenizer) -> None:
+def test_equal_items_are_one_task_and_answers_keep_the_order(tokenizer: PromptTokenizer) -> None:
     plan = plan_of(tokenizer, query=[5, 6, 7], items=[[9], [8, 8], [9], [8, 8]], label_token_ids=[3, 4])
-    assert [job.prompt for job in plan.jobs] == [(5, 6, 7, 9), (5, 6, 7, 8, 8)]
-    assert plan.job_of_item == (0, 1, 0, 1)
+    assert [task.prompt for task in plan.tasks] == [(5, 6, 7, 9), (5, 6, 7, 8, 8)]
+    assert plan.task_of_item == (0, 1, 0, 1)
     assert plan.num_prefix_tokens == 3
     request = ScoreRequest(query=[5], items=[[9]], label_token_ids=[3, 4])
     answer = score_response(request, plan, [[-1.0, -2.0], [-3.0, -4.0]], "m", 6)
@@ -177,38 +175,38 @@ def test_the_common_prefix_leaves_each_prompt_a_token_to_compute() -> None:
 
 def test_item_first_puts_the_item_before_the_query(tokenizer: PromptTokenizer) -> None:
     plan = plan_of(tokenizer, query=[5, 6], items=[[9]], label_token_ids=[3], item_first=True)
-    assert plan.jobs[0].prompt == (9, 5, 6)
+    assert plan.tasks[0].prompt == (9, 5, 6)
 
 
 def test_one_text_is_one_item(tokenizer: PromptTokenizer) -> None:
-    assert plan_of(tokenizer, query="the", items=" capital", label_token_ids=[3]).job_of_item == (0,)
+    assert plan_of(tokenizer, query="the", items=" capital", label_token_ids=[3]).task_of_item == (0,)
 
 
-def test_labels_are_tokenized_as_what_follows_their_prompt(tokenizer: PromptTokenizer) -> None:
+def test_labels_are_tokenized_as_continuations_of_their_prompt(tokenizer: PromptTokenizer) -> None:
     backend = small_bpe(GPT2)
     plan = plan_of(tokenizer, query="is", items=[" the", " capital"], labels=[" yes", " no"], label_scoring="sequence")
-    for job, text in zip(plan.jobs, ("is the", "is capital"), strict=True):
-        for tokens, label in zip(job.labels, (" yes", " no"), strict=True):
-            assert [*job.prompt, *tokens] == backend.encode(text + label).ids
+    for task, text in zip(plan.tasks, ("is the", "is capital"), strict=True):
+        for tokens, label in zip(task.labels, (" yes", " no"), strict=True):
+            assert [*task.prompt, *tokens] == backend.encode(text + label).ids
 
 
-def test_a_label_that_melts_into_the_prompt_is_refused(tokenizer: PromptTokenizer) -> None:
+def test_a_label_that_merges_with_the_prompt_is_rejected(tokenizer: PromptTokenizer) -> None:
     with pytest.raises(RequestError, match=r"'yes' is not a continuation of 'is '.*front of the label"):
         plan_of(tokenizer, query="is", items=[" "], labels=["yes"])
 
 
-def test_a_label_of_several_tokens_is_refused_by_name_or_scored_in_steps(tokenizer: PromptTokenizer) -> None:
+def test_a_label_of_several_tokens_is_rejected_by_name_or_scored_in_steps(tokenizer: PromptTokenizer) -> None:
     long: dict[str, Any] = {"query": "the", "items": [" capital"], "labels": [" zebra", " no"]}
     with pytest.raises(RequestError, match=r"' zebra' is \d tokens here, \[.*label_scoring"):
         plan_of(tokenizer, **long)
-    (job,) = plan_of(tokenizer, **long, label_scoring="sequence").jobs
-    assert len(job.labels[0]) > 1
+    (task,) = plan_of(tokenizer, **long, label_scoring="sequence").tasks
+    assert len(task.labels[0]) > 1
 
 
-def test_reads_share_what_labels_begin_with_and_their_sum_is_the_sequence() -> None:
-    job = Job((1, 2), ((7, 8), (7, 9), (5,)))
-    assert reads(job) == [Read([1, 2], (7, 5)), Read([1, 2, 7], (8, 9))]
-    values = label_logprobs(job, [{7: -1.0, 5: -2.0}, {8: -0.25, 9: -0.5}])
+def test_reads_share_label_prefixes_and_their_sum_is_the_sequence() -> None:
+    task = ScoringTask((1, 2), ((7, 8), (7, 9), (5,)))
+    assert label_reads(task) == [LabelRead([1, 2], (7, 5)), LabelRead([1, 2, 7], (8, 9))]
+    values = label_logprobs(task, [{7: -1.0, 5: -2.0}, {8: -0.25, 9: -0.5}])
     assert values == [-1.25, -1.5, -2.0]
 
 
@@ -224,7 +222,7 @@ def test_probabilities_are_over_the_vocabulary_or_over_the_labels() -> None:
     assert probabilities([-math.inf, 0.0], False) == [0.0, 1.0]
 
 
-def test_logprobs_come_back_when_asked_and_are_json(tokenizer: PromptTokenizer) -> None:
+def test_logprobs_are_returned_on_request_and_are_json(tokenizer: PromptTokenizer) -> None:
     request = ScoreRequest(query=[5], items=[[9]], label_token_ids=[3], return_logprobs=True)
     plan = plan_of(tokenizer, query=[5], items=[[9], [9]], label_token_ids=[3])
     body = score_response(request, plan, [[-math.inf]], "m", 0)
@@ -258,7 +256,7 @@ def test_logprobs_come_back_when_asked_and_are_json(tokenizer: PromptTokenizer) 
         ),
     ],
 )
-def test_what_cannot_be_scored_is_refused_by_field(
+def test_what_cannot_be_scored_is_rejected_with_the_field_name(
     tokenizer: PromptTokenizer, fields: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(RequestError, match=message):
@@ -280,7 +278,7 @@ def test_what_cannot_be_scored_is_refused_by_field(
         "",
     ],
 )
-def test_a_body_that_is_no_score_request_is_invalid(body: str) -> None:
+def test_a_body_that_is_not_a_score_request_is_invalid(body: str) -> None:
     with pytest.raises(ValidationError):
         ScoreRequest.model_validate_json(body)
 
@@ -289,21 +287,21 @@ def test_a_body_that_is_no_score_request_is_invalid(body: str) -> None:
 def test_a_chat_template_gives_each_item_the_tokens_of_its_own_message(
     tokenizer: PromptTokenizer, items: list[str]
 ) -> None:
-    """The template of `plan_of` trims, as many do."""
+    """Check with a template that trims messages, as many templates do."""
     backend = small_bpe(GPT2)
     for item_first in (False, True):
         plan = plan_of(
             tokenizer, query="the", items=items, label_token_ids=[3], apply_chat_template=True, item_first=item_first
         )
-        for item, job in zip(items, plan.job_of_item, strict=True):
+        for item, task in zip(items, plan.task_of_item, strict=True):
             content = item + "the" if item_first else "the" + item
-            assert list(plan.jobs[job].prompt) == backend.encode(f"<user>{content.strip()}</user>\n").ids
+            assert list(plan.tasks[task].prompt) == backend.encode(f"<user>{content.strip()}</user>\n").ids
 
 
 def test_a_template_that_repeats_the_message_is_rendered_for_every_item(tokenizer: PromptTokenizer) -> None:
     request = ScoreRequest(query="the", items=[" of", " is"], label_token_ids=[3], apply_chat_template=True)
-    plan = make_plan(request, tokenizer, 600, 100, 8, lambda content, kwargs: f"{content}|{content}")
-    assert [list(job.prompt) for job in plan.jobs] == [
+    plan = plan_scoring(request, tokenizer, 600, 100, 8, lambda content, kwargs: f"{content}|{content}")
+    assert [list(task.prompt) for task in plan.tasks] == [
         tokenizer.encode("the of|the of", False),
         tokenizer.encode("the is|the is", False),
     ]

@@ -1,0 +1,59 @@
+"""The body of `POST /v1/score`, and the error that names what is wrong with it."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt
+
+
+class ScoreRequest(BaseModel):
+    """The body of `POST /v1/score`: SGLang's fields, followed by our own."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    query: str | list[int]
+    """Text or token ids that all items have in common."""
+    items: str | list[str] | list[list[int]]
+    """Items to score: one text, several texts, or lists of token ids."""
+    label_token_ids: list[int] | None = Field(default=None, min_length=1)
+    """Token ids of the labels, whose probability after query + item is the score."""
+    apply_softmax: bool = False
+    """True: the labels' probabilities sum to one. False: probabilities over the full vocabulary."""
+    item_first: bool = False
+    """Put the item before the query; then the items share no prefix."""
+    model: str | None = None
+    labels: list[str] | None = Field(default=None, min_length=1)
+    """Labels as texts in place of `label_token_ids`; each is tokenized as the text that follows its prompt."""
+    label_scoring: Literal["token", "sequence"] = "token"
+    """`token` rejects a label with several tokens; `sequence` scores it as the product of its tokens' probabilities."""
+    apply_chat_template: bool = False
+    """Make query + item (texts) one user message, and the labels the start of the answer to it."""
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Variables of the chat template, such as {"enable_thinking": false}."""
+    add_special_tokens: bool | None = None
+    """Add the tokenizer's special tokens to texts; by default they are added except with a chat template."""
+    return_logprobs: bool = False
+    """Return `logprobs` too: the labels' natural log-probabilities over the full vocabulary."""
+    timeout_s: StrictFloat | StrictInt | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Seconds after which the request ends with 504."""
+    cache_salt: str | None = Field(default=None, min_length=1)
+    """Requests with different salts do not share cached prefixes."""
+    priority: int = Field(default=0, ge=-(2**63), lt=2**63)
+    """Priority for vLLM's scheduler, if its policy uses one."""
+    user: str | None = None
+    """Name of the end user; the gateway sends all requests of a user to the same variant of an alias."""
+
+
+class RequestError(Exception):
+    """A mistake in a request; the answer has `status` and names the field `param`."""
+
+    def __init__(self, param: str, problem: str, status: int = 400) -> None:
+        self.param = param
+        self.problem = problem
+        self.status = status
+        super().__init__(f"{param}: {problem}")
+
+    def renamed(self, name: str, new_name: str) -> RequestError:
+        """Return the same error for a request that calls the field `name` by `new_name`."""
+        return RequestError(self.param.replace(name, new_name), self.problem, self.status)
