@@ -7,13 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn import functional
 
 from slimserve.compress.families import SUBLAYERS, LayerRoles
 from slimserve.compress.forward import Block
 from slimserve.compress.recipe import PruneDepth
-from slimserve.compress.steps.interface import Detail
+from slimserve.compress.steps.interface import BoundStep, Detail
 from slimserve.compress.stream import Stream
 from slimserve.core.errors import UserError
 
@@ -21,7 +20,7 @@ _SEARCH_SEQUENCES = 8
 """Number of calibration sequences on which the search compares its candidates."""
 
 
-class PruneDepthStep:
+class PruneDepthStep(BoundStep):
     """Remove the blocks whose output is most similar to their input (arXiv 2403.03853, section 3.1)."""
 
     name = "prune_depth"
@@ -47,9 +46,6 @@ class PruneDepthStep:
 
     def emit(self, index: int, block: Block, original: Callable[[], Block], details: Sequence[Detail]) -> Block | None:
         return None if index in self._removed(details) else block
-
-    def emit_outer(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
-        return {name: tensor}
 
     def config(self, before: Mapping[str, Any], details: Sequence[Detail]) -> dict[str, Any]:
         config = {**before, "num_hidden_layers": self._depth - self._num_removed}

@@ -37,13 +37,13 @@ class BoundStep(Visitor, Protocol):
     def emit(self, index: int, block: Block, original: Callable[[], Block], details: Sequence[Detail]) -> Block | None:
         """Return the block to write, given the details of all blocks, or None to leave the block out.
 
-        `original` reads the block as it was before the step.
+        `original` reads the block as it was before the step. By default every block is written.
         """
-        ...
+        return block
 
     def emit_outer(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
-        """Return the tensors to write, by full name, for a tensor outside the blocks."""
-        ...
+        """Return the tensors to write, by full name, for a tensor outside the blocks; by default the tensor itself."""
+        return {name: tensor}
 
     def config(self, before: Mapping[str, Any], details: Sequence[Detail]) -> dict[str, Any]:
         """Return the model's config.json after the step, given the one before it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -11,12 +11,12 @@ from slimserve.compress import osscar, prune
 from slimserve.compress.families import SUBLAYERS, LayerRoles, Sublayer
 from slimserve.compress.forward import Block
 from slimserve.compress.recipe import Prune
-from slimserve.compress.steps.interface import Detail
+from slimserve.compress.steps.interface import BoundStep, Detail
 from slimserve.compress.stream import Stream
 from slimserve.core.errors import UserError
 
 
-class PruneStep:
+class PruneStep(BoundStep):
     """Remove the same number of MLP neurons and KV groups from every block; the method may refit the consumers."""
 
     name = "prune"
@@ -51,9 +51,10 @@ class PruneStep:
         dense_block = block
         for sublayer in SUBLAYERS:
             if self._after[sublayer] == self._before[sublayer]:
-                for one in (stream, dense):
-                    if one is not None:
-                        one.pass_sublayer(sublayer, block if one is stream else dense_block)
+                if stream is not None:
+                    stream.pass_sublayer(sublayer, block)
+                if dense is not None:
+                    dense.pass_sublayer(sublayer, dense_block)
                 continue
             layer = self._roles.consumer(sublayer)
             hessian_II, cross_IO = None, None
@@ -80,12 +81,6 @@ class PruneStep:
             if stream is not None:
                 stream.skip(sublayer, block, pruned.kept_I)
         return block, details
-
-    def emit(self, index: int, block: Block, original: Callable[[], Block], details: Sequence[Detail]) -> Block | None:
-        return block
-
-    def emit_outer(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
-        return {name: tensor}
 
     def config(self, before: Mapping[str, Any], details: Sequence[Detail]) -> dict[str, Any]:
         return {**before, **self._changes}
