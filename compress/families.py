@@ -43,7 +43,7 @@ class LayerRoles:
     mlp_consumer: str
     """Down projection of the MLP; its input columns are the neurons."""
     reads_head_dim: bool = True
-    """Whether vLLM reads head_dim from the config. If false, it divides the hidden size by the heads, so all stay."""
+    """True if vLLM reads head_dim from the config. Else it divides the hidden size by the heads, so all heads stay."""
 
     @property
     def attention_producers(self) -> tuple[str, ...]:

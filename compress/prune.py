@@ -83,8 +83,9 @@ class PruningMethod:
 
     function: Callable[[PruneProblem, int], PrunedLayer]
     needs_data: bool = False
-    """Whether the method reads the Hessian, so that the recipe needs calibration data."""
+    """True if the method reads the Hessian, so that the recipe needs calibration data."""
     uses_seed: bool = False
+    """True if the result depends on the seed of the problem."""
 
     def __call__(self, problem: PruneProblem, num_kept: int) -> PrunedLayer:
         """Keep `num_kept` groups, at least one. If all calibration inputs are zero, fall back to magnitude.

@@ -18,9 +18,9 @@ class Visitor(Protocol):
     """An object that gets one block after another on a walk over a checkpoint."""
 
     needs_data: bool
-    """Whether `on_block` needs the stream of calibration data."""
+    """True if `on_block` needs the stream of calibration data."""
     wants_dense: bool
-    """Whether `on_block` also needs the stream through the model as it was before the walk."""
+    """True if `on_block` also needs the stream through the model as it was before the walk."""
 
     def on_block(self, index: int, block: Block, stream: Stream | None, dense: Stream | None) -> tuple[Block, Detail]:
         """Return the changed block and its detail. A stream that is given must be advanced past the block."""

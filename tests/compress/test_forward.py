@@ -1,4 +1,4 @@
-"""The written-out forward pass against transformers' own, for every family, and the stream against the whole model."""
+"""Compare the forward pass with transformers for every family, and the calibration stream with the complete model."""
 
 import json
 from pathlib import Path
@@ -18,14 +18,14 @@ from .conftest import TinyModel
 SEQUENCES = [torch.randint(0, 67, (length,), generator=torch.Generator().manual_seed(length)) for length in (17, 5)]
 
 
-def test_reference_logits_are_those_of_transformers(tiny: TinyModel) -> None:
+def test_reference_logits_equal_those_of_transformers(tiny: TinyModel) -> None:
     logits = list(reference_logits(tiny.directory, SEQUENCES))
     for sequence, logits_TV in zip(SEQUENCES, logits, strict=True):
         expected_TV = tiny.model(sequence[None]).logits[0].float()
         torch.testing.assert_close(logits_TV, expected_TV, atol=2e-4, rtol=1e-4)
 
 
-def test_nll_and_kl_are_those_of_the_definitions() -> None:
+def test_nll_and_kl_equal_their_definitions() -> None:
     reference, other = torch.randn(2, 9, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     tokens = torch.arange(9) % 7
     p, q = reference.softmax(-1), other.softmax(-1)
@@ -35,7 +35,7 @@ def test_nll_and_kl_are_those_of_the_definitions() -> None:
 
 
 @pytest.mark.parametrize("batch", [1, 3, 100])
-def test_a_stream_makes_the_same_grams_however_it_is_split(tiny_llama: TinyModel, tmp_path: Path, batch: int) -> None:
+def test_the_hessians_of_a_stream_do_not_depend_on_the_batch_size(tiny_llama: TinyModel, tmp_path: Path, batch: int) -> None:
     tokens_NT = torch.randint(0, 67, (7, 11), generator=torch.Generator().manual_seed(1))
     captured: dict[str, Any] = {}
     for name, module in tiny_llama.model.named_modules():
