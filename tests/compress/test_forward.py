@@ -35,7 +35,9 @@ def test_nll_and_kl_equal_their_definitions() -> None:
 
 
 @pytest.mark.parametrize("batch", [1, 3, 100])
-def test_the_hessians_of_a_stream_do_not_depend_on_the_batch_size(tiny_llama: TinyModel, tmp_path: Path, batch: int) -> None:
+def test_the_hessians_of_a_stream_do_not_depend_on_the_batch_size(
+    tiny_llama: TinyModel, tmp_path: Path, batch: int
+) -> None:
     tokens_NT = torch.randint(0, 67, (7, 11), generator=torch.Generator().manual_seed(1))
     captured: dict[str, Any] = {}
     for name, module in tiny_llama.model.named_modules():
