@@ -50,7 +50,7 @@ def main() -> None:
                 if side == "llamacpp":
                     measured = {"decode1": _llamacpp(llamacpp)}
                 else:
-                    spec = stock_spec(log) if side == "stock" else our_spec(log, variants[side], "reasoning")
+                    spec = stock_spec(log) if side == "stock" else our_spec(log, variants[side], "decode")
                     with Engine(spec) as engine:
                         measured = asyncio.run(_measure(engine.spec.url))
                 print_status(f"round {number + 1}/{NUM_ROUNDS} {side}: {measured}")

@@ -32,11 +32,11 @@ from slimserve.core.progress import print_status
 from slimserve.core.provenance import bench_line
 from slimserve.core.storage import cache_dir, write_atomically
 from slimserve.distill.data import load_examples
-from slimserve.distill.evaluation import FIRST_JUDGED, label_figures
 from slimserve.distill.models import load_model, load_tokenizer
-from slimserve.distill.recipe import DistillRecipe, parse_distill_recipe
+from slimserve.distill.recipe import DistillRecipe
 from slimserve.distill.run import distill
 from slimserve.distill.sections import label_example
+from slimserve.distill.validation import NUM_SKIPPED_LABELS, label_metrics
 from slimserve.serve.launch.process import Engine
 from slimserve.workloads import metrics
 from slimserve.workloads.interface import Estimate, ScoringPrompt
@@ -91,7 +91,7 @@ def main() -> None:
 
 
 def _recipe(num_steps: int, batch_size: int, seed: int, kd_weight: float = 0.0) -> DistillRecipe:
-    return parse_distill_recipe(
+    return DistillRecipe.model_validate(
         {
             "data": {
                 "source": "recommendation",
@@ -112,7 +112,6 @@ def _recipe(num_steps: int, batch_size: int, seed: int, kd_weight: float = 0.0) 
             },
             "stages": [{"steps": num_steps}],
         },
-        "bench",
     )
 
 
@@ -123,7 +122,7 @@ def _cut() -> Recipe:
 
 def _test_prompts(is_latest_only: bool = True) -> list[ScoringPrompt]:
     workload = Recommendation(
-        history_len=FIRST_JUDGED, num_candidates=TEST_FILMS - FIRST_JUDGED, is_latest_only=is_latest_only
+        history_len=NUM_SKIPPED_LABELS, num_candidates=TEST_FILMS - NUM_SKIPPED_LABELS, is_latest_only=is_latest_only
     )
     return cast("list[ScoringPrompt]", workload.make_prompts("quality", NUM_WINDOWS))
 
@@ -138,7 +137,7 @@ def _in_process(folder: Path, directory: Path, is_latest_only: bool = True) -> d
         labels = load_examples(tokenizer, directory, "recommendation", 1, 0, MAX_TOKENS, 0).labels
         model = load_model(directory, torch.float32).eval()
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            found = label_figures(model, examples, labels, [one.group for one in prompts], 4096)
+            found = label_metrics(model, examples, labels, [one.group for one in prompts], 4096)
         write_atomically(file, json.dumps({name: vars(one) for name, one in found.items()}))
     return _read(file)
 
@@ -148,8 +147,8 @@ def _served(folder: Path, directory: Path) -> dict[str, Estimate]:
     file = folder / f"served-{model_hash(directory)[:16]}.json"
     if not file.is_file():
         prompts = _test_prompts()
-        asked = [label_prompts(one, FIRST_JUDGED) for one in prompts]
-        with Engine(our_spec(folder / "engine.log", directory, "recommendation")) as engine:
+        asked = [label_prompts(one, NUM_SKIPPED_LABELS) for one in prompts]
+        with Engine(our_spec(folder / "engine.log", directory, "prefill")) as engine:
             target = Target(engine.spec.url, engine.spec.name)
             flat = ask_prompts(target, f"labels, {directory.name}", [one for several in asked for one in several])
         scores = iter(cast("Sequence[tuple[float, ...]]", flat))

@@ -22,14 +22,14 @@ from slimserve.core.hardware import probe_hardware
 from slimserve.core.openai_client import Target
 from slimserve.core.progress import print_status, progress
 from slimserve.core.provenance import bench_line
-from slimserve.loadtest.mock_server import MODEL, Schedule, running_truth
+from slimserve.loadtest.mock_server import MODEL, MockSchedule, running_mock_server
 from slimserve.loadtest.run import run_suite
 from slimserve.loadtest.settings import LoadSettings, SuiteOptions
 
 NUM_ROUNDS = 3
 RATE = 20
 DURATION_S = 60.0
-SCHEDULE = Schedule(ttft_s=0.02, stall_at_s=30.0, stall_s=2.0)
+SCHEDULE = MockSchedule(ttft_s=0.02, stall_at_s=30.0, stall_s=2.0)
 NUM_USERS = 4
 _LOCUSTFILE = Path(__file__).parent / "peers" / "plain_locustfile.py"
 
@@ -41,7 +41,7 @@ def main() -> None:
         for side in sides if number % 2 == 0 else reversed(sides):
             with (
                 tempfile.TemporaryDirectory() as folder,
-                running_truth(SCHEDULE, probe_hardware().cores[0]) as truth,
+                running_mock_server(SCHEDULE, probe_hardware().cores[0]) as truth,
             ):
                 p99_s, num_requests = sides[side](truth.url, Path(folder))
             print_status(f"round {number + 1}, {side}: p99 {p99_s:.3f} s of {num_requests} requests")

@@ -32,7 +32,7 @@ from slimserve.core.model import resolve_model
 from slimserve.core.openai_client import Target
 from slimserve.core.progress import print_status
 from slimserve.core.provenance import bench_line
-from slimserve.loadtest.mock_server import MODEL, Schedule, running_truth
+from slimserve.loadtest.mock_server import MODEL, MockSchedule, running_mock_server
 from slimserve.loadtest.run import run_suite
 from slimserve.loadtest.settings import LoadSettings, SuiteOptions
 
@@ -40,7 +40,7 @@ NUM_STREAMS = (1, 16, 64, 128)
 NUM_ROUNDS = 2
 NUM_LADDER_ROUNDS = 1
 LADDER = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
-SCHEDULE = Schedule(ttft_s=0.1, gap_s=0.02, num_tokens=100)
+SCHEDULE = MockSchedule(ttft_s=0.1, gap_s=0.02, num_tokens=100)
 TRUTH_MS = {"ttft": 100.0, "itl": 20.0, "tpot": 20.0, "e2e": 100.0 + 99 * 20.0}
 JUDGED = ("ttft", "itl", "e2e")
 TOLERANCE = {"p50": 0.05, "p99": 0.5}
@@ -108,7 +108,7 @@ def _ask(tool: Tool, num_streams: int) -> tuple[Reported, float]:
     """
     cores = probe_hardware().cores
     for is_last in (False, False, True):
-        with running_truth(SCHEDULE, cores[0]) as truth:
+        with running_mock_server(SCHEDULE, cores[0]) as truth:
             with _on_core(cores[-1]):
                 reported = tool(truth.url, num_streams)
             lag_ms = truth.lateness()["lag_p99_ms"]

@@ -19,7 +19,7 @@ from slimserve.core.hardware import probe_hardware
 from slimserve.core.openai_client import Target
 from slimserve.core.progress import print_status
 from slimserve.core.provenance import bench_line
-from slimserve.loadtest.mock_server import MODEL, Schedule, running_truth
+from slimserve.loadtest.mock_server import MODEL, MockSchedule, running_mock_server
 from slimserve.loadtest.rates import find_rate
 from slimserve.loadtest.settings import LoadSettings, SuiteOptions
 
@@ -75,7 +75,7 @@ def share_waiting_at_most(wait_s: float, rate: float, service_s: float) -> float
 def _search(seed: int) -> float:
     with (
         tempfile.TemporaryDirectory() as folder,
-        running_truth(Schedule(service_s=SERVICE_S), probe_hardware().cores[0]) as truth,
+        running_mock_server(MockSchedule(service_s=SERVICE_S), probe_hardware().cores[0]) as truth,
     ):
         data = Path(folder) / "prompts.jsonl"
         data.write_text('{"prompt": "Hello"}\n', encoding="utf-8")

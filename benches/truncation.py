@@ -26,7 +26,7 @@ from slimserve.compare.quality import ask_prompts
 from slimserve.core.openai_client import Target
 from slimserve.core.provenance import bench_line
 from slimserve.core.storage import cache_dir, write_atomically
-from slimserve.distill.recipe import DistillRecipe, parse_distill_recipe
+from slimserve.distill.recipe import DistillRecipe
 from slimserve.distill.run import distill
 from slimserve.distill.sweep import make_points, sweep
 from slimserve.serve.launch.process import Engine
@@ -63,14 +63,14 @@ def main() -> None:
     figures: dict[str, list[float]] = {}
     for row in rows:
         name = row["name"].replace("-", "_")
-        known = {**row["validation"], **row["judged"]}
+        known = {**row["validation"], **row["evaluation"]}
         # By section: what is measured over all of them is of those that a student learns.
         for figure in ("cross_entropy_prompt", "cross_entropy_cot", "cross_entropy_answer", "accuracy"):
             figures[f"{figure}_{name}"] = [known[figure]]
         for figure in ("train_s", "peak_bytes", "flops"):
             figures[f"{figure}_{name}"] = [row[figure]]
     for name, directory in (("teacher", teacher), ("pruned", student)):
-        file = folder / f"{name}.judged.json"
+        file = folder / f"{name}.evaluation.json"
         if not file.is_file():
             write_atomically(file, json.dumps(judge(directory)))
         figures[f"accuracy_{name}"] = [json.loads(file.read_text(encoding="utf-8"))["accuracy"]]
@@ -114,7 +114,7 @@ def _write_traces(file: Path, problems: Iterator[dict[str, Any]]) -> Path:
 
 
 def _recipe(data: Path, num_steps: int, kd_weight: float) -> DistillRecipe:
-    return parse_distill_recipe(
+    return DistillRecipe.model_validate(
         {
             "data": {
                 "source": str(data),
@@ -131,13 +131,12 @@ def _recipe(data: Path, num_steps: int, kd_weight: float) -> DistillRecipe:
             },
             "stages": [{"steps": num_steps}],
         },
-        "bench",
     )
 
 
 def _judge(log: Path, directory: Path, prompts: Sequence[ChatPrompt]) -> Mapping[str, float]:
     """Accuracy by the verifier, through the served endpoint."""
-    with Engine(our_spec(log, directory, "reasoning")) as engine:
+    with Engine(our_spec(log, directory, "decode")) as engine:
         target = Target(engine.spec.url, engine.spec.name)
         answers = ask_prompts(target, f"problems, {directory.name}", prompts)
     figures = evaluate(Reasoning(), prompts, cast("list[Answer]", answers))

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import re
 import tomllib
 import types
@@ -127,7 +128,7 @@ def set_value(document: dict[str, Any], assignment: str) -> None:
         value = text
     *tables, key = path.strip().split(".")
     place: Any = document
-    for name, following in zip(tables, [*tables[1:], key], strict=True):
+    for name, following in itertools.pairwise([*tables, key]):
         if isinstance(place, list):
             if not name.isdigit() or int(name) >= len(place):
                 raise UserError("--set", assignment, f"has no entry {name}", f"use 0 to {len(place) - 1}")

@@ -69,7 +69,7 @@ def parse_rate(text: str, duration_s: float) -> list[Segment]:
     return segments
 
 
-def due_times(
+def scheduled_times(
     segments: Sequence[Segment], arrival: Arrival = "poisson", burstiness: float = 1.0, seed: int = 0
 ) -> list[float]:
     """Seconds from the start at which requests are due, ascending.

@@ -13,7 +13,7 @@ from slimserve.core.errors import UserError
 from slimserve.core.hardware import probe_hardware
 from slimserve.core.openai_client import Target
 from slimserve.core.progress import print_status
-from slimserve.loadtest.mock_server import MODEL, Schedule, running_truth
+from slimserve.loadtest.mock_server import MODEL, MockSchedule, running_mock_server
 from slimserve.loadtest.rows import Row
 from slimserve.loadtest.run import run_suite
 from slimserve.loadtest.settings import LoadSettings, SuiteOptions
@@ -26,7 +26,7 @@ _WARMUP_S = 1.0
 
 
 @dataclass(frozen=True)
-class Calibration:
+class ClientAccuracy:
     """Distances of what the client measured from what the server did, in milliseconds."""
 
     num_streams: int
@@ -46,17 +46,17 @@ class Calibration:
         return asdict(self)
 
 
-def calibrate(num_streams: int = 16, tokens_per_s: float = 50.0, seconds: float = 5.0) -> Calibration:
+def calibrate(num_streams: int = 16, tokens_per_s: float = 50.0, seconds: float = 5.0) -> ClientAccuracy:
     """Load a truth server beside this process through Locust, as in a run, and compare each sample with its schedule.
 
     On a machine with two cores or more the server has one of its own.
     """
     num_tokens = max(2, round(_ANSWER_S * tokens_per_s))
-    schedule = Schedule(ttft_s=_TTFT_S, gap_s=1 / tokens_per_s, num_tokens=num_tokens)
+    schedule = MockSchedule(ttft_s=_TTFT_S, gap_s=1 / tokens_per_s, num_tokens=num_tokens)
     cores = probe_hardware().cores
     with (
         tempfile.TemporaryDirectory() as folder,
-        running_truth(schedule, cores[0] if len(cores) > 1 else None) as truth,
+        running_mock_server(schedule, cores[0] if len(cores) > 1 else None) as truth,
     ):
         data = Path(folder) / "prompts.jsonl"
         num_prompts = round(num_streams * (2 * _WARMUP_S + seconds) / _ANSWER_S) + num_streams
@@ -71,8 +71,8 @@ def calibrate(num_streams: int = 16, tokens_per_s: float = 50.0, seconds: float 
         )
         _, rows = run_suite("chat", Target(truth.url, MODEL), settings, Path(folder))
         lag_ms = truth.lateness()["lag_p99_ms"]
-    found = compare([row for row in rows if row.error is None and row.due_s >= _WARMUP_S], schedule)
-    calibration = Calibration(num_streams, tokens_per_s, server_lag_p99_ms=lag_ms, **found)
+    found = compare([row for row in rows if row.error is None and row.scheduled_s >= _WARMUP_S], schedule)
+    calibration = ClientAccuracy(num_streams, tokens_per_s, server_lag_p99_ms=lag_ms, **found)
     print_status(
         f"client calibrated on {num_streams} streams of {tokens_per_s:g} tokens/s: off by (p50, p99, ms) "
         f"TTFT {calibration.ttft_p50_error_ms:.2f}, {calibration.ttft_p99_error_ms:.2f}; "
@@ -82,8 +82,8 @@ def calibrate(num_streams: int = 16, tokens_per_s: float = 50.0, seconds: float 
     return calibration
 
 
-def compare(rows: Sequence[Row], schedule: Schedule) -> dict[str, Any]:
-    """The distances of rows' samples from the schedule, as Calibration names them, and the number of rows."""
+def compare(rows: Sequence[Row], schedule: MockSchedule) -> dict[str, Any]:
+    """The distances of rows' samples from the schedule, as ClientAccuracy names them, and the number of rows."""
     e2e_s = schedule.ttft_s + (schedule.num_tokens - 1) * schedule.gap_s
     return {
         "num_requests": len(rows),

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from slimserve.core.errors import UserError
-from slimserve.loadtest.http_client import Exchange, Wire
+from slimserve.loadtest.http_client import Exchange, HttpClient
 from slimserve.loadtest.rows import Row
 from slimserve.loadtest.sse import read_stream
 from slimserve.workloads.interface import ChatPrompt, Prompt, ScoringPrompt
@@ -21,7 +21,7 @@ _PROBE = ScoringPrompt("Water is wet:", (" it is.",), (" yes", " no"), (True,), 
 
 
 @dataclass(frozen=True)
-class Request:
+class PreparedRequest:
     """One request, ready to be written."""
 
     kind: str
@@ -33,11 +33,11 @@ class Request:
     labels: tuple[str, ...] = ()
 
 
-class Client:
+class ModelClient:
     """One model behind one server. Call `prepare` before the load: it asks the server what it can do."""
 
     def __init__(self, url: str, model: str, headers: Mapping[str, str], timeout_s: float, endpoint: str) -> None:
-        self._wire = Wire(url, headers, timeout_s)
+        self._wire = HttpClient(url, headers, timeout_s)
         self._model = model
         self._endpoint = endpoint
         self._label_ids: dict[str, int] = {}
@@ -58,27 +58,27 @@ class Client:
             body = self._chat_body(ChatPrompt(({"role": "user", "content": "Ready?"},), 1, "", "", "", {}), False)
             self._counts_chunks = self._wire.post("/v1/chat/completions", msgspec.json.encode(body)).status != 400
 
-    def make_request(self, number: int, kind: str, prompt: Prompt, exact_tokens: bool) -> Request:
+    def make_request(self, number: int, kind: str, prompt: Prompt, exact_tokens: bool) -> PreparedRequest:
         """The request that asks prompt `number`."""
         if isinstance(prompt, ChatPrompt):
             body = self._chat_body(prompt, exact_tokens)
-            return Request(kind, number, "/v1/chat/completions", msgspec.json.encode(body))
+            return PreparedRequest(kind, number, "/v1/chat/completions", msgspec.json.encode(body))
         scoring = SCORING[self._endpoint]
         body = {
             "model": self._model,
             **scoring.body(prompt, [self._label_ids.get(label, 0) for label in prompt.labels]),
         }
-        return Request(kind, number, scoring.path, msgspec.json.encode(body), len(prompt.items), prompt.labels)
+        return PreparedRequest(kind, number, scoring.path, msgspec.json.encode(body), len(prompt.items), prompt.labels)
 
-    def send(self, request: Request, due_s: float, epoch: float) -> Row:
-        """Ask and wait for the whole answer; `due_s` counts from `epoch`, a moment of perf_counter. Never raises."""
+    def send(self, request: PreparedRequest, scheduled_s: float, epoch: float) -> Row:
+        """Ask and wait for the whole answer; `scheduled_s` counts from `epoch`, a moment of perf_counter. Never raises."""
         exchange = self._wire.post(request.path, request.body)
         if request.num_items:
-            return self._score_row(request, exchange, due_s, epoch)
+            return self._score_row(request, exchange, scheduled_s, epoch)
         answer = read_stream(exchange.pieces) if exchange.status == 200 else None
         error = failure_of(exchange) or (answer.error if answer else None)
         return Row(
-            due_s=due_s,
+            scheduled_s=scheduled_s,
             sent_s=exchange.sent_s - epoch,
             end_s=exchange.end_s - epoch,
             arrivals=tuple((chunk.at_s - epoch, chunk.num_tokens) for chunk in answer.chunks) if answer else (),
@@ -96,7 +96,7 @@ class Client:
     def close(self) -> None:
         self._wire.close()
 
-    def _score_row(self, request: Request, exchange: Exchange, due_s: float, epoch: float) -> Row:
+    def _score_row(self, request: PreparedRequest, exchange: Exchange, scheduled_s: float, epoch: float) -> Row:
         error = failure_of(exchange)
         scores: tuple[float, ...] = ()
         usage: dict[str, Any] = {}
@@ -114,7 +114,7 @@ class Client:
             except (AttributeError, KeyError, TypeError, ValueError, IndexError):
                 error = "no scores"
         return Row(
-            due_s=due_s,
+            scheduled_s=scheduled_s,
             sent_s=exchange.sent_s - epoch,
             end_s=exchange.end_s - epoch,
             prompt_tokens=int(usage.get("prompt_tokens") or 0),

@@ -56,7 +56,7 @@ class Exchange:
         return b"".join(piece for _, piece in self.pieces)
 
 
-class Wire:
+class HttpClient:
     """Connections to one server, kept open between requests and used last in, first out.
 
     The server's name is looked up once, as gevent asks a thread for it each time, which takes longer than to connect:

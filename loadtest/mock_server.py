@@ -71,7 +71,7 @@ _E2E_BUCKETS = (
 
 
 @dataclass(frozen=True)
-class Schedule:
+class MockSchedule:
     """What the server does when; seconds."""
 
     ttft_s: float = 0.1
@@ -85,10 +85,10 @@ class Schedule:
     stall_s: float = 0.0
 
 
-class Course:
+class ResponseTimes:
     """When each request's answer begins, of requests in their order."""
 
-    def __init__(self, schedule: Schedule) -> None:
+    def __init__(self, schedule: MockSchedule) -> None:
         self._schedule = schedule
         self._stall_begin_s = float("inf")
         self._free_s = 0.0
@@ -108,12 +108,12 @@ class Course:
         return end_s if self._stall_begin_s <= at_s < end_s else at_s
 
 
-class TruthServer:
+class MockServer:
     """One loop over the sockets and a heap of due writes, each with its own moment: a late one makes no other late."""
 
-    def __init__(self, schedule: Schedule, port: int = 0) -> None:
+    def __init__(self, schedule: MockSchedule, port: int = 0) -> None:
         self.schedule = schedule
-        self.course = Course(schedule)
+        self.course = ResponseTimes(schedule)
         self._listener = socket.create_server(("127.0.0.1", port), backlog=4096)
         self._listener.setblocking(False)
         self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
@@ -212,7 +212,7 @@ class _Answer:
 class _Connection:
     """One client's socket and the parser of its requests."""
 
-    def __init__(self, stream: socket.socket, server: TruthServer) -> None:
+    def __init__(self, stream: socket.socket, server: MockServer) -> None:
         self.stream = stream
         self._server = server
         self._parser = HttpRequestParser(self)
@@ -266,7 +266,7 @@ class _Connection:
             self.send(_whole(json.dumps(documents.get(path.partition("?")[0], {})).encode()))
 
 
-def _answer_to(path: str, body: dict[str, Any], schedule: Schedule) -> tuple[list[bytes], int]:
+def _answer_to(path: str, body: dict[str, Any], schedule: MockSchedule) -> tuple[list[bytes], int]:
     """The pieces of an answer, and how many gaps after its begin the first of them is due."""
     is_chat = path == "/v1/chat/completions"
     if not is_chat and path != "/v1/completions":
@@ -337,7 +337,7 @@ def _histogram(name: str, buckets: tuple[float, ...], registry: CollectorRegistr
 
 
 @dataclass(frozen=True)
-class RunningTruth:
+class RunningMockServer:
     """A truth server in a process of its own."""
 
     url: str
@@ -351,7 +351,7 @@ class RunningTruth:
 
 
 @contextmanager
-def running_truth(schedule: Schedule, core: int | None = None) -> Iterator[RunningTruth]:
+def running_mock_server(schedule: MockSchedule, core: int | None = None) -> Iterator[RunningMockServer]:
     """A truth server beside this process, on a port that was free, ended with the context."""
     command = [
         *(sys.executable, "-m", "slimserve.loadtest.mock_server", "--tokens", str(schedule.num_tokens)),
@@ -366,7 +366,7 @@ def running_truth(schedule: Schedule, core: int | None = None) -> Iterator[Runni
             url = process.stdout.readline().strip()
             if not url:
                 raise RuntimeError("the truth server did not start; its own words are above")
-            yield RunningTruth(url)
+            yield RunningMockServer(url)
         finally:
             process.kill()
 
@@ -387,7 +387,7 @@ def main() -> None:
         os.sched_setaffinity(0, {given.core})
         with contextlib.suppress(OSError):  # only root may go first
             os.setpriority(os.PRIO_PROCESS, 0, _NICENESS)
-    schedule = Schedule(
+    schedule = MockSchedule(
         ttft_s=given.ttft_ms / 1e3,
         gap_s=given.gap_ms / 1e3,
         num_tokens=given.tokens,
@@ -395,7 +395,7 @@ def main() -> None:
         stall_at_s=given.stall_at_s,
         stall_s=given.stall_s,
     )
-    server = TruthServer(schedule, given.port)
+    server = MockServer(schedule, given.port)
     sys.stdout.write(server.url + "\n")
     sys.stdout.flush()
     # What the imports made is never garbage: a collection would walk it in the middle of a stream.

@@ -19,6 +19,11 @@ def suite_names() -> list[str]:
     return [*load_suite_names(), MIXED]
 
 
+def suite_name(suite: str) -> str:
+    """Return the name of a suite for files and titles: its workload's name."""
+    return suite if suite == MIXED else load_workload(suite).name
+
+
 def make_prompts(suite: str, options: SuiteOptions, num_prompts: int) -> list[tuple[str, Prompt]]:
     """Return at most `num_prompts` prompts, each with the name of the workload that evaluates its answer.
 

@@ -1,108 +1,142 @@
-"""Runs of a suite at different rates: the highest rate within the objectives, or the curve of latency over rate."""
+"""Runs of a suite at several rates: the search for the highest rate within the objectives, and the latency curve."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from slimserve.core.errors import UserError
 from slimserve.core.openai_client import Target
 from slimserve.core.progress import print_status
-from slimserve.loadtest.run import run_suite, write_document
-from slimserve.loadtest.search import MaxRate, Measure, Point, Probe, find_max_rate, sweep
+from slimserve.loadtest.prompts import suite_name
+from slimserve.loadtest.run import OnResult, run_suite, write_document
+from slimserve.loadtest.search import MaxRate, Measure, Probe, RatePoint, find_max_rate, sweep
 from slimserve.loadtest.settings import LoadSettings
-from slimserve.report.load import print_curve, write_curve_html
+from slimserve.loadtest.summary import LoadSummary
 
 _START_RATE = "1"
+CurvePoint = tuple[float, LoadSummary, bool]
+"""Rate in requests/s, summary of the run, and whether it met every objective."""
+OnCurve = Callable[[Mapping[str, Any], Sequence[CurvePoint], Path, float | None], object]
+"""Called with the result document, the curve, the output folder and the highest rate that a search found."""
 
 
-def find_rate(suite: str, target: Target, settings: LoadSettings, output: Path) -> MaxRate:
-    """Search the highest rate that keeps every objective, beginning at `settings.rate` (1/s if not given).
+def find_rate(
+    suite: str,
+    target: Target,
+    settings: LoadSettings,
+    output: Path,
+    on_result: OnResult | None = None,
+    on_curve: OnCurve | None = None,
+) -> MaxRate:
+    """Search for the highest rate that meets every objective, starting at `settings.rate` (1 request/s by default).
 
-    Each run leaves its files in a folder of `output` named by rate and seed; `SUITE.curve.json` and `SUITE.curve.html`
-    hold all of them. Raises UserError where there is no objective to keep.
+    Each run writes its files to a folder of `output` that is named by rate and seed. `NAME.curve.json` has all of them,
+    also after an interruption. Raises UserError without an objective.
     """
     if not settings.slos:
-        raise UserError("--slo", "", "is missing", "say what the highest rate must keep, as --slo ttft_p99=500ms")
-    (start_rate,) = _rates("--rate", settings.rate or _START_RATE, most=1)
-    points: list[Point] = []
-    found = None
+        raise UserError("--slo", "", "is missing", "state an objective for the search, such as --slo ttft_p99=500ms")
+    (start_rate,) = _parse_rates("--rate", settings.rate or _START_RATE, most=1)
+    points: list[RatePoint] = []
+    result = None
     try:
-        found = find_max_rate(_measure(suite, target, settings, output, points), start_rate, first_seed=settings.seed)
+        measure = _measure(suite, target, settings, output, points, on_result)
+        result = find_max_rate(measure, start_rate, first_seed=settings.seed)
     finally:
-        _report(suite, target, settings, output, points, found)
-    return found
+        _write_curve(suite, target, settings, output, points, on_curve, result)
+    return result
 
 
-def sweep_rates(suite: str, target: Target, settings: LoadSettings, rates: str, output: Path) -> list[Point]:
-    """One run at each of `rates` (1,2,4), which leave their files as those of a search do."""
-    points: list[Point] = []
-    wanted = _rates("--sweep", rates)
+def sweep_rates(
+    suite: str,
+    target: Target,
+    settings: LoadSettings,
+    rates: str,
+    output: Path,
+    on_result: OnResult | None = None,
+    on_curve: OnCurve | None = None,
+) -> list[RatePoint]:
+    """Run once at each of `rates` (1,2,4); the files are those of `find_rate`."""
+    points: list[RatePoint] = []
+    wanted = _parse_rates("--sweep", rates)
     try:
-        return sweep(_measure(suite, target, settings, output, points), wanted, settings.seed)
+        return sweep(_measure(suite, target, settings, output, points, on_result), wanted, settings.seed)
     finally:
-        _report(suite, target, settings, output, points)
+        _write_curve(suite, target, settings, output, points, on_curve)
 
 
-def _measure(suite: str, target: Target, settings: LoadSettings, output: Path, points: list[Point]) -> Measure:
-    """Runs the suite at a rate; what was measured is appended to `points`, so that an interrupt does not lose it."""
+def _measure(
+    suite: str,
+    target: Target,
+    settings: LoadSettings,
+    output: Path,
+    points: list[RatePoint],
+    on_result: OnResult | None,
+) -> Measure:
+    """Return a function that runs the suite at a rate and appends to `points`, so that an interrupt loses nothing."""
     if settings.trace:
-        raise UserError("--trace", settings.trace, "has a rate of its own", "leave it out of a search")
+        raise UserError("--trace", settings.trace, "has its own rate", "leave it out of a search")
 
-    num_asked = settings.suite.first_prompt
+    num_used = settings.suite.first_prompt
 
     def measure(rate: float, seed: int) -> Probe:
-        nonlocal num_asked
-        # Arrivals of their own, and prompts that no earlier run asked while there are such: caches know those.
-        unasked = replace(settings.suite, first_prompt=num_asked)
-        at_rate = replace(settings, rate=f"{rate:.6f}", seed=seed, suite=unasked)
-        num_asked += len(at_rate.due_s())
-        summary, _ = run_suite(suite, target, at_rate, output / f"{rate:.4g}rps-seed{seed}")
+        nonlocal num_used
+        # New prompts as long as there are some, because a prefix cache answers those of earlier runs.
+        unused = settings.suite.model_copy(update={"first_prompt": num_used})
+        at_rate = settings.model_copy(update={"rate": f"{rate:.6f}", "seed": seed, "suite": unused})
+        num_used += len(at_rate.scheduled_s())
+        folder = output / f"{rate:.4g}rps-seed{seed}"
+        summary, _ = run_suite(suite, target, at_rate, folder, on_result=on_result)
         met = all(outcome.is_met for outcome in summary.objectives)
-        said = ", ".join(
-            f"{outcome.text} {'kept' if outcome.is_met else 'missed'} ({_value(outcome.value)})"
+        text = ", ".join(
+            f"{outcome.text} {'met' if outcome.is_met else 'missed'} ({_value_text(outcome.value)})"
             for outcome in summary.objectives
         )
-        print_status(f"{rate:.4g} requests/s: {said or f'{summary.num_requests} requests'}")
-        points.append(Point(rate, seed, met, summary))
+        print_status(f"{rate:.4g} requests/s: {text or f'{summary.num_requests} requests'}")
+        points.append(RatePoint(rate, seed, met, summary))
         return Probe(met, summary)
 
     return measure
 
 
-def _report(
+def _write_curve(
     suite: str,
     target: Target,
     settings: LoadSettings,
     output: Path,
-    points: list[Point],
-    found: MaxRate | None = None,
+    points: list[RatePoint],
+    on_curve: OnCurve | None,
+    result: MaxRate | None = None,
 ) -> None:
     if not points:
         return
     runs = [{"rate": one.rate, "seed": one.seed, "met": one.met, "summary": one.summary.as_dict()} for one in points]
-    told = {name: value for name, value in asdict(found).items() if name != "points"} if found else {}
+    max_rate = {name: value for name, value in asdict(result).items() if name != "points"} if result else None
+    name = suite_name(suite)
     document = write_document(
-        output / f"{suite}.curve.json", suite, target, settings, {"max_rate": told or None, "runs": runs}
+        output / f"{name}.curve.json", name, target, settings, {"max_rate": max_rate, "runs": runs}
     )
-    curve = [(one.rate, one.summary, one.met) for one in points]
-    write_curve_html(document, curve, output, found.rate if found else None)
-    print_curve(curve)
-    if found:
-        rate = "none" if found.rate is None else f"{found.rate:.4g} requests/s{'' if found.is_found else ' at least'}"
-        print_status(f"highest rate within {', '.join(settings.slos)}: {rate} ({found.ended})")
+    if on_curve is not None:
+        curve = [(one.rate, one.summary, one.met) for one in points]
+        on_curve(document, curve, output, result.rate if result else None)
+    if result:
+        bound = "" if result.is_found else " or more"
+        rate = "none" if result.rate is None else f"{result.rate:.4g} requests/s{bound}"
+        print_status(f"highest rate within {', '.join(settings.slos)}: {rate} ({result.ended})")
 
 
-def _rates(name: str, text: str, most: int | None = None) -> list[float]:
+def _parse_rates(option: str, text: str, most: int | None = None) -> list[float]:
     try:
         rates = [float(part) for part in text.split(",")]
     except ValueError:
         rates = []
     if not rates or min(rates) <= 0 or (most is not None and len(rates) > most):
-        remedy = "write one rate, as 5" if most == 1 else "write rates above 0, as 1,2,4"
-        raise UserError(name, text, "is no rate" if most == 1 else "is no list of rates", remedy)
+        remedy = "write one rate, such as 5" if most == 1 else "write rates above 0, such as 1,2,4"
+        raise UserError(option, text, "is not a rate" if most == 1 else "is not a list of rates", remedy)
     return rates
 
 
-def _value(value: float | None) -> str:
+def _value_text(value: float | None) -> str:
     return "failed requests or no sample" if value is None else f"{value:.4g}"

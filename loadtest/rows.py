@@ -15,7 +15,7 @@ from slimserve.core.errors import UserError
 class Row:
     """What the client saw of one request; times in seconds since the load began."""
 
-    due_s: float
+    scheduled_s: float
     """When the request should have been sent; in closed-loop load, when it was."""
     sent_s: float
     end_s: float
@@ -44,17 +44,17 @@ class Row:
 
     @property
     def e2e_s(self) -> float:
-        return self.end_s - self.due_s
+        return self.end_s - self.scheduled_s
 
     @property
     def ttft_s(self) -> float | None:
         """Seconds until the first token's bytes; None where nothing was streamed."""
-        return self.arrivals[0][0] - self.due_s if self.arrivals else None
+        return self.arrivals[0][0] - self.scheduled_s if self.arrivals else None
 
     @property
     def send_lag_s(self) -> float:
         """How late the client was; beyond a few milliseconds the client is what was measured."""
-        return self.sent_s - self.due_s
+        return self.sent_s - self.scheduled_s
 
     @property
     def tpot_s(self) -> float | None:
@@ -72,12 +72,12 @@ _encoder = msgspec.json.Encoder()
 _decoder = msgspec.json.Decoder(Row)
 
 
-def row_line(row: Row) -> bytes:
+def encode_row(row: Row) -> bytes:
     """The row as one line of JSON."""
     return _encoder.encode(row) + b"\n"
 
 
-def row_of(line: bytes) -> Row:
+def decode_row(line: bytes) -> Row:
     return _decoder.decode(line)
 
 
@@ -85,6 +85,6 @@ def read_rows(file: Path) -> list[Row]:
     """Rows of a file of such lines; a last line without its end, of a run that was killed, is left out."""
     lines = file.read_bytes().split(b"\n")
     try:
-        return [row_of(line) for line in lines[:-1] if line]
+        return [decode_row(line) for line in lines[:-1] if line]
     except msgspec.MsgspecError as error:
         raise UserError("rows", file, f"is not a file of raw rows ({error})", "give a SUITE.rows.jsonl") from error

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -21,13 +21,12 @@ from slimserve.core.openai_client import Target
 from slimserve.core.progress import ProgressCallback, print_status, progress
 from slimserve.core.provenance import provenance
 from slimserve.core.storage import write_atomically
-from slimserve.loadtest.prompts import MIXED, make_prompts, suite_names
-from slimserve.loadtest.rows import Row, read_rows, row_of
-from slimserve.loadtest.server_metrics import ServerWatch, disagreements
+from slimserve.loadtest.prompts import MIXED, make_prompts, suite_name, suite_names
+from slimserve.loadtest.rows import Row, read_rows, decode_row
+from slimserve.loadtest.server_metrics import ServerMonitor, disagreements
 from slimserve.loadtest.settings import LoadSettings, suite_arguments
 from slimserve.loadtest.slo import goodput, parse_objective
 from slimserve.loadtest.summary import ClientCounts, LoadSummary, percentile, summarize
-from slimserve.report.load import write_html
 from slimserve.workloads import is_workload, load_workload, workload_argument
 from slimserve.workloads.interface import Answer, ChatAnswer, Estimate, Prompt
 from slimserve.workloads.metrics import evaluate
@@ -39,6 +38,10 @@ _LOOK_S = 0.5
 _MOST_LAG_S = 0.010
 _MOST_LAG_FRAC = 0.1
 _MOST_CPU_FRAC = 0.9
+
+
+OnResult = Callable[[Mapping[str, Any], Sequence[Row], Path], object]
+"""Called with the result document, the rows and the output folder of a run."""
 
 
 @dataclass(frozen=True)
@@ -66,35 +69,39 @@ def run_suite(
     *,
     cluster: Cluster | None = None,
     calibration: Mapping[str, Any] | None = None,
+    on_result: OnResult | None = None,
 ) -> tuple[LoadSummary, list[Row]]:
-    """Load `target` and return the summary and the raw rows, both also left in `output`.
+    """Load `target` and return the summary and the raw rows, which are also written to `output`.
 
-    Writes `SUITE.rows.jsonl` (one line per request), `SUITE.json` (summary, settings and provenance), `SUITE.html`
-    and Locust's log. An interrupt ends the load; what was measured until then is summed up and written, then the
-    interrupt goes on its way. Raises UserError where the suite or a setting is unknown or Locust fails.
+    Writes `NAME.rows.jsonl` (one line per request), `NAME.json` (summary, settings and provenance) and Locust's log,
+    where NAME is the workload's name, and calls `on_result` with the document, the rows and the folder. An interrupt
+    ends the load; the results so far are summarized and written, then the interrupt is raised again. Raises UserError
+    if the suite or a setting is invalid, or if Locust fails.
     """
     if suite != MIXED and not is_workload(suite):
         raise UserError("suite", suite, "is unknown", f"choose from {', '.join(suite_names())}")
     settings.check()
     make_prompts(suite, settings.suite, 1)  # bad data is rejected before any work
     output.mkdir(parents=True, exist_ok=True)
-    rows_file = output / f"{suite}.rows.jsonl"
-    report_file = output / f".{suite}.client.json"
+    name = suite_name(suite)
+    rows_file = output / f"{name}.rows.jsonl"
+    report_file = output / f".{name}.client.json"
     for file in (rows_file, report_file):
         file.unlink(missing_ok=True)
     arguments = _locust_arguments(suite, target, settings, rows_file, report_file, cluster)
     interruption = _Interruption()
-    with ServerWatch(target) as watch:
+    with ServerMonitor(target) as watch:
         _run_locust(arguments, _title(suite, target, settings), settings, rows_file, interruption)
     rows = read_rows(rows_file) if rows_file.exists() else []
     told = msgspec.json.decode(report_file.read_bytes()) if report_file.exists() else {}
     report_file.unlink(missing_ok=True)
     summary = _summarize(suite, settings, rows, watch, told, interruption.after_s)
     more = {"calibration": dict(calibration)} if calibration else {}
-    document = write_document(output / f"{suite}.json", suite, target, settings, {**more, "summary": summary.as_dict()})
-    write_html(document, rows, output)
+    document = write_document(output / f"{name}.json", name, target, settings, {**more, "summary": summary.as_dict()})
+    if on_result is not None:
+        on_result(document, rows, output)
     if interruption.exits:
-        print_status(f"interrupted; what was measured is in {output}")
+        print_status(f"interrupted; the results so far are in {output}")
         raise interruption.exits[0]
     return summary, rows
 
@@ -102,8 +109,8 @@ def run_suite(
 def write_document(
     file: Path, suite: str, target: Target, settings: LoadSettings, found: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Write what was found, with what was asked and where it comes from, and return it as it would be read back."""
-    asked = {"command": "loadtest", "suite": suite, "target": asdict(target), "settings": asdict(settings)}
+    """Write results with their settings and provenance, and return the document as a reader would get it."""
+    asked = {"command": "loadtest", "suite": suite, "target": asdict(target), "settings": settings.model_dump()}
     text = msgspec.json.encode({**asked, **provenance(), **found})
     write_atomically(file, msgspec.json.format(text, indent=2).decode() + "\n")
     return cast("dict[str, Any]", msgspec.json.decode(text))
@@ -113,7 +120,7 @@ def _summarize(
     suite: str,
     settings: LoadSettings,
     rows: Sequence[Row],
-    watch: ServerWatch,
+    watch: ServerMonitor,
     told: Mapping[str, Any],
     interrupted_after_s: float | None,
 ) -> LoadSummary:
@@ -144,14 +151,14 @@ def _summarize(
 
 def _judge(suite: str, settings: LoadSettings, rows: Sequence[Row], summary: LoadSummary, end_s: float) -> LoadSummary:
     """The summary with what takes more than rows: objectives, quality of the answers, costs; of each kind too."""
-    window = [row for row in rows if settings.warmup_s <= row.due_s < end_s]
+    window = [row for row in rows if settings.warmup_s <= row.scheduled_s < end_s]
     objectives = [parse_objective(text) for text in settings.slos]
     numbers = max((row.prompt for row in rows), default=-1) + 1
     prompts = make_prompts(suite, settings.suite, numbers) if numbers else []
     price_per_s = settings.price_per_hour / 3600 if settings.price_per_hour is not None else None
 
     def judged(part: LoadSummary, of_part: Sequence[Row]) -> LoadSummary:
-        quality, num_correct = _quality(of_part, prompts, settings)
+        quality, num_correct = _quality(of_part, prompts)
         return replace(
             part,
             objectives=[objective.judge(of_part) for objective in objectives],
@@ -169,9 +176,7 @@ def _judge(suite: str, settings: LoadSettings, rows: Sequence[Row], summary: Loa
     return replace(judged(summary, window), by_kind=by_kind)
 
 
-def _quality(
-    rows: Sequence[Row], prompts: Sequence[tuple[str, Prompt]], settings: LoadSettings
-) -> tuple[dict[str, Estimate], int | None]:
+def _quality(rows: Sequence[Row], prompts: Sequence[tuple[str, Prompt]]) -> tuple[dict[str, Estimate], int | None]:
     """The workload's own figures over the good answers of rows of one kind, and how many answers were right."""
     good = [row for row in rows if row.error is None and 0 <= row.prompt < len(prompts)]
     if len({row.kind for row in good}) != 1:
@@ -306,7 +311,7 @@ class _LiveView:
             lines = file.read()
         whole, newline, _ = lines.rpartition(b"\n")
         self._offset += len(whole) + len(newline)
-        new = [row_of(line) for line in whole.split(b"\n") if line]
+        new = [decode_row(line) for line in whole.split(b"\n") if line]
         self._num_requests += len(new)
         self._num_errors += sum(row.error is not None for row in new)
         if new and self._begun is None:

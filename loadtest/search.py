@@ -28,7 +28,7 @@ class Probe:
 
 
 @dataclass(frozen=True)
-class Point:
+class RatePoint:
     """One run of a search, at `rate` requests/s."""
 
     rate: float
@@ -50,7 +50,7 @@ class MaxRate:
     is_found: bool
     """Whether the bracket closed to the tolerance; else `ended` says what stood in the way."""
     ended: str
-    points: tuple[Point, ...]
+    points: tuple[RatePoint, ...]
     """Every run, in the order measured."""
 
 
@@ -83,7 +83,7 @@ def find_max_rate(
             "search", (tolerance, repeats), "cannot end", "give a tolerance above 0 and at least one repeat"
         )
     seeds = itertools.count(first_seed)
-    points: list[Point] = []
+    points: list[RatePoint] = []
     met_rate = missed_rate = None
     rate = start_rate
     try:
@@ -108,12 +108,12 @@ def find_max_rate(
     return MaxRate(rate, met_rate, missed_rate, True, ended, tuple(points))
 
 
-def sweep(measure: Measure, rates: Iterable[float], first_seed: int = 0) -> list[Point]:
+def sweep(measure: Measure, rates: Iterable[float], first_seed: int = 0) -> list[RatePoint]:
     """One run at each rate, in ascending order, each with a seed of its own."""
     points = []
     for seed, rate in enumerate(sorted(rates), first_seed):
         probe = measure(rate, seed)
-        points.append(Point(rate, seed, probe.met, probe.summary))
+        points.append(RatePoint(rate, seed, probe.met, probe.summary))
     return points
 
 
@@ -121,13 +121,13 @@ class _InvalidRunError(Exception):
     """A run measured something else than the server; the message says what."""
 
 
-def _is_met(measure: Measure, rate: float, repeats: int, seeds: Iterator[int], points: list[Point]) -> bool:
+def _is_met(measure: Measure, rate: float, repeats: int, seeds: Iterator[int], points: list[RatePoint]) -> bool:
     """The verdict of most runs at a rate; each is appended to `points`."""
     counts = {True: 0, False: 0}
     while 2 * max(counts.values()) <= repeats and sum(counts.values()) < repeats:
         seed = next(seeds)
         probe = measure(rate, seed)
-        points.append(Point(rate, seed, probe.met, probe.summary))
+        points.append(RatePoint(rate, seed, probe.met, probe.summary))
         if probe.summary.invalid:
             raise _InvalidRunError(f"the run at {rate:.4g}/s was not valid: {'; '.join(probe.summary.invalid)}")
         counts[probe.met] += 1

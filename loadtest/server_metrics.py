@@ -45,7 +45,7 @@ def read_metrics(target: Target) -> Samples:
 
 
 @dataclass
-class ServerWatch:
+class ServerMonitor:
     """Reads /metrics before, during (each second, for the queue) and after a run; `counts` says what came between."""
 
     target: Target
@@ -54,7 +54,7 @@ class ServerWatch:
     _waiting: list[float] = field(default_factory=list)
     _is_over: threading.Event = field(default_factory=threading.Event)
 
-    def __enter__(self) -> ServerWatch:
+    def __enter__(self) -> ServerMonitor:
         self._before = read_metrics(self.target)
         self._thread = threading.Thread(target=self._look, daemon=True)
         if self._before:

@@ -1,73 +1,83 @@
-"""What a load run is asked for: the shape of its traffic and of its requests, checked before anything is sent."""
+"""Settings of a load test: the traffic, the requests, the objectives, and the command line's own options."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
-from dataclasses import dataclass, fields
 from pathlib import Path
 
+from slimserve.core.config import Duration, Settings, setting
 from slimserve.core.errors import UserError
-from slimserve.loadtest.arrivals import Arrival, due_times, parse_rate, read_trace
+from slimserve.loadtest.arrivals import Arrival, parse_rate, read_trace, scheduled_times
 from slimserve.loadtest.slo import parse_objective
 from slimserve.workloads.interface import SizeDistribution
 
-_DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h)?")
-_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+_TRAFFIC, _REQUESTS, _GOALS, _CLUSTER = (
+    "Traffic",
+    "Requests",
+    "Objectives and searches",
+    "Several processes or machines",
+)
 
 
-@dataclass(frozen=True)
-class SuiteOptions:
-    """How a suite makes its requests; sizes are written 16, 8..32 (each as likely) or 8,16,32 (one of these)."""
+class SuiteOptions(Settings):
+    """How a suite makes its requests. Sizes are written 16, 8..32 (uniform) or 8,16,32 (one of these)."""
 
-    endpoint: str = "auto"
-    """How candidates are scored: score, rerank, generative_scoring, completions; auto: the first that is there."""
-    history: str = "24"
-    """Films in a member's history."""
-    candidates: str = "16"
-    """Candidates of a slate."""
-    repeat_visits: float = 0.0
-    """Share of slates whose history an earlier request has sent already."""
-    max_tokens: str = "160"
-    """Most tokens of an answer."""
-    exact_tokens: bool = False
-    """Whether answers go on past their end until max_tokens (vLLM's ignore_eos)."""
-    share: float = 0.5
-    """Of mixed traffic, the share of recommendation requests."""
-    prompt_seed: int = 0
-    """Of the order of prompts, and of all that is drawn for them."""
-    first_prompt: int = 0
-    """Where in that order a run begins, so that it asks others than an earlier one."""
-    data: str = ""
-    """chat: a JSONL file with `messages` or `prompt` per line; recommendation: a folder of atomic files."""
+    endpoint: str = setting(
+        "auto",
+        "Scoring endpoint: score, rerank, generative_scoring, completions, or auto for the first that the server has.",
+        panel=_REQUESTS,
+    )
+    history: str = setting("24", "Number of items in a user's history: 24, 8..32 or 8,16,32.", panel=_REQUESTS)
+    candidates: str = setting("16", "Number of candidate items per request: 16, 8..32 or 8,16,32.", panel=_REQUESTS)
+    repeat_visits: float = setting(
+        0.0, "Fraction of requests that repeat a history of an earlier request.", panel=_REQUESTS, ge=0, lt=1
+    )
+    max_tokens: str = setting("160", "Maximum tokens of an answer: 160, 64..256 or 64,256.", panel=_REQUESTS)
+    exact_tokens: bool = setting(
+        False, "Continue every answer up to --max-tokens (vLLM's ignore_eos).", panel=_REQUESTS
+    )
+    share: float = setting(0.5, "Fraction of scoring requests in the mixed suite.", panel=_REQUESTS, gt=0, lt=1)
+    prompt_seed: int = setting(0, "Random seed for the order of prompts.", panel=_REQUESTS)
+    first_prompt: int = setting(
+        0, "Number of the first prompt; a later start avoids prompts of an earlier run.", panel=_REQUESTS, ge=0
+    )
+    data: str = setting("", "JSONL file of conversations, or a folder of atomic files with ratings.", panel=_REQUESTS)
 
 
-@dataclass(frozen=True)
-class LoadSettings:
-    """One run: open loop where `rate` or `trace` says when requests are due, else `users` that wait for answers."""
+class LoadSettings(Settings):
+    """One load run: an open loop if `rate` or `trace` is given, else a closed loop of `users`."""
 
-    rate: str = ""
-    """Requests/s over time: 5, 1..20 (rising evenly) or 5@0,20@30,5@40 (from these seconds on)."""
-    arrival: Arrival = "poisson"
-    burstiness: float = 1.0
-    """Variance of gamma gaps over that of Poisson arrivals."""
-    trace: str = ""
-    """File of timestamps to replay; `duration_s` cuts it."""
-    users: int = 4
-    duration_s: float = 60.0
-    """Length of the measured window, after the warm-up."""
-    warmup_s: float = 5.0
-    cooldown_s: float = 2.0
-    """How long the traffic goes on after the window, so that its last requests meet the same load as its first."""
-    timeout_s: float = 300.0
-    """Longest wait for an answer, from when it was sent."""
-    seed: int = 0
-    """Of arrivals."""
-    processes: int = 1
-    """Locust workers that share the load."""
-    slos: tuple[str, ...] = ()
-    price_per_hour: float | None = None
-    """Of the server, in any currency."""
+    rate: str = setting(
+        "",
+        "Open-loop request rate in requests/s: 5, 1..20 (linear ramp) or 5@0,20@30 (steps at these seconds).",
+        panel=_TRAFFIC,
+    )
+    arrival: Arrival = setting("poisson", "Distribution of the times between open-loop requests.", panel=_TRAFFIC)
+    burstiness: float = setting(1.0, "Variance of gamma arrivals relative to Poisson arrivals.", panel=_TRAFFIC)
+    trace: str = setting("", "File of timestamps to replay as an open loop.", panel=_TRAFFIC, metavar="FILE")
+    users: int = setting(
+        4, "Number of closed-loop users; each sends a request when its last one is answered.", panel=_TRAFFIC, ge=1
+    )
+    duration_s: Duration = setting(60.0, "Length of the measured window.", option="--duration", panel=_TRAFFIC, gt=0)
+    warmup_s: Duration = setting(5.0, "Length of the load before the window.", option="--warmup", panel=_TRAFFIC, ge=0)
+    cooldown_s: Duration = setting(
+        2.0, "Length of the load after the window.", option="--cooldown", panel=_TRAFFIC, ge=0
+    )
+    timeout_s: Duration = setting(
+        300.0, "Longest wait for an answer, from when its request is sent.", option="--timeout", panel=_TRAFFIC, gt=0
+    )
+    seed: int = setting(0, "Random seed for arrival times.", panel=_TRAFFIC)
+    processes: int = setting(1, "Number of Locust worker processes that share the load.", panel=_CLUSTER, ge=1)
+    slos: tuple[str, ...] = setting(
+        (),
+        "Objective such as ttft_p99=500ms, itl_p95=50ms, tpot_mean=40ms, e2e_p50=2s, answer_p90=1s or errors=1%; may be "
+        "repeated. A missed objective ends with exit code 1.",
+        option="--slo",
+        panel=_GOALS,
+        metavar="OBJECTIVE",
+    )
+    price_per_hour: float | None = setting(
+        None, "Price of the server per hour, to report the cost per token, item and answer.", panel=_GOALS, ge=0
+    )
     suite: SuiteOptions = SuiteOptions()
 
     @property
@@ -76,50 +86,56 @@ class LoadSettings:
 
     @property
     def total_s(self) -> float:
+        """Seconds of load: warm-up, measured window and cool-down."""
         return self.warmup_s + self.duration_s + self.cooldown_s
 
     def check(self) -> None:
-        """Raise UserError for the first setting that makes no load."""
+        """Raise UserError for the first setting that does not describe a load."""
         if self.rate and self.trace:
-            raise UserError("--trace", self.trace, "says when requests are due, and so does --rate", "give one of them")
-        bounds: list[tuple[str, float, Callable[[float], bool], str]] = [
-            ("--users", self.users, lambda value: value >= 1, "give at least 1"),
-            ("--processes", self.processes, lambda value: value >= 1, "give at least 1"),
-            ("--duration", self.duration_s, lambda value: value > 0, "give seconds above 0"),
-            ("--warmup", self.warmup_s, lambda value: value >= 0, "give 0 or more seconds"),
-            ("--cooldown", self.cooldown_s, lambda value: value >= 0, "give 0 or more seconds"),
-            ("--timeout", self.timeout_s, lambda value: value > 0, "give seconds above 0"),
-            ("--repeat-visits", self.suite.repeat_visits, lambda value: 0 <= value < 1, "give a share from 0 to 0.99"),
-            ("--first-prompt", self.suite.first_prompt, lambda value: value >= 0, "give 0 or more"),
-            ("--share", self.suite.share, lambda value: 0 < value < 1, "give a share between 0 and 1"),
-            ("--price-per-hour", self.price_per_hour or 0.0, lambda value: value >= 0, "give 0 or more"),
-        ]
-        for name, number, holds, remedy in bounds:
-            if not holds(number):
-                raise UserError(name, number, "makes no load", remedy)
+            raise UserError("--trace", self.trace, "conflicts with --rate", "give only one of them")
         for text in self.slos:
             parse_objective(text)
-        for name, size in (("--history", self.suite.history), ("--candidates", self.suite.candidates)):
-            SizeDistribution(name, size)
-        SizeDistribution("--max-tokens", self.suite.max_tokens)
+        for option, size in (
+            ("--history", self.suite.history),
+            ("--candidates", self.suite.candidates),
+            ("--max-tokens", self.suite.max_tokens),
+        ):
+            SizeDistribution(option, size)
         if self.is_open_loop:
-            self.due_s()
+            self.scheduled_s()
 
-    def due_s(self) -> list[float]:
-        """When each request of an open loop is due, in seconds from the start."""
+    def scheduled_s(self) -> list[float]:
+        """Return the scheduled time of each open-loop request in seconds from the start."""
         if self.trace:
             return read_trace(Path(self.trace), self.total_s)
-        return due_times(parse_rate(self.rate, self.total_s), self.arrival, self.burstiness, self.seed)
+        return scheduled_times(parse_rate(self.rate, self.total_s), self.arrival, self.burstiness, self.seed)
 
 
-def parse_duration(name: str, text: str) -> float:
-    """Seconds of `90`, `90s`, `1.5m`, `500ms` or `1h`."""
-    match = _DURATION.fullmatch(text.strip())
-    if match is None:
-        raise UserError(name, text, "is no length of time", "write 90, 90s, 1.5m or 500ms")
-    return float(match[1]) * _SECONDS[match[2] or "s"]
+class LoadtestOptions(Settings):
+    """Options of `slimserve loadtest`."""
+
+    url: str = setting(..., "Address of the server, such as http://127.0.0.1:8000.")
+    model: str | None = setting(None, "Model name on the server (default: its only model).")
+    output: Path | None = setting(
+        None,
+        "Folder for the report, metrics and raw rows (default: a new folder in results/).",
+        option=("-o", "--output"),
+    )
+    load: LoadSettings = LoadSettings()
+    find_max_rate: bool = setting(False, "Search for the highest rate that meets every --slo.", panel=_GOALS)
+    sweep: str = setting(
+        "", "Run once at each of these rates and plot their curve.", panel=_GOALS, metavar="RATE,RATE,…"
+    )
+    calibrate: bool = setting(
+        False, "First measure this client's own error against a mock server of known latency.", panel=_GOALS
+    )
+    master: int = setting(
+        0, "Be the Locust master of N workers that are started elsewhere.", panel=_CLUSTER, metavar="N"
+    )
+    master_host: str = setting("127.0.0.1", "Address where the master listens for workers.", panel=_CLUSTER)
+    master_port: int = setting(5557, "Port where the master listens for workers.", panel=_CLUSTER)
 
 
 def suite_arguments(options: SuiteOptions) -> list[str]:
-    """The options as arguments of a locustfile."""
-    return [f"--{field.name.replace('_', '-')}={getattr(options, field.name)}" for field in fields(options)]
+    """Return the options as command-line arguments of a locustfile."""
+    return [f"--{name.replace('_', '-')}={value}" for name, value in options]

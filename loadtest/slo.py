@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 from slimserve.core.errors import UserError
 from slimserve.loadtest.rows import Row
-from slimserve.loadtest.summary import ObjectiveOutcome, percentile
+from slimserve.loadtest.summary import ObjectiveResult, percentile
 
 Metric = Literal["ttft", "itl", "tpot", "e2e", "answer"]
 _OBJECTIVE = re.compile(r"([a-z0-9]+)_(p\d{1,2}(?:\.\d+)?|mean)\s*(?:<=|=|≤)\s*(\d+(?:\.\d+)?)(ms|s)")
@@ -38,10 +38,10 @@ class Objective:
         value = sum(samples) / len(samples) if self.frac is None else percentile(sorted(samples), self.frac)
         return value if math.isfinite(value) else None
 
-    def judge(self, rows: Sequence[Row]) -> ObjectiveOutcome:
+    def judge(self, rows: Sequence[Row]) -> ObjectiveResult:
         """Whether these rows keep the bound; where there is no sample, nothing is met."""
         value = self.value_of(rows)
-        return ObjectiveOutcome(self.text, value, self.limit, value is not None and value <= self.limit)
+        return ObjectiveResult(self.text, value, self.limit, value is not None and value <= self.limit)
 
     def is_met_by(self, row: Row) -> bool:
         """Whether one request keeps the bound: each of its samples for latencies, being answered for errors."""
@@ -76,7 +76,7 @@ def samples_of(row: Row, metric: Metric) -> list[float]:
         return list(row.inter_token_gaps_s())
     if metric == "answer":
         if row.first_answer_s is not None:
-            return [row.first_answer_s - row.due_s]
+            return [row.first_answer_s - row.scheduled_s]
         return [math.inf] if row.arrivals else []
     value = row.ttft_s if metric == "ttft" else row.tpot_s
     return [] if value is None else [value]

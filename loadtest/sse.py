@@ -61,7 +61,7 @@ class Chunk(NamedTuple):
 
 
 @dataclass
-class Streamed:
+class StreamedReply:
     """One streamed answer."""
 
     chunks: list[Chunk] = field(default_factory=list)
@@ -81,13 +81,13 @@ class Streamed:
     """Kind of failure; what came before it is kept."""
 
 
-def read_stream(pieces: Iterable[tuple[float, bytes]]) -> Streamed:
+def read_stream(pieces: Iterable[tuple[float, bytes]]) -> StreamedReply:
     """The tokens of a streamed completion or chat.
 
     Its `error` is one of: stream ended early (no [DONE]), half an event at the end, empty answer, error in stream,
     broken json, invalid utf-8, broken event stream.
     """
-    answer = Streamed()
+    answer = StreamedReply()
     said: list[tuple[float, str]] = []
     thoughts: list[str] = []
     try:
@@ -132,7 +132,7 @@ def events(pieces: Iterable[tuple[float, bytes]]) -> Iterator[tuple[float, bytes
 
 
 def _read_events(
-    pieces: Iterable[tuple[float, bytes]], answer: Streamed, said: list[tuple[float, str]], thoughts: list[str]
+    pieces: Iterable[tuple[float, bytes]], answer: StreamedReply, said: list[tuple[float, str]], thoughts: list[str]
 ) -> None:
     """Fill in what the events up to [DONE] say, which must come."""
     num_counted = 0
@@ -191,7 +191,7 @@ def _is_not_utf8(data: bytes) -> bool:
     return False
 
 
-def _first_answer_s(answer: Streamed, said: list[tuple[float, str]]) -> float | None:
+def _first_answer_s(answer: StreamedReply, said: list[tuple[float, str]]) -> float | None:
     """The verifier takes what follows the last closing tag for the answer, so this does too."""
     tag_at = answer.text.rfind(_THINK_END)
     if tag_at < 0 and not answer.reasoning:

@@ -33,7 +33,7 @@ class Percentiles:
 
 
 @dataclass(frozen=True)
-class ObjectiveOutcome:
+class ObjectiveResult:
     """What an objective asked for and what was measured, in seconds or as a share."""
 
     text: str
@@ -93,7 +93,7 @@ class LoadSummary:
     requests_per_s: float
     """Good answers completed in the window, over its length."""
     output_tokens_per_s: float
-    """Streamed tokens that arrived in the window, over its length."""
+    """StreamedReply tokens that arrived in the window, over its length."""
     items_per_s: float
     prompt_tokens_mean: float | None
     output_tokens_mean: float | None
@@ -102,7 +102,7 @@ class LoadSummary:
     finish_reasons: dict[str, int]
     num_repeats: int
     """Requests of the whole run whose prompt an earlier one had asked already, repeat visits left out."""
-    objectives: list[ObjectiveOutcome] = field(default_factory=list)
+    objectives: list[ObjectiveResult] = field(default_factory=list)
     goodput_per_s: float | None = None
     """Requests per second that kept every objective; None where there is none."""
     quality: dict[str, Estimate] = field(default_factory=dict)
@@ -136,7 +136,7 @@ def summarize(rows: Sequence[Row], begin_s: float, end_s: float) -> LoadSummary:
     Latency is that of requests due in the window, however late they ended; throughput is
     what arrived in it, whenever it was asked for.
     """
-    due = [row for row in rows if begin_s <= row.due_s < end_s]
+    due = [row for row in rows if begin_s <= row.scheduled_s < end_s]
     good = [row for row in due if row.error is None]
     ended = [row for row in rows if row.error is None and begin_s <= row.end_s < end_s]
     arrived = sum(count for row in rows for at, count in row.arrivals if begin_s <= at < end_s)
@@ -152,7 +152,7 @@ def summarize(rows: Sequence[Row], begin_s: float, end_s: float) -> LoadSummary:
         ttft_s=percentiles(_known(row.ttft_s for row in good)),
         itl_s=percentiles([gap for row in good for gap in row.inter_token_gaps_s()]),
         tpot_s=percentiles(_known(row.tpot_s for row in good)),
-        answer_s=percentiles([row.first_answer_s - row.due_s for row in good if row.first_answer_s is not None]),
+        answer_s=percentiles([row.first_answer_s - row.scheduled_s for row in good if row.first_answer_s is not None]),
         offered_per_s=len(due) / window_s,
         requests_per_s=len(ended) / window_s,
         output_tokens_per_s=arrived / window_s,
@@ -162,7 +162,7 @@ def summarize(rows: Sequence[Row], begin_s: float, end_s: float) -> LoadSummary:
         cached_frac=sum(row.cached_tokens or 0 for row in told) / asked if asked else None,
         finish_reasons=dict(Counter(row.finish_reason for row in good if row.finish_reason)),
         num_repeats=len(rows) - len({(row.kind, row.prompt) for row in rows}) if rows and rows[0].prompt >= 0 else 0,
-        warnings=[drift] if (drift := drift_of(good)) else [],
+        warnings=[drift] if (drift := steady_state_warning(good)) else [],
         client=ClientCounts(send_lag=percentiles([row.send_lag_s for row in due])),
         by_kind={kind: summarize([row for row in rows if row.kind == kind], begin_s, end_s) for kind in kinds}
         if len(kinds) > 1
@@ -170,12 +170,12 @@ def summarize(rows: Sequence[Row], begin_s: float, end_s: float) -> LoadSummary:
     )
 
 
-def drift_of(rows: Sequence[Row]) -> str | None:
+def steady_state_warning(rows: Sequence[Row]) -> str | None:
     """What speaks against a steady state: a latency that differs between the first and the last third of the window.
 
     Both a test (Mann-Whitney, 1%) and a size (medians more than a fifth apart) must say so.
     """
-    ordered = sorted(rows, key=lambda row: row.due_s)
+    ordered = sorted(rows, key=lambda row: row.scheduled_s)
     third = len(ordered) // 3
     if third < _FEWEST_FOR_STEADY:
         return None

@@ -22,7 +22,7 @@ class _Itimerspec(ctypes.Structure):
     _fields_ = (("it_interval", _Timespec), ("it_value", _Timespec))
 
 
-class Alarm:
+class Timer:
     """A kernel timer (timerfd) of one greenlet; where the system has none, gevent's."""
 
     def __init__(self) -> None:

@@ -13,9 +13,8 @@ import itertools
 import logging
 import time
 from collections.abc import Iterator
-from dataclasses import fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import gevent
 import msgspec
@@ -27,12 +26,14 @@ from locust.runners import MasterRunner, WorkerRunner
 
 from slimserve.core.errors import UserError
 from slimserve.core.openai_client import auth_headers
-from slimserve.loadtest.client import Client, Request
+from slimserve.loadtest.client import ModelClient, PreparedRequest
 from slimserve.loadtest.prompts import MAX_PROMPTS, make_prompts
-from slimserve.loadtest.rows import Row, row_line
+from slimserve.loadtest.rows import Row, encode_row
 from slimserve.loadtest.settings import LoadSettings, SuiteOptions
-from slimserve.loadtest.timer import Alarm
+from slimserve.loadtest.timer import Timer
 
+_TRAFFIC_FIELDS = ("rate", "arrival", "burstiness", "trace", "timeout_s", "seed")
+"""Fields of `LoadSettings` that are options of the locustfiles as well."""
 _PAUSE_AFTER_FAILURE_S = 0.5
 """A server that refuses at once must not turn a closed loop into a busy loop."""
 _HAND_OVER_S = 0.5
@@ -54,7 +55,7 @@ class SuiteUser(User):
     @task
     def take_part(self) -> None:
         """Ask one request after the other in a closed loop; in an open loop requests need no user."""
-        run: LoadRun = self.environment.slimserve_run
+        run: TrafficRun = self.environment.slimserve_run
         run.begun.wait()
         if run.is_open_loop or run.is_over:
             gevent.sleep(1)
@@ -62,7 +63,7 @@ class SuiteUser(User):
             run.ask_next()
 
 
-class LoadRun:
+class TrafficRun:
     """One run's traffic in this process."""
 
     def __init__(self, environment: Environment) -> None:
@@ -75,8 +76,8 @@ class LoadRun:
         self._suite: str = options.suite
         self._seconds: float = options.load_seconds
         self._settings = settings_of(options)
-        self._client: Client
-        self._requests: Iterator[Request]
+        self._client: ModelClient
+        self._requests: Iterator[PreparedRequest]
         self._due_s: list[float] = []
         self._epoch = 0.0
         self._cpu_begin_s = 0.0
@@ -89,11 +90,11 @@ class LoadRun:
             raise UserError(
                 "--load-seconds", "", "is missing", "say how long the open loop lasts, as --load-seconds 60"
             )
-        self._client = Client(
+        self._client = ModelClient(
             str(self._environment.host), options.model, auth_headers(), settings.timeout_s, settings.suite.endpoint
         )
         if self.is_open_loop:
-            self._due_s = settings.due_s()
+            self._due_s = settings.scheduled_s()
         count = min(len(self._due_s), MAX_PROMPTS) if self.is_open_loop else MAX_PROMPTS
         # In a thread: a worker that does not answer for three seconds is lost to Locust's master.
         prompts = gevent.get_hub().threadpool.spawn(make_prompts, self._suite, settings.suite, count).get()
@@ -122,19 +123,19 @@ class LoadRun:
         """CPU seconds per second of this process since the load began."""
         return (time.process_time() - self._cpu_begin_s) / max(time.perf_counter() - self._epoch, 1e-3)
 
-    def _lead(self, due_s: list[float]) -> None:
+    def _lead(self, scheduled_s: list[float]) -> None:
         """Let the load begin, keep its schedule, end it, and wait for what is still under way."""
-        alarm = Alarm()
-        alarm.wait_until(self._epoch)
+        timer = Timer()
+        timer.wait_until(self._epoch)
         self.begun.set()
-        for at_s in due_s:
-            alarm.wait_until(self._epoch + at_s)
+        for at_s in scheduled_s:
+            timer.wait_until(self._epoch + at_s)
             if self.is_over:
                 break
             gevent.spawn(self._ask, next(self._requests), at_s)
         if self._seconds:
-            alarm.wait_until(self._epoch + self._seconds)
-        alarm.close()
+            timer.wait_until(self._epoch + self._seconds)
+        timer.close()
         if not self._seconds and not self.is_open_loop:
             return
         self.is_over = True
@@ -144,10 +145,10 @@ class LoadRun:
             gevent.sleep(0.02)
         self._environment.slimserve_sink.end(cpu_frac)
 
-    def _ask(self, request: Request, due_s: float) -> Row:
+    def _ask(self, request: PreparedRequest, scheduled_s: float) -> Row:
         self.num_running += 1
         try:
-            row = self._client.send(request, due_s, self._epoch)
+            row = self._client.send(request, scheduled_s, self._epoch)
         finally:
             self.num_running -= 1
         self._environment.slimserve_sink.keep(row)
@@ -189,7 +190,7 @@ class RowFile:
         self._left = num_workers
 
     def keep(self, row: Row) -> None:
-        self.keep_lines(row_line(row))
+        self.keep_lines(encode_row(row))
 
     def keep_lines(self, lines: bytes) -> None:
         if self._file:
@@ -223,7 +224,7 @@ class RowSender:
         gevent.spawn(self._hand_over)
 
     def keep(self, row: Row) -> None:
-        self._lines.append(row_line(row))
+        self._lines.append(encode_row(row))
 
     def end(self, cpu_frac: float) -> None:
         self._flush()
@@ -242,7 +243,7 @@ class RowSender:
 
 def settings_of(options: Any) -> LoadSettings:
     """The settings as Locust's parsed options hold them."""
-    suite = SuiteOptions(**{field.name: getattr(options, field.name) for field in fields(SuiteOptions)})
+    suite = SuiteOptions(**{name: getattr(options, name) for name in SuiteOptions.model_fields})
     return LoadSettings(
         rate=options.rate,
         arrival=options.arrival,
@@ -268,16 +269,11 @@ def register(user: type[SuiteUser]) -> None:
         add("--rows", default="", help="write one JSON line per request to this file")
         add("--client-report", default="", help="write what the client says of itself to this file")
         add("--load-seconds", type=float, default=0.0, help="length of the load; an open loop needs it")
-        add("--rate", default="", help="open loop: requests/s, as 5, 1..20 or 5@0,20@30")
-        add("--arrival", default="poisson", choices=["constant", "poisson", "gamma"], help="gaps between requests")
-        add("--burstiness", type=float, default=1.0, help="variance of gamma gaps over that of Poisson arrivals")
-        add("--trace", default="", help="file of timestamps to replay")
-        add("--timeout", type=float, default=300.0, help="longest wait for an answer, seconds")
-        add("--seed", type=int, default=0, help="of arrivals")
-        types = get_type_hints(SuiteOptions)
-        for field in fields(SuiteOptions):
-            kind = _flag if types[field.name] is bool else types[field.name]
-            add(f"--{field.name.replace('_', '-')}", type=kind, default=field.default, help="see loadtest/settings.py")
+        shared = {name: LoadSettings.model_fields[name] for name in _TRAFFIC_FIELDS}
+        for name, field in {**shared, **SuiteOptions.model_fields}.items():
+            kind = _flag if isinstance(field.default, bool) else type(field.default)
+            flag = f"--{name.removesuffix('_s').replace('_', '-')}"
+            add(flag, type=kind, default=field.default, help=(field.description or "").replace("%", "%%"))
 
     @events.init.add_listener
     def _meet(environment: Environment, runner: Any, **_: object) -> None:
@@ -297,7 +293,7 @@ def register(user: type[SuiteUser]) -> None:
             environment.slimserve_ready, environment.slimserve_ended = set(), set()
             gevent.spawn(_lead_workers, environment)
             return
-        run = environment.slimserve_run = LoadRun(environment)
+        run = environment.slimserve_run = TrafficRun(environment)
         if isinstance(runner, WorkerRunner):
             gevent.spawn(_prepare_worker, runner, run)
         else:
@@ -316,7 +312,7 @@ def _flag(text: str) -> bool:
     return text.lower() in {"1", "true", "yes"}
 
 
-def _is_prepared(run: LoadRun, environment: Environment) -> bool:
+def _is_prepared(run: TrafficRun, environment: Environment) -> bool:
     """Whether the run has its requests; where an option stands in the way, says so and ends this process."""
     try:
         run.prepare()
@@ -328,7 +324,7 @@ def _is_prepared(run: LoadRun, environment: Environment) -> bool:
     return True
 
 
-def _prepare_worker(runner: WorkerRunner, run: LoadRun) -> None:
+def _prepare_worker(runner: WorkerRunner, run: TrafficRun) -> None:
     if _is_prepared(run, runner.environment):
         runner.send_message("slimserve_ready")
 

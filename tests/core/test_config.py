@@ -7,7 +7,17 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from slimserve.core.config import Duration, Fraction, Settings, load_toml, set_value, setting, takes_settings, validated
+from slimserve.core.config import (
+    Duration,
+    Fraction,
+    Settings,
+    load_toml,
+    parse_duration,
+    set_value,
+    setting,
+    takes_settings,
+    validated,
+)
 from slimserve.core.errors import UserError
 
 
@@ -72,6 +82,17 @@ def test_only_given_options_are_passed_on_to_be_merged_over_a_file() -> None:
 def test_a_bad_value_names_its_option(arguments: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         run(*arguments.split())
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90", 90), ("1.5m", 90), ("500ms", 0.5), ("1h", 3600), ("2s", 2)])
+def test_durations_have_units(text: str, seconds: float) -> None:
+    assert parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "s", "-1", "1 day", "1e3"])
+def test_text_that_is_not_a_duration_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="not a duration"):
+        parse_duration(text)
 
 
 def test_the_help_shows_defaults_in_the_users_units_and_hides_internal_fields() -> None:

@@ -47,7 +47,7 @@ def test_the_hash_follows_the_content_not_the_place(copied: Path, smollm2: Path)
         ("no-such-model", "model: 'no-such-model' does not exist; give a Hugging Face directory"),
         ("/no/such/dir", "does not exist"),
         ("no-such.gguf", "is not a file"),
-        ("nobody/no-such-model", "neither a local directory nor to be had from the Hugging Face hub"),
+        ("nobody/no-such-model", "neither a local directory nor available from the Hugging Face hub"),
     ],
 )
 def test_a_name_for_nothing_is_refused(argument: str, message: str) -> None:

@@ -9,7 +9,7 @@ def test_a_bench_line_is_one_json_object_with_spread_and_origin() -> None:
     document = json.loads(line)
     assert "\n" not in line
     assert document["bench"] == "launch"
-    assert document["figures"] == {"prefill_ratio": {"median": 2.0, "min": 1.0, "max": 4.0, "n": 3}}
+    assert document["metrics"] == {"prefill_ratio": {"median": 2.0, "min": 1.0, "max": 4.0, "n": 3}}
     assert document["hardware"]["cores"] == list(probe_hardware().cores)
     assert document["versions"] == versions()
     assert document["commit"]

@@ -20,7 +20,7 @@ MACHINE = Roofline(bandwidth=1e9, bf16_flops=2e12, int8_flops=6e12, source="meas
     ("gpu", "bandwidth"),
     [("NVIDIA H200, 143771 MiB", 4.8e12), ("NVIDIA H100 PCIe, 81559 MiB", 2.0e12), ("NVIDIA L4, 23034 MiB", 0.3e12)],
 )
-def test_a_known_gpu_has_its_datasheets_figures(gpu: str, bandwidth: float) -> None:
+def test_a_known_gpu_has_its_datasheet_values(gpu: str, bandwidth: float) -> None:
     machine = load_roofline(Hardware("cpu", (0,), 1.0, (), (gpu,)))
     assert machine is not None
     assert (machine.bandwidth, machine.source) == (bandwidth, "datasheet")

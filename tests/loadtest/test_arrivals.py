@@ -5,18 +5,20 @@ from pathlib import Path
 import pytest
 
 from slimserve.core.errors import UserError
-from slimserve.loadtest.arrivals import Segment, due_times, parse_rate, read_trace
+from slimserve.loadtest.arrivals import Segment, parse_rate, read_trace, scheduled_times
 
 
 def test_constant_arrivals_are_evenly_spaced_from_the_start() -> None:
-    assert due_times(parse_rate("4", 2.0), "constant") == pytest.approx([0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75])
+    assert scheduled_times(parse_rate("4", 2.0), "constant") == pytest.approx(
+        [0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75]
+    )
 
 
 @pytest.mark.parametrize(
     ("arrival", "burstiness", "cv2"), [("poisson", 1.0, 1.0), ("gamma", 4.0, 4.0), ("gamma", 0.25, 0.25)]
 )
 def test_gaps_have_the_mean_and_the_variance_that_were_asked_for(arrival: str, burstiness: float, cv2: float) -> None:
-    due = due_times(parse_rate("50", 2000.0), arrival, burstiness, seed=3)  # type: ignore[arg-type]
+    due = scheduled_times(parse_rate("50", 2000.0), arrival, burstiness, seed=3)  # type: ignore[arg-type]
     gaps = [after - before for before, after in pairwise(due)]
     assert statistics.mean(gaps) == pytest.approx(0.02, rel=0.03)
     assert statistics.variance(gaps) / statistics.mean(gaps) ** 2 == pytest.approx(cv2, rel=0.06)
@@ -25,7 +27,7 @@ def test_gaps_have_the_mean_and_the_variance_that_were_asked_for(arrival: str, b
 @pytest.mark.parametrize("text", ["1..9", "9..1", "2@0,10@3,4@7", "0@0,5@5"])
 def test_as_many_are_due_by_any_time_as_the_rate_adds_up_to(text: str) -> None:
     segments = parse_rate(text, 10.0)
-    due = due_times(segments, "constant")
+    due = scheduled_times(segments, "constant")
 
     def expected(at_s: float, steps: int = 20000) -> float:  # by brute force
         width = at_s / steps
@@ -47,7 +49,7 @@ def rate(segments: list[Segment], at_s: float) -> float:
 
 def test_the_seed_decides() -> None:
     segments = parse_rate("5", 20)
-    assert due_times(segments, seed=1) == due_times(segments, seed=1) != due_times(segments, seed=2)
+    assert scheduled_times(segments, seed=1) == scheduled_times(segments, seed=1) != scheduled_times(segments, seed=2)
 
 
 @pytest.mark.parametrize("text", ["", "x", "-1", "5..", "5@1", "5@0,6@0", "5@0,6@9,7@3", "0", "1e3", "nan"])

@@ -2,17 +2,17 @@ import pytest
 
 from slimserve.core.errors import UserError
 from slimserve.loadtest.calibrate import calibrate, compare
-from slimserve.loadtest.mock_server import Schedule
+from slimserve.loadtest.mock_server import MockSchedule
 from slimserve.loadtest.rows import Row
 
-SCHEDULE = Schedule(ttft_s=0.1, gap_s=0.02, num_tokens=3)
+SCHEDULE = MockSchedule(ttft_s=0.1, gap_s=0.02, num_tokens=3)
 
 
 def row(ttft_s: float, gaps_s: tuple[float, ...], end_s: float) -> Row:
     times = [ttft_s]
     for gap_s in gaps_s:
         times.append(times[-1] + gap_s)
-    return Row(due_s=0.0, sent_s=0.0, end_s=end_s, arrivals=tuple((at_s, 1) for at_s in times))
+    return Row(scheduled_s=0.0, sent_s=0.0, end_s=end_s, arrivals=tuple((at_s, 1) for at_s in times))
 
 
 def test_each_sample_is_compared_with_its_own_moment_of_the_schedule() -> None:

@@ -4,9 +4,9 @@ from typing import cast
 import pytest
 
 from slimserve.core.errors import UserError
-from slimserve.loadtest.client import Client
+from slimserve.loadtest.client import ModelClient
 from slimserve.loadtest.rows import Row
-from slimserve.loadtest.timer import Alarm
+from slimserve.loadtest.timer import Timer
 from slimserve.workloads.interface import ChatPrompt, Prompt, ScoringPrompt
 from tests.fake_server import CHUNKS, GAP_S, SCORE_S, TTFT_S
 
@@ -17,7 +17,7 @@ _SLATE = ScoringPrompt("history", ("a", "b"), (" yes", " no"), (True, False), 0)
 
 
 def ask(url: str, model: str, prompt: Prompt, endpoint: str = "auto", count: int = 1) -> list[Row]:
-    client = Client(url, model, {}, 20.0, endpoint)
+    client = ModelClient(url, model, {}, 20.0, endpoint)
     kind = "recommendation" if isinstance(prompt, ScoringPrompt) else "reasoning"
     client.prepare([kind])
     request = client.make_request(3, kind, prompt, exact_tokens=False)
@@ -76,7 +76,7 @@ def test_an_endpoint_that_nobody_knows_is_refused(fake_url: str) -> None:
 
 
 def test_an_alarm_goes_off_in_time_and_never_early() -> None:
-    alarm = Alarm()
+    alarm = Timer()
     late_s = []
     for delay_s in (0.0005, 0.003, 0.0101, 0.0, -1.0):
         at_s = time.perf_counter() + delay_s
@@ -88,7 +88,7 @@ def test_an_alarm_goes_off_in_time_and_never_early() -> None:
 
 
 def test_the_chat_prompt_is_sent_whole(fake_url: str) -> None:
-    client = Client(fake_url, "good", {}, 20.0, "auto")
+    client = ModelClient(fake_url, "good", {}, 20.0, "auto")
     request = client.make_request(0, "chat", cast("Prompt", _CHAT), exact_tokens=True)
     assert b'"ignore_eos":true' in request.body
     assert b'"max_tokens":20' in request.body

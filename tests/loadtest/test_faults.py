@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from tests.loadtest.test_wire import faulty_server
+from tests.loadtest.test_http_client import faulty_server
 
 from slimserve.core.openai_client import Target
 from slimserve.loadtest.rows import read_rows

@@ -13,7 +13,7 @@ from socket import AF_INET, SOCK_STREAM, create_server, socket
 import gevent
 import pytest
 
-from slimserve.loadtest.http_client import Exchange, Wire
+from slimserve.loadtest.http_client import Exchange, HttpClient
 from slimserve.loadtest.sse import read_stream
 from slimserve.serve.launch.process import free_port
 from tests.loadtest.faulty_server import ANSWERS, TOKENS, chunk
@@ -74,7 +74,7 @@ def read_request(connection: socket) -> bytes:
 
 
 def ask(url: str, model: str, timeout_s: float = 0.5) -> Exchange:
-    return Wire(url, {}, timeout_s).post("/v1/chat/completions", json.dumps({"model": model}).encode())
+    return HttpClient(url, {}, timeout_s).post("/v1/chat/completions", json.dumps({"model": model}).encode())
 
 
 @pytest.mark.parametrize("model", ANSWERS)
@@ -94,7 +94,7 @@ def test_a_timeout_takes_as_long_as_it_says(faulty_url: str) -> None:
 
 
 def test_one_stream_does_not_wait_for_another(faulty_url: str) -> None:
-    wire = Wire(faulty_url, {}, 0.5)
+    wire = HttpClient(faulty_url, {}, 0.5)
     bodies = [json.dumps({"model": model}).encode() for model in ["never-answers"] * 20 + ["good"] * 20]
     begin = time.perf_counter()
     jobs = [gevent.spawn(wire.post, "/v1/chat/completions", body) for body in bodies]
@@ -119,7 +119,7 @@ def test_a_server_without_tls_and_one_with_a_certificate_of_its_own_making(fault
 def test_a_certificate_that_is_trusted_is_read_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "own.pem"))
     with faulty_server("--self-signed", str(tmp_path / "own.pem")) as port:
-        wire = Wire(f"https://127.0.0.1:{port}", {}, 5)
+        wire = HttpClient(f"https://127.0.0.1:{port}", {}, 5)
         for _ in range(2):
             exchange = wire.post("/v1/chat/completions", b'{"model": "good"}')
             assert (exchange.error, read_stream(exchange.pieces).output_tokens) == (None, 2)
@@ -142,7 +142,7 @@ def test_a_connection_is_used_again_and_a_stale_one_replaced_without_an_error() 
         answer_ok(connection)
 
     with scripted(answer_two, answer_one) as url:
-        wire = Wire(f"{url}/base/", {"Authorization": "Bearer k"}, 5)
+        wire = HttpClient(f"{url}/base/", {"Authorization": "Bearer k"}, 5)
         for _ in range(3):
             exchange = wire.post("/v1/x", b"{}")
             assert (exchange.error, exchange.status, exchange.body) == (None, 200, b"ok")
@@ -154,7 +154,7 @@ def test_a_connection_is_used_again_and_a_stale_one_replaced_without_an_error() 
 
 
 def test_a_connection_that_failed_is_not_used_again(faulty_url: str) -> None:
-    wire = Wire(faulty_url, {}, 0.3)
+    wire = HttpClient(faulty_url, {}, 0.3)
     for model in ("stops-in-stream", "good", "broken-http", "good", "http-500", "good"):
         exchange = wire.post("/v1/chat/completions", json.dumps({"model": model}).encode())
     assert exchange.error is None
@@ -166,7 +166,7 @@ def test_interim_answers_and_bodies_that_end_with_the_connection_are_http_too() 
         connection.sendall(b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\nHTTP/1.0 200 OK\r\nX-Name: V\r\n\r\nto the end")
 
     with scripted(answer) as url:
-        exchange = Wire(url, {}, 5).post("/", b"{}")
+        exchange = HttpClient(url, {}, 5).post("/", b"{}")
     assert (exchange.error, exchange.status, exchange.body) == (None, 200, b"to the end")
     assert exchange.headers["x-name"] == "V"
 
@@ -189,7 +189,7 @@ def test_bytes_count_from_when_they_came_not_from_when_the_client_got_round_to_t
 
     with scripted(answer) as url:
         busy = gevent.spawn(be_busy)
-        exchange = Wire(url, {}, 5).post("/", b"{}")
+        exchange = HttpClient(url, {}, 5).post("/", b"{}")
         busy.join()
     assert exchange.error is None
     assert len(exchange.pieces) == 2

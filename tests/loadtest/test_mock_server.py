@@ -12,16 +12,16 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from slimserve.loadtest.mock_server import MODEL, PROMPT_TOKENS, SCORE, Course, Schedule, running_truth
+from slimserve.loadtest.mock_server import MODEL, PROMPT_TOKENS, SCORE, ResponseTimes, MockSchedule, running_mock_server
 
 _TOLERANCE_S = 0.015
 """Scheduling noise of a test machine, of the best of five tries."""
-SCHEDULE = Schedule(ttft_s=0.05, gap_s=0.02, num_tokens=10)
+SCHEDULE = MockSchedule(ttft_s=0.05, gap_s=0.02, num_tokens=10)
 
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    with running_truth(SCHEDULE) as truth:
+    with running_mock_server(SCHEDULE) as truth:
         yield truth.url
 
 
@@ -104,7 +104,7 @@ def test_it_says_what_it_serves(url: str) -> None:
 
 
 def test_it_says_how_late_it_was_itself_and_counts_anew_when_asked() -> None:
-    with running_truth(SCHEDULE) as truth:
+    with running_mock_server(SCHEDULE) as truth:
         stream(truth.url, {"max_tokens": 7})
         lateness = truth.lateness()
         assert lateness["num_writes"] == 7
@@ -113,7 +113,7 @@ def test_it_says_how_late_it_was_itself_and_counts_anew_when_asked() -> None:
 
 
 def test_metrics_count_as_vllm_does() -> None:
-    with running_truth(SCHEDULE) as truth:
+    with running_mock_server(SCHEDULE) as truth:
         for _ in range(3):
             stream(truth.url, {"max_tokens": 4})
         text = httpx.get(f"{truth.url}/metrics").text
@@ -152,7 +152,7 @@ def test_a_queue_serves_one_after_the_other_in_order_of_arrival() -> None:
         stream(url, {"max_tokens": 1})
         ends[number] = time.perf_counter() - start
 
-    with running_truth(Schedule(service_s=0.1)) as truth:
+    with running_mock_server(MockSchedule(service_s=0.1)) as truth:
         url = truth.url
         start = time.perf_counter()
         threads = [threading.Thread(target=ask, args=(number,)) for number in range(5)]
@@ -166,12 +166,12 @@ def test_a_queue_serves_one_after_the_other_in_order_of_arrival() -> None:
 
 
 def test_an_idle_queue_begins_anew() -> None:
-    course = Course(Schedule(service_s=1.0))
+    course = ResponseTimes(MockSchedule(service_s=1.0))
     assert [course.begin_of(came_s) for came_s in (0.0, 0.5, 10.0)] == [1.0, 2.0, 11.0]
 
 
 def test_what_is_due_in_a_freeze_comes_at_its_end() -> None:
-    course = Course(Schedule(ttft_s=0.1, stall_at_s=5.0, stall_s=2.0))
+    course = ResponseTimes(MockSchedule(ttft_s=0.1, stall_at_s=5.0, stall_s=2.0))
     assert course.thawed(course.begin_of(100.0)) == 100.1
     assert course.thawed(course.begin_of(104.95)) == 107.0
     assert course.thawed(course.begin_of(106.8)) == 107.0
@@ -179,13 +179,15 @@ def test_what_is_due_in_a_freeze_comes_at_its_end() -> None:
 
 
 def test_a_queue_that_freezes_has_its_work_before_it() -> None:
-    course = Course(Schedule(service_s=0.5, stall_at_s=1.0, stall_s=2.0))
+    course = ResponseTimes(MockSchedule(service_s=0.5, stall_at_s=1.0, stall_s=2.0))
     ends = [course.begin_of(came_s) for came_s in (0.0, 0.9, 1.5, 2.5)]
     assert ends == [0.5, 3.0, 3.5, 4.0]
 
 
 def test_a_freeze_holds_a_stream_back_and_then_sends_all_at_once() -> None:
-    with running_truth(Schedule(ttft_s=0.05, gap_s=0.02, num_tokens=20, stall_at_s=0.2, stall_s=0.5)) as truth:
+    with running_mock_server(
+        MockSchedule(ttft_s=0.05, gap_s=0.02, num_tokens=20, stall_at_s=0.2, stall_s=0.5)
+    ) as truth:
         times, _ = stream(truth.url, {})
     gaps = [later - before for before, later in itertools.pairwise(times)]
     frozen = max(range(len(gaps)), key=gaps.__getitem__)

@@ -6,7 +6,7 @@ import pytest
 
 from slimserve.core.errors import UserError
 from slimserve.loadtest.prompts import make_prompts
-from slimserve.loadtest.settings import SuiteOptions, parse_duration
+from slimserve.loadtest.settings import SuiteOptions
 from slimserve.workloads.interface import ChatPrompt, ScoringPrompt, SizeDistribution
 from slimserve.workloads.recommendation import Recommendation
 
@@ -92,14 +92,3 @@ def test_histories_longer_than_any_members_are_refused() -> None:
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(UserError, match="is not a size"):
         SizeDistribution("--candidates", text)
-
-
-@pytest.mark.parametrize(("text", "seconds"), [("90", 90), ("1.5m", 90), ("500ms", 0.5), ("1h", 3600), ("2s", 2)])
-def test_lengths_of_time(text: str, seconds: float) -> None:
-    assert parse_duration("--duration", text) == seconds
-
-
-@pytest.mark.parametrize("text", ["", "s", "-1", "1 day", "1e3"])
-def test_what_is_no_length_of_time_is_refused(text: str) -> None:
-    with pytest.raises(UserError, match="is no length of time"):
-        parse_duration("--duration", text)

@@ -1,6 +1,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,7 +23,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[LoadSettings]:
     """Settings of every run, none of which is made: a server that is slow from _LIMIT requests/s on answers."""
     settings_seen: list[LoadSettings] = []
 
-    def answer(suite: str, target: Target, settings: LoadSettings, output: Path) -> tuple[LoadSummary, list[Row]]:
+    def answer(
+        suite: str, target: Target, settings: LoadSettings, output: Path, on_result: object = None
+    ) -> tuple[LoadSummary, list[Row]]:
         settings_seen.append(settings)
         latency_s = 0.1 if float(settings.rate) < _LIMIT else 0.9
         rows = [Row(at, at, at + latency_s) for at in range(30)]
@@ -34,15 +37,18 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[LoadSettings]:
 
 
 def test_the_highest_rate_is_found_and_left_with_its_curve(asked: list[LoadSettings], tmp_path: Path) -> None:
-    found = find_rate("reasoning", _TARGET, LoadSettings(slos=("e2e_p90=500ms",), seed=5), tmp_path)
+    curves: list[Any] = []
+    settings = LoadSettings(slos=("e2e_p90=500ms",), seed=5)
+    found = find_rate("reasoning", _TARGET, settings, tmp_path, on_curve=lambda *given: curves.append(given))
     assert found.rate == pytest.approx(_LIMIT, rel=0.03)
     assert len({settings.seed for settings in asked}) == len(asked)
-    ends = [settings.suite.first_prompt + len(settings.due_s()) for settings in asked]
+    ends = [settings.suite.first_prompt + len(settings.scheduled_s()) for settings in asked]
     assert [settings.suite.first_prompt for settings in asked[1:]] == ends[:-1], "no run asks the prompts of another"
     document = json.loads((tmp_path / "reasoning.curve.json").read_text())
     assert document["max_rate"]["rate"] == found.rate
     assert len(document["runs"]) == len(asked)
-    assert (tmp_path / "reasoning.curve.html").exists()
+    ((reported, points, folder, rate),) = curves
+    assert (reported, len(points), folder, rate) == (document, len(asked), tmp_path, found.rate)
 
 
 def test_a_sweep_measures_each_rate_once(asked: list[LoadSettings], tmp_path: Path) -> None:
@@ -53,7 +59,7 @@ def test_a_sweep_measures_each_rate_once(asked: list[LoadSettings], tmp_path: Pa
 
 @pytest.mark.parametrize("text", ["", "a", "1,,2", "0", "-1"])
 def test_what_is_no_list_of_rates_is_refused(asked: list[LoadSettings], tmp_path: Path, text: str) -> None:
-    with pytest.raises(UserError, match="--sweep: .* is no list of rates"):
+    with pytest.raises(UserError, match="--sweep: .* is not a list of rates"):
         sweep_rates("reasoning", _TARGET, LoadSettings(), text, tmp_path)
 
 

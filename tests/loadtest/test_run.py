@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from slimserve.core.errors import UserError
 from slimserve.core.openai_client import Target
@@ -30,8 +31,8 @@ def test_an_open_loop_reports_the_latency_that_the_server_has(fake_url: str, tmp
     assert summary.e2e_s.p50 == pytest.approx(_E2E_S, abs=0.025)
     assert summary.ttft_s.p50 == pytest.approx(TTFT_S, abs=0.020)
     assert summary.itl_s.p50 == pytest.approx(GAP_S, abs=0.005)
-    assert [row.due_s for row in rows] != [row.sent_s for row in rows]
-    assert sorted(row.due_s for row in rows) == pytest.approx(settings.due_s()), "every arrival was sent"
+    assert [row.scheduled_s for row in rows] != [row.sent_s for row in rows]
+    assert sorted(row.scheduled_s for row in rows) == pytest.approx(settings.scheduled_s()), "every arrival was sent"
     assert len({row.prompt for row in rows}) == len(rows)
     assert [outcome.is_met for outcome in summary.objectives] == [True, False]
     assert summary.goodput_per_s == 0
@@ -95,7 +96,7 @@ def test_workers_send_one_schedule_and_their_rows_come_together(fake_url: str, t
         for worker in workers:
             worker.kill()
             worker.wait()
-    assert sorted(row.due_s for row in rows) == pytest.approx(settings.due_s())
+    assert sorted(row.scheduled_s for row in rows) == pytest.approx(settings.scheduled_s())
     assert len({row.prompt for row in rows}) == len(rows)
     assert summary.errors == {}
     assert summary.client.num_processes == 2
@@ -118,7 +119,7 @@ def test_a_worker_that_dies_makes_the_run_invalid_and_not_endless(fake_url: str,
             worker.kill()
             worker.wait()
     assert any("a worker was lost" in reason for reason in summary.invalid)
-    assert len(settings.due_s()) / 2 - 2 <= len(rows) < len(settings.due_s())
+    assert len(settings.scheduled_s()) / 2 - 2 <= len(rows) < len(settings.scheduled_s())
 
 
 def test_a_locustfile_says_in_one_line_what_it_lacks(fake_url: str) -> None:
@@ -129,12 +130,15 @@ def test_a_locustfile_says_in_one_line_what_it_lacks(fake_url: str) -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(("field", "value"), [("users", 0), ("duration_s", 0), ("warmup_s", -1), ("processes", 0)])
+def test_numbers_out_of_range_are_refused(field: str, value: int) -> None:
+    with pytest.raises(ValidationError, match=field):
+        LoadSettings.model_validate({field: value})
+
+
 @pytest.mark.parametrize(
     ("settings", "field"),
     [
-        (LoadSettings(users=0), "--users"),
-        (LoadSettings(duration_s=0), "--duration"),
-        (LoadSettings(warmup_s=-1), "--warmup"),
         (LoadSettings(rate="0"), "--rate"),
         (LoadSettings(rate="5", trace="t"), "--trace"),
         (LoadSettings(slos=("ttft=5",)), "--slo"),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from slimserve.core.errors import UserError
-from slimserve.loadtest.arrivals import due_times, parse_rate
+from slimserve.loadtest.arrivals import parse_rate, scheduled_times
 from slimserve.loadtest.rows import Row
 from slimserve.loadtest.search import Probe, find_max_rate, sweep
 from slimserve.loadtest.slo import parse_objective
@@ -43,9 +43,9 @@ def analytic_max_rate(service_s: float, latency_s: float, frac: float) -> float:
     return low
 
 
-def waits_s(due_s: np.ndarray, service_s: float) -> np.ndarray:
+def waits_s(scheduled_s: np.ndarray, service_s: float) -> np.ndarray:
     """How long each arrival waits for its service (Lindley 1952, unrolled: work brought less idle time)."""
-    backlog = np.concatenate([[0.0], np.cumsum(service_s - np.diff(due_s))])
+    backlog = np.concatenate([[0.0], np.cumsum(service_s - np.diff(scheduled_s))])
     return np.asarray(backlog - np.minimum.accumulate(backlog))
 
 
@@ -54,9 +54,9 @@ def queue(objective: str) -> Callable[[float, int], Probe]:
     asked = parse_objective(objective)
 
     def measure(rate: float, seed: int) -> Probe:
-        due_s = np.array(due_times(parse_rate(f"{rate:f}", _WARMUP_S + _WINDOW_S), "poisson", seed=seed))
-        ends_s = due_s + waits_s(due_s, _SERVICE_S) + _SERVICE_S
-        rows = [Row(due, due, end) for due, end in zip(due_s, ends_s, strict=True) if due >= _WARMUP_S]
+        scheduled_s = np.array(scheduled_times(parse_rate(f"{rate:f}", _WARMUP_S + _WINDOW_S), "poisson", seed=seed))
+        ends_s = scheduled_s + waits_s(scheduled_s, _SERVICE_S) + _SERVICE_S
+        rows = [Row(due, due, end) for due, end in zip(scheduled_s, ends_s, strict=True) if due >= _WARMUP_S]
         return Probe(asked.judge(rows).is_met, _EMPTY)
 
     return measure

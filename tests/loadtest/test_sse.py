@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from slimserve.loadtest.sse import Streamed, events, read_stream
+from slimserve.loadtest.sse import StreamedReply, events, read_stream
 
 DONE = b"data: [DONE]\n\n"
 
@@ -21,7 +21,7 @@ def final_usage(num_tokens: int) -> bytes:
     return b"data: " + json.dumps({"choices": [], "usage": usage}).encode() + b"\n\n"
 
 
-def read(*parts: bytes) -> Streamed:
+def read(*parts: bytes) -> StreamedReply:
     """The parts as pieces of which the i-th came at second i."""
     return read_stream(list(enumerate(parts)))
 

@@ -6,8 +6,8 @@ import pytest
 from scipy.stats import norm
 
 from slimserve.core.errors import UserError
-from slimserve.loadtest.rows import Row, read_rows, row_line
-from slimserve.loadtest.summary import drift_of, load_summary, percentile_interval, percentiles, summarize
+from slimserve.loadtest.rows import Row, read_rows, encode_row
+from slimserve.loadtest.summary import steady_state_warning, load_summary, percentile_interval, percentiles, summarize
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 10, 99, 100, 101, 1237])
@@ -39,7 +39,7 @@ def test_too_few_samples_have_no_interval(n: int, has_one: bool) -> None:
 
 
 def test_a_chunk_of_k_tokens_is_k_gaps() -> None:
-    row = Row(due_s=1.0, sent_s=1.25, end_s=3.0, arrivals=((1.5, 1), (1.75, 1), (2.75, 4)))
+    row = Row(scheduled_s=1.0, sent_s=1.25, end_s=3.0, arrivals=((1.5, 1), (1.75, 1), (2.75, 4)))
     assert row.ttft_s == 0.5
     assert row.e2e_s == 2.0
     assert row.send_lag_s == 0.25
@@ -53,7 +53,7 @@ def test_rows_come_back_as_they_were_written(tmp_path: Path) -> None:
         Row(0.7, 0.8, 0.9, num_items=16, error="http 500", kind="recommendation", scores=(0.5, 0.25)),
     ]
     file = tmp_path / "rows.jsonl"
-    file.write_bytes(b"".join(map(row_line, rows)) + row_line(rows[0])[:20])
+    file.write_bytes(b"".join(map(encode_row, rows)) + encode_row(rows[0])[:20])
     assert read_rows(file) == rows, "the last line was cut by the end of the run"
     file.write_bytes(b"no json\n")
     with pytest.raises(UserError, match="not a file of raw rows"):
@@ -88,7 +88,7 @@ def test_the_window_decides_what_counts() -> None:
 def test_a_latency_that_moves_is_no_steady_state(slope: float, word: str | None) -> None:
     draw = random.Random(3)
     rows = [Row(at, at, at + 1 + slope * at + draw.gauss(0, 0.05)) for at in range(300)]
-    told = drift_of(rows)
+    told = steady_state_warning(rows)
     assert (told is None) if word is None else (told is not None and word in told)
 
 

@@ -119,7 +119,7 @@ def test_paired_draws_keep_groups_whole_and_sides_together() -> None:
     assert p_value < 0.005
 
 
-def test_figures_of_different_rows_are_not_paired() -> None:
+def test_metrics_of_different_rows_are_not_paired() -> None:
     with pytest.raises(ValueError, match="different rows"):
         metrics.paired_samples(mean_figure([1.0, 2.0]), mean_figure([1.0, 2.0, 3.0]))
 
@@ -135,7 +135,7 @@ def test_mcnemar_is_the_exact_binomial_test_of_the_pairs_that_differ(gained: int
 
 
 def test_a_share_of_successes_gets_wilsons_interval() -> None:
-    figures = metrics.answer_metrics([True, False, True, True], ["sum", "word", "sum", "word"], [1, 2, 3, 4])
-    assert metrics.estimate(figures["accuracy"]) == metrics.proportion(3, 4)
-    assert metrics.estimate(figures["accuracy_sum"]) == metrics.proportion(2, 2)
-    assert figures["tokens_per_answer"].value == 2.5
+    results = metrics.answer_metrics([True, False, True, True], ["sum", "word", "sum", "word"], [1, 2, 3, 4])
+    assert metrics.estimate(results["accuracy"]) == metrics.proportion(3, 4)
+    assert metrics.estimate(results["accuracy_sum"]) == metrics.proportion(2, 2)
+    assert results["tokens_per_answer"].value == 2.5

@@ -65,12 +65,12 @@ def test_judging_counts_right_answers_by_kind_and_tokens() -> None:
         ChatAnswer(problem.answer if problem.kind == "chain_sum" else "", num_tokens=10 * (index % 2))
         for index, problem in enumerate(asked)
     ]
-    figures = evaluate(Reasoning(), asked, answers)
-    assert figures["accuracy"].value == 0.5
-    assert figures["accuracy_chain_sum"].value == 1.0
-    assert figures["accuracy_gsm_symbolic"].value == 0.0
-    assert figures["accuracy_gsm_symbolic"].n == 4
-    assert figures["tokens_per_answer"].value == 5.0
+    results = evaluate(Reasoning(), asked, answers)
+    assert results["accuracy"].value == 0.5
+    assert results["accuracy_chain_sum"].value == 1.0
+    assert results["accuracy_gsm_symbolic"].value == 0.0
+    assert results["accuracy_gsm_symbolic"].n == 4
+    assert results["tokens_per_answer"].value == 5.0
 
 
 def test_the_seed_orders() -> None:

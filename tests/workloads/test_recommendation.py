@@ -88,11 +88,11 @@ def test_judging_knows_perfect_useless_and_reversed_scores() -> None:
     workload = Recommendation()
     prompts = slates(workload, "quality", 40)
     perfect = [[float(label) for label in slate.truth] for slate in prompts]
-    figures = evaluate(workload, prompts, perfect)
-    assert figures["auc"].value == figures["within_user_auc"].value == 1.0
-    assert figures["ndcg_at_10"].value == pytest.approx(1.0)
-    assert figures["calibration_error"].value == pytest.approx(0.0)
-    assert figures["auc"].n == 40 * 16
+    results = evaluate(workload, prompts, perfect)
+    assert results["auc"].value == results["within_user_auc"].value == 1.0
+    assert results["ndcg_at_10"].value == pytest.approx(1.0)
+    assert results["calibration_error"].value == pytest.approx(0.0)
+    assert results["auc"].n == 40 * 16
     assert evaluate(workload, prompts, [[0.5] * 16] * 40)["auc"].value == 0.5
     reversed_scores = [[1 - score for score in row] for row in perfect]
     assert evaluate(workload, prompts, reversed_scores)["within_user_auc"].value == 0.0
@@ -102,19 +102,19 @@ def test_taste_per_member_lifts_the_pooled_figure_only() -> None:
     workload = Recommendation()
     prompts = slates(workload, "quality", 60)
     base_rate = [[sum(slate.truth) / len(slate.truth)] * len(slate.truth) for slate in prompts]
-    figures = evaluate(workload, prompts, base_rate)
-    assert figures["auc"].value > 0.6
-    assert figures["within_user_auc"].value == 0.5
+    results = evaluate(workload, prompts, base_rate)
+    assert results["auc"].value > 0.6
+    assert results["within_user_auc"].value == 0.5
 
 
 @pytest.mark.parametrize(
     ("files", "message"),
     [
         ({}, "has no .item file"),
-        ({"a.item": "title:token\nx\n"}, "lacks the column item_id"),
+        ({"a.item": "title:token\nx\n"}, "has no column item_id"),
         (
             {"a.item": "item_id:token\n1\n", "a.inter": "user_id:token\n1\n"},
-            "lacks the column item_id, rating, timestamp",
+            "has no column item_id, rating, timestamp",
         ),
     ],
 )

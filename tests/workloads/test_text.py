@@ -42,16 +42,16 @@ def test_lists_without_a_common_token_bound_nothing_below_zero() -> None:
     assert coarse_kl({1: math.log(0.9)}, {2: math.log(0.9)}) == 0
 
 
-def test_figures_by_hand() -> None:
+def test_metrics_by_hand() -> None:
     p = [{1: math.log(0.5), 2: math.log(0.5 - 1e-9)}] * 70
     q = [{1: math.log(0.2), 2: math.log(0.8)}] * 70
     tokens = [1] * 70
-    figures = text_metrics([reading(q, tokens)], [reading(p, tokens)])
-    assert figures["perplexity"].value == pytest.approx(1 / 0.2)
-    assert figures["kl_nats"].value == pytest.approx(0.5 * math.log(0.5 / 0.2) + 0.5 * math.log(0.5 / 0.8))
-    assert figures["top1_agreement"].value == 0
-    assert figures["perplexity"].n == 70
-    assert len(figures["perplexity"].groups) == 2
+    results = text_metrics([reading(q, tokens)], [reading(p, tokens)])
+    assert results["perplexity"].value == pytest.approx(1 / 0.2)
+    assert results["kl_nats"].value == pytest.approx(0.5 * math.log(0.5 / 0.2) + 0.5 * math.log(0.5 / 0.8))
+    assert results["top1_agreement"].value == 0
+    assert results["perplexity"].n == 70
+    assert len(results["perplexity"].groups) == 2
     assert set(text_metrics([reading(q, tokens)])) == {"perplexity"}
 
 
