@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from slimserve.compress.families import SUBLAYERS, LayerRoles, Sublayer
-from slimserve.compress.formats import choose_group_size, layer_bytes
+from slimserve.compress.formats import get_format
+from slimserve.compress.formats.head import head_bytes
 from slimserve.compress.forward import Block, Decoder, dense_linear
 from slimserve.compress.recipe import AnyStep, Keep, Prune, PruneDepth, Quantize
 from slimserve.core.errors import UserError
@@ -126,9 +127,10 @@ class Budget:
     def _quantized_bytes(self, shape: Shape, step: Quantize) -> float:
         """Of all blocks, of what `keep_worst` leaves dense at most, and of what an INT8 head adds."""
         layers = _layer_sizes(self._config, shape, self._roles)
-        group = choose_group_size(step.group_size, [inputs for _, inputs in layers.values()])[0]
+        quant_format = get_format(step.format)
+        group, _ = quant_format.choose_group_size(step.group_size, [inputs for _, inputs in layers.values()])
         sizes = {
-            layer: layer_bytes(step.format, outputs, inputs, group, step.symmetric)
+            layer: quant_format.layer_bytes(outputs, inputs, group, step.symmetric)
             for layer, (outputs, inputs) in layers.items()
         }
         total = sum(sizes.values()) * shape.depth
@@ -137,7 +139,7 @@ class Budget:
         total += step.keep_worst * 2 * (outputs * inputs * self._bytes_each - sizes[gate])
         if step.head == "int8":
             vocabulary, hidden = self._config["vocab_size"], self._config["hidden_size"]
-            total += vocabulary * (hidden + 4)
+            total += head_bytes(vocabulary, hidden)
             if not self._config.get("tie_word_embeddings", False):
                 total -= vocabulary * hidden * self._bytes_each
         return total

@@ -227,21 +227,21 @@ def smooth_scales(input_peak_I: Tensor, weight_peak_I: Tensor, strength: float) 
     return scale_I.clamp(min=1e-5).masked_fill((inputs <= 0) | (weights <= 0), 1.0).float()
 
 
-def relative_error(weight_OI: Tensor, quantized: Quantized) -> float:
+def relative_error(weight_OI: Tensor, rounded_OI: Tensor) -> float:
     """Return the Frobenius norm of the rounding error over that of the weight; 0 for a weight of zeros."""
     norm = weight_OI.float().norm()
-    return float((weight_OI.float() - quantized.dequantize()).norm() / norm) if norm > 0 else 0.0
+    return float((weight_OI.float() - rounded_OI).norm() / norm) if norm > 0 else 0.0
 
 
-def output_error(weight_OI: Tensor, quantized: Quantized, hessian_II: Tensor | None) -> float:
+def output_error(weight_OI: Tensor, rounded_OI: Tensor, hessian_II: Tensor | None) -> float:
     """Return the root of tr(E H Eᵀ) / tr(W H Wᵀ): the error norm of the layer's outputs relative to their norm.
 
     E is the rounding error and H = XᵀX / num_tokens. Without H the result is `relative_error`. Outputs that are all
     zero give 0.
     """
     if hessian_II is None:
-        return relative_error(weight_OI, quantized)
+        return relative_error(weight_OI, rounded_OI)
     weight, hessian = weight_OI.float(), hessian_II.float()
-    error = weight - quantized.dequantize()
+    error = weight - rounded_OI
     lost, total = (float((matrix @ hessian).mul_(matrix).sum(dtype=torch.float64)) for matrix in (error, weight))
     return (max(lost, 0.0) / total) ** 0.5 if total > 0 else 0.0

@@ -1,6 +1,6 @@
-"""Recipes: what to do to a model, as small TOML files with strict keys.
+"""Recipes: the steps that compress a model, as TOML files with strict keys. For example:
 
-summary = "A quarter of the MLP neurons cut, then W8A8 INT8"
+summary = "A quarter of the MLP neurons removed, then W8A8 INT8"
 
 [calibration]
 num_samples = 64
@@ -16,82 +16,88 @@ format = "w8a8"
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from slimserve.core.config import StrictModel, invalid_key_error
+from slimserve.core.config import StrictModel, load_toml, set_value, validated
 from slimserve.core.errors import UserError
 
 
 class Calibrate(StrictModel):
-    """What the steps that look at data look at."""
+    """Samples for the steps that need data."""
 
     source: str = "mixed"
-    """A workload, `mixed` for all of them, or the path of a .txt or .jsonl file."""
+    """Name of a workload, `mixed` for all built-in workloads, or path of a .txt or .jsonl file."""
     num_samples: int = Field(default=32, ge=1)
+    """Number of token sequences."""
     sequence_length: int = Field(default=512, ge=2)
-    """Tokens per sample."""
+    """Tokens per sequence."""
     seed: int = 0
+    """Random seed for the choice of samples and for methods that draw at random."""
 
 
 class Keep(StrictModel):
-    """A budget; give one of the three."""
+    """A size or speed budget; exactly one of the three is given."""
 
     parameters: float | None = Field(default=None, gt=0)
-    """Of the pruned model: up to 1 a share of the dense model's, above it a number."""
+    """Parameters of the pruned model: up to 1 a fraction of the dense model's, above 1 a number."""
     bytes: float | None = Field(default=None, gt=0)
-    """Of the outcome's weights, quantization included: up to 1 a share of the dense model's, above it a number."""
+    """Bytes of the final weights, quantized if the recipe quantizes: a fraction up to 1, above 1 a number."""
     speedup: float | None = Field(default=None, gt=1)
-    """Of the decoder blocks over the dense model's when they read 512 tokens, measured on this machine."""
+    """Speed of the decoder blocks relative to the dense model's on 512 tokens, measured on this machine."""
 
     @model_validator(mode="after")
     def _is_one(self) -> Keep:
         if sum(value is not None for _, value in self) != 1:
-            raise ValueError("give one of parameters, bytes, speedup")
+            raise ValueError("give exactly one of parameters, bytes, speedup")
         return self
 
 
 class Prune(StrictModel):
-    """Remove MLP neurons, KV groups (a KV head with its query heads) or both, the same number in every block."""
+    """Remove MLP neurons, KV groups or both; every block loses the same number.
+
+    A KV group is a key-value head with its query heads.
+    """
 
     step: Literal["prune"]
     keep: Keep | None = None
-    """Instead of shares: search the split between MLP neurons, KV groups and whole blocks that meets a budget at the
-    least output error. Only in a recipe's first step."""
+    """Budget that replaces the fractions; only possible in the first step.
+
+    A search divides the cuts between MLP neurons, KV groups and complete blocks so that the output error is least.
+    """
     mlp_remove_frac: float = Field(default=0, ge=0, lt=1)
-    """Share of the MLP neurons to remove."""
+    """Fraction of the MLP neurons to remove."""
     kv_remove_frac: float = Field(default=0, ge=0, lt=1)
-    """Share of the KV groups to remove, rounded to whole groups."""
+    """Fraction of the KV groups to remove, rounded to complete groups."""
     method: str = "osscar_search"
     """Pruning method, a name in `prune.METHODS`."""
     target: Literal["current", "dense"] = "current"
-    """Whose outputs a refit aims at: of the model as pruned so far, or of the model before this step."""
+    """Outputs that a refit approximates: of the model as pruned so far, or of the model before this step."""
     multiple: int = Field(default=32, ge=1)
-    """The kept MLP width is a multiple of this: 32 suits CPU kernels, 64 or 128 GPU kernels."""
+    """The kept MLP width is a multiple of this number; 32 suits CPU kernels, 64 or 128 suit GPU kernels."""
     damping: float = Field(default=0.01, gt=0)
-    """Added to a Hessian's diagonal, as a share of the diagonal's mean."""
+    """Value added to the diagonal of a Hessian, as a fraction of the diagonal's mean."""
     rounds: int = Field(default=1, ge=1)
-    """Remove in this many rounds, each on the model that the round before left."""
+    """Number of rounds in which the cuts are made; each round prunes the model that the previous one left."""
 
     @model_validator(mode="after")
     def _removes_something(self) -> Prune:
-        has_shares = bool(self.mlp_remove_frac or self.kv_remove_frac)
-        if has_shares == (self.keep is not None):
-            raise ValueError("give mlp_remove_frac, kv_remove_frac or both, or keep instead of them")
+        has_fractions = bool(self.mlp_remove_frac or self.kv_remove_frac)
+        if has_fractions == (self.keep is not None):
+            raise ValueError("give mlp_remove_frac, kv_remove_frac or both, or give keep instead of them")
         return self
 
 
 class PruneDepth(StrictModel):
-    """Remove whole decoder blocks."""
+    """Remove complete decoder blocks."""
 
     step: Literal["prune_depth"]
     num_blocks: int = Field(ge=1)
-    """How many blocks to remove."""
+    """Number of blocks to remove."""
     method: str = "influence"
     """Depth-pruning method, a name in `steps.depth.METHODS`.
 
@@ -101,42 +107,74 @@ class PruneDepth(StrictModel):
 
 
 class Quantize(StrictModel):
-    """Quantize every linear layer of the decoder blocks; embeddings stay as they are, the head too unless asked."""
+    """Quantize every linear layer of the decoder blocks; the embedding stays as it is, by default the head too."""
 
     step: Literal["quantize"]
-    format: Literal["w8a8", "w4a16", "fp8", "nf4", "int8-bnb"]
+    format: str
+    """Quantization format, a name in `formats.format_names()`."""
     method: str = "rtn"
     """Rounding method, a name in `rounding.ROUNDINGS`."""
     symmetric: bool = True
-    """False gives w4a16 zero points."""
-    group_size: Literal[32, 64, 128] | None = None
-    """w4a16: inputs that share a scale, 32, 64 or 128; where it does not divide a layer, the next that does."""
+    """False gives every scale a zero point, in formats that have them."""
+    group_size: int | None = None
+    """Input features that share a scale, in formats with groups; the default is one scale per output feature.
+
+    If the size does not divide every layer, the next smaller one that does is used.
+    """
     scales: Literal["minmax", "mse"] = "minmax"
-    """From a group's extremes, or those of least squared error, weighted by the inputs' energy."""
+    """Scales from a group's extremes, or those with the least squared error weighted by the inputs' energy."""
     order: Literal["natural", "activation"] = "activation"
-    """Order in which GPTQ rounds the inputs; `activation` starts with those of most energy."""
+    """Order in which GPTQ rounds the input features; `activation` begins with those of the most energy."""
     sweeps: int = Field(default=5, ge=1)
-    """Passes of QuantEase."""
+    """Maximum number of sweeps of QuantEase over all input features."""
     damping: float = Field(default=0.01, gt=0)
+    """Value added to the diagonal of a Hessian, as a fraction of the diagonal's mean."""
     smoothquant: float | None = Field(default=None, ge=0, le=1)
-    """Strength with which outliers move from the inputs into the weights; w8a8 and fp8 only."""
+    """Strength with which SmoothQuant moves outliers from inputs to weights; for formats that round inputs."""
     keep_worst: int = Field(default=0, ge=0)
-    """So many fused layers (qkv, o, gate-up, down of one block) with the largest output error stay unquantized."""
+    """Number of fused layers that stay dense: those with the largest output error.
+
+    The fused layers of a block are qkv, o, gate-up and down.
+    """
     head: Literal["dense", "int8"] = "dense"
-    """int8: the output layer in W8A8 by rounding to nearest, which halves what decoding reads of it. Where it is tied
-    to the embedding, which stays as it is, the file grows by the INT8 copy. Not with bitsandbytes or fp8."""
+    """`int8` rounds the output layer to W8A8, which halves the bytes that decoding reads of it.
+
+    If the output layer is tied to the embedding, the embedding stays dense and the file grows by the INT8 copy.
+    """
+
+    @field_validator("format")
+    @classmethod
+    def _is_registered(cls, name: str) -> str:
+        from slimserve.compress.formats import format_names
+
+        if name not in format_names():
+            raise ValueError(f"there is no such format; choose from {', '.join(format_names())}")
+        return name
+
+    @field_validator("group_size")
+    @classmethod
+    def _suits_kernels(cls, size: int | None, info: ValidationInfo) -> int | None:
+        from slimserve.compress.formats import get_format
+
+        sizes = get_format(info.data["format"]).group_sizes if "format" in info.data else ()
+        if size is not None and sizes and size not in sizes:
+            raise ValueError(f"kernels have no such size; choose from {', '.join(map(str, sizes))}")
+        return size
 
     @model_validator(mode="after")
-    def _fits_its_format(self) -> Quantize:
-        if self.format in {"nf4", "int8-bnb"}:
-            fixed = {"method", "symmetric", "group_size", "scales", "order", "sweeps", "damping", "smoothquant"}
-            given = fixed & self.model_fields_set
-            if given - {"method"} or self.method != "rtn":
-                raise ValueError(f"bitsandbytes fixes how {self.format} rounds; leave out {', '.join(sorted(given))}")
-        if self.smoothquant is not None and self.format not in {"w8a8", "fp8"}:
-            raise ValueError(f"smoothquant is for quantized activations, which {self.format} has not")
-        if self.head == "int8" and self.format not in {"w8a8", "w4a16"}:
-            raise ValueError(f"head = int8 goes with w8a8 and w4a16, not with {self.format}")
+    def _suits_its_format(self) -> Quantize:
+        from slimserve.compress.formats import get_format
+
+        quant_format = get_format(self.format)
+        if quant_format.has_fixed_rounding:
+            fixed = {"symmetric", "group_size", "scales", "order", "sweeps", "damping", "smoothquant"}
+            given = (fixed & self.model_fields_set) | ({"method"} if self.method != "rtn" else set())
+            if given:
+                raise ValueError(f"the library fixes how {self.format} rounds; leave out {', '.join(sorted(given))}")
+        if self.smoothquant is not None and not quant_format.rounds_activations:
+            raise ValueError(f"smoothquant needs a format that rounds activations, but {self.format} does not")
+        if self.head == "int8" and not quant_format.allows_int8_head:
+            raise ValueError(f"head = int8 is not possible beside {self.format}")
         return self
 
 
@@ -147,78 +185,71 @@ class Recipe(StrictModel):
     """Steps in the order in which they are applied."""
 
     summary: str
+    """One line for `slimserve compress --list`."""
     calibration: Calibrate = Calibrate()
     steps: tuple[Annotated[AnyStep, Field(discriminator="step")], ...] = ()
 
     @model_validator(mode="after")
-    def _quantize_once_and_last(self) -> Recipe:
-        kinds = [step.step for step in self.steps]
-        if "quantize" in kinds[:-1]:
-            raise ValueError("quantize must be the last step, and stand only once")
+    def _has_valid_order(self) -> Recipe:
+        if "quantize" in [step.step for step in self.steps[:-1]]:
+            raise ValueError("quantize must be the last step, and there can be only one")
         if any(isinstance(step, Prune) and step.keep for step in self.steps[1:]):
-            raise ValueError("a prune step with keep must be the first step: its search sets out from the dense model")
+            raise ValueError("a prune step with keep must be the first step: its search begins at the dense model")
         return self
 
     @property
     def budget(self) -> Prune | None:
-        """The first step, where it prunes to a budget."""
+        """The first step if it prunes to a budget, else None."""
         first = self.steps[0] if self.steps else None
         return first if isinstance(first, Prune) and first.keep else None
 
 
-def list_recipes() -> dict[str, Recipe]:
-    """The recipes that the package ships, by name."""
-    folder = resources.files("slimserve.compress") / "recipes"
-    names = sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
-    return {name: _parse((folder / f"{name}.toml").read_text(encoding="utf-8"), name) for name in names}
+def list_recipes() -> dict[str, str]:
+    """Return the summary of each built-in recipe by its name."""
+    return {name: load_toml(_file_of(name), "recipe")["summary"] for name in _built_in()}
 
 
-def load_recipe(argument: str, settings: Sequence[str] = ()) -> tuple[str, Recipe]:
-    """A recipe and its name, from a shipped name or the path of a `.toml` file, with `key=value` settings on top.
+def load_recipe(argument: str, changes: Sequence[str] = ()) -> tuple[str, Recipe]:
+    """Return the name and the recipe of a built-in name or of a `.toml` file.
 
-    A key names a table and its key: `calibration.num_samples`, or the key of the one step of that kind:
-    `quantize.group_size`. Values are TOML; what is not, is taken as text.
+    A change `TABLE.KEY=VALUE` sets a key of `calibration` or of the only step of that kind, as in
+    `quantize.group_size=64`. The value is TOML, or else plain text. Raises UserError for a wrong name, file or key.
     """
-    shipped = list_recipes()
     path = Path(argument)
-    if argument in shipped:
-        text = (resources.files("slimserve.compress") / "recipes" / f"{argument}.toml").read_text(encoding="utf-8")
-    elif path.suffix == ".toml" and path.is_file():
-        text = path.read_text(encoding="utf-8")
-    else:
-        raise UserError(
-            "recipe", argument, "is unknown", f"choose from {', '.join(shipped)}, or give the path of a .toml file"
-        )
-    return path.name.removesuffix(".toml"), _parse(text, argument, settings)
+    if argument in _built_in():
+        path = _file_of(argument)
+    elif path.suffix != ".toml" or not path.is_file():
+        choices = ", ".join(_built_in())
+        raise UserError("recipe", argument, "is unknown", f"choose from {choices}, or give the path of a .toml file")
+    document = load_toml(path, "recipe")
+    for change in changes:
+        _change(document, change)
+    return path.stem, validated(Recipe, document, "recipe", argument)
 
 
-def _parse(text: str, origin: str, settings: Sequence[str] = ()) -> Recipe:
-    try:
-        raw = tomllib.loads(text)
-        for setting in settings:
-            _set(raw, setting)
-        return Recipe.model_validate(raw)
-    except tomllib.TOMLDecodeError as error:
-        raise UserError("recipe", origin, f"is not TOML ({error})", "mend the file") from error
-    except ValidationError as error:
-        raise invalid_key_error("recipe", error, "steps", origin) from error
-
-
-def _set(raw: dict[str, Any], setting: str) -> None:
-    key, equals, text = setting.partition("=")
-    table, dot, name = key.strip().partition(".")
-    steps = {"calibration": [raw.setdefault("calibration", {})]}
-    for step in raw.get("steps", []):
-        steps.setdefault(step.get("step", ""), []).append(step)
-    if not equals or not dot or len(steps.get(table, [])) != 1:
+def _change(document: dict[str, Any], change: str) -> None:
+    """Apply a change after replacing the kind of a step by its place, as `quantize.` by `steps.1.`."""
+    table, dot, rest = change.partition(".")
+    kinds = [step.get("step", "") for step in document.get("steps", [])]
+    tables = {"calibration": "calibration"}
+    tables |= {kind: f"steps.{place}" for place, kind in enumerate(kinds) if kinds.count(kind) == 1}
+    if not dot or "=" not in rest or table not in tables:
         raise UserError(
             "--set",
-            setting,
-            "names no table of the recipe" if equals and dot else "is not TABLE.KEY=VALUE",
-            f"write for example {'.'.join([next(reversed(steps)), 'KEY'])}=VALUE; tables: {', '.join(steps)}",
+            change,
+            "names no table of the recipe" if dot and "=" in rest else "is not TABLE.KEY=VALUE",
+            f"write for example {next(reversed(tables))}.KEY=VALUE; the recipe's tables: {', '.join(tables)}",
         )
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text
-    steps[table][0][name] = value
+    set_value(document, f"{tables[table]}.{rest}")
+
+
+def _built_in() -> list[str]:
+    return sorted(file.stem for file in _folder().glob("*.toml"))
+
+
+def _file_of(name: str) -> Path:
+    return _folder() / f"{name}.toml"
+
+
+def _folder() -> Path:
+    return Path(str(resources.files("slimserve.compress"))) / "recipes"

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from slimserve.compress import bnb, formats
 from slimserve.compress.checkpoint import CheckpointReader, iterate_blocks
 from slimserve.compress.families import LayerRoles, roles_of
+from slimserve.compress.formats import find_format
+from slimserve.compress.formats.head import round_head_inputs, unpack_head
 from slimserve.compress.forward import Block, Decoder, Linear, OuterTensors, dense_linear, read_outer_tensors
 
 
@@ -53,9 +54,8 @@ def _reference_head(
         dense_VD = outer.head_VD.to(dtype)
         return lambda x: functional.linear(x, dense_VD)
     tensors = {"weight": outer.head_VD, "weight_scale": reader.read(scale)}
-    quantized, rounding = formats.unpack_head(tensors)
-    weight_VD = quantized.dequantize().to(dtype)
-    return lambda x: functional.linear(rounding.fake_quantize(x), weight_VD)
+    weight_VD = unpack_head(tensors).to(dtype)
+    return lambda x: functional.linear(round_head_inputs(x), weight_VD)
 
 
 def _head_scale(roles: LayerRoles) -> str:
@@ -96,6 +96,7 @@ def reference_block(block: Block, roles: LayerRoles, quantization: Mapping[str, 
     """
     if quantization is None:
         return block, dense_linear(block)
+    quant_format = find_format(quantization)
     dense = dict(block)
     roundings: dict[str, Callable[[Tensor], Tensor]] = {}
     """The engine's rounding of a layer's inputs, by layer."""
@@ -103,17 +104,11 @@ def reference_block(block: Block, roles: LayerRoles, quantization: Mapping[str, 
         tensors = {name.removeprefix(f"{layer}."): dense.pop(name) for name in block if name.startswith(f"{layer}.")}
         if "bias" in tensors:
             dense[f"{layer}.bias"] = tensors.pop("bias")
-        if quantization["quant_method"] == "bitsandbytes":
-            is_rounded, format_name = len(tensors) > 1, "int8" if quantization["load_in_8bit"] else "nf4"
-            weight = bnb.dequantize_layer(tensors, format_name) if is_rounded else tensors["weight"]
-            if is_rounded and format_name == "int8":
-                roundings[layer] = bnb.round_inputs
-        else:
-            grid, activations = formats.read_scheme(quantization)
-            is_rounded = "weight_scale" in tensors
-            weight = formats.unpack_layer(tensors, grid).dequantize() if is_rounded else tensors["weight"]
-            if is_rounded and activations is not None:
-                roundings[layer] = activations.fake_quantize
+        # A layer that stays dense has no tensor besides its weight.
+        is_quantized = tensors.keys() != {"weight"}
+        if is_quantized:
+            roundings[layer] = quant_format.round_inputs
+        weight = quant_format.unpack(tensors, quantization) if is_quantized else tensors["weight"]
         dense[f"{layer}.weight"] = weight
     plain = dense_linear(dense)
 

@@ -8,8 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slimserve.compress import bnb, formats, quantize, rounding
+from slimserve.compress import quantize, rounding
 from slimserve.compress.families import SUBLAYERS, LayerRoles, Sublayer, input_sizes
+from slimserve.compress.formats import get_format
+from slimserve.compress.formats.head import add_head, pack_head
+from slimserve.compress.formats.interface import HEAD_TARGET
 from slimserve.compress.forward import Block
 from slimserve.compress.recipe import Quantize
 from slimserve.compress.steps.interface import Detail
@@ -25,20 +28,17 @@ class QuantizeStep:
 
     def __init__(self, step: Quantize, config: Mapping[str, Any], roles: LayerRoles) -> None:
         self._step, self._roles = step, roles
-        self._is_bnb = step.format not in formats.FORMATS
-        self._bnb_format = "int8" if step.format == "int8-bnb" else step.format
-        self._rounding = rounding.rounding_method(step.method)
-        self.needs_data = self._rounding.needs_data or step.smoothquant is not None or step.scales == "mse"
+        self._format = get_format(step.format)
+        self._method = rounding.rounding_method(step.method)
+        self.needs_data = self._method.needs_data or step.smoothquant is not None or step.scales == "mse"
         self._note = ""
         inputs = input_sizes(config)
-        if self._is_bnb:
-            for num_inputs in inputs:
-                bnb.check_input_size(num_inputs, self._bnb_format)
-        else:
-            # Raises for an invalid request, which the fallback below would hide.
-            formats.make_grid(step.format, step.symmetric, step.group_size)
-            group, self._note = formats.choose_group_size(step.group_size, inputs)
-            self._grid = formats.make_grid(step.format, step.symmetric, group)
+        for num_inputs in inputs:
+            self._format.check_input_size(num_inputs)
+        # Raises for an invalid request, which the fallback below would hide.
+        self._format.make_grid(step.symmetric, step.group_size)
+        group, self._note = self._format.choose_group_size(step.group_size, inputs)
+        self._grid = self._format.make_grid(step.symmetric, group)
         self._options = quantize.RoundingOptions(
             damping=step.damping, order=step.order, sweeps=step.sweeps, scales=step.scales
         )
@@ -95,7 +95,7 @@ class QuantizeStep:
             return {}
         if name == head or (name == embedding and self._is_tied):
             stem = head.removesuffix("weight")
-            packed = {stem + suffix: values for suffix, values in formats.pack_head(tensor).items()}
+            packed = {stem + suffix: values for suffix, values in pack_head(tensor).items()}
             return packed if name == head else {name: tensor, **packed}
         return {name: tensor}
 
@@ -104,17 +104,16 @@ class QuantizeStep:
             self._roles.block.format(index=index) + layer for index, layers in self._kept(details) for layer in layers
         ]
         int8_head = self._step.head == "int8"
-        ignored = kept if int8_head else [formats.HEAD_TARGET, *kept]
-        if self._is_bnb:
-            described = bnb.quantization_config(self._bnb_format, ignored)
-        else:
-            described = formats.quantization_config(self._step.format, self._grid, ignored, int8_head)
+        ignored = kept if int8_head else [HEAD_TARGET, *kept]
+        described = self._format.quantization_config(self._grid, ignored)
+        if int8_head:
+            described = add_head(described)
         untied = {"tie_word_embeddings": False} if int8_head else {}
         return {**before, **untied, "quantization_config": described}
 
     def describe(self, details: Sequence[Detail]) -> dict[str, Any]:
         described: dict[str, Any] = {"format": self._step.format, "method": self._step.method}
-        if not self._is_bnb:
+        if self._grid is not None:
             described |= {"symmetric": self._grid.symmetric, "group_size": self._grid.group_size}
         if self._step.head != "dense":
             described["head"] = self._step.head
@@ -141,27 +140,20 @@ class QuantizeStep:
         `effective` gets the dequantized weights, `packed` the tensors to write, `errors` and `notes` one entry per
         layer.
         """
-        if self._is_bnb:
-            for layer in layers:
-                weight_OI = effective[f"{layer}.weight"]
-                tensors = bnb.pack_layer(weight_OI, self._bnb_format)
-                rounded_OI = bnb.dequantize_layer(tensors, self._bnb_format)
-                errors[layer] = float((weight_OI.float() - rounded_OI).norm() / weight_OI.float().norm().clamp(1e-30))
-                del packed[f"{layer}.weight"]
-                packed.update({f"{layer}.{suffix}": tensor for suffix, tensor in tensors.items()})
-            return
         weights = [effective[f"{layer}.weight"] for layer in layers]
-        stacked_OI = torch.cat([weight.float() for weight in weights])
-        rounded = self._rounding(stacked_OI, hessian_II, self._grid, self._options)
-        if rounded.notes:
-            notes["+".join(layers)] = dict(rounded.notes)
-        for layer, weight_OI, quantized in zip(
-            layers, weights, rounded.split([len(weight) for weight in weights]), strict=True
-        ):
-            errors[layer] = quantize.output_error(weight_OI, quantized, hessian_II)
-            effective[f"{layer}.weight"] = quantized.dequantize().to(weight_OI.dtype)
+
+        def rounding(weight_OI: Tensor, grid: quantize.Grid) -> quantize.Quantized:
+            return self._method(weight_OI, hessian_II, grid, self._options)
+
+        results = self._format.pack(weights, self._grid, rounding)
+        if results[0].notes:
+            notes["+".join(layers)] = dict(results[0].notes)
+        for layer, weight_OI, result in zip(layers, weights, results, strict=True):
+            rounded_OI = result.dequantize()
+            errors[layer] = quantize.output_error(weight_OI, rounded_OI, hessian_II)
+            effective[f"{layer}.weight"] = rounded_OI.to(weight_OI.dtype)
             del packed[f"{layer}.weight"]
-            packed.update({f"{layer}.{suffix}": tensor for suffix, tensor in formats.pack_layer(quantized).items()})
+            packed.update({f"{layer}.{suffix}": tensor for suffix, tensor in result.tensors.items()})
 
     def _smooth(
         self,

@@ -2,65 +2,72 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from slimserve.compress.settings import CompressSettings, InspectSettings
+from slimserve.core.config import takes_settings
 from slimserve.core.errors import UserError
 
 
+@takes_settings(CompressSettings)
 def compress(
-    model: Annotated[str | None, typer.Argument(metavar="MODEL", help="What to compress")] = None,
-    recipe: Annotated[str, typer.Option(help="A shipped recipe or a .toml file; see --list")] = "w8a8",
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="Where to write; default: the cache")] = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Change a key of the recipe")
+    settings: CompressSettings,
+    model: Annotated[
+        str | None,
+        typer.Argument(metavar="MODEL", help="Model directory, Hugging Face id, .gguf file or built-in model name."),
     ] = None,
-    list_recipes: Annotated[bool, typer.Option("--list", help="List the recipes and stop")] = False,
 ) -> None:
-    """Prune and quantize a model by recipe; prints the directory of the variant."""
-    from slimserve.compress import recipe as recipes
+    """Prune and quantize a model by a recipe, and print the directory of the new variant.
 
-    if list_recipes:
-        for name, listed in recipes.list_recipes().items():
-            typer.echo(f"{name:16} {listed.summary}")
+    An interrupted build resumes if the same command is run again.
+    """
+    from slimserve.compress.recipe import list_recipes, load_recipe
+
+    if settings.list_recipes:
+        for name, summary in list_recipes().items():
+            typer.echo(f"{name:16} {summary}")
         return
     if model is None:
         raise UserError("MODEL", "", "is missing", "write: slimserve compress MODEL --recipe NAME")
-    name, loaded = recipes.load_recipe(recipe, settings or ())
+    name, recipe = load_recipe(settings.recipe, settings.changes)
     from slimserve.compress.build import build_variant
     from slimserve.core.model import resolve_model
 
-    typer.echo(build_variant(model, resolve_model(model), name, loaded, output))
+    typer.echo(build_variant(model, resolve_model(model), name, recipe, settings.output))
 
 
 def check(
-    directory: Annotated[str, typer.Argument(metavar="DIR", help="A variant that compress wrote, or any model")],
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="Variant directory, or any model.")],
 ) -> None:
-    """Prove that a variant loads: shapes, stock transformers, stock vLLM, and the same logits from all."""
+    """Check that a variant loads, and that transformers and vLLM compute the same logits as plain PyTorch.
+
+    Exits with code 1 if a check fails.
+    """
     from slimserve.compare.check import check_variant
     from slimserve.core.model import resolve_model
 
     passed = True
     for finding in check_variant(resolve_model(directory)):
         passed &= finding.passed
-        typer.echo(f"{'ok  ' if finding.passed else 'FAIL'} {finding.what:13} {finding.detail}")
+        typer.echo(f"{'ok  ' if finding.passed else 'FAIL'} {finding.name:13} {finding.detail}")
     if not passed:
         raise typer.Exit(1)
 
 
+@takes_settings(InspectSettings)
 def inspect(
-    directory: Annotated[str, typer.Argument(metavar="DIR", help="A variant that compress wrote")],
-    plot: Annotated[Path | None, typer.Option(help="Write the error per layer as a .png or .svg to this file")] = None,
+    settings: InspectSettings,
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="Variant directory that `slimserve compress` wrote.")],
 ) -> None:
-    """Show what was done to a variant, its sizes, the error per layer, and the kernel that each format will use."""
+    """Show the steps and sizes of a variant, the error of each layer, and the kernel that vLLM uses on this machine."""
     from slimserve.compress.inspect import describe_variant, plot_errors
     from slimserve.core.model import resolve_model
 
-    where = resolve_model(directory)
-    for line in describe_variant(where):
+    variant = resolve_model(directory)
+    for line in describe_variant(variant):
         typer.echo(line)
-    if plot is not None:
-        plot_errors(where, plot)
-        typer.echo(f"plot: {plot}")
+    if settings.plot is not None:
+        plot_errors(variant, settings.plot)
+        typer.echo(f"plot: {settings.plot}")

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from slimserve.compress.bnb import BNB_FORMATS, dequantize_layer, pack_layer, quantization_config, round_inputs
+from slimserve.compress.formats.bnb import INT8_BNB, NF4
 from slimserve.core.errors import UserError
 
 from .conftest import make_tiny
@@ -34,18 +35,18 @@ def nf4_by_hand(tensors: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:
 
 @pytest.mark.parametrize("shape", [(5, 64), (7, 192), (300, 64)])
 def test_nf4_is_what_its_definition_says(shape: tuple[int, int]) -> None:
-    tensors = pack_layer(weight(*shape), "nf4")
+    tensors = NF4.pack_layer(weight(*shape))
     expected = nf4_by_hand(tensors, shape)
-    assert torch.allclose(dequantize_layer(tensors, "nf4"), expected, atol=0.02)
+    assert torch.allclose(NF4.unpack_layer(tensors), expected, atol=0.02)
     assert (expected - weight(*shape).float()).norm() < 0.12 * weight(*shape).float().norm()
 
 
 def test_int8_is_what_its_definition_says() -> None:
-    tensors = pack_layer(weight(5, 13), "int8")
+    tensors = INT8_BNB.pack_layer(weight(5, 13))
     assert torch.equal(tensors["SCB"], weight(5, 13).float().abs().amax(dim=1))
     expected = torch.round(weight(5, 13).float() / tensors["SCB"][:, None] * 127)
     assert torch.equal(tensors["weight"].float(), expected)
-    assert torch.allclose(dequantize_layer(tensors, "int8"), expected * tensors["SCB"][:, None] / 127)
+    assert torch.allclose(INT8_BNB.unpack_layer(tensors), expected * tensors["SCB"][:, None] / 127)
 
 
 def test_the_tensors_are_those_that_the_librarys_layers_save() -> None:
@@ -53,8 +54,8 @@ def test_the_tensors_are_those_that_the_librarys_layers_save() -> None:
     four.weight = Params4bit(weight(5, 64), False, quant_type="nf4", compress_statistics=True, module=four)
     eight = Linear8bitLt(64, 5, bias=False, has_fp16_weights=False)
     eight.weight = Int8Params(weight(5, 64), requires_grad=False, has_fp16_weights=False)
-    for layer, name in ((four, "nf4"), (eight, "int8")):
-        expected, packed = layer.to("cpu").state_dict(), pack_layer(weight(5, 64), name)
+    for layer, quant_format in ((four, NF4), (eight, INT8_BNB)):
+        expected, packed = layer.to("cpu").state_dict(), quant_format.pack_layer(weight(5, 64))
         assert packed.keys() == expected.keys()
         for suffix, tensor in expected.items():
             assert packed[suffix].dtype == tensor.dtype, suffix
@@ -64,22 +65,22 @@ def test_the_tensors_are_those_that_the_librarys_layers_save() -> None:
 @pytest.mark.parametrize("inputs", [48, 80, 96, 1520])
 def test_nf4_widths_that_bitsandbytes_decodes_wrongly_are_refused(inputs: int) -> None:
     with pytest.raises(UserError, match="no multiple of 64"):
-        pack_layer(weight(4, inputs), "nf4")
-    assert pack_layer(weight(4, inputs), "int8")
+        NF4.pack_layer(weight(4, inputs))
+    assert INT8_BNB.pack_layer(weight(4, inputs))
 
 
 def test_another_writers_nf4_is_read_right_where_bitsandbytes_reads_it_wrongly() -> None:
-    """Fails once bitsandbytes mends its CPU code: then `pack_layer` need not refuse these widths."""
+    """Fails once bitsandbytes corrects its CPU code: then `pack_layer` need not refuse these widths."""
     codes, state = functional.quantize_4bit(weight(6, 96), blocksize=64, compress_statistics=True, quant_type="nf4")
     tensors = {"weight": codes} | {f"weight.{key}": value for key, value in state.as_dict(packed=True).items()}
     expected = nf4_by_hand(tensors, (6, 96))
-    assert torch.allclose(dequantize_layer(tensors, "nf4"), expected, atol=0.02)
+    assert torch.allclose(NF4.unpack_layer(tensors), expected, atol=0.02)
     assert not torch.allclose(functional.dequantize_4bit(codes, state).float(), expected, atol=0.1)
 
 
 def test_int8_refuses_what_float16_cannot_hold() -> None:
     with pytest.raises(UserError, match="beyond float16"):
-        pack_layer(torch.full((2, 64), 1e5), "int8")
+        INT8_BNB.pack_layer(torch.full((2, 64), 1e5))
 
 
 def test_inputs_are_rounded_as_llm_int8_rounds_them() -> None:
@@ -90,8 +91,8 @@ def test_inputs_are_rounded_as_llm_int8_rounds_them() -> None:
     layer = layer.to("cpu").eval()
     with torch.inference_mode():
         expected = layer(inputs.half()).float()
-    dequantized = dequantize_layer(pack_layer(weight(5, 64), "int8"), "int8")
-    ours = torch.nn.functional.linear(round_inputs(inputs), dequantized)
+    dequantized = INT8_BNB.unpack_layer(INT8_BNB.pack_layer(weight(5, 64)))
+    ours = torch.nn.functional.linear(INT8_BNB.round_inputs(inputs), dequantized)
     scale = expected.abs().amax(dim=-1)
     seen = torch.ones(3, 7, dtype=torch.bool)
     seen[1, 1] = False  # bitsandbytes divides a token of zeros by zero
@@ -104,17 +105,17 @@ def test_inputs_are_rounded_as_llm_int8_rounds_them() -> None:
 def test_fused_names_are_ignored_too_when_all_their_parts_are() -> None:
     attention = [f"model.layers.2.self_attn.{part}_proj" for part in "qkv"]
     mlp = ["model.layers.3.mlp.gate_proj", "model.layers.3.mlp.up_proj"]
-    skipped = quantization_config("nf4", ["lm_head", *attention, *mlp])["llm_int8_skip_modules"]
+    skipped = NF4.quantization_config(None, ["lm_head", *attention, *mlp])["llm_int8_skip_modules"]
     added = {"model.layers.2.self_attn.qkv_proj", "model.layers.3.mlp.gate_up_proj"}
     assert set(skipped) == {"lm_head", *attention, *mlp} | added
-    assert quantization_config("int8", ["lm_head", *attention[:2]])["llm_int8_skip_modules"] == [
+    assert INT8_BNB.quantization_config(None, ["lm_head", *attention[:2]])["llm_int8_skip_modules"] == [
         "lm_head",
         *attention[:2],
     ]
 
 
-@pytest.mark.parametrize("name", BNB_FORMATS)
-def test_transformers_loads_it_and_computes_what_was_meant(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("quant_format", [NF4, INT8_BNB], ids=lambda one: one.name)
+def test_transformers_loads_it_and_computes_what_was_meant(quant_format: Any, tmp_path: Path) -> None:
     sizes = {"vocab_size": 67, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
     dense = make_tiny(LlamaConfig(**sizes, **heads, tie_word_embeddings=True), tmp_path / "dense")
@@ -124,16 +125,18 @@ def test_transformers_loads_it_and_computes_what_was_meant(name: str, tmp_path: 
         if not layer.endswith("_proj"):
             tensors[key] = tensor.bfloat16()
             continue
-        packed = pack_layer(tensor, name)
+        packed = quant_format.pack_layer(tensor)
         tensors.update({f"{layer}.{suffix}": part for suffix, part in packed.items()})
-        meant.get_submodule(layer).weight.data = dequantize_layer(packed, name)
+        meant.get_submodule(layer).weight.data = quant_format.unpack_layer(packed)
     target = tmp_path / "bnb"
     target.mkdir()
     config = json.loads((dense.directory / "config.json").read_text())
-    (target / "config.json").write_text(json.dumps(config | {"quantization_config": quantization_config(name)}))
+    (target / "config.json").write_text(
+        json.dumps(config | {"quantization_config": quant_format.quantization_config(None)})
+    )
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
     loaded = AutoModelForCausalLM.from_pretrained(target, dtype=torch.bfloat16).eval()
-    expected_type = Linear4bit if name == "nf4" else Linear8bitLt
+    expected_type = Linear4bit if quant_format is NF4 else Linear8bitLt
     assert isinstance(loaded.model.layers[1].mlp.down_proj, expected_type)
     tokens = torch.arange(1, 12)[None]
     with torch.inference_mode():

@@ -9,16 +9,9 @@ from compressed_tensors.compressors.base import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme, preset_name_to_scheme
 from torch import Tensor
 
-from slimserve.compress.formats import (
-    FORMATS,
-    Activations,
-    choose_group_size,
-    make_grid,
-    pack_layer,
-    quantization_config,
-    read_scheme,
-    unpack_layer,
-)
+from slimserve.compress.formats import find_format, get_format
+from slimserve.compress.formats.compressed_tensors import CompressedTensorsFormat, pack_codes, unpack_codes
+from slimserve.compress.formats.head import add_head
 from slimserve.compress.quantize import Grid, round_to_nearest
 from slimserve.core.errors import UserError
 
@@ -34,6 +27,12 @@ CASES = [
 ]
 
 
+def of(name: str) -> CompressedTensorsFormat:
+    quant_format = get_format(name)
+    assert isinstance(quant_format, CompressedTensorsFormat)
+    return quant_format
+
+
 def weight(shape: tuple[int, int]) -> Tensor:
     """Rows of different size, off centre, so that zero points matter."""
     draw = torch.Generator().manual_seed(3)
@@ -44,15 +43,15 @@ def weight(shape: tuple[int, int]) -> Tensor:
 def test_layers_are_written_as_the_librarys_compressor_writes_them(
     name: str, symmetric: bool, group: int | None, shape: tuple[int, int]
 ) -> None:
-    quantized = round_to_nearest(weight(shape), None, make_grid(name, symmetric, group))
-    config = QuantizationConfig.model_validate(quantization_config(name, quantized.grid, []))
+    quantized = round_to_nearest(weight(shape), None, of(name).make_grid(symmetric, group))
+    config = QuantizationConfig.model_validate(of(name).quantization_config(quantized.grid, []))
     scale = quantized.scale_OG.to(quantized.grid.scale_dtype)
     state = {"weight": quantized.dequantize(), "weight_scale": scale}
     if quantized.zero_OG is not None:
         state["weight_zero_point"] = quantized.zero_OG
-    compressor = BaseCompressor.get_value_from_registry(FORMATS[name].layout)
+    compressor = BaseCompressor.get_value_from_registry(of(name).layout)
     expected = compressor.compress(state, config.config_groups["group_0"])
-    packed = pack_layer(quantized)
+    packed = pack_codes(quantized)
     assert packed.keys() == expected.keys()
     for suffix, tensor in expected.items():
         assert packed[suffix].dtype == tensor.dtype, suffix
@@ -66,7 +65,7 @@ def preset(name: str, targets: list[str], **changes: Any) -> QuantizationScheme:
     """The library's own scheme, with other weights where they are named."""
     scheme = preset_name_to_scheme(PRESETS[name], targets)
     scheme.weights = type(scheme.weights).model_validate({**scheme.weights.model_dump(), **changes})
-    scheme.format = FORMATS[name].layout
+    scheme.format = of(name).layout
     return scheme
 
 
@@ -85,43 +84,48 @@ def described_alike(ours: QuantizationScheme, theirs: QuantizationScheme) -> boo
 
 @pytest.mark.parametrize(("name", "symmetric", "group"), sorted({case[:3] for case in CASES}, key=str))
 def test_the_config_says_what_the_librarys_preset_says(name: str, symmetric: bool, group: int | None) -> None:
-    config = QuantizationConfig.model_validate(quantization_config(name, make_grid(name, symmetric, group), ["a"]))
+    config = QuantizationConfig.model_validate(
+        of(name).quantization_config(of(name).make_grid(symmetric, group), ["a"])
+    )
     strategy = "channel" if group is None else "group"
     expected = preset(name, ["Linear"], symmetric=symmetric, group_size=group, strategy=strategy)
     assert described_alike(config.config_groups["group_0"], expected)
-    assert (config.ignore, config.format, list(config.config_groups)) == (["a"], FORMATS[name].layout, ["group_0"])
+    assert (config.ignore, config.format, list(config.config_groups)) == (["a"], of(name).layout, ["group_0"])
 
 
 @pytest.mark.parametrize(("name", "layout"), [("w8a8", "int-quantized"), ("w4a16", "mixed-precision")])
 def test_an_int8_head_is_a_group_of_its_own(name: str, layout: str) -> None:
-    described = quantization_config(name, make_grid(name), [], int8_head=True)
+    described = add_head(of(name).quantization_config(of(name).make_grid(), []))
     config = QuantizationConfig.model_validate(described)
     assert config.format == layout
     assert described_alike(config.config_groups["group_1"], preset("w8a8", ["lm_head"]))
-    assert read_scheme(described) == (make_grid(name), FORMATS[name].activations)
+    assert find_format(described) is of(name)
+    assert of(name).read_grid(described) == of(name).make_grid()
 
 
 @pytest.mark.parametrize(("name", "symmetric", "group", "shape"), CASES)
 def test_a_layer_is_read_back_as_it_was_and_as_the_library_reads_it(
     name: str, symmetric: bool, group: int | None, shape: tuple[int, int]
 ) -> None:
-    quantized = round_to_nearest(weight(shape), None, make_grid(name, symmetric, group))
-    described = quantization_config(name, quantized.grid, ["lm_head"])
-    grid, activations = read_scheme(described)
-    assert (grid, activations) == (quantized.grid, FORMATS[name].activations)
-    packed = pack_layer(quantized)
-    again = unpack_layer(packed, grid)
+    quantized = round_to_nearest(weight(shape), None, of(name).make_grid(symmetric, group))
+    described = of(name).quantization_config(quantized.grid, ["lm_head"])
+    assert find_format(described) is of(name)
+    grid = of(name).read_grid(described)
+    assert grid == quantized.grid
+    packed = pack_codes(quantized)
+    again = unpack_codes(packed, grid)
     assert torch.equal(again.codes_OI.float(), quantized.codes_OI.float())
     assert torch.equal(again.dequantize(), quantized.dequantize())
     packed["weight_scale"] = packed["weight_scale"].float()
-    compressor = BaseCompressor.get_value_from_registry(FORMATS[name].layout)
+    compressor = BaseCompressor.get_value_from_registry(of(name).layout)
     scheme = QuantizationConfig.model_validate(described).config_groups["group_0"]
     assert torch.allclose(compressor.decompress(packed, scheme)["weight"], again.dequantize(), rtol=1e-6)
 
 
 def test_scales_are_kept_in_what_vllm_holds_them_in() -> None:
     scales = {
-        name: pack_layer(round_to_nearest(weight((4, 8)), None, make_grid(name)))["weight_scale"] for name in FORMATS
+        name: pack_codes(round_to_nearest(weight((4, 8)), None, of(name).make_grid()))["weight_scale"]
+        for name in PRESETS
     }
     assert {name: scale.dtype for name, scale in scales.items()} == {
         "w8a8": torch.float32,
@@ -131,16 +135,16 @@ def test_scales_are_kept_in_what_vllm_holds_them_in() -> None:
 
 
 def test_another_writers_scale_per_tensor_stands_for_every_row() -> None:
-    described = quantization_config("fp8", make_grid("fp8"), [])
+    described = of("fp8").quantization_config(of("fp8").make_grid(), [])
     described["config_groups"]["group_0"]["weights"]["strategy"] = "tensor"
-    grid, _ = read_scheme(described)
+    grid = of("fp8").read_grid(described)
     codes = torch.tensor([[1.0, -2.0, 3.0], [0.5, 4.0, 0.0]]).to(torch.float8_e4m3fn)
-    layer = unpack_layer({"weight": codes, "weight_scale": torch.tensor([0.5], dtype=torch.bfloat16)}, grid)
+    layer = unpack_codes({"weight": codes, "weight_scale": torch.tensor([0.5], dtype=torch.bfloat16)}, grid)
     assert torch.equal(layer.dequantize(), torch.tensor([[0.5, -1.0, 1.5], [0.25, 2.0, 0.0]]))
 
 
 def changed(name: str, *path: str, value: Any) -> dict[str, Any]:
-    config = copy.deepcopy(quantization_config(name, make_grid(name), []))
+    config = copy.deepcopy(of(name).quantization_config(of(name).make_grid(), []))
     inner = config
     for key in path[:-1]:
         inner = inner[key]
@@ -163,13 +167,14 @@ def changed(name: str, *path: str, value: Any) -> dict[str, Any]:
 )
 def test_what_would_be_read_wrongly_is_refused(config: dict[str, Any], problem: str) -> None:
     with pytest.raises(UserError, match=problem):
-        read_scheme(config)
+        find_format(config).unpack({}, config)
 
 
 @pytest.mark.parametrize("order", ["weight", "static"])
 def test_static_activation_ordering_needs_nothing_special(order: str) -> None:
-    grid, _ = read_scheme(changed("w4a16", "config_groups", "group_0", "weights", "actorder", value=order))
-    assert grid == make_grid("w4a16")
+    config = changed("w4a16", "config_groups", "group_0", "weights", "actorder", value=order)
+    grid = of("w4a16").read_grid(config)
+    assert grid == of("w4a16").make_grid()
 
 
 @pytest.mark.parametrize(
@@ -178,7 +183,7 @@ def test_static_activation_ordering_needs_nothing_special(order: str) -> None:
 )
 def test_a_format_refuses_what_it_cannot_hold(name: str, symmetric: bool, group: int | None, field: str) -> None:
     with pytest.raises(UserError, match=field):
-        make_grid(name, symmetric, group)
+        of(name).make_grid(symmetric, group)
 
 
 @pytest.mark.parametrize(
@@ -196,7 +201,7 @@ def test_a_format_refuses_what_it_cannot_hold(name: str, symmetric: bool, group:
 def test_the_largest_group_that_fits_is_chosen_and_said(
     requested: int | None, inputs: list[int], chosen: int | None
 ) -> None:
-    size, note = choose_group_size(requested, inputs)
+    size, note = of("w4a16").choose_group_size(requested, inputs)
     assert size == chosen
     assert bool(note) == (chosen != requested)
     if note:
@@ -206,7 +211,7 @@ def test_the_largest_group_that_fits_is_chosen_and_said(
 
 def test_int8_activations_are_rounded_to_127ths_of_each_tokens_peak() -> None:
     x = torch.tensor([[127.0, 0.4, -0.6, 63.5], [0.0, 0.0, 0.0, 0.0], [2.54, 0.011, -0.03, 1.0]])
-    rounded = Activations("int").fake_quantize(x)
+    rounded = of("w8a8").round_inputs(x)
     assert torch.equal(rounded[0], torch.tensor([127.0, 0.0, -1.0, 64.0]))
     assert torch.equal(rounded[1], torch.zeros(4))
     assert torch.allclose(rounded[2], torch.tensor([2.54, 0.02, -0.04, 1.0]))
@@ -214,22 +219,21 @@ def test_int8_activations_are_rounded_to_127ths_of_each_tokens_peak() -> None:
 
 def test_fp8_activations_keep_what_is_on_the_grid() -> None:
     on_grid = torch.tensor([[448.0, 1.0, -0.125, 0.0]])
-    assert torch.equal(Activations("fp8").fake_quantize(on_grid), on_grid)
-    rounded = Activations("fp8").fake_quantize(torch.tensor([[448.0, 17.0, 1.07]]))
+    assert torch.equal(of("fp8").round_inputs(on_grid), on_grid)
+    rounded = of("fp8").round_inputs(torch.tensor([[448.0, 17.0, 1.07]]))
     assert torch.equal(rounded, torch.tensor([[448.0, 16.0, 1.125]]))
 
 
-@pytest.mark.parametrize("kind", ["int", "fp8"])
-def test_activations_keep_shape_and_dtype(kind: Any) -> None:
+@pytest.mark.parametrize("name", ["w8a8", "fp8"])
+def test_activations_keep_shape_and_dtype(name: str) -> None:
     x = torch.randn(2, 3, 5).bfloat16()
-    rounded = Activations(kind).fake_quantize(x)
+    rounded = of(name).round_inputs(x)
     assert (rounded.shape, rounded.dtype) == (x.shape, x.dtype)
     assert not torch.equal(rounded, x)
 
 
 def test_grids_agree_with_the_config_that_is_written() -> None:
-    weights = quantization_config("w4a16", make_grid("w4a16", False, 64), ["lm_head"])["config_groups"]["group_0"][
-        "weights"
-    ]
+    described = of("w4a16").quantization_config(of("w4a16").make_grid(False, 64), ["lm_head"])
+    weights = described["config_groups"]["group_0"]["weights"]
     assert (weights["symmetric"], weights["group_size"], weights["strategy"]) == (False, 64, "group")
-    assert isinstance(make_grid("w8a8"), Grid)
+    assert isinstance(of("w8a8").make_grid(), Grid)

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from slimserve.compress.kernels import explain_variant, format_of, gpu_only
+from slimserve.compress.formats import find_format, format_names, get_format
+from slimserve.compress.kernels import explain_variant
 from slimserve.core.hardware import Hardware, probe_hardware
 
 HARDWARE = Hardware(cpu="some CPU", cores=(0,), memory_gib=8.0, isa=("avx2", "avx512f", "avx512_vnni"), gpus=())
 SIZES = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
-LAYOUTS = {"w8a8": "int-quantized", "w4a16": "pack-quantized", "fp8": "float-quantized"}
 
 ASK_VLLM = """
 import json, sys, torch
@@ -48,10 +48,10 @@ print("FOUND", hasattr(torch.ops._C, "cpu_gemm_wna16"), hasattr(torch.ops._C, "o
 
 
 def config(name: str | None, **sizes: int) -> dict[str, Any]:
-    quantization: dict[str, Any] = {"quant_method": "compressed-tensors", "format": LAYOUTS.get(name or "")}
-    if name in {"nf4", "int8-bnb"}:
-        quantization = {"quant_method": "bitsandbytes", "load_in_8bit": name == "int8-bnb"}
-    return {**SIZES, **sizes, **({} if name is None else {"quantization_config": quantization})}
+    if name is None:
+        return {**SIZES, **sizes}
+    quant_format = get_format(name)
+    return {**SIZES, **sizes, "quantization_config": quant_format.quantization_config(quant_format.make_grid(), [])}
 
 
 def explain(hardware: Hardware, name: str | None, **sizes: int) -> str:
@@ -93,7 +93,7 @@ def test_vllms_avx2_library_has_the_int8_product_but_no_4_bit_one() -> None:
     ],
 )
 def test_a_size_that_the_4_bit_kernel_refuses_is_named(sizes: dict[str, int], odd: int) -> None:
-    assert f"there is {odd}" in explain(HARDWARE, "w4a16", **sizes)
+    assert f"a layer has {odd}" in explain(HARDWARE, "w4a16", **sizes)
     assert "cannot run" not in explain(HARDWARE, "w8a8", **sizes)
 
 
@@ -109,12 +109,12 @@ def test_amx_machines_round_4_bit_models_activations_too() -> None:
 
 
 def test_only_fp8_belongs_on_a_gpu_and_a_cpu_still_runs_it() -> None:
-    assert [name for name in ("w8a8", "w4a16", "fp8", "nf4", "int8-bnb") if gpu_only(name)] == ["fp8"]
-    assert "needs a GPU of capability 8.9" in str(gpu_only("fp8"))
+    assert [name for name in format_names() if get_format(name).gpu_reason] == ["fp8"]
+    assert "needs a GPU of capability 8.9" in str(get_format("fp8").gpu_reason)
     assert "cannot run" not in explain(HARDWARE, "fp8")
 
 
-@pytest.mark.parametrize("name", [None, "w8a8", "w4a16", "fp8", "nf4", "int8-bnb"])
-def test_a_format_is_told_from_its_config(name: str | None) -> None:
-    assert format_of(config(name)) == name
+@pytest.mark.parametrize("name", format_names())
+def test_a_format_is_recognised_by_its_config(name: str) -> None:
+    assert find_format(config(name)["quantization_config"]) is get_format(name)
     assert "CUDA" in explain(replace(HARDWARE, gpus=("NVIDIA L4, 23034 MiB",)), name)

@@ -190,17 +190,19 @@ def test_output_error_is_the_relative_change_of_the_outputs() -> None:
     quantized = round_to_nearest(weight_OI, None, Grid("int", 4))
     outputs_TO, moved_TO = inputs_TI @ weight_OI.T, inputs_TI @ quantized.dequantize().T
     expected = float((outputs_TO - moved_TO).norm() / outputs_TO.norm())
-    assert output_error(weight_OI, quantized, inputs_TI.T @ inputs_TI / 50) == pytest.approx(expected, rel=1e-4)
-    assert output_error(weight_OI, quantized, None) == relative_error(weight_OI, quantized)
-    assert relative_error(weight_OI, quantized) == pytest.approx(
+    assert output_error(weight_OI, quantized.dequantize(), inputs_TI.T @ inputs_TI / 50) == pytest.approx(
+        expected, rel=1e-4
+    )
+    assert output_error(weight_OI, quantized.dequantize(), None) == relative_error(weight_OI, quantized.dequantize())
+    assert relative_error(weight_OI, quantized.dequantize()) == pytest.approx(
         float((weight_OI - quantized.dequantize()).norm() / weight_OI.norm())
     )
 
 
 def test_a_layer_of_zeros_has_no_error() -> None:
     quantized = round_to_nearest(torch.zeros(2, 3), None, Grid("int", 8))
-    assert relative_error(torch.zeros(2, 3), quantized) == 0.0
-    assert output_error(torch.zeros(2, 3), quantized, torch.eye(3)) == 0.0
+    assert relative_error(torch.zeros(2, 3), quantized.dequantize()) == 0.0
+    assert output_error(torch.zeros(2, 3), quantized.dequantize(), torch.eye(3)) == 0.0
 
 
 def test_smoothing_with_strength_one_half_equalizes_the_peaks() -> None:

@@ -106,7 +106,7 @@ def test_methods_that_use_data_have_a_smaller_output_error(name: str) -> None:
     grid = GRIDS[name]
     damped_hessian_II = damped(hessian_II).float()
     nearest, once, swept, searched = (
-        output_error(weight_OI, ROUNDINGS[method](weight_OI, hessian_II, grid, options), damped_hessian_II)
+        output_error(weight_OI, ROUNDINGS[method](weight_OI, hessian_II, grid, options).dequantize(), damped_hessian_II)
         for method, options in (
             ("rtn", RoundingOptions()),
             ("gptq", ACTIVATION),
@@ -236,7 +236,9 @@ def test_a_hessian_of_fewer_tokens_than_inputs_works(method: str) -> None:
     rounded = ROUNDINGS[method](weight_OI, hessian_II, GRIDS["int4 by rows"], ACTIVATION)
     assert rounded.notes == {}
     nearest = round_to_nearest(weight_OI, None, GRIDS["int4 by rows"])
-    assert output_error(weight_OI, rounded, hessian_II) < 0.3 * output_error(weight_OI, nearest, hessian_II)
+    assert output_error(weight_OI, rounded.dequantize(), hessian_II) < 0.3 * output_error(
+        weight_OI, nearest.dequantize(), hessian_II
+    )
 
 
 @by_method

@@ -1,0 +1,27 @@
+"""W8A8: INT8 weights with one scale per output feature, INT8 inputs with one scale per token."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from slimserve.compress.formats.compressed_tensors import CompressedTensorsFormat
+from slimserve.core.hardware import Hardware
+
+
+class _W8A8(CompressedTensorsFormat):
+    name = "w8a8"
+    layout = "int-quantized"
+    num_bits = 8
+    rounds_activations = True
+    allows_int8_head = True
+
+    def explain_cpu_kernel(self, hardware: Hardware, config: Mapping[str, Any]) -> str:
+        isa = set(hardware.isa)
+        if not isa & {"avx2", "avx512f", "asimd"}:
+            return "cannot run: the kernel needs AVX2, AVX-512 or NEON"
+        best = "AMX" if "amx_tile" in isa else "AVX-512 VNNI" if "avx512_vnni" in isa else "the baseline instructions"
+        return f"oneDNN INT8 product (CPUInt8ScaledMMLinearKernel) with {best}"
+
+
+W8A8 = _W8A8()
