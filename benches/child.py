@@ -1,4 +1,4 @@
-"""A measurement in a process of its own, so that what one side allocated or warmed up is not the other's."""
+"""Run one side of a benchmark in its own process, so that the other side's memory and warm-up do not affect it."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ import sys
 
 
 def in_process(module: str, side: str) -> dict[str, float]:
-    """The JSON object that `python -m module side` prints; RuntimeError with the end of its messages where it fails."""
-    done = subprocess.run([sys.executable, "-m", module, side], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{module} {side} failed: {done.stderr[-1000:]}")
-    found: dict[str, float] = json.loads(done.stdout)
-    return found
+    """Return the JSON object that `python -m module side` prints.
+
+    Raises RuntimeError with the end of the standard error output if the process fails.
+    """
+    process = subprocess.run([sys.executable, "-m", module, side], capture_output=True, text=True, check=False)
+    if process.returncode:
+        raise RuntimeError(f"{module} {side} failed: {process.stderr[-1000:]}")
+    result: dict[str, float] = json.loads(process.stdout)
+    return result

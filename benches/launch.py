@@ -1,11 +1,10 @@
-"""This project's launch of vLLM against vLLM's own, on the same dense model, alternating.
+"""Compare `slimserve`'s launch of vLLM with vLLM's default launch, on the same dense model.
 
     make bench-launch
 
-Each of three rounds starts both servers in turn (the order swaps), sends prompts of fresh
-random tokens, and takes the ratio within the round. Both sides get the same KV cache; all
-else of the stock side is vLLM's default. Last line: one JSON object. Takes about a quarter
-of an hour on 2 cores.
+Each of three rounds starts both servers in turn and computes the ratio of their results. The order changes every round.
+Prompts are random tokens. Both servers get the same KV cache size; all other settings of the stock server are vLLM's
+defaults. The last line of output is one JSON object. The benchmark takes about 15 minutes on 2 cores.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from slimserve.serve.launch.process import STOCK_COMMAND, Engine, EngineSpec, fr
 MODEL = "smollm2-135m-instruct"
 NUM_ROUNDS = 3
 NUM_REPEATS = 3
-"""Measurements within a start; their median counts."""
+"""Number of measurements per server start; the result is their median."""
 PREFILL_TOKENS, NUM_PREFILLS = 512, 16
 DECODE_TOKENS, NUM_STREAMS = 96, 8
 _TOKEN_IDS = range(100, 49_000)
@@ -37,9 +36,9 @@ _TOKEN_IDS = range(100, 49_000)
 def main() -> None:
     directory = resolve_model(MODEL)
     ours = plan_launch(directory, probe_hardware())
-    # vLLM's default reserves 92% of a memory node and fails where other things use more than 8% of it.
+    # By default vLLM reserves 92% of a memory node, and it fails if other processes use more than 8%.
     stock = LaunchPlan(tuple(choice for choice in ours.arguments if choice.name == "--kv-cache-memory-bytes"))
-    figures: dict[str, list[float]] = {}
+    metrics: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for number in range(NUM_ROUNDS):
             sides = [("stock", stock, STOCK_COMMAND), ("ours", ours, EngineSpec.command)]
@@ -49,17 +48,17 @@ def main() -> None:
                 spec = EngineSpec(directory, "model", plan, log, free_port(), command=command)
                 with Engine(spec) as engine:
                     speeds[name] = asyncio.run(_measure(spec.url)) | {"ready_s": engine.ready_s}
-                print_status(f"round {number + 1}/{NUM_ROUNDS} {name}: {_described(speeds[name])}")
+                print_status(f"round {number + 1}/{NUM_ROUNDS} {name}: {_format_speeds(speeds[name])}")
             for name, measured in speeds.items():
-                for figure, value in measured.items():
-                    figures.setdefault(f"{name}_{figure}", []).append(value)
-            figures.setdefault("prefill_ratio", []).append(
+                for metric, value in measured.items():
+                    metrics.setdefault(f"{name}_{metric}", []).append(value)
+            metrics.setdefault("prefill_ratio", []).append(
                 speeds["ours"]["prefill_requests_per_s"] / speeds["stock"]["prefill_requests_per_s"]
             )
-            figures.setdefault("decode8_ratio", []).append(
+            metrics.setdefault("decode8_ratio", []).append(
                 speeds["ours"]["decode8_tokens_per_s"] / speeds["stock"]["decode8_tokens_per_s"]
             )
-    print(bench_line("launch", figures))
+    print(bench_line("launch", metrics))
 
 
 async def _measure(url: str) -> dict[str, float]:
@@ -76,7 +75,7 @@ async def _measure(url: str) -> dict[str, float]:
             (await client.post("/v1/completions", json=body)).raise_for_status()
 
         async def rate(num_requests: int, prompt_tokens: int, output_tokens: int) -> float:
-            """Median requests per second of so many at once."""
+            """Return the median requests per second of `num_requests` concurrent requests."""
             rates = []
             for _ in range(NUM_REPEATS):
                 start = time.perf_counter()
@@ -91,7 +90,7 @@ async def _measure(url: str) -> dict[str, float]:
         }
 
 
-def _described(speeds: dict[str, float]) -> str:
+def _format_speeds(speeds: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:.2f}" for name, value in speeds.items())
 
 

@@ -1,10 +1,11 @@
-"""Seconds from the command to the first token: vLLM's own launch against ours, first and later starts.
+"""Compare the start-up time of vLLM's default launch with `slimserve`'s launch.
 
     make bench-ready
 
-First starts have empty compile caches (a folder of their own per round), later ones find what the first left. Each
-round times stock and ours in turn. `ready_ratio` is ours over stock's, later starts; `decode8_ratio` shows that the
-time was not taken from the speed. Last line: one JSON object. Takes about a quarter of an hour on 2 cores.
+The start-up time is the time from the command to the first token, in seconds. Each round has new, empty compile caches;
+the first start fills them and the later start reuses them. Both servers start in turn in each round. `ready_ratio` is
+our time divided by the stock time, for later starts. `decode8_ratio` shows that the faster start does not cost decoding
+speed. The last line of output is one JSON object. The benchmark takes about 15 minutes on 2 cores.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ NUM_ROUNDS = 3
 
 
 def main() -> None:
-    figures: dict[str, list[float]] = {}
+    metrics: dict[str, list[float]] = {}
     for number in range(NUM_ROUNDS):
         with tempfile.TemporaryDirectory() as folder:
             sides = ["stock", "ours"] if number % 2 == 0 else ["ours", "stock"]
@@ -40,27 +41,27 @@ def main() -> None:
                         f"round {number + 1}/{NUM_ROUNDS} {side}, {start} start: first token after {seconds:.1f} s"
                     )
                     measured |= {f"{side}_{start}_s": seconds, f"{side}_decode8": decode8}
-            for figure, value in measured.items():
-                figures.setdefault(figure, []).append(value)
-            figures.setdefault("ready_ratio", []).append(measured["ours_later_s"] / measured["stock_later_s"])
-            figures.setdefault("first_ready_ratio", []).append(measured["ours_first_s"] / measured["stock_first_s"])
-            figures.setdefault("decode8_ratio", []).append(measured["ours_decode8"] / measured["stock_decode8"])
-    print(bench_line("ready", figures))
+            for metric, value in measured.items():
+                metrics.setdefault(metric, []).append(value)
+            metrics.setdefault("ready_ratio", []).append(measured["ours_later_s"] / measured["stock_later_s"])
+            metrics.setdefault("first_ready_ratio", []).append(measured["ours_first_s"] / measured["stock_first_s"])
+            metrics.setdefault("decode8_ratio", []).append(measured["ours_decode8"] / measured["stock_decode8"])
+    print(bench_line("ready", metrics))
 
 
 def _start(side: str, caches: Path) -> tuple[float, float]:
-    """Seconds until a completion of one token is answered, and tokens per second of 8 streams after it."""
+    """Start a server; return the seconds until its first completion and the tokens per second of 8 streams."""
     spec = (stock_spec if side == "stock" else our_spec)(caches / "engine.log")
     kept = tuple(choice for choice in spec.plan.environment if choice.name != "TORCHINDUCTOR_CACHE_DIR")
-    where = Choice("TORCHINDUCTOR_CACHE_DIR", str(caches / "inductor"), "this round's own")
-    plan = replace(spec.plan, environment=(*kept, where))
-    with _variable("VLLM_CACHE_ROOT", str(caches / "vllm")):
+    cache_choice = Choice("TORCHINDUCTOR_CACHE_DIR", str(caches / "inductor"), "an empty cache for each round")
+    plan = replace(spec.plan, environment=(*kept, cache_choice))
+    with _environment_variable("VLLM_CACHE_ROOT", str(caches / "vllm")):
         start = time.perf_counter()
         with Engine(replace(spec, plan=plan)) as engine:
-            return asyncio.run(_ask(engine.spec.url, start))
+            return asyncio.run(_measure(engine.spec.url, start))
 
 
-async def _ask(url: str, start: float) -> tuple[float, float]:
+async def _measure(url: str, start: float) -> tuple[float, float]:
     async with served(url) as server:
         seconds = time.perf_counter() - start
         await server.decode_rate(8, 32)
@@ -68,7 +69,7 @@ async def _ask(url: str, start: float) -> tuple[float, float]:
 
 
 @contextmanager
-def _variable(name: str, value: str) -> Iterator[None]:
+def _environment_variable(name: str, value: str) -> Iterator[None]:
     before = os.environ.get(name)
     os.environ[name] = value
     try:

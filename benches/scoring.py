@@ -1,11 +1,12 @@
-"""Scored candidates per second: vLLM's own launch and `/generative_scoring` against ours and `/v1/score`.
+"""Compare scored candidates per second of vLLM's `/generative_scoring` with `slimserve`'s `/v1/score`.
 
     make bench-scoring
 
-Each round starts all sides in turn: stock (dense), ours dense, W8A8, and W8A8 of a model that lost a quarter of its
-neurons and one of three KV groups. Ratios are over the stock side of the same round, at a prefix of 1,000 tokens and
-32 items of 24. `w8a8_prefill_efficiency` holds scoring against one plain prefill of the same number of tokens, the
-two in turn. Last line: one JSON object. Takes about a quarter of an hour on 2 cores.
+Each round starts four servers in turn: stock (dense), ours dense, ours W8A8, and ours pruned W8A8. The pruned model
+lacks a quarter of its MLP neurons and one of three KV groups. Ratios are relative to the stock server of the same
+round, with a prefix of 1,000 tokens and 32 items of 24 tokens. `w8a8_prefill_efficiency` is the time of a plain prefill
+of the same number of tokens, divided by the scoring time. The last line of output is one JSON object. The benchmark
+takes about 15 minutes on 2 cores.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from slimserve.serve.launch.process import Engine, EngineSpec
 NUM_ROUNDS = 3
 NUM_REPEATS = 5
 LOADS = tuple(ScoringLoad(prefix, items) for prefix in (200, 600, 1000) for items in (16, 32))
-HEADLINE = ScoringLoad(1000, 32)
-CONCURRENT = ScoringLoad(200, 16)
+PRIMARY_LOAD = ScoringLoad(1000, 32)
+CONCURRENT_LOAD = ScoringLoad(200, 16)
 CONCURRENCIES = (1, 4, 16)
 REQUESTS_PER_USER = 3
 PRUNED = "prune.kv_remove_frac=0.34"
@@ -33,7 +34,7 @@ PRUNED = "prune.kv_remove_frac=0.34"
 
 @dataclass(frozen=True)
 class Side:
-    """One launch of one variant."""
+    """A server under test: one variant and the way to launch it."""
 
     name: str
     variant: Path
@@ -52,7 +53,7 @@ def main() -> None:
         Side("w8a8", built("w8a8")),
         Side("pruned_w8a8", built("prune25-w8a8", PRUNED)),
     ]
-    figures: dict[str, list[float]] = {}
+    metrics: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for number in range(NUM_ROUNDS):
             rates = {}
@@ -60,35 +61,35 @@ def main() -> None:
                 with Engine(side.spec(Path(folder) / f"{side.name}-{number}.log")) as engine:
                     path = "/generative_scoring" if side.stock else "/v1/score"
                     measured = asyncio.run(_measure(engine.spec.url, path))
-                rates[side.name] = measured[_items_per_s(HEADLINE)]
+                rates[side.name] = measured[_items_per_s(PRIMARY_LOAD)]
                 print_status(
                     f"round {number + 1}/{NUM_ROUNDS} {side.name}: {rates[side.name]:.1f} items/s at 1000 x 32"
                 )
-                for figure, value in measured.items():
-                    figures.setdefault(f"{side.name}_{figure}", []).append(value)
+                for metric, value in measured.items():
+                    metrics.setdefault(f"{side.name}_{metric}", []).append(value)
             for side in sides[1:]:
-                figures.setdefault(f"{side.name}_scoring_ratio", []).append(rates[side.name] / rates["stock"])
-    print(bench_line("scoring", figures))
+                metrics.setdefault(f"{side.name}_scoring_ratio", []).append(rates[side.name] / rates["stock"])
+    print(bench_line("scoring", metrics))
 
 
 async def _measure(url: str, path: str) -> dict[str, float]:
-    figures = {}
+    metrics = {}
     async with served(url, path) as server:
         for load in LOADS:
             await server.score(load)
             seconds = [await server.score(load) for _ in range(NUM_REPEATS)]
-            figures[_items_per_s(load)] = load.num_items / median(seconds)
+            metrics[_items_per_s(load)] = load.num_items / median(seconds)
         prefills, scorings = [], []
         for _ in range(NUM_REPEATS):
-            tokens = HEADLINE.prefix_tokens + HEADLINE.num_items * HEADLINE.item_tokens
+            tokens = PRIMARY_LOAD.prefix_tokens + PRIMARY_LOAD.num_items * PRIMARY_LOAD.item_tokens
             prefills.append(await server.complete(tokens, 1))
-            scorings.append(await server.score(HEADLINE))
-        figures["prefill_efficiency"] = median(prefills) / median(scorings)
+            scorings.append(await server.score(PRIMARY_LOAD))
+        metrics["prefill_efficiency"] = median(prefills) / median(scorings)
         for concurrency in CONCURRENCIES:
-            seconds = await server.score_closed_loop(CONCURRENT, concurrency, REQUESTS_PER_USER * concurrency)
+            seconds = await server.score_closed_loop(CONCURRENT_LOAD, concurrency, REQUESTS_PER_USER * concurrency)
             for percent in (50, 99):
-                figures[f"concurrent{concurrency}_p{percent}_s"] = percentile(seconds, percent)
-    return figures
+                metrics[f"concurrent{concurrency}_p{percent}_s"] = percentile(seconds, percent)
+    return metrics
 
 
 def _items_per_s(load: ScoringLoad) -> str:

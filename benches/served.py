@@ -1,4 +1,4 @@
-"""A running server as a benchmark asks it: prompts and items of fresh random tokens, timed by the wall clock."""
+"""Launch specifications and a timed client for benchmarks of a running server."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _SERVED_NAME = "model"
 _TOKEN_IDS = range(100, 49_000)
 _LABELS = (1000, 2000)
 _KEEPALIVE_S = 2.0
-"""Shorter than the 5 s after which uvicorn closes an idle connection."""
+"""Seconds that an idle connection stays open; uvicorn closes idle connections after 5 s."""
 
 
 @dataclass(frozen=True)
 class ScoringLoad:
-    """Requests of one shape."""
+    """Shape of a scoring request, in tokens and items."""
 
     prefix_tokens: int
     num_items: int
@@ -38,7 +38,10 @@ class ScoringLoad:
 
 
 def stock_spec(log: Path, directory: Path | None = None) -> EngineSpec:
-    """vLLM's own launch, with the KV cache's bytes of ours: its default wants 92% of a memory node to be free."""
+    """Return vLLM's default launch with our KV cache size.
+
+    vLLM's default cache size requires that 92% of a memory node is free.
+    """
     directory = directory or resolve_model(MODEL)
     ours = plan_launch(directory, probe_hardware())
     plan = LaunchPlan(tuple(choice for choice in ours.arguments if choice.name == "--kv-cache-memory-bytes"))
@@ -46,25 +49,25 @@ def stock_spec(log: Path, directory: Path | None = None) -> EngineSpec:
 
 
 def our_spec(log: Path, directory: Path | None = None, profile: TrafficProfile = "balanced") -> EngineSpec:
-    """Our launch of a variant."""
+    """Return our launch of the variant in `directory`; the default is the dense model."""
     directory = directory or resolve_model(MODEL)
     return EngineSpec(directory, _SERVED_NAME, plan_launch(directory, probe_hardware(), profile), log, free_port())
 
 
 def built(recipe: str, *settings: str) -> Path:
-    """The variant of a recipe, built if the cache has none."""
+    """Return the directory of a recipe's variant; build it if the cache does not hold it."""
     return build_variant(MODEL, resolve_model(MODEL), *load_recipe(recipe, settings), None)
 
 
 class Served:
-    """Asks one server; every prompt is new, so that no cache knows it."""
+    """Client of one server; every prompt is random, so that the prefix cache never contains it."""
 
     def __init__(self, client: httpx.AsyncClient, scoring_path: str) -> None:
         self._client = client
         self._scoring_path = scoring_path
 
     async def complete(self, prompt_tokens: int, output_tokens: int) -> float:
-        """Seconds of one completion of exactly so many tokens."""
+        """Return the seconds of one completion of exactly `output_tokens` tokens."""
         body = {
             "prompt": _random_tokens(prompt_tokens),
             "max_tokens": output_tokens,
@@ -74,7 +77,7 @@ class Served:
         return await self._post("/v1/completions", body)
 
     async def score(self, load: ScoringLoad) -> float:
-        """Seconds of one scoring request."""
+        """Return the seconds of one scoring request."""
         body = {
             "query": _random_tokens(load.prefix_tokens),
             "items": [_random_tokens(load.item_tokens) for _ in range(load.num_items)],
@@ -84,43 +87,43 @@ class Served:
         return await self._post(self._scoring_path, body)
 
     async def decode_rate(self, num_streams: int, output_tokens: int, prompt_tokens: int = 32) -> float:
-        """Output tokens per second of so many completions at once."""
+        """Return the output tokens per second of `num_streams` concurrent completions."""
         start = time.perf_counter()
         await asyncio.gather(*(self.complete(prompt_tokens, output_tokens) for _ in range(num_streams)))
         return num_streams * output_tokens / (time.perf_counter() - start)
 
     async def score_closed_loop(self, load: ScoringLoad, concurrency: int, num_requests: int) -> list[float]:
-        """Seconds of each of `num_requests`, of which `concurrency` are always under way."""
-        left = iter(range(num_requests))
-        times: list[float] = []
+        """Return the seconds of each of `num_requests` requests, with `concurrency` requests in flight."""
+        remaining = iter(range(num_requests))
+        seconds: list[float] = []
 
-        async def ask() -> None:
-            times.extend([await self.score(load) for _ in left])
+        async def run_user() -> None:
+            seconds.extend([await self.score(load) for _ in remaining])
 
-        await asyncio.gather(*(ask() for _ in range(concurrency)))
-        return times
+        await asyncio.gather(*(run_user() for _ in range(concurrency)))
+        return seconds
 
     async def _post(self, path: str, body: dict[str, object]) -> float:
         start = time.perf_counter()
         response = await self._client.post(path, json={"model": _SERVED_NAME, **body})
         seconds = time.perf_counter() - start
         if response.is_error:
-            raise RuntimeError(f"{path} was answered {response.status_code}: {response.text[:300]}")
+            raise RuntimeError(f"{path} returned HTTP {response.status_code}: {response.text[:300]}")
         return seconds
 
 
 @asynccontextmanager
 async def served(url: str, scoring_path: str = "/v1/score") -> AsyncIterator[Served]:
-    """A client of the server at `url`, warmed up by one short completion."""
+    """Yield a client of the server at `url` after one short warm-up completion."""
     limits = httpx.Limits(max_connections=None, keepalive_expiry=_KEEPALIVE_S)
     async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
-        asker = Served(client, scoring_path)
-        await asker.complete(64, 8)
-        yield asker
+        served_client = Served(client, scoring_path)
+        await served_client.complete(64, 8)
+        yield served_client
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """Nearest rank."""
+    """Return a percentile by the nearest-rank method."""
     ranked = sorted(values)
     return ranked[min(len(ranked) - 1, int(len(ranked) * percent / 100))]
 
