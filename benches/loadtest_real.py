@@ -1,12 +1,13 @@
-"""Our load generator and `vllm bench serve` on the same real server: SmolLM2, the same arrivals, prompts alike.
+"""Compare `slimserve`'s load generator with `vllm bench serve` on one real server of SmolLM2, with the same arrivals.
 
     make bench-loadtest-real
 
-A first run of vLLM's tool, which is not counted, warms the server up and gives the arrivals: a Poisson process, whose
-times ours replays as a trace and vLLM's draws again from its seed. Then the tools in turn, the order swapped each
-round; every run has prompts of its own, of as many words, so that no cache knows them, and each answer has exactly 64
-tokens. Ratios of the medians within a round, ours over vLLM's, and whether ours lies within 5% of the bucket in which
-the server's own histogram has its median (1 or 0). Last line: one JSON object. About ten minutes on 2 cores.
+An uncounted first run of vLLM's tool warms the server up and records Poisson arrival times. `slimserve` replays these
+times as a trace; vLLM's tool draws them again from its seed. The tools then run in turn, and the order changes every
+round. Each run has new prompts of the same length, so that the prefix cache never contains them. Each answer has
+exactly 64 tokens. Ratios are our median over vLLM's median of the same round. `*_in_server_bracket` is 1 if our median
+is within 5% of the bucket that holds the median of the server's own histogram, else 0. The last line of output is one
+JSON object. The benchmark takes about ten minutes on 2 cores; `--quick` runs one round.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ NUM_REQUESTS = 40
 RATE = 1.0
 OUTPUT_TOKENS = 64
 PROMPT_WORDS = 96
-SLACK = 0.05
+TOLERANCE_FRAC = 0.05
 _SEED = 7
 _VLLM_BENCH = Path(__file__).parent / "peers" / "vllm_bench.py"
 _WORDS = (
@@ -43,13 +44,13 @@ _WORDS = (
 )
 
 Medians = dict[str, float]
-"""Seconds of `ttft` and `itl`."""
+"""Median seconds by metric name (`ttft` or `itl`)."""
 
 
 def main() -> None:
-    figures: dict[str, list[float]] = {}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    metrics: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         with Engine(our_spec(folder / "engine.log")) as engine:
             target = Target(engine.spec.url, engine.spec.name)
             _, starts_s = _vllm(target, _prompts(folder, "warm-up"), folder)
@@ -60,25 +61,25 @@ def main() -> None:
                 for side in ("ours", "vllm") if number % 2 == 0 else ("vllm", "ours"):
                     prompts = _prompts(folder, f"{side} {number}")
                     if side == "vllm":
-                        medians[side], again_s = _vllm(target, prompts, folder)
-                        _check_same(starts_s, again_s)
+                        medians[side], repeated_s = _vllm(target, prompts, folder)
+                        _check_same_arrivals(starts_s, repeated_s)
                     else:
                         summary = _ours(target, prompts, trace, folder)
                         medians[side] = _medians_of(summary)
-                        for figure, value in _brackets(summary).items():
-                            figures.setdefault(figure, []).append(value)
+                        for name, value in _brackets(summary).items():
+                            metrics.setdefault(name, []).append(value)
                 for metric in ("ttft", "itl"):
                     ours_s, theirs_s = medians["ours"][metric], medians["vllm"][metric]
-                    figures.setdefault(f"{metric}_median_ratio_vllm", []).append(ours_s / theirs_s)
-                    figures.setdefault(f"ours_{metric}_median_ms", []).append(ours_s * 1e3)
-                    figures.setdefault(f"vllm_{metric}_median_ms", []).append(theirs_s * 1e3)
-                told = {name: round(values[-1], 3) for name, values in figures.items()}
-                print_status(f"round {number + 1}/{NUM_ROUNDS}: {told}")
-    print(bench_line("loadtest-real", figures))
+                    metrics.setdefault(f"{metric}_median_ratio_vllm", []).append(ours_s / theirs_s)
+                    metrics.setdefault(f"ours_{metric}_median_ms", []).append(ours_s * 1e3)
+                    metrics.setdefault(f"vllm_{metric}_median_ms", []).append(theirs_s * 1e3)
+                latest = {name: round(values[-1], 3) for name, values in metrics.items()}
+                print_status(f"round {number + 1}/{NUM_ROUNDS}: {latest}")
+    print(bench_line("loadtest-real", metrics))
 
 
 def _prompts(folder: Path, seed: str) -> Path:
-    """A file of prompts of equally many words, which begin differently in each file."""
+    """Write a file of random prompts of `PROMPT_WORDS` words; each seed gives different prompts."""
     numbers, words = random.Random(seed), _WORDS.split()
     file = folder / f"{seed.replace(' ', '-')}.jsonl"
     lines = [json.dumps({"prompt": " ".join(numbers.choices(words, k=PROMPT_WORDS))}) for _ in range(NUM_REQUESTS)]
@@ -89,14 +90,16 @@ def _prompts(folder: Path, seed: str) -> Path:
 def _ours(target: Target, prompts: Path, trace: Path, folder: Path) -> LoadSummary:
     settings = LoadSettings(
         trace=str(trace),
-        duration_s=2 * NUM_REQUESTS / RATE,  # longer than the trace: every request counts
+        duration_s=2 * NUM_REQUESTS / RATE,  # Longer than the trace, so that every request counts.
         warmup_s=0.0,
         cooldown_s=0.0,
         suite=SuiteOptions(data=str(prompts), max_tokens=str(OUTPUT_TOKENS), exact_tokens=True),
     )
     summary, _ = run_suite("chat", target, settings, folder / "ours")
     if summary.errors or summary.num_requests != NUM_REQUESTS:
-        raise RuntimeError(f"our client had {summary.num_requests} requests and errors {summary.errors}")
+        raise RuntimeError(
+            f"our client sent {summary.num_requests} of {NUM_REQUESTS} requests with errors {summary.errors}"
+        )
     return summary
 
 
@@ -107,19 +110,20 @@ def _medians_of(summary: LoadSummary) -> Medians:
 
 
 def _brackets(summary: LoadSummary) -> dict[str, float]:
-    """Whether our medians lie where the server's own histograms have theirs."""
+    """Return 1 for each median that agrees with the server's own histogram, else 0."""
     brackets = {"ttft": summary.server.ttft_p50_bracket_s, "itl": summary.server.itl_p50_bracket_s}
     medians = _medians_of(summary)
     return {
         f"{metric}_in_server_bracket": float(
-            bracket is not None and bracket[0] * (1 - SLACK) <= medians[metric] <= bracket[1] * (1 + SLACK)
+            bracket is not None
+            and bracket[0] * (1 - TOLERANCE_FRAC) <= medians[metric] <= bracket[1] * (1 + TOLERANCE_FRAC)
         )
         for metric, bracket in brackets.items()
     }
 
 
 def _vllm(target: Target, prompts: Path, folder: Path) -> tuple[Medians, list[float]]:
-    """The medians that vLLM's tool reports, and when it sent each request, from the first on."""
+    """Run vLLM's tool; return its medians and the send times, in seconds after the first request."""
     result = folder / "vllm.json"
     command = [
         *(sys.executable, str(_VLLM_BENCH), "--backend", "openai-chat", "--base-url", target.url),
@@ -131,20 +135,22 @@ def _vllm(target: Target, prompts: Path, folder: Path) -> tuple[Medians, list[fl
         *("--save-result", "--save-detailed", "--result-filename", str(result)),
     ]
     with progress(f"vllm bench serve, {RATE:g}/s", None, "s"):
-        done = subprocess.run(command, env=peer_variables(1), capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"vllm bench serve failed: {done.stderr[-1000:]}")
-    told = json.loads(result.read_text(encoding="utf-8"))
-    if told["failed"]:
-        raise RuntimeError(f"vllm bench serve counted {told['failed']} failures: {told['errors'][:1]}")
-    starts_s = [at - told["start_times"][0] for at in told["start_times"]]
-    return {"ttft": told["median_ttft_ms"] / 1e3, "itl": told["median_itl_ms"] / 1e3}, starts_s
+        process = subprocess.run(command, env=peer_variables(1), capture_output=True, text=True, check=False)
+    if process.returncode:
+        raise RuntimeError(f"vllm bench serve failed: {process.stderr[-1000:]}")
+    reported = json.loads(result.read_text(encoding="utf-8"))
+    if reported["failed"]:
+        raise RuntimeError(f"vllm bench serve counted {reported['failed']} failures: {reported['errors'][:1]}")
+    starts_s = [at - reported["start_times"][0] for at in reported["start_times"]]
+    return {"ttft": reported["median_ttft_ms"] / 1e3, "itl": reported["median_itl_ms"] / 1e3}, starts_s
 
 
-def _check_same(expected_s: list[float], starts_s: list[float]) -> None:
-    """The same seed gave the same arrivals, to what a busy machine makes of them."""
-    late_s = sorted(abs(one - other) for one, other in zip(expected_s, starts_s, strict=True))
-    assert late_s[len(late_s) // 2] < 0.05, f"vllm bench serve drew other arrivals: {late_s}"
+def _check_same_arrivals(expected_s: list[float], starts_s: list[float]) -> None:
+    """Check that the same seed gave the same arrivals, within the jitter of a busy machine."""
+    differences_s = sorted(abs(one - other) for one, other in zip(expected_s, starts_s, strict=True))
+    assert differences_s[len(differences_s) // 2] < 0.05, (
+        f"vllm bench serve sent other arrivals; differences in seconds: {differences_s}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Whether a load test shows a freeze: the server stops for 2 s once in 60 s, at 20 requests/s.
+"""Show whether a load test reports a server freeze of 2 s in a run of 60 s at 20 requests/s.
 
     make bench-loadtest-stall
 
-A truth server (loadtest/mock_server.py) answers each request after 20 ms, but for the freeze. Ours sends Poisson arrivals
-on schedule whatever becomes of those before; plain Locust has four users who ask five times a second each and wait for
-their answers, so that they send nothing while the server is frozen, and hide it. p99 of the time to the answer of
-either, in turn; Locust's own is rounded to two digits. Last line: one JSON object. About six minutes; `--quick` takes
-one round.
+The mock server (loadtest/mock_server.py) answers each request after 20 ms, except during the freeze. `slimserve`
+sends Poisson arrivals on schedule, even while earlier requests are pending. Plain Locust has four users that each send
+five requests per second and wait for the answers. They send nothing during the freeze, so their p99 hides it. The
+result is the p99 end-to-end latency of both tools, run in turn; Locust rounds its value to two digits. The last line of
+output is one JSON object. The benchmark takes about six minutes; `--quick` runs one round.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ _LOCUSTFILE = Path(__file__).parent / "peers" / "plain_locustfile.py"
 
 
 def main() -> None:
-    figures: dict[str, list[float]] = {}
+    metrics: dict[str, list[float]] = {}
     sides = {"ours": _ours, "closed_loop": _closed_loop}
     for number in range(1 if "--quick" in sys.argv[1:] else NUM_ROUNDS):
         for side in sides if number % 2 == 0 else reversed(sides):
             with (
                 tempfile.TemporaryDirectory() as folder,
-                running_mock_server(SCHEDULE, probe_hardware().cores[0]) as truth,
+                running_mock_server(SCHEDULE, probe_hardware().cores[0]) as server,
             ):
-                p99_s, num_requests = sides[side](truth.url, Path(folder))
-            print_status(f"round {number + 1}, {side}: p99 {p99_s:.3f} s of {num_requests} requests")
-            figures.setdefault(f"{side}_p99_s", []).append(p99_s)
-            figures.setdefault(f"{side}_num_requests", []).append(num_requests)
-    print(bench_line("loadtest-stall", figures))
+                p99_s, num_requests = sides[side](server.url, Path(folder))
+            print_status(f"round {number + 1}, {side}: p99 {p99_s:.3f} s over {num_requests} requests")
+            metrics.setdefault(f"{side}_p99_s", []).append(p99_s)
+            metrics.setdefault(f"{side}_num_requests", []).append(num_requests)
+    print(bench_line("loadtest-stall", metrics))
 
 
 def _ours(url: str, folder: Path) -> tuple[float, int]:
@@ -73,9 +73,9 @@ def _closed_loop(url: str, folder: Path) -> tuple[float, int]:
         *("--only-summary", "--csv", str(folder / "plain")),
     ]
     with progress(f"plain Locust, {NUM_USERS} users", None, "s"):
-        done = subprocess.run(command, env=peer_variables(1), capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"plain Locust failed: {done.stderr[-500:]}")
+        process = subprocess.run(command, env=peer_variables(1), capture_output=True, text=True, check=False)
+    if process.returncode:
+        raise RuntimeError(f"plain Locust failed: {process.stderr[-500:]}")
     with (folder / "plain_stats.csv").open(encoding="utf-8") as file:
         total = list(csv.DictReader(file))[-1]
     return float(total["99%"]) / 1e3, int(total["Request Count"])

@@ -1,17 +1,17 @@
-"""How far load tools are from the truth: a server that emits on an exact schedule, asked by each tool in turn.
+"""Measure the error of load test tools against a mock server that emits tokens on an exact schedule.
 
     make bench-loadtest-truth
 
-The server (loadtest/mock_server.py) has a core of its own and the tool another one: 1, 16, 64 and 128 streams at once, 50
-tokens/s each, the first token after 100 ms, 100 tokens. The error is the distance of the percentile that a tool
-reports from the schedule's. vllm is `vllm bench serve`; guidellm (an environment of its own) gets one worker process,
-with which it is more exact on one core than with its ten. What GuideLLM calls ITL is a request's mean, so compare its
-`itl` with the `tpot` of the others, which is that mean too.
+The mock server (loadtest/mock_server.py) and the tool each have a CPU core of their own. The schedule is 1, 16, 64 and
+128 concurrent streams of 100 tokens: the first after 100 ms, then 50 tokens/s. The error is the difference between the
+percentile that a tool reports and the percentile of the schedule. `vllm` is `vllm bench serve`. `guidellm` runs in its
+own environment with one worker process, because it is more exact on one core than with its default of ten. GuideLLM's
+ITL is the mean of a request, so compare its `itl` with the `tpot` of the other tools.
 
-Then each tool's streams per core: the most streams of a ladder (by bisection, in equal rounds) at which it is still
-right, that is, p50 of TTFT, ITL and end to end within 5% of the schedule and p99 within 50%. The ladder ends where the
-server's own core is full, so a tool on its last step may bear more. Last line: one JSON object. About 13 minutes;
-`--quick` takes one round.
+The benchmark then bisects a ladder of stream counts for each tool's streams per core. A tool is accurate at a step if
+its p50 of TTFT, ITL and end-to-end latency is within 5% of the schedule and its p99 within 50%. The ladder ends where
+the mock server's core is saturated, so a tool that reaches the last step may support more streams. The last line of
+output is one JSON object. The benchmark takes about 13 minutes; `--quick` runs one round.
 """
 
 from __future__ import annotations
@@ -41,48 +41,50 @@ NUM_ROUNDS = 2
 NUM_LADDER_ROUNDS = 1
 LADDER = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 SCHEDULE = MockSchedule(ttft_s=0.1, gap_s=0.02, num_tokens=100)
-TRUTH_MS = {"ttft": 100.0, "itl": 20.0, "tpot": 20.0, "e2e": 100.0 + 99 * 20.0}
-JUDGED = ("ttft", "itl", "e2e")
+SCHEDULE_MS = {"ttft": 100.0, "itl": 20.0, "tpot": 20.0, "e2e": 100.0 + 99 * 20.0}
+EVALUATED_METRICS = ("ttft", "itl", "e2e")
 TOLERANCE = {"p50": 0.05, "p99": 0.5}
 WARMUP_S, DURATION_S = 2.5, 8.0
 _NUM_PROMPTS = 2000
-_MOST_LAG_MS = 1.0
-"""At p99, of the server's own writes."""
+_MAX_LAG_MS = 1.0
+"""Maximum p99 lag of the mock server's writes in a valid run, in milliseconds."""
 _NICENESS = -10
 _VLLM_BENCH = Path(__file__).parent / "peers" / "vllm_bench.py"
 
 Reported = dict[tuple[str, str], float]
-"""Milliseconds by metric and percentile."""
+"""Reported milliseconds by metric and percentile."""
 
 
 def main() -> None:
     is_quick = "--quick" in sys.argv[1:]
-    figures: dict[str, list[float]] = {}
+    metrics: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         tools = _tools(Path(folder))
         for number in range(1 if is_quick else NUM_ROUNDS):
             for num_streams in NUM_STREAMS:
                 for tool in _in_turn(tools, number):
-                    reported, lag_ms = _ask(tools[tool], num_streams)
-                    errors = {key: abs(value - TRUTH_MS[key[0]]) for key, value in reported.items()}
+                    reported, lag_ms = _run_tool(tools[tool], num_streams)
+                    errors = {key: abs(value - SCHEDULE_MS[key[0]]) for key, value in reported.items()}
                     for (metric, percentile), error_ms in errors.items():
-                        figures.setdefault(f"{tool}_{metric}_{percentile}_error_ms_{num_streams}", []).append(error_ms)
-                    figures.setdefault(f"truth_lag_p99_ms_{num_streams}", []).append(lag_ms)
-                    told = ", ".join(f"{metric} {p} {error:.2f}" for (metric, p), error in errors.items())
+                        metrics.setdefault(f"{tool}_{metric}_{percentile}_error_ms_{num_streams}", []).append(error_ms)
+                    metrics.setdefault(f"truth_lag_p99_ms_{num_streams}", []).append(lag_ms)
+                    text = ", ".join(f"{metric} {p} {error:.2f}" for (metric, p), error in errors.items())
                     print_status(
-                        f"round {number + 1}, {num_streams} streams, {tool}: errors in ms: {told}; lag {lag_ms:.3f}"
+                        f"round {number + 1}, {num_streams} streams, {tool}: errors in ms: {text}; lag {lag_ms:.3f} ms"
                     )
         for number in range(1 if is_quick else NUM_LADDER_ROUNDS):
-            most = {tool: _most_streams(tool, tools[tool]) for tool in _in_turn(tools, number)}
-            for tool, num_streams in most.items():
-                figures.setdefault(f"{tool}_streams_per_core", []).append(num_streams)
+            max_streams = {tool: _max_streams(tool, tools[tool]) for tool in _in_turn(tools, number)}
+            for tool, num_streams in max_streams.items():
+                metrics.setdefault(f"{tool}_streams_per_core", []).append(num_streams)
             for peer in ("vllm", "guidellm"):
-                figures.setdefault(f"streams_per_core_ratio_{peer}", []).append(most["ours"] / max(most[peer], 1))
-    print(bench_line("loadtest-truth", figures))
+                metrics.setdefault(f"streams_per_core_ratio_{peer}", []).append(
+                    max_streams["ours"] / max(max_streams[peer], 1)
+                )
+    print(bench_line("loadtest-truth", metrics))
 
 
 Tool = Callable[[str, int], Reported]
-"""Asks the server at a URL for so many streams at once."""
+"""Function of a server's URL and a number of concurrent streams."""
 
 
 def _tools(folder: Path) -> dict[str, Tool]:
@@ -101,39 +103,40 @@ def _in_turn(tools: dict[str, Tool], number: int) -> list[str]:
     return list(tools) if number % 2 == 0 else list(tools)[::-1]
 
 
-def _ask(tool: Tool, num_streams: int) -> tuple[Reported, float]:
-    """What a tool reports, and how late the server was at p99, in milliseconds.
+def _run_tool(tool: Tool, num_streams: int) -> tuple[Reported, float]:
+    """Return the metrics that a tool reports and the p99 lag of the mock server, in milliseconds.
 
-    Where the server itself was late, because the machine did something else, nothing is said of the tool: again then.
+    A run is repeated up to twice if the server itself was late, because such a run says nothing about the tool.
     """
     cores = probe_hardware().cores
     for is_last in (False, False, True):
-        with running_mock_server(SCHEDULE, cores[0]) as truth:
+        with running_mock_server(SCHEDULE, cores[0]) as server:
             with _on_core(cores[-1]):
-                reported = tool(truth.url, num_streams)
-            lag_ms = truth.lateness()["lag_p99_ms"]
-        if lag_ms <= _MOST_LAG_MS or is_last:
+                reported = tool(server.url, num_streams)
+            lag_ms = server.lateness()["lag_p99_ms"]
+        if lag_ms <= _MAX_LAG_MS or is_last:
             return reported, lag_ms
-        print_status(f"{num_streams} streams: the server itself was {lag_ms:.1f} ms late at p99; measured anew")
+        print_status(f"{num_streams} streams: the mock server was {lag_ms:.1f} ms late at p99; repeating the run")
     raise AssertionError("the last try returns")
 
 
-def _most_streams(tool: str, ask: Tool) -> int:
-    """The highest step of the ladder on which a tool is right, as far as bisection finds it; 0 for none."""
-    right, wrong = -1, len(LADDER)
-    while wrong - right > 1:
-        step = (right + wrong) // 2
-        reported, lag_ms = _ask(ask, LADDER[step])
+def _max_streams(tool: str, run: Tool) -> int:
+    """Return the highest number of streams at which a tool is accurate, by bisection; 0 if there is none."""
+    accurate, inaccurate = -1, len(LADDER)
+    while inaccurate - accurate > 1:
+        step = (accurate + inaccurate) // 2
+        reported, lag_ms = _run_tool(run, LADDER[step])
         worst = {
-            f"{metric} {percentile}": abs(reported[metric, percentile] / TRUTH_MS[metric] - 1)
-            for metric in JUDGED
+            f"{metric} {percentile}": abs(reported[metric, percentile] / SCHEDULE_MS[metric] - 1)
+            for metric in EVALUATED_METRICS
             for percentile in TOLERANCE
         }
-        is_right = all(error <= TOLERANCE[name.split()[1]] for name, error in worst.items())
-        told = ", ".join(f"{name} off by {error:.1%}" for name, error in worst.items())
-        print_status(f"{tool}, {LADDER[step]} streams: {'right' if is_right else 'wrong'}: {told}; lag {lag_ms:.3f} ms")
-        right, wrong = (step, wrong) if is_right else (right, step)
-    return LADDER[right] if right >= 0 else 0
+        is_accurate = all(error <= TOLERANCE[name.split()[1]] for name, error in worst.items())
+        text = ", ".join(f"{name} off by {error:.1%}" for name, error in worst.items())
+        verdict = "accurate" if is_accurate else "inaccurate"
+        print_status(f"{tool}, {LADDER[step]} streams: {verdict}: {text}; lag {lag_ms:.3f} ms")
+        accurate, inaccurate = (step, inaccurate) if is_accurate else (accurate, step)
+    return LADDER[accurate] if accurate >= 0 else 0
 
 
 def _ours(url: str, num_streams: int, data: Path, output: Path) -> Reported:
@@ -150,14 +153,14 @@ def _ours(url: str, num_streams: int, data: Path, output: Path) -> Reported:
     samples = {"ttft": summary.ttft_s, "itl": summary.itl_s, "tpot": summary.tpot_s, "e2e": summary.e2e_s}
     return {
         (metric, name): 1e3 * seconds
-        for metric, found in samples.items()
-        for name, seconds in (("p50", found.p50), ("p99", found.p99))
+        for metric, quantiles in samples.items()
+        for name, seconds in (("p50", quantiles.p50), ("p99", quantiles.p99))
         if seconds is not None
     }
 
 
 def _vllm(url: str, num_streams: int, data: Path, tokenizer: Path, result: Path) -> Reported:
-    rounds = round(DURATION_S * 1e3 / TRUTH_MS["e2e"])
+    rounds = round(DURATION_S * 1e3 / SCHEDULE_MS["e2e"])
     command = [
         *(sys.executable, str(_VLLM_BENCH), "--backend", "openai-chat", "--base-url", url),
         *("--endpoint", "/v1/chat/completions", "--model", str(tokenizer), "--served-model-name", MODEL),
@@ -168,9 +171,9 @@ def _vllm(url: str, num_streams: int, data: Path, tokenizer: Path, result: Path)
         *("--save-result", "--result-filename", str(result)),
     ]
     _run(command)
-    told = json.loads(result.read_text(encoding="utf-8"))
-    names = {"ttft": "ttft", "itl": "itl", "tpot": "tpot", "e2e": "e2el"}
-    return {(metric, p): told[f"{p}_{name}_ms"] for metric, name in names.items() for p in ("p50", "p99")}
+    report = json.loads(result.read_text(encoding="utf-8"))
+    metric_names = {"ttft": "ttft", "itl": "itl", "tpot": "tpot", "e2e": "e2el"}
+    return {(metric, p): report[f"{p}_{name}_ms"] for metric, name in metric_names.items() for p in ("p50", "p99")}
 
 
 def _guidellm(python: Path, url: str, num_streams: int, tokenizer: Path, result: Path) -> Reported:
@@ -185,33 +188,33 @@ def _guidellm(python: Path, url: str, num_streams: int, tokenizer: Path, result:
         *("--output", f"kind=json,path={result}", "--disable-console"),
     ]
     _run(command, {"GUIDELLM__MAX_WORKER_PROCESSES": "1"})
-    told: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))["benchmarks"][0]["metrics"]
-    if told["request_totals"]["errored"]:
-        raise RuntimeError(f"GuideLLM counted errors: {told['request_totals']}")
-    # Its latency is in seconds, all else in milliseconds.
-    names = {
+    report: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))["benchmarks"][0]["metrics"]
+    if report["request_totals"]["errored"]:
+        raise RuntimeError(f"GuideLLM counted errors: {report['request_totals']}")
+    # GuideLLM reports the request latency in seconds and all other metrics in milliseconds.
+    metric_names = {
         "ttft": ("time_to_first_token_ms", 1),
         "itl": ("inter_token_latency_ms", 1),
         "e2e": ("request_latency", 1e3),
     }
     return {
-        (metric, p): told[name]["successful"]["percentiles"][p] * factor
-        for metric, (name, factor) in names.items()
+        (metric, p): report[name]["successful"]["percentiles"][p] * factor
+        for metric, (name, factor) in metric_names.items()
         for p in ("p50", "p99")
     }
 
 
 def _run(command: Sequence[str], variables: dict[str, str] | None = None) -> None:
-    done = subprocess.run(
+    process = subprocess.run(
         command, env=peer_variables(1) | (variables or {}), capture_output=True, text=True, check=False
     )
-    if done.returncode:
-        raise RuntimeError(f"{command[:4]} failed: {(done.stderr or done.stdout)[-1000:]}")
+    if process.returncode:
+        raise RuntimeError(f"{command[:4]} failed: {(process.stderr or process.stdout)[-1000:]}")
 
 
 @contextmanager
 def _on_core(core: int) -> Iterator[None]:
-    """This process and those that it starts meanwhile, on one core, and before others there (where that is allowed)."""
+    """Run this process and its new children on one core, at high priority if the system allows it."""
     cores, niceness = os.sched_getaffinity(0), os.getpriority(os.PRIO_PROCESS, 0)
     os.sched_setaffinity(0, {core})
     with suppress(OSError):

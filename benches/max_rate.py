@@ -1,11 +1,12 @@
-"""`--find-max-rate` on a queue whose limit is known: the rate it finds over the analytic one, for five seeds.
+"""Compare the rate that `--find-max-rate` reports with the analytic maximum rate of a queue, for five seeds.
 
     make bench-max-rate
 
-A truth server (loadtest/mock_server.py) serves Poisson arrivals one after the other, 2 ms each (M/D/1), and the objective is
-a p90 of 10 ms end to end, which holds up to 76% load. The distribution of the wait is Erlang's (1909). A service that
-short makes ten seconds hold as many requests as ten minutes of one of 120 ms, and the scatter of p90 is what limits
-such a search. Last line: one JSON object. About 25 minutes; `--quick` takes one seed.
+The mock server (loadtest/mock_server.py) serves Poisson arrivals one at a time, 2 ms each: an M/D/1 queue. The
+objective is an end-to-end p90 of 10 ms, which holds up to a load of 76%. The distribution of the waiting time is
+Erlang's (1909). The spread of p90 limits such a search, so the service time is short: 10 s at 2 ms hold as many requests
+as 10 minutes at 120 ms. The last line of output is one JSON object. The benchmark takes about 25 minutes; `--quick`
+runs one seed.
 """
 
 from __future__ import annotations
@@ -28,54 +29,58 @@ SERVICE_S = 0.002
 LIMIT_S = 0.010
 FRAC = 0.9
 START_RATE = 100.0
-_SEEDS_APART = 1000
-"""A search takes a new seed for each of its runs."""
-_ENOUGH_HALVINGS = 60
+_SEED_STEP = 1000
+"""Distance between two seeds; a search increments its seed for each run."""
+_NUM_BISECTIONS = 60
 
 
 def main() -> None:
-    figures: dict[str, list[float]] = {}
-    analytic = highest_rate(SERVICE_S, LIMIT_S, FRAC)
+    metrics: dict[str, list[float]] = {}
+    analytic = max_rate(SERVICE_S, LIMIT_S, FRAC)
     print_status(
         f"M/D/1, {SERVICE_S * 1e3:g} ms each: p{FRAC * 100:g} is {LIMIT_S * 1e3:g} ms at {analytic:.1f} requests/s"
     )
     for seed in SEEDS[:1] if "--quick" in sys.argv[1:] else SEEDS:
-        found = _search(seed)
-        print_status(f"seed {seed}: {found:.1f} requests/s, {found / analytic - 1:+.1%}")
-        figures.setdefault("max_rate_ratio", []).append(found / analytic)
-        figures.setdefault("max_rate_per_s", []).append(found)
-    figures["analytic_rate_per_s"] = [analytic]
-    print(bench_line("max-rate", figures))
+        rate = _search(seed)
+        print_status(f"seed {seed}: {rate:.1f} requests/s, {rate / analytic - 1:+.1%} from the analytic rate")
+        metrics.setdefault("max_rate_ratio", []).append(rate / analytic)
+        metrics.setdefault("max_rate_per_s", []).append(rate)
+    metrics["analytic_rate_per_s"] = [analytic]
+    print(bench_line("max-rate", metrics))
 
 
-def highest_rate(service_s: float, limit_s: float, frac: float) -> float:
-    """Requests/s of an M/D/1 queue at which that share of them is served within the limit, from their arrival on."""
+def max_rate(service_s: float, limit_s: float, frac: float) -> float:
+    """Return the highest rate of an M/D/1 queue, in requests/s, at which a fraction `frac` meets the limit.
+
+    The limit applies to the time from a request's arrival to the end of its service.
+    """
     low, high = 0.0, 1 / service_s
-    for _ in range(_ENOUGH_HALVINGS):
+    for _ in range(_NUM_BISECTIONS):
         middle = (low + high) / 2
-        if share_waiting_at_most(limit_s - service_s, middle, service_s) >= frac:
+        if waiting_frac(limit_s - service_s, middle, service_s) >= frac:
             low = middle
         else:
             high = middle
     return low
 
 
-def share_waiting_at_most(wait_s: float, rate: float, service_s: float) -> float:
-    """Erlang's P(W ≤ x) = (1 − ρ) Σₖ [−λ(x − ks)]ᵏ / k! · exp(λ(x − ks)) over k ≤ x/s.
+def waiting_frac(wait_s: float, rate: float, service_s: float) -> float:
+    """Return the fraction of requests that wait at most `wait_s` seconds in an M/D/1 queue.
 
-    Exact for a few services' wait; the terms of many cancel and would need more digits than a float has.
+    Erlang (1909): P(W ≤ x) = (1 − ρ) Σₖ [−λ(x − ks)]ᵏ / k! · exp(λ(x − ks)) over k ≤ x/s.
+    The sum is exact for waits of a few service times. For longer waits its terms cancel beyond float precision.
     """
     terms = []
     for k in range(int(wait_s / service_s + 1e-9) + 1):
-        left = rate * (wait_s - k * service_s)
-        terms.append((-left) ** k / math.factorial(k) * math.exp(left))
+        exponent = rate * (wait_s - k * service_s)
+        terms.append((-exponent) ** k / math.factorial(k) * math.exp(exponent))
     return (1 - rate * service_s) * math.fsum(terms)
 
 
 def _search(seed: int) -> float:
     with (
         tempfile.TemporaryDirectory() as folder,
-        running_mock_server(MockSchedule(service_s=SERVICE_S), probe_hardware().cores[0]) as truth,
+        running_mock_server(MockSchedule(service_s=SERVICE_S), probe_hardware().cores[0]) as server,
     ):
         data = Path(folder) / "prompts.jsonl"
         data.write_text('{"prompt": "Hello"}\n', encoding="utf-8")
@@ -84,14 +89,14 @@ def _search(seed: int) -> float:
             duration_s=10.0,
             warmup_s=2.0,
             cooldown_s=0.2,
-            seed=seed * _SEEDS_APART,
+            seed=seed * _SEED_STEP,
             slos=(f"e2e_p{FRAC * 100:g}={LIMIT_S * 1e3:g}ms",),
             suite=SuiteOptions(data=str(data), max_tokens="1"),
         )
-        found = find_rate("chat", Target(truth.url, MODEL), settings, Path(folder))
-        if found.rate is None or not found.is_found:
-            raise RuntimeError(f"no rate was found: {found.ended}")
-        return found.rate
+        result = find_rate("chat", Target(server.url, MODEL), settings, Path(folder))
+        if result.rate is None or not result.is_found:
+            raise RuntimeError(f"seed {seed}: the search reported no rate: {result.ended}")
+        return result.rate
 
 
 if __name__ == "__main__":

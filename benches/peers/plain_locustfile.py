@@ -1,4 +1,4 @@
-"""Plain Locust, as its own documentation writes it: users who ask about five times a second and wait for the answer.
+"""A Locust user as its documentation describes it: about five requests per second, each after the previous answer.
 
 locust -f benches/peers/plain_locustfile.py --headless --users 4 --host URL
 """
