@@ -241,7 +241,7 @@ def _rerank(api_version: int) -> _Handler:
 
 
 def _route(kind: type[BaseModel], handle: _Handler) -> Callable[[Request], Awaitable[Response]]:
-    """Return a POST handler that validates the body and stops if the client disconnects; errors are OpenAI's objects."""
+    """Return a POST handler that validates the body and stops if the client disconnects; errors are OpenAI objects."""
 
     @with_cancellation
     @load_aware_call

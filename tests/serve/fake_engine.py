@@ -1,4 +1,4 @@
-"""In-process engines with scripted answers behind a real gateway, and a client that says which bytes it sends."""
+"""In-process engines with scripted answers behind a real gateway, and a client that controls the bytes it sends."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ MAX_BODY = 100_000
 
 @dataclass
 class Message:
-    """One HTTP message as httptools read it."""
+    """One HTTP message as parsed by httptools."""
 
     target: str = ""
     status: int = 0
@@ -65,15 +65,15 @@ Script = Callable[[Message, asyncio.StreamWriter], Awaitable[None]]
 
 
 class FakeEngine:
-    """Answers every request by its `script`; by default with its own name and what it was asked."""
+    """Answers each request with its `script`; by default with its own name and the request."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.requests: list[Message] = []
         self.num_connections = 0
         self.num_open = 0
-        self.gone = asyncio.Event()
-        """Set when a client of it left while its script ran."""
+        self.disconnected = asyncio.Event()
+        """Set when a client disconnects while its script runs."""
         self.script: Script = self._echo
         self.port = 0
 
@@ -95,15 +95,15 @@ class FakeEngine:
                 await asyncio.wait({script, left}, return_when=asyncio.FIRST_COMPLETED)
                 if not script.done():
                     script.cancel()
-                    self.gone.set()
+                    self.disconnected.set()
                     return
                 script.result()
                 if writer.is_closing():
                     return
-                # A byte of the next request; put it back by reading on with it.
+                # The byte belongs to the next request; put it back in front of the rest.
                 reader = _Rejoined(left, reader)  # type: ignore[assignment]
         except (ConnectionError, asyncio.CancelledError):
-            self.gone.set()
+            self.disconnected.set()
         finally:
             self.num_open -= 1
             writer.close()
@@ -113,7 +113,7 @@ class FakeEngine:
 
 
 class _Rejoined:
-    """A reader whose first byte was read by somebody else."""
+    """A reader that returns a byte which was already read, and then the rest."""
 
     def __init__(self, first: asyncio.Future[bytes], rest: Any) -> None:
         self._first: asyncio.Future[bytes] | None = first
@@ -144,7 +144,7 @@ def chunk(data: bytes) -> bytes:
 
 
 async def read_message(reader: Any, kind: Any) -> Message | None:
-    """The next message, None at a clean end of the connection."""
+    """Return the next message; None at a clean end of the connection."""
     message = Message()
     parser = kind(message)
     any_bytes = False
@@ -162,7 +162,7 @@ async def read_message(reader: Any, kind: Any) -> Message | None:
 
 
 class Client:
-    """One connection."""
+    """One client connection."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader, self.writer = reader, writer
@@ -197,7 +197,7 @@ class Client:
 
 @dataclass
 class Served:
-    """A gateway with its fake engines."""
+    """A running gateway with its fake engines."""
 
     port: int
     server: ProxyServer
@@ -248,7 +248,7 @@ async def served(
 
 
 def run(scenario: Coroutine[Any, Any, None]) -> None:
-    """As production does, on uvloop; a scenario that hangs is an error."""
+    """Run a scenario on uvloop, as the server does; fail after 60 s."""
     uvloop.run(asyncio.wait_for(scenario, 60))
 
 

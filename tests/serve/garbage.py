@@ -1,4 +1,4 @@
-"""Requests that no client should send, and the raw connections that send them many at a time."""
+"""Malformed requests, and raw connections that send many of them at the same time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _TIMEOUT_S = 60.0
 
 @dataclass(frozen=True)
 class Request:
-    """One HTTP request, sound as HTTP."""
+    """One request that is valid HTTP; its body may be anything."""
 
     path: str
     body: bytes = b""
@@ -36,7 +36,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back."""
+    """The answer to a request."""
 
     status: int
     headers: bytes
@@ -44,7 +44,7 @@ class Answer:
 
 
 def real_requests(model: str) -> list[tuple[str, dict[str, Any]]]:
-    """One small request of every kind that the server answers, some of several variants."""
+    """Return one small valid request for every route of the server, and several for some."""
     hello = [{"role": "user", "content": "hello there"}]
     chat = {"model": model, "messages": hello, "max_tokens": 4, "temperature": 0.5, "stop": ["x"], "seed": 1, "n": 1}
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
@@ -114,7 +114,7 @@ _WRITTEN = {
     "@SURROGATE@": "\\ud800",
     '"@DEEP@"': "[" * 90 + "]" * 90,
 }
-"""What json.dumps would not write."""
+"""Replacements for values that json.dumps cannot write."""
 _BODIES = [
     *(
         b"",
@@ -133,7 +133,7 @@ _CONTENT_TYPES = ["application/json"] * 12 + ["text/plain", "multipart/form-data
 
 
 def garbage(model: str, num: int, seed: int) -> Iterator[Request]:
-    """Mutated real requests (three of four), broken bytes of them, and random bytes; the same for the same seed."""
+    """Yield mutated valid requests (75%), valid requests with broken bytes (15%) and random bytes."""
     draw = random.Random(seed)
     seeds = real_requests(model)
     for _ in range(num):
@@ -150,19 +150,19 @@ def garbage(model: str, num: int, seed: int) -> Iterator[Request]:
 
 
 def with_each_text_replaced(body: Any, text: str) -> Iterator[Any]:
-    """Copies of a JSON value, in each of which one string (but the model's name) is `text`."""
+    """Yield copies of a JSON value, each with one string other than the model's name replaced by `text`."""
     if isinstance(body, str):
         yield text
     elif isinstance(body, dict | list):
-        for place in list(body) if isinstance(body, dict) else range(len(body)):
-            for value in with_each_text_replaced(body[place], text) if place != "model" else ():
+        for key in list(body) if isinstance(body, dict) else range(len(body)):
+            for value in with_each_text_replaced(body[key], text) if key != "model" else ():
                 copied = copy.copy(body)
-                copied[place] = value
+                copied[key] = value
                 yield copied
 
 
 async def send_all(port: int, key: str, requests: Sequence[Request], connections: int) -> list[tuple[Request, Answer]]:
-    """Send every request, several at a time down each connection, and collect the answers."""
+    """Send all requests, several at a time on each connection, and return them with their answers."""
     waiting = iter(requests)
     done: list[tuple[Request, Answer]] = []
 
@@ -170,13 +170,13 @@ async def send_all(port: int, key: str, requests: Sequence[Request], connections
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         while batch := list(islice(waiting, _PIPELINED)):
             writer.write(b"".join(request.encode(key) for request in batch))
-            for place, request in enumerate(batch):
+            for index, request in enumerate(batch):
                 answer = await asyncio.wait_for(read_answer(reader), _TIMEOUT_S)
                 done.append((request, answer))
                 if b"connection: close" in answer.headers:
                     writer.close()
                     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-                    writer.write(b"".join(later.encode(key) for later in batch[place + 1 :]))
+                    writer.write(b"".join(later.encode(key) for later in batch[index + 1 :]))
         writer.close()
 
     await asyncio.gather(*(work() for _ in range(connections)))
@@ -184,7 +184,7 @@ async def send_all(port: int, key: str, requests: Sequence[Request], connections
 
 
 async def send_one(port: int, key: str, request: Request) -> Answer:
-    """Send a request down a connection of its own."""
+    """Send a request on its own connection and return the answer."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
         writer.write(request.encode(key))
@@ -194,12 +194,12 @@ async def send_one(port: int, key: str, request: Request) -> Answer:
 
 
 async def read_answer(reader: asyncio.StreamReader) -> Answer:
-    """One HTTP answer, chunked or of known length."""
+    """Read one HTTP answer, chunked or with a Content-Length."""
     return await read_body(reader, (await reader.readuntil(b"\r\n\r\n")).lower())
 
 
 async def read_body(reader: asyncio.StreamReader, head: bytes) -> Answer:
-    """The rest of an answer whose head, in lower case, was read."""
+    """Read the body of an answer; `head` is its head in lower case."""
     body = b""
     if b"transfer-encoding: chunked" in head:
         while size := int(await reader.readline(), 16):
@@ -219,11 +219,11 @@ def _mutate(value: Any, draw: random.Random) -> Any:
         if not holders or draw.random() < 0.03:
             return copy.deepcopy(draw.choice(_VALUES))
         holder = draw.choice(holders)
-        place = draw.choice(list(holder) if isinstance(holder, dict) else range(len(holder)))
+        key = draw.choice(list(holder) if isinstance(holder, dict) else range(len(holder)))
         if draw.random() < 0.2:
-            del holder[place]
+            del holder[key]
         else:
-            holder[place] = copy.deepcopy(draw.choice(_VALUES))
+            holder[key] = copy.deepcopy(draw.choice(_VALUES))
     return value
 
 
@@ -244,11 +244,11 @@ def _write(value: Any, draw: random.Random) -> bytes:
 def _break(body: bytes, draw: random.Random) -> bytes:
     broken = bytearray(body)
     for _ in range(draw.randint(1, 6)):
-        place, kind = draw.randrange(len(broken) + 1), draw.random()
+        position, kind = draw.randrange(len(broken) + 1), draw.random()
         if kind < 0.4:
-            broken[place : place + 1] = draw.randbytes(1)
+            broken[position : position + 1] = draw.randbytes(1)
         elif kind < 0.7:
-            broken[place:place] = draw.randbytes(draw.randint(1, 4))
+            broken[position:position] = draw.randbytes(draw.randint(1, 4))
         else:
-            del broken[place : place + draw.randint(1, 8)]
+            del broken[position : position + draw.randint(1, 8)]
     return bytes(broken)

@@ -1,7 +1,7 @@
-"""One real engine under no key, garbage, overload, clients that go, readers that do not read, and SIGTERM.
+"""One real engine with wrong keys, garbage, overload, clients that disconnect or do not read, and SIGTERM.
 
-The tests run in the order of the file: SIGTERM ends the engine, then its whole log is read. Overload lasts 8 s, or what
-`SLIMSERVE_OVERLOAD_S` says; the promise is about 60.
+The tests run in the order of the file: SIGTERM ends the engine, then its complete log is read. Overload lasts 8 s by
+default; set `SLIMSERVE_OVERLOAD_S=60` for the full test.
 """
 
 from __future__ import annotations
@@ -64,22 +64,22 @@ _WITHOUT_A_SLOT = {
     "/v1/messages/count_tokens",
     "/v1/responses/{response_id}/cancel",
 }
-"""POSTs that run nothing on the engine."""
+"""POST routes that do not run the engine."""
 _SCALE_OUT = {
     *("/inference/v1/abort_requests", "/inference/v1/generate", "/v1/chat/completions/derender"),
     *("/v1/chat/completions/render", "/v1/completions/derender", "/v1/completions/render", "/v1/messages/render"),
     "/v1/responses/render",
 }
-"""What vLLM answers 403 unless started with --enable-scale-out."""
+"""Routes that vLLM answers with 403 unless started with --enable-scale-out."""
 
 
 @dataclass(frozen=True)
 class Server:
-    """The engine under test, and what its processes and its page say about it."""
+    """The engine under test, with its processes and metrics."""
 
     engine: Engine
     start: list[tuple[float, int]]
-    """Seconds since the command, and the status of /ready then; 0 where the connection was refused or cut."""
+    """Seconds since the command and the status of /ready; 0 if the connection was refused or cut."""
 
     @property
     def url(self) -> str:
@@ -91,20 +91,20 @@ class Server:
 
     @cached_property
     def routes(self) -> list[tuple[str, str]]:
-        """Every path and method of the running app, as vLLM prints them when it starts to serve."""
+        """Return every path and method of the running app, as vLLM logs them at its start."""
         log = self.engine.spec.log.read_text(encoding="utf-8", errors="replace")
         lines = re.findall(r"Route: (\S+), Methods: (.+)", log)
         return [(path, method) for path, methods in lines for method in methods.split(", ")]
 
     def series(self, *names: str) -> float:
-        """Sum of all series of some metrics, on one page."""
+        """Return the sum of all series of some metrics on one page."""
         page = requests.get(f"{self.url}/metrics", timeout=10).text
         families = {family.name: family.samples for family in text_string_to_metric_families(page)}
         assert {name.removesuffix("_total") for name in names} <= families.keys()
         return sum(sample.value for samples in families.values() for sample in samples if sample.name in names)
 
     def num_running(self) -> float:
-        """What vLLM says it is running. Its gauge changes with a step only, so a request of one token comes first."""
+        """Return the number of requests in vLLM. A short request comes first, as the gauge changes once per step."""
         assert self.complete().status_code == 200
         return self.series("vllm:num_requests_running", "vllm:num_requests_waiting")
 
@@ -131,7 +131,7 @@ def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     extra = [
         "--enforce-eager",
         "--kv-cache-memory-bytes",
-        str(2**25),  # four times what 16 sequences can fill, and little enough that all of it is soon touched
+        str(2**25),  # four times what 16 sequences can fill, and small enough to be used completely soon
         "--max-num-seqs",
         "16",
         "--max-model-len",
@@ -153,7 +153,7 @@ def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 
 def watch_start(port: int, seen: list[tuple[float, int]], ready: threading.Event) -> None:
-    """Ask /ready some twenty times a second, until the engine is."""
+    """Request /ready about twenty times per second until the engine is ready."""
     begin = time.monotonic()
     while not ready.is_set():
         status = 0
@@ -169,7 +169,7 @@ def long_request(num_tokens: int = 1900, **options: Any) -> Request:
 
 
 async def connect(server: Server, request: bytes) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """A connection that has sent `request`, with as little room for its answer as the kernel allows."""
+    """Open a connection with the smallest possible receive buffer and send `request`."""
     connection = socket.create_connection(("127.0.0.1", server.port))
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     reader, writer = await asyncio.open_connection(sock=connection, limit=4096)
@@ -179,7 +179,7 @@ async def connect(server: Server, request: bytes) -> tuple[asyncio.StreamReader,
 
 @contextlib.asynccontextmanager
 async def open_streams(server: Server, encoded: list[bytes]) -> AsyncIterator[list[asyncio.StreamReader]]:
-    """Streamed answers whose heads were read; the connections end with the block."""
+    """Open streamed answers and read their heads; the connections end with the block."""
     pairs = [await connect(server, request) for request in encoded]
     for reader, _ in pairs:
         head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 10)
@@ -224,7 +224,7 @@ def test_no_route_but_the_open_ones_answers_without_the_right_key(server: Server
     listed = requests.get(f"{server.url}/openapi.json", headers=HEADERS, timeout=10).json()["paths"]
     assert {"/v1/chat/completions", "/v1/score", "/v1/rerank", "/generative_scoring", "/tokenize"} <= set(listed)
     assert {(path, method.upper()) for path, methods in listed.items() for method in methods} <= set(server.routes)
-    # Routes of other starts of vLLM, and ways to write a path that a router might read differently.
+    # Routes of vLLM with other options, and spellings of a path that a router might read differently.
     hidden = ["/pause", "/sleep", "/collective_rpc", "/v1/load_lora_adapter", "/abort_requests"]
     odd = ["//v1/models", "/v1//models", "/%761/models", "/metrics/../v1/models", "/health/", "/metricsx", "/V1/models"]
     odd += ["/health%2f..%2fv1/models", "/health;/v1/models", "/metrics?/../../v1/models"]
@@ -275,13 +275,13 @@ def test_ten_thousand_garbage_bodies_cause_no_server_error_and_leave_nothing_beh
     bodies = list(garbage(NAME, 5000, seed=1))
     answers = asyncio.run(send_all(server.port, KEY, bodies, connections=12))
     before = server.rss_bytes()
-    answers += asyncio.run(send_all(server.port, KEY, bodies, connections=12))  # nothing that was not asked before
+    answers += asyncio.run(send_all(server.port, KEY, bodies, connections=12))  # the same requests again
     statuses = Counter(answer.status for _, answer in answers)
     wrong = [(request, answer.body[:200]) for request, answer in answers if answer.status >= 500]
     assert wrong == []
     assert sum(statuses.values()) == 10_000
     assert statuses[400] > 3750
-    assert statuses[200] > 625  # some mutations stay sound, so the engine was reached
+    assert statuses[200] > 625  # some mutations stay valid and reach the engine
     assert server.num_running() == 0
     assert server.series("slimserve_requests_in_flight") == 0
     assert server.rss_bytes() - before < 64 * _MIB
@@ -304,7 +304,7 @@ def test_a_schema_driven_fuzzer_finds_no_server_error_on_our_routes(server: Serv
     assert "Tested: 4" in run.stdout or "4 selected" in run.stdout, run.stdout[-4000:]
 
 
-def test_requests_whose_clients_go_are_aborted_within_two_seconds(server: Server) -> None:
+def test_requests_are_aborted_within_two_seconds_after_their_client_disconnects(server: Server) -> None:
     async def go() -> None:
         streams = [long_request().encode(KEY)] * 3 + [long_request(n=3).encode(KEY)]
         async with open_streams(server, streams):
@@ -321,7 +321,7 @@ def test_requests_whose_clients_go_are_aborted_within_two_seconds(server: Server
     print(f"nothing was running {time.monotonic() - begin:.2f} s after the clients had gone")
 
 
-def test_readers_that_do_not_read_hold_up_nobody_and_slow_ones_get_it_all(server: Server) -> None:
+def test_clients_that_do_not_read_delay_nobody_and_slow_ones_get_everything(server: Server) -> None:
     async def streams() -> None:
         async with open_streams(server, [long_request(200, logprobs=5).encode(KEY)] * 6) as readers:
             before = server.rss_bytes()
@@ -340,7 +340,7 @@ def test_readers_that_do_not_read_hold_up_nobody_and_slow_ones_get_it_all(server
             assert part
             text += part
             await asyncio.sleep(0.002)
-        # Chunks may hold several tokens, as vLLM joins those that wait to be sent.
+        # Chunks may hold several tokens, because vLLM joins those that wait to be sent.
         events = [json.loads(event) for event in re.findall(rb"data: ({.*})\n", text)]
         assert sum(len(event["choices"][0]["logprobs"]["tokens"]) for event in events) == 200
 
@@ -348,11 +348,11 @@ def test_readers_that_do_not_read_hold_up_nobody_and_slow_ones_get_it_all(server
     eventually(lambda: server.series("slimserve_requests_in_flight") == 0 and server.num_running() == 0, seconds=2)
 
 
-def test_ten_times_the_load_leaves_the_accepted_their_latency_and_tells_the_rest_when_to_come_back(
+def test_ten_times_the_load_keeps_the_latency_of_accepted_requests_and_the_rest_get_retry_after(
     server: Server,
 ) -> None:
     request = long_request(100, stream=False).encode(KEY)
-    # Clients keep their connections: to open one costs as much as a refusal, on cores that the engine needs.
+    # Clients keep their connections, because opening one costs as much as a rejection on the engine's cores.
     idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
 
     async def timed() -> tuple[float, Answer]:
@@ -395,30 +395,30 @@ def test_ten_times_the_load_leaves_the_accepted_their_latency_and_tells_the_rest
         return await asyncio.gather(*tasks), peak_bytes - first_bytes
 
     calm_for_s = min(_OVERLOAD_S / 2, 15)
-    for attempt in range(3):  # a neighbour on the machine may steal a second of any one
+    for attempt in range(3):  # another process on the machine may disturb an attempt
         calm_s = sorted(asyncio.run(at_capacity(calm_for_s)))
         rejections, cpu_s = server.series("slimserve_rejections_total"), time.process_time()
         answers, grown_bytes = asyncio.run(overloaded(10 * len(calm_s) / calm_for_s, _OVERLOAD_S))
         accepted_s = sorted(took for took, answer in answers if answer.status == 200)
-        figures = (
+        results = (
             f"p50 and p99 {p50_p99(accepted_s)} s, at capacity {p50_p99(calm_s)} s; "
             f"{len(accepted_s)} of {len(answers)} accepted, {len(accepted_s) / _OVERLOAD_S:.1f} a second, "
             f"at capacity {len(calm_s) / calm_for_s:.1f}; grew by {grown_bytes / _MIB:.1f} MiB; "
             f"the clients took {(time.process_time() - cpu_s) / _OVERLOAD_S:.0%} of a core"
         )
-        print(f"overload, attempt {attempt}: {figures}")
-        refused = [answer for _, answer in answers if answer.status != 200]
-        assert {answer.status for answer in refused} == {429}
-        assert all(int(answer.headers.split(b"retry-after: ")[1].split()[0]) >= 1 for answer in refused)
-        assert len(refused) > 0.7 * len(answers), figures
-        assert server.series("slimserve_rejections_total") - rejections == len(refused)
-        assert grown_bytes < 32 * _MIB, figures
+        print(f"overload, attempt {attempt}: {results}")
+        rejected = [answer for _, answer in answers if answer.status != 200]
+        assert {answer.status for answer in rejected} == {429}
+        assert all(int(answer.headers.split(b"retry-after: ")[1].split()[0]) >= 1 for answer in rejected)
+        assert len(rejected) > 0.7 * len(answers), results
+        assert server.series("slimserve_rejections_total") - rejections == len(rejected)
+        assert grown_bytes < 32 * _MIB, results
         if p99(accepted_s) <= 2 * p99(calm_s):
             break
     else:
-        pytest.fail(figures)
-    # Refusing costs the engine little.
-    assert len(accepted_s) / _OVERLOAD_S > 0.6 * len(calm_s) / calm_for_s, figures
+        pytest.fail(results)
+    # Rejections cost the engine little.
+    assert len(accepted_s) / _OVERLOAD_S > 0.6 * len(calm_s) / calm_for_s, results
 
 
 def p99(sorted_s: list[float]) -> float:
@@ -429,7 +429,7 @@ def p50_p99(sorted_s: list[float]) -> str:
     return f"{sorted_s[len(sorted_s) // 2]:.3f} and {p99(sorted_s):.3f}"
 
 
-def test_sigterm_lets_streams_finish_ends_the_rest_properly_and_leaves_no_process(server: Server) -> None:
+def test_sigterm_lets_streams_finish_ends_the_rest_with_an_error_and_leaves_no_process(server: Server) -> None:
     write_secrets_and_ids(server)
     processes = server.processes()[1:]
 
@@ -458,10 +458,10 @@ def test_sigterm_lets_streams_finish_ends_the_rest_properly_and_leaves_no_proces
 
 
 def write_secrets_and_ids(server: Server) -> None:
-    """Every real request once for each of its texts, with a secret in that text's place, and an id of its own."""
+    """Send every valid request once per string in it, with a secret in place of that string and a unique id."""
     written = [
-        Request(path, json.dumps(body).encode(), id=f"audit-{place}-{copied}")
-        for place, (path, real) in enumerate(real_requests(NAME))
+        Request(path, json.dumps(body).encode(), id=f"audit-{index}-{copied}")
+        for index, (path, real) in enumerate(real_requests(NAME))
         for copied, body in enumerate((real, *with_each_text_replaced(real, SECRET), {**real, "temperature": SECRET}))
     ]
     answers = asyncio.run(send_all(server.port, KEY, written, connections=2))
@@ -476,18 +476,18 @@ def write_secrets_and_ids(server: Server) -> None:
         assert requests.get(server.url + path, params=query, headers=headers, timeout=10).headers["x-request-id"]
 
 
-def test_the_log_has_a_line_with_the_id_for_every_request_and_holds_no_key_and_no_prompt(server: Server) -> None:
+def test_the_log_has_a_line_for_every_request_and_no_key_or_prompt(server: Server) -> None:
     log = server.engine.spec.log.read_text(encoding="utf-8", errors="replace")
     access = [line for line in log.splitlines() if " slimserve.access " in line]
     shape = r"INFO [-\d]+ [:,\d]+ slimserve\.access request_id=([\w.-]{1,128}) method=[A-Z]+ route=\S+ status=\d+ "
     shape += r"duration_ms=[\d.]+ "
     ids = Counter(match[1] for line in access if (match := re.match(shape, line)))
     assert ids.total() == len(access) > 10_000
-    audited = {place: count for place, count in ids.items() if place.startswith("audit-")}
+    audited = {name: count for name, count in ids.items() if name.startswith("audit-")}
     assert len(audited) > 100
     assert set(audited.values()) == {1}
     assert ids["same"] == 8
     assert '"GET ' not in log, "uvicorn's own access log"
-    # Garbage's prompts too.
+    # Prompts of the garbage requests must not be in the log either.
     for private in (KEY, WRONG_KEY, SECRET, "hello there", "is it good?", "a dog"):
         assert [line for line in log.splitlines() if private in line] == []

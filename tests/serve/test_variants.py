@@ -1,6 +1,6 @@
 """Two real engines behind the real command: OpenAI's client, an engine killed under load, SIGTERM under load.
 
-The tests run in the order of the file; the last one ends the stack. Three starts of an engine are most of their time.
+The tests run in the order of the file; the last one ends the server. Three engine starts take most of their time.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ _START_S = 150.0
 
 @dataclass(frozen=True)
 class RunningServer:
-    """`slimserve serve` of two variants, `a` and `b`."""
+    """A running `slimserve serve` with two variants, `a` and `b`."""
 
     url: str
     process: subprocess.Popen[bytes]
 
     def server_of(self, variant: str) -> psutil.Process:
-        """The API server of a variant's engine."""
+        """Return the process of a variant's API server."""
         for child in psutil.Process(self.process.pid).children():
             if child.environ().get("SLIMSERVE_VARIANT") == variant:
                 return child
@@ -60,14 +60,14 @@ class RunningServer:
     def wait_until_ready(self) -> None:
         deadline = time.monotonic() + _START_S
         while not self.is_ready():
-            assert self.process.poll() is None, "it ended"
+            assert self.process.poll() is None, "the server ended"
             assert time.monotonic() < deadline, httpx.get(f"{self.url}/ready").text
             time.sleep(0.1)
 
 
 @pytest.fixture(scope="module")
-def stack(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    folder = tmp_path_factory.mktemp("stack")
+def running_server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    folder = tmp_path_factory.mktemp("server")
     (folder / "keys.txt").write_text(f"{KEY}\n")
     (folder / "keys.txt").chmod(0o600)
     port = free_port()
@@ -76,7 +76,7 @@ def stack(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     vllm = ["--enforce-eager", "--kv-cache-memory-bytes", str(2**28), "--block-size", "32", "--max-num-seqs", "16"]
     models = [f"a={tiny_model}", f"b={tiny_model}"]
     command = [sys.executable, "-m", "slimserve", "serve", *models, *options, "--", *vllm]
-    # Any cores: two engines on two cores would else bind to the same one, as CI's other processes may.
+    # Without `nobind`, two engines on two cores may bind to the same core.
     environment = os.environ | {"SLIMSERVE_CACHE": str(folder / "cache"), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     process = subprocess.Popen(command, env=environment)
     running = RunningServer(f"http://127.0.0.1:{port}", process)
@@ -93,20 +93,20 @@ def stack(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 @dataclass(frozen=True)
 class Stream:
-    """What a client saw of one streamed completion."""
+    """The events that a client received of one streamed completion."""
 
     num_tokens: int
-    """As the engine counts them at the end."""
+    """Number of tokens that the engine reports at the end."""
     error: str | None
-    """Code of the error event."""
+    """Code of the error event, if there was one."""
     is_finished: bool
-    """The model's own end was seen."""
+    """Whether the model finished."""
     is_ended: bool
-    """`[DONE]` was seen."""
+    """Whether `[DONE]` arrived."""
 
 
 async def stream(client: httpx.AsyncClient, variant: str, num_tokens: int, begun: asyncio.Semaphore) -> Stream:
-    """One streamed completion; releases `begun` at its first event."""
+    """Request a streamed completion; release `begun` at its first event."""
     options = {"ignore_eos": True, "stream": True, "stream_options": {"include_usage": True}}
     body = {"model": variant, "prompt": "x", "max_tokens": num_tokens, **options}
     has_begun, seen_tokens, error, is_finished, is_ended = False, 0, None, False, False
@@ -137,8 +137,8 @@ async def wait_for(begun: asyncio.Semaphore, num_streams: int) -> None:
             await begun.acquire()
 
 
-def test_openais_client_lists_chats_and_streams_through_the_gateway(stack: RunningServer) -> None:
-    client = OpenAI(base_url=f"{stack.url}/v1", api_key=KEY, max_retries=0)
+def test_openais_client_lists_chats_and_streams_through_the_gateway(running_server: RunningServer) -> None:
+    client = OpenAI(base_url=f"{running_server.url}/v1", api_key=KEY, max_retries=0)
     assert [model.id for model in client.models.list()] == ["a", "b", "chat"]
     assert client.models.retrieve("b").id == "b"
     question = [{"role": "user", "content": "What is the capital of France?"}]
@@ -149,34 +149,36 @@ def test_openais_client_lists_chats_and_streams_through_the_gateway(stack: Runni
     options = {"stream_options": {"include_usage": True}, "temperature": 0}
     chunks = list(client.chat.completions.create(model="a", messages=question, max_tokens=8, stream=True, **options))
     assert chunks[-1].usage.completion_tokens == 8
-    whole = client.chat.completions.create(model="a", messages=question, max_tokens=8, temperature=0)
+    complete = client.chat.completions.create(model="a", messages=question, max_tokens=8, temperature=0)
     streamed = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
-    assert streamed == whole.choices[0].message.content
+    assert streamed == complete.choices[0].message.content
 
 
-def test_an_engine_that_is_killed_under_load_costs_the_other_nothing_and_comes_back(stack: RunningServer) -> None:
+def test_an_engine_killed_under_load_restarts_and_does_not_affect_the_other(running_server: RunningServer) -> None:
     async def scenario() -> None:
         begun = asyncio.Semaphore(0)
-        async with httpx.AsyncClient(base_url=stack.url, timeout=60) as client:
+        async with httpx.AsyncClient(base_url=running_server.url, timeout=60) as client:
             lost = [asyncio.create_task(stream(client, "a", 5000, begun)) for _ in range(NUM_STREAMS)]
             kept = [asyncio.create_task(stream(client, "b", 300, begun)) for _ in range(NUM_STREAMS)]
             await wait_for(begun, 2 * NUM_STREAMS)
-            assert not any(task.done() for task in kept), "they are under way"
-            stack.server_of("a").kill()
+            assert not any(task.done() for task in kept), "they are still running"
+            running_server.server_of("a").kill()
             for seen in await asyncio.gather(*lost):
                 assert (seen.error, seen.is_ended, seen.is_finished) == ("engine_lost", True, False)
-            refused = await asyncio.to_thread(stack.ask, "a")
-            assert refused.status_code == 503
-            assert 1 <= int(refused.headers["Retry-After"]) <= 60
-            assert refused.json()["error"]["code"] == "model_unavailable"
-            assert (await asyncio.to_thread(stack.ask, "chat")).status_code == 200, "its alias goes on at the other"
+            rejected = await asyncio.to_thread(running_server.ask, "a")
+            assert rejected.status_code == 503
+            assert 1 <= int(rejected.headers["Retry-After"]) <= 60
+            assert rejected.json()["error"]["code"] == "model_unavailable"
+            assert (await asyncio.to_thread(running_server.ask, "chat")).status_code == 200, (
+                "the other variant answers"
+            )
             for seen in await asyncio.gather(*kept):
                 assert seen == Stream(300, None, is_finished=True, is_ended=True)
 
     asyncio.run(scenario())
-    stack.wait_until_ready()
-    assert stack.ask("a").status_code == 200
-    page = httpx.get(f"{stack.url}/metrics", timeout=30).text
+    running_server.wait_until_ready()
+    assert running_server.ask("a").status_code == 200
+    page = httpx.get(f"{running_server.url}/metrics", timeout=30).text
     values = {
         (sample.name, sample.labels["variant"]): sample.value
         for family in text_string_to_metric_families(page)
@@ -188,22 +190,25 @@ def test_an_engine_that_is_killed_under_load_costs_the_other_nothing_and_comes_b
     assert values["vllm:num_requests_running", "b"] == 0
 
 
-def test_sigterm_under_load_ends_every_stream_properly_within_its_time_and_leaves_no_process(
-    stack: RunningServer,
+def test_sigterm_under_load_ends_every_stream_in_time_and_leaves_no_process(
+    running_server: RunningServer,
 ) -> None:
-    family = [psutil.Process(stack.process.pid), *psutil.Process(stack.process.pid).children(recursive=True)]
+    family = [
+        psutil.Process(running_server.process.pid),
+        *psutil.Process(running_server.process.pid).children(recursive=True),
+    ]
     assert len(family) >= 3
 
     async def scenario() -> tuple[list[Stream], list[Stream], httpx.Response, float]:
         begun = asyncio.Semaphore(0)
-        async with httpx.AsyncClient(base_url=stack.url, timeout=60) as client:
+        async with httpx.AsyncClient(base_url=running_server.url, timeout=60) as client:
             short = [asyncio.create_task(stream(client, name, 100, begun)) for name in "ab" * 3]
             long = [asyncio.create_task(stream(client, name, 8000, begun)) for name in "ab" * 3]
             await wait_for(begun, len(short) + len(long))
             begin = time.monotonic()
-            stack.process.send_signal(signal.SIGTERM)
+            running_server.process.send_signal(signal.SIGTERM)
             await asyncio.sleep(0.3)
-            late = await asyncio.to_thread(stack.ask, "a")
+            late = await asyncio.to_thread(running_server.ask, "a")
             seen = await asyncio.gather(*short), await asyncio.gather(*long)
             return *seen, late, time.monotonic() - begin
 
@@ -215,8 +220,8 @@ def test_sigterm_under_load_ends_every_stream_properly_within_its_time_and_leave
     for seen in long:
         assert seen.is_ended
         assert seen.is_finished if seen.error is None else seen.error == "shutdown"
-    assert any(seen.error for seen in long), "at least one outlasts the drain, or this test shows nothing"
+    assert any(seen.error for seen in long), "at least one must outlast the drain for the test to be meaningful"
     assert seconds < DRAIN_S + 1
-    assert stack.process.wait(30) == 0
+    assert running_server.process.wait(30) == 0
     _, alive = psutil.wait_procs(family, timeout=2)
     assert not alive

@@ -1,4 +1,4 @@
-"""Real vLLM engines with the real SmolLM2: `slimserve serve` as its users see it, and variants on stock vLLM."""
+"""Real vLLM engines with SmolLM2: the command `slimserve serve`, and variants on stock vLLM."""
 
 import re
 import signal
@@ -27,7 +27,7 @@ QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 
 @pytest.fixture(scope="module")
 def served() -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """`slimserve serve smollm2-135m-instruct` as a user types it; ended with Ctrl-C."""
+    """Run `slimserve serve smollm2-135m-instruct` until Ctrl-C; yield its URL and process."""
     port = free_port()
     command = [sys.executable, "-m", "slimserve", "serve", SMOLLM2, "--port", str(port)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -84,7 +84,7 @@ def test_scores_are_probabilities_of_the_first_label(served: tuple[str, subproce
     assert [one + other for one, other in zip(scores, others, strict=True)] == pytest.approx([1.0, 1.0], abs=0.02)
 
 
-def test_ctrl_c_stops_it_and_leaves_no_process(served: tuple[str, subprocess.Popen[str]]) -> None:
+def test_ctrl_c_stops_the_server_and_leaves_no_process(served: tuple[str, subprocess.Popen[str]]) -> None:
     _, process = served
     family = psutil.Process(process.pid).children(recursive=True)
     assert len(family) >= 3
@@ -96,7 +96,7 @@ def test_ctrl_c_stops_it_and_leaves_no_process(served: tuple[str, subprocess.Pop
 
 
 def test_a_pruned_and_quantized_variant_runs_on_stock_vllm(smollm2: Path, tmp_path: Path) -> None:
-    """None of our code is on the path: vLLM's own module and defaults; --enforce-eager only saves a minute."""
+    """Run a variant with vLLM's own server and defaults; --enforce-eager only saves a minute."""
     name, recipe = load_recipe("prune25-w8a8", ["prune.method=peak_magnitude", "quantize.method=rtn"])
     variant = build_variant(SMOLLM2, smollm2, name, recipe, tmp_path / "variant")
     spec = EngineSpec(
@@ -117,7 +117,7 @@ def test_a_pruned_and_quantized_variant_runs_on_stock_vllm(smollm2: Path, tmp_pa
     assert re.search(r"quantization='?compressed-tensors", log)
 
 
-def test_an_engine_whose_starter_is_killed_ends_itself(smollm2: Path, tmp_path: Path) -> None:
+def test_an_engine_ends_when_its_parent_is_killed(smollm2: Path, tmp_path: Path) -> None:
     port = free_port()
     command = [sys.executable, "-m", "slimserve", "serve", SMOLLM2, "--port", str(port), "--", "--enforce-eager"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)

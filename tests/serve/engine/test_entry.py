@@ -1,7 +1,7 @@
-"""The port that answers while vLLM loads, and what we touch of vLLM's inside.
+"""The port that answers while vLLM loads, and contract tests for the internals of vLLM that we use.
 
-The contract tests need no engine. Where one fails, a new vLLM has moved something: the message names what it was and
-which file of ours to change.
+The contract tests need no engine. One fails if a new vLLM has moved something; its message names the internal and the
+file to change.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ from slimserve.serve.policy.metrics import RequestMetrics
 
 @pytest.fixture
 def listener() -> Iterator[socket.socket]:
-    with socket.create_server(("127.0.0.1", 0), backlog=128) as made:
-        yield made
+    with socket.create_server(("127.0.0.1", 0), backlog=128) as listening:
+        yield listening
 
 
 @pytest.fixture
 def url(listener: socket.socket) -> Iterator[str]:
-    """Of a port that is starting."""
+    """Yield the URL of a server that is starting."""
     responder = StartingResponder(listener)
     try:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -77,7 +77,7 @@ def test_a_post_of_any_size_gets_its_answer_and_no_reset(url: str, num_bytes: in
         connection.close()
 
 
-def test_clients_that_say_nothing_do_not_hold_up_a_probe(url: str) -> None:
+def test_silent_clients_do_not_delay_a_probe(url: str) -> None:
     host, port = url.removeprefix("http://").split(":")
     with contextlib.ExitStack() as stack:
         for _ in range(20):
@@ -88,7 +88,7 @@ def test_clients_that_say_nothing_do_not_hold_up_a_probe(url: str) -> None:
 
 
 class Ready(BaseHTTPRequestHandler):
-    """The server that comes next."""
+    """Answers 200, as the next server on the socket does."""
 
     def do_GET(self) -> None:
         self.send_response(200)
@@ -96,23 +96,23 @@ class Ready(BaseHTTPRequestHandler):
         self.end_headers()
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - its name in the base class
-        """Say nothing."""
+        """Write no log line."""
 
 
 @contextlib.contextmanager
-def asked_all_the_time(url: str, num_clients: int) -> Iterator[list[int]]:
-    """The statuses that clients get who ask again and again; 0 where there was no answer."""
+def polled(url: str, num_clients: int) -> Iterator[list[int]]:
+    """Yield a growing list of the statuses that polling clients get; 0 if there was no answer."""
     statuses: list[int] = []
     done = threading.Event()
 
-    def ask() -> None:
+    def poll() -> None:
         while not done.is_set():
             try:
                 statuses.append(httpx.get(url).status_code)
             except httpx.HTTPError:
                 statuses.append(0)
 
-    clients = [threading.Thread(target=ask) for _ in range(num_clients)]
+    clients = [threading.Thread(target=poll) for _ in range(num_clients)]
     for client in clients:
         client.start()
     try:
@@ -136,11 +136,11 @@ def test_the_socket_is_handed_over_without_a_refused_connection(listener: socket
     server = HTTPServer(address, Ready, bind_and_activate=False)
     server.socket.close()
     server.socket = listener
-    with asked_all_the_time("http://{}:{}/ready".format(*address), num_clients=4) as statuses:
+    with polled("http://{}:{}/ready".format(*address), num_clients=4) as statuses:
         eventually(lambda: statuses.count(503) > 20)
         responder.stop()
         before = len(statuses)
-        time.sleep(0.3)  # nobody answers now; who comes waits
+        time.sleep(0.3)  # no server answers now; new clients wait
         assert len(statuses) - before <= 4
         listener.setblocking(True)
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
@@ -149,10 +149,10 @@ def test_the_socket_is_handed_over_without_a_refused_connection(listener: socket
     server.shutdown()
     thread.join()
     assert set(statuses) == {503, 200}
-    assert 503 not in statuses[statuses.index(200) + 4 :], "answers of the moment of the change"
+    assert 503 not in statuses[statuses.index(200) + 4 :], "only requests in flight during the handover may get 503"
 
 
-def test_the_command_answers_within_two_seconds_and_ends_when_it_is_told_to() -> None:
+def test_the_command_answers_within_two_seconds_and_ends_on_sigterm() -> None:
     port = free_port()
     begin = time.monotonic()
     command = [
@@ -181,11 +181,11 @@ def test_the_command_answers_within_two_seconds_and_ends_when_it_is_told_to() ->
         process.wait()
 
 
-# What we touch of vLLM
+# Internals of vLLM that we use
 
 _ASYNC_LLM = "vllm.v1.engine.async_llm.AsyncLLM"
 _CALLS = [
-    # what we call, how many arguments by place, arguments by name, whose change it is
+    # function, number of positional arguments, keyword arguments, file that calls it
     ("vllm.entrypoints.launchers.cli_args.make_arg_parser", 1, "", "serve/engine/entry.py"),
     ("vllm.entrypoints.launchers.cli_args.validate_parsed_serve_args", 1, "", "serve/engine/entry.py"),
     ("vllm.entrypoints.launchers.launcher.validate_api_server_args", 1, "", "serve/engine/entry.py"),
@@ -232,7 +232,7 @@ def test_vllm_still_takes_the_calls_that_we_make(path: str, num_arguments: int, 
         pytest.fail(f"vLLM has changed {path} ({error}); {file} calls it and must follow")
 
 
-def test_the_engines_process_is_made_in_the_context_that_the_entry_replaces() -> None:
+def test_vllm_starts_the_engine_in_the_context_that_entry_replaces() -> None:
     from vllm.v1.engine import utils
     from vllm.v1.engine.core_client import MPClient
 
@@ -287,7 +287,7 @@ def test_our_middleware_is_the_outermost_of_vllms_middlewares(monkeypatch: pytes
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_a_signal_drains_vllms_server_before_the_engine_is_stopped(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """vLLM's own launcher with our middleware: its handler, which stops the engine at once, must be replaced."""
+    """Our middleware must replace the signal handler of vLLM's launcher, which stops the engine at once."""
     from vllm.entrypoints.launchers.launcher import serve_http
 
     app = FastAPI()
@@ -306,7 +306,7 @@ def test_a_signal_drains_vllms_server_before_the_engine_is_stopped(name: str, mo
 
     @app.get("/health")
     async def health() -> None:
-        """Say that the engine lives."""
+        """Report a healthy engine."""
 
     limits, metrics = Limits(drain_s=5.0), RequestMetrics(CollectorRegistry())
     app.add_middleware(RequestMiddleware, limits=limits, keys=frozenset(), metrics=metrics)

@@ -1,4 +1,4 @@
-"""The connector that shares a prefix's last block: what it decides for made-up requests, what a real engine answers."""
+"""The connector that shares the last block of a prefix: its decisions for fake requests, and real scores."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.serve.conftest import BLOCK
 
 @dataclass
 class Request:
-    """What the connector reads of vLLM's requests; whole blocks hash to their tokens."""
+    """The fields of a vLLM request that the connector reads; the hash of a full block is its tokens."""
 
     request_id: str
     prompt_token_ids: list[int]
@@ -42,7 +42,7 @@ class Request:
 
 @dataclass
 class Scheduler:
-    """The part of vLLM's scheduler that drives a connector, without any cache of its own."""
+    """The part of vLLM's scheduler that drives a connector, without a cache."""
 
     connector: Any
     blocks: dict[str, list[int]] = field(default_factory=dict)
@@ -78,9 +78,9 @@ def make_connector(role: str = "SCHEDULER", num_blocks: int = 9, groups: int = 1
 
 
 def make_scheduler() -> Scheduler:
-    made = Scheduler(make_connector())
-    made.connector._kv_cache_manager = made
-    return made
+    scheduler = Scheduler(make_connector())
+    scheduler.connector._kv_cache_manager = scheduler
+    return scheduler
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def scheduler() -> Scheduler:
 
 PREFIX = list(range(40))
 BLOCK_BYTES = 1000
-"""Of one layer."""
+"""Bytes of a block in one layer."""
 
 
 def item(name: str, *tokens: int, prefix: list[int] = PREFIX) -> Request:
@@ -103,7 +103,7 @@ def test_the_first_computes_the_others_wait_then_load_the_block_in_which_the_pre
     scheduler.schedule(first, [3, 4])
     assert scheduler.ask(second, cached=32) is None
     step = scheduler.step(a=42)
-    assert list(step.save.values()) == [4], "token 39 lies in the second block"
+    assert list(step.save.values()) == [4], "token 39 is in the second block"
     assert not step.load
     assert scheduler.ask(second, cached=32) == 8
     scheduler.schedule(second, [3, 6], external=8)
@@ -112,7 +112,7 @@ def test_the_first_computes_the_others_wait_then_load_the_block_in_which_the_pre
     assert not step.save
 
 
-def test_a_prefix_computed_in_chunks_is_kept_when_its_end_is_reached(scheduler: Scheduler) -> None:
+def test_a_prefix_computed_in_chunks_is_saved_when_its_end_is_reached(scheduler: Scheduler) -> None:
     first = item("a", 7)
     assert scheduler.ask(first) == 0
     scheduler.schedule(first, [3, 4])
@@ -121,7 +121,7 @@ def test_a_prefix_computed_in_chunks_is_kept_when_its_end_is_reached(scheduler: 
     assert list(scheduler.step(a=2).save.values()) == [4]
 
 
-def test_where_the_first_ends_early_another_takes_over(scheduler: Scheduler) -> None:
+def test_another_request_computes_the_prefix_if_the_first_ends_early(scheduler: Scheduler) -> None:
     first, second = item("a", 7), item("b", 9)
     assert scheduler.ask(first) == 0
     assert scheduler.ask(second, cached=32) is None
@@ -129,7 +129,7 @@ def test_where_the_first_ends_early_another_takes_over(scheduler: Scheduler) -> 
     assert scheduler.ask(second, cached=32) == 0
 
 
-def test_nobody_reads_what_another_prefix_left(scheduler: Scheduler) -> None:
+def test_no_request_reads_the_block_of_another_prefix(scheduler: Scheduler) -> None:
     first = item("a", 7)
     scheduler.ask(first)
     scheduler.schedule(first, [3, 4])
@@ -142,7 +142,7 @@ def test_nobody_reads_what_another_prefix_left(scheduler: Scheduler) -> None:
     assert scheduler.ask(salted, cached=32) == 8, "the same content is found"
 
 
-def test_a_short_prefix_is_told_apart_by_cache_salt(scheduler: Scheduler) -> None:
+def test_short_prefixes_are_distinguished_by_cache_salt(scheduler: Scheduler) -> None:
     first, salted = item("a", 7, prefix=[1, 2, 3]), item("b", 9, prefix=[1, 2, 3])
     salted.cache_salt = "secret"
     scheduler.ask(first)
@@ -153,7 +153,7 @@ def test_a_short_prefix_is_told_apart_by_cache_salt(scheduler: Scheduler) -> Non
 
 
 @pytest.mark.parametrize("shared", [None, 0, -5, 64, 42, 10_000, "8", 3.5])
-def test_requests_that_share_nothing_usable_are_left_alone(scheduler: Scheduler, shared: Any) -> None:
+def test_requests_without_a_usable_shared_prefix_are_left_alone(scheduler: Scheduler, shared: Any) -> None:
     prompt = Request("a", [*PREFIX, 7, 8], shared)
     assert scheduler.ask(prompt) == 0
     scheduler.schedule(prompt, [3, 4])
@@ -167,21 +167,19 @@ def test_models_with_several_kinds_of_cache_are_left_alone() -> None:
 
 
 @pytest.mark.parametrize("limit", [("_MAX_SAVED_BLOCKS", 2), ("_MAX_SAVED_BYTES", 5 * BLOCK_BYTES)])
-def test_the_block_that_was_not_used_for_longest_makes_room(
-    limit: tuple[str, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_least_recently_used_block_is_replaced(limit: tuple[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
     from slimserve.serve.engine import partial_prefix
 
     monkeypatch.setattr(partial_prefix, *limit)
     scheduler = make_scheduler()
 
-    def keep(start: int) -> int:
+    def save(start: int) -> int:
         request = item(f"r{start}", 7, prefix=[start, *PREFIX[1:]])
         scheduler.ask(request)
         scheduler.schedule(request, [3, 4])
         return int(next(iter(scheduler.step(**{request.request_id: 41}).save)))
 
-    def found(start: int) -> bool:
+    def is_saved(start: int) -> bool:
         request = item("x", 9, prefix=[start, *PREFIX[1:]])
         tokens = scheduler.ask(request, cached=32)
         if tokens:
@@ -191,15 +189,15 @@ def test_the_block_that_was_not_used_for_longest_makes_room(
             scheduler.connector.request_finished(request, [])
         return bool(tokens)
 
-    slots = [keep(100), keep(101)]
-    assert found(100)
-    assert keep(102) == slots[1], "101 was used least recently"
-    assert [found(start) for start in (100, 101, 102)] == [True, False, True]
+    slots = [save(100), save(101)]
+    assert is_saved(100)
+    assert save(102) == slots[1], "101 was used least recently"
+    assert [is_saved(start) for start in (100, 101, 102)] == [True, False, True]
     assert scheduler.connector.reset_cache()
-    assert not found(100)
+    assert not is_saved(100)
 
 
-def test_the_worker_copies_whole_blocks_whatever_the_layers_layout() -> None:
+def test_the_worker_copies_full_blocks_in_any_layout() -> None:
     import torch
 
     from slimserve.serve.engine.partial_prefix import _StepCopies

@@ -34,7 +34,7 @@ def tokenizer(smollm2: Path) -> Any:
 
 
 class Reference:
-    """transformers in float32."""
+    """The same model in transformers, in float32."""
 
     def __init__(self, directory: Path, tokenizer: Any) -> None:
         self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
@@ -42,10 +42,10 @@ class Reference:
 
     @torch.inference_mode()
     def next_logprobs(self, texts: list[str]) -> torch.Tensor:
-        """Log-probabilities of every token after each text, [text, vocabulary]; the common prefix is computed once."""
+        """Return log-probabilities of the next token, shape [text, vocabulary]; the common prefix is computed once."""
         ids = [self.tokenizer(text)["input_ids"] for text in texts]
         columns = enumerate(zip(*(row[:-1] for row in ids), strict=False))
-        shared = next((place for place, column in columns if len(set(column)) > 1), min(map(len, ids)) - 1)
+        shared = next((position for position, column in columns if len(set(column)) > 1), min(map(len, ids)) - 1)
         cache = self.model(torch.tensor([ids[0][:shared]]), use_cache=True, logits_to_keep=1).past_key_values
         cache.batch_repeat_interleave(len(ids))
         rest = [row[shared:] for row in ids]
@@ -71,7 +71,7 @@ def score(url: str, **body: Any) -> dict[str, Any]:
 
 
 def counters(url: str) -> dict[str, float]:
-    """Series by name and part; every one of them is labelled by variant."""
+    """Return metric values by name and part, and check that all have the variant label."""
     text = requests.get(f"{url}/metrics", timeout=10).text
     values: dict[str, float] = {}
     for family in text_string_to_metric_families(text):
@@ -88,25 +88,27 @@ def busy(url: str) -> float:
 
 
 def long_request(num_items: int = 128) -> dict[str, Any]:
-    """Many seconds of work for the engine."""
+    """Return a request that takes the engine many seconds."""
     rng = random.Random()
     items = [[rng.randrange(100, 49000) for _ in range(1500)] for _ in range(num_items)]
     return {"query": [5], "items": items, "label_token_ids": [1]}
 
 
 def test_scores_of_200_movielens_prompts_are_those_of_transformers(url: str, reference: Reference) -> None:
-    slates = cast("list[ScoringPrompt]", Recommendation(num_candidates=50).make_prompts("quality", 4))
+    prompts = cast("list[ScoringPrompt]", Recommendation(num_candidates=50).make_prompts("quality", 4))
     worst, agreed, pairs = 0.0, 0, 0
-    for slate in slates:
-        expected = reference.next_logprobs([slate.query + item for item in slate.items])
-        ids = [reference.tokenizer(label)["input_ids"][0] for label in slate.labels]
-        answer = score(url, query=slate.query, items=slate.items, labels=slate.labels)
-        wanted, scores = expected[:, ids].exp(), torch.tensor(answer["scores"])
-        worst = max(worst, float((scores - wanted).abs().max()))
-        for one, other in combinations(range(len(slate.items)), 2):
-            agreed += bool((wanted[one, 0] - wanted[other, 0]) * (scores[one, 0] - scores[other, 0]) > 0)
+    for prompt in prompts:
+        expected = reference.next_logprobs([prompt.query + item for item in prompt.items])
+        ids = [reference.tokenizer(label)["input_ids"][0] for label in prompt.labels]
+        answer = score(url, query=prompt.query, items=prompt.items, labels=prompt.labels)
+        expected_scores, scores = expected[:, ids].exp(), torch.tensor(answer["scores"])
+        worst = max(worst, float((scores - expected_scores).abs().max()))
+        for one, other in combinations(range(len(prompt.items)), 2):
+            agreed += bool(
+                (expected_scores[one, 0] - expected_scores[other, 0]) * (scores[one, 0] - scores[other, 0]) > 0
+            )
             pairs += 1
-    assert sum(len(slate.items) for slate in slates) == 200
+    assert sum(len(prompt.items) for prompt in prompts) == 200
     assert worst <= 0.0005
     assert agreed / pairs > 0.99
 
@@ -118,14 +120,14 @@ def test_a_softmax_over_the_labels_makes_them_sum_to_one(url: str) -> None:
         assert shares == pytest.approx([value / sum(row) for value in row], rel=1e-4)
 
 
-def test_a_label_of_several_tokens_is_refused_or_scored_as_the_sum_of_its_tokens(
+def test_a_label_of_several_tokens_is_rejected_or_scored_as_the_sum_of_its_tokens(
     url: str, reference: Reference
 ) -> None:
     query, items, labels = "The film was", [" quite", " by no means"], [" unquestionably good", " dull"]
     body: dict[str, Any] = {"query": query, "items": items, "labels": labels}
-    refused = requests.post(f"{url}/v1/score", json=body, timeout=60)
-    assert refused.status_code == 400
-    assert "' unquestionably good' is" in refused.json()["error"]["message"]
+    rejected = requests.post(f"{url}/v1/score", json=body, timeout=60)
+    assert rejected.status_code == 400
+    assert "' unquestionably good' is" in rejected.json()["error"]["message"]
     answer = score(url, **body, label_scoring="sequence", return_logprobs=True)
     for item, values in zip(items, answer["logprobs"], strict=True):
         for label, value in zip(labels, values, strict=True):
@@ -167,25 +169,25 @@ def test_the_shared_prefix_is_computed_once_and_duplicates_too(url: str) -> None
     assert after[computed] - before.get(computed, 0) == 16
     cached = answer["usage"]["prompt_tokens_details"]["cached_tokens"]
     assert cached == 15 * 1000, "its last block, which is not full, included"
-    whole = after["vllm:prefix_cache_hits_total"] - before["vllm:prefix_cache_hits_total"]
+    full_blocks = after["vllm:prefix_cache_hits_total"] - before["vllm:prefix_cache_hits_total"]
     partial = after["vllm:external_prefix_cache_hits_total"] - before["vllm:external_prefix_cache_hits_total"]
-    assert (whole, partial) == (15 * (1000 // BLOCK * BLOCK), 15 * (1000 % BLOCK))
+    assert (full_blocks, partial) == (15 * (1000 // BLOCK * BLOCK), 15 * (1000 % BLOCK))
     assert answer["usage"]["prompt_tokens"] == 32 * 1024
 
 
-def test_a_prompt_that_is_too_long_is_refused_with_its_length_and_one_that_just_fits_is_not(url: str) -> None:
+def test_a_prompt_that_is_too_long_is_rejected_with_its_length_and_one_that_just_fits_is_not(url: str) -> None:
     fits = score(url, query=[100] * (MAX_LEN - 2), items=[[5]], label_token_ids=[1])
     assert len(fits["scores"][0]) == 1
     body: dict[str, Any] = {"query": [100] * (MAX_LEN - 2), "items": [[5], [5, 6]], "label_token_ids": [1]}
-    refused = requests.post(f"{url}/v1/score", json=body, timeout=60)
-    assert refused.status_code == 400
-    error = refused.json()["error"]
+    rejected = requests.post(f"{url}/v1/score", json=body, timeout=60)
+    assert rejected.status_code == 400
+    error = rejected.json()["error"]
     assert error["param"] == "items[1]"
     assert f"{MAX_LEN} tokens" in error["message"]
     assert str(MAX_LEN - 1) in error["message"]
 
 
-def test_a_deadline_is_kept_and_nothing_goes_on_behind_it(url: str) -> None:
+def test_a_request_ends_at_its_deadline_and_leaves_nothing_running(url: str) -> None:
     with ThreadPoolExecutor(1) as pool:
         start = time.monotonic()
         answer = pool.submit(requests.post, f"{url}/v1/score", json=long_request() | {"timeout_s": 4}, timeout=60)
@@ -197,11 +199,11 @@ def test_a_deadline_is_kept_and_nothing_goes_on_behind_it(url: str) -> None:
     wait_until(lambda: busy(url) == 0, 2)
 
 
-def test_a_client_that_goes_leaves_nothing_running(url: str) -> None:
+def test_a_client_that_disconnects_leaves_nothing_running(url: str) -> None:
     with ThreadPoolExecutor(1) as pool:
-        gone = pool.submit(requests.post, f"{url}/v1/score", json=long_request(), timeout=4)
+        disconnected = pool.submit(requests.post, f"{url}/v1/score", json=long_request(), timeout=4)
         wait_until(lambda: busy(url) > 0, 4)
-        assert isinstance(gone.exception(), requests.ReadTimeout)
+        assert isinstance(disconnected.exception(), requests.ReadTimeout)
     wait_until(lambda: busy(url) == 0, 2)
 
 
@@ -212,7 +214,7 @@ def wait_until(holds: Callable[[], bool], seconds: float) -> None:
         time.sleep(0.05)
 
 
-def test_the_example_of_sglangs_documentation_runs(url: str) -> None:
+def test_the_example_in_sglangs_documentation_works(url: str) -> None:
     query = "The capital of France is"
     items = ["Paris", "London", "Berlin"]
     data: dict[str, Any] = {
@@ -303,7 +305,7 @@ def test_errors_are_openais(url: str, path: str, body: dict[str, Any], status: i
     assert caught.value.type == "invalid_request_error"
 
 
-def test_bodies_that_are_not_json_are_refused(url: str) -> None:
+def test_bodies_that_are_not_json_are_rejected(url: str) -> None:
     json_type = {"Content-Type": "application/json"}
     for content, headers in (
         (b"{", json_type),

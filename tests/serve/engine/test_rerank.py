@@ -26,13 +26,13 @@ LABELS = ((1,), (2,))
 PLAN = ScoringPlan(tuple(ScoringTask((token,), LABELS) for token in (10, 11, 12)), (0, 1, 2, 1), 0)
 
 
-def whole(text: str, num_tokens: int) -> int:
+def first_tokens_end(text: str, num_tokens: int) -> int:
     return num_tokens
 
 
 def test_the_query_comes_first_and_the_document_is_the_item() -> None:
     request = RerankRequest(query="who?", documents=["me {query}", {"text": "you"}])
-    scoring = as_score_request(request, TEMPLATE, whole)
+    scoring = as_score_request(request, TEMPLATE, first_tokens_end)
     assert scoring.query == "Q who? D "
     assert scoring.items == ["me {query} A", "you A"]
     assert scoring.labels == [" ja", " nein"]
@@ -43,12 +43,12 @@ def test_rank_fields_are_joined_in_their_order() -> None:
     request = RerankRequest(
         query="q", documents=[{"title": "T", "text": "x", "author": "A"}], rank_fields=["author", "title"]
     )
-    assert as_score_request(request, TEMPLATE, whole).items == ["A\nT A"]
+    assert as_score_request(request, TEMPLATE, first_tokens_end).items == ["A\nT A"]
 
 
-def test_a_document_is_cut_only_where_it_is_asked_for() -> None:
-    asked = RerankRequest(query="q", documents=["abcdef"], max_tokens_per_doc=3)
-    assert as_score_request(asked, TEMPLATE, whole).items == ["abc A"]
+def test_a_document_is_cut_only_on_request() -> None:
+    request = RerankRequest(query="q", documents=["abcdef"], max_tokens_per_doc=3)
+    assert as_score_request(request, TEMPLATE, first_tokens_end).items == ["abc A"]
 
 
 @pytest.mark.parametrize(
@@ -59,9 +59,9 @@ def test_a_document_is_cut_only_where_it_is_asked_for() -> None:
         (["a", {"text": 3}], r"\[1\]"),
     ],
 )
-def test_documents_without_text_are_refused(documents: list[Any], message: str) -> None:
+def test_documents_without_text_are_rejected(documents: list[Any], message: str) -> None:
     with pytest.raises(RequestError, match=message):
-        as_score_request(RerankRequest(query="q", documents=documents), TEMPLATE, whole)
+        as_score_request(RerankRequest(query="q", documents=documents), TEMPLATE, first_tokens_end)
 
 
 def answer(request: RerankRequest, api_version: int = 1) -> dict[str, object]:
@@ -82,13 +82,13 @@ def test_top_n_bounds_the_answer(top_n: int | None, count: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "version", "there"), [(None, 1, True), (None, 2, False), (True, 2, True), (False, 1, False)]
+    ("requested", "version", "expected"), [(None, 1, True), (None, 2, False), (True, 2, True), (False, 1, False)]
 )
-def test_documents_come_back_as_each_vendor_has_it(asked: bool | None, version: int, there: bool) -> None:
+def test_documents_are_returned_by_each_vendors_default(requested: bool | None, version: int, expected: bool) -> None:
     given: list[Any] = ["a", {"text": "b", "id": 7}, "c", "b"]
-    body = answer(RerankRequest(query="q", documents=given, return_documents=asked), version)
+    body = answer(RerankRequest(query="q", documents=given, return_documents=requested), version)
     best = body["results"][1]  # type: ignore[index]
-    assert best.get("document") == ({"text": "b", "id": 7} if there else None)
+    assert best.get("document") == ({"text": "b", "id": 7} if expected else None)
     assert body["meta"]["api_version"] == {"version": str(version)}  # type: ignore[index]
 
 
@@ -109,7 +109,7 @@ def test_the_template_is_taken_from_the_environment_then_the_model_then_its_mani
 @pytest.mark.parametrize(
     "text",
     [
-        'template = "no places"',
+        'template = "no fields"',
         'template = "{document} {query}"',
         'template = "{query} {query} {document}"',
         "labels = []",
@@ -118,13 +118,13 @@ def test_the_template_is_taken_from_the_environment_then_the_model_then_its_mani
         "not toml",
     ],
 )
-def test_a_template_that_cannot_be_used_is_told_at_start(tmp_path: Path, text: str) -> None:
+def test_an_invalid_template_is_an_error(tmp_path: Path, text: str) -> None:
     (tmp_path / TEMPLATE_FILE).write_text(text)
     with pytest.raises(UserError, match=f"rerank template: .*{TEMPLATE_FILE}"):
         load_template(tmp_path, {})
 
 
-def test_every_template_of_ours_has_its_places() -> None:
+def test_every_template_has_both_fields() -> None:
     for template in TEMPLATES.values():
         before, between, after = template.parts()
         assert before + "{query}" + between + "{document}" + after == template.template
