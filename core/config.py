@@ -184,7 +184,7 @@ def takes_settings(
             values[parameter] = given if only_given else _from_options(model, given, options)
             function(**values)
 
-        added = [option.as_parameter(show_default=not only_given) for option in options]
+        added = [option.as_parameter(has_default=not only_given) for option in options]
         parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own] + added
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         command.__annotations__ = {p.name: p.annotation for p in parameters}
@@ -215,7 +215,7 @@ class _Option:
         extra = self.field.json_schema_extra
         return extra if isinstance(extra, dict) else {}
 
-    def as_parameter(self, show_default: bool) -> inspect.Parameter:
+    def as_parameter(self, has_default: bool) -> inspect.Parameter:
         import typer
 
         kind, metavar, is_many = _kind_of(self.field)
@@ -224,16 +224,20 @@ class _Option:
         shown: Any = None
         if kind is bool:
             shown = False
-        elif show_default and default not in (None, "", ()) and not is_many:
+        elif default not in (None, "", ()) and not is_many:
             text = next((mark for mark in self.field.metadata if isinstance(mark, Text)), None)
             shown = text.write(default) if text else default
+        help_default: bool | str = shown is not None and kind is not bool
+        if not has_default and kind is not bool:
+            # The option itself has no default, so that a value of the file is not overwritten.
+            help_default, shown = (str(shown) if shown is not None else False), None
         annotation: Any = list[str] | None if is_many else kind if kind is bool else kind | None
         option = typer.Option(
             *self.flags,
             help=self.field.description,
             metavar=self._extra.get("metavar") or metavar or _METAVARS.get(kind),
             rich_help_panel=self._extra.get("panel"),
-            show_default=shown is not None and kind is not bool,
+            show_default=help_default,
         )
         return inspect.Parameter(
             self.parameter,

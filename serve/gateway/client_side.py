@@ -1,12 +1,11 @@
-"""A client's connection to the proxy: it reads a request, sends it to an engine and relays the answer.
+"""A client's connection to the proxy: it sends each request to an engine and relays the answer.
 
 A chunk of a stream costs one `data_received`, one run of the C parser, which only looks for the end, and one `write`.
 There is no task, queue, copy or second framing.
 
-The connection protects the engines. It handles one request at a time, and llhttp parses the framing strictly: no two
-lengths, no length beside a transfer coding, no bare line feeds. The request is written again with a Content-Length, so
-an engine cannot see another request than the one that was checked. Heads, bodies, connections and waiting times are
-bounded. A slow reader pauses the engine's connection. A client that leaves closes it, and the engine aborts its work.
+The connection protects the engines. The request is written again with a Content-Length, so an engine cannot see
+another request than the one that was checked. A slow reader pauses the engine's connection. A client that leaves
+closes it, and the engine aborts its work.
 """
 
 from __future__ import annotations
@@ -15,29 +14,21 @@ import asyncio
 import http
 import json
 import logging
-import os
-import re
 from collections.abc import Coroutine
 from typing import Any
 
-from httptools import HttpParserCallbackError, HttpParserError, HttpParserUpgrade, HttpRequestParser
-
-from slimserve.serve.gateway.messages import Answer, ProxyRequest, ServerState, error_answer
-from slimserve.serve.gateway.upstream import MAX_HEAD_BYTES, Backend, EngineSide, Headers
-from slimserve.serve.policy.errors import error_body
+from slimserve.serve.gateway.messages import Answer, ProxyRequest, ServerState, rejection_answer
+from slimserve.serve.gateway.reader import RequestReader
+from slimserve.serve.gateway.upstream import Backend, EngineSide, Headers
+from slimserve.serve.policy.access_log import CLIENT_CLOSED_REQUEST
+from slimserve.serve.policy.errors import Rejection
+from slimserve.serve.policy.timeouts import LINGER_S, timed_out
 
 MAX_CONNECTIONS = 4096
-MAX_FULL_BODIES = 32
-"""Number of request bodies of the largest size that may be incomplete in memory at once."""
-CLIENT_GONE = 499
-"""Status in logs and metrics of a request whose client left before the end of its answer."""
 CHUNK_TIMEOUT_S = 0.5
 """Seconds to wait for the rest of a chunk before an error of the gateway follows it."""
 _CONNECT_TIMEOUT_S = 5.0
 _RESEND_WITHIN_S = 1.0
-_LINGER_S = 2.0
-_METHODS = frozenset({"DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT"})
-_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 _DROPPED_FROM_REQUESTS = frozenset(
     {
         *(b"connection", b"content-length", b"expect", b"keep-alive", b"proxy-connection", b"te", b"trailer"),
@@ -52,32 +43,18 @@ _DROPPED_FROM_ANSWERS = frozenset({b"connection", b"keep-alive", b"proxy-connect
 _log = logging.getLogger("slimserve.proxy")
 
 
-class ClientSide(asyncio.Protocol):
+class ClientSide(RequestReader):
     """One client connection; it answers requests one after the other."""
 
     def __init__(self, server: ServerState, loop: asyncio.AbstractEventLoop) -> None:
-        self._server = server
-        self._loop = loop
-        self._transport: asyncio.Transport
-        self._parser = HttpRequestParser(self)
-        self._request: ProxyRequest | None = None
-        self._is_reading = False
-        """Whether a request has begun to arrive and is incomplete."""
-        self._in_head = False
-        self._head_bytes = 0
-        self._body: list[bytes] = []
-        self._body_bytes = 0
+        super().__init__(server, loop)
         self._engine: EngineSide | None = None
         self._resend: bytes | None = None
         """The request as sent to the engine, while it may be sent once more."""
         self._task: asyncio.Task[None] | None = None
-        self._timer: asyncio.TimerHandle | None = None
         self._stall: asyncio.TimerHandle | None = None
-        self._keep_alive = True
         self._sent_status = 0
         self._is_paused = False
-        self._ignores_input = False
-        """Whether arriving bytes are dropped because the connection is about to end."""
 
     # asyncio.Protocol
 
@@ -85,30 +62,9 @@ class ClientSide(asyncio.Protocol):
         self._transport = transport
         self._server.connections.add(self)
         if len(self._server.connections) > MAX_CONNECTIONS:
-            self._reject(error_answer(503, "too many connections", retry_after_s=1))
+            self._reject(Rejection(503, None, "too many connections", retry_after_s=1))
         else:
             self._set_timer(self._server.timeouts.idle_s, self._transport.close)
-
-    def data_received(self, data: bytes) -> None:
-        if self._ignores_input:
-            return
-        try:
-            self._parser.feed_data(data)
-        except HttpParserCallbackError:
-            _log.exception("the gateway failed to handle a request")
-            self.abort()
-        except HttpParserUpgrade:
-            assert self._ignores_input, "the request was rejected when its head was complete"
-        except HttpParserError as error:
-            if self._request is None or self._is_reading:
-                self._reject(error_answer(400, f"this is not HTTP/1.1: {error}"[:200]))
-            else:  # It follows a request that is being answered.
-                self._ignores_input, self._keep_alive = True, False
-        else:
-            if self._in_head and not self._ignores_input:
-                self._head_bytes += len(data)
-                if self._head_bytes > MAX_HEAD_BYTES:
-                    self._reject(error_answer(431, f"the head is larger than {MAX_HEAD_BYTES} bytes"))
 
     def eof_received(self) -> None:
         """Close the connection, which returning None does: a client that shut its side has left."""
@@ -120,7 +76,7 @@ class ClientSide(asyncio.Protocol):
             if timer is not None:
                 timer.cancel()
         self._drop_engine()
-        self._end_request(CLIENT_GONE)
+        self._end_request(CLIENT_CLOSED_REQUEST)
 
     def pause_writing(self) -> None:
         self._is_paused = True
@@ -136,86 +92,10 @@ class ClientSide(asyncio.Protocol):
         if self._engine is not None:
             self._engine.pause(False)
 
-    # Callbacks of httptools for a request
+    # The engine's answer
 
-    def on_message_begin(self) -> None:
-        if self._ignores_input:
-            return
-        if self._request is not None:
-            # HTTP allows closing after the first answer when a client pipelines.
-            self._ignores_input, self._keep_alive = True, False
-            return
-        self._request = ProxyRequest(self._loop.time())
+    def _answer_request(self, request: ProxyRequest) -> None:
         self._sent_status = 0
-        self._is_reading = self._in_head = True
-        self._head_bytes = 0
-        self._set_timer(self._server.timeouts.head_s, self._request_timed_out)
-
-    def on_url(self, url: bytes) -> None:
-        if self._request is not None and not self._ignores_input:
-            self._request.target += url
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        if self._request is None or self._ignores_input:
-            return
-        if self._in_head:  # Else it is a trailer, which is dropped.
-            self._request.headers.append((name.lower(), value))
-
-    def on_headers_complete(self) -> None:
-        request = self._request
-        if request is None or self._ignores_input:
-            return
-        self._in_head = False
-        sent_id = request.header(b"x-request-id")
-        request.id = sent_id.decode() if _ID.fullmatch(sent_id) else os.urandom(16).hex()
-        request.method = self._parser.get_method().decode()
-        self._keep_alive = self._parser.should_keep_alive()
-        if rejection := self._check_head(request) or self._server.application.admit(request):
-            self._reject(rejection)
-            return
-        self._set_timer(self._server.timeouts.body_s, self._request_timed_out)
-        if request.header(b"expect").lower() == b"100-continue":
-            self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-
-    def _check_head(self, request: ProxyRequest) -> Answer | None:
-        size = sum(len(name) + len(value) for name, value in request.headers) + len(request.target)
-        if size > MAX_HEAD_BYTES:
-            return error_answer(431, f"the head is larger than {MAX_HEAD_BYTES} bytes")
-        if self._parser.should_upgrade():
-            return error_answer(400, "protocol upgrades are not supported")
-        version = self._parser.get_http_version()
-        if version not in {"1.0", "1.1"}:
-            return error_answer(505, "use HTTP/1.1")
-        if request.method not in _METHODS:
-            return error_answer(405, "unknown method")
-        if not request.target.startswith(b"/"):
-            return error_answer(400, "the request target is not a path; begin it with /")
-        num_hosts = sum(name == b"host" for name, _ in request.headers)
-        if num_hosts > 1 or (version == "1.1" and not num_hosts):
-            return error_answer(400, "exactly one Host header is required")
-        # The parser has checked that the length is one number.
-        if int(request.header(b"content-length") or 0) > self._server.max_body_bytes:
-            return self._too_large()
-        return None
-
-    def on_body(self, body: bytes) -> None:
-        if self._request is None or self._ignores_input:
-            return
-        self._body.append(body)
-        self._body_bytes += len(body)
-        self._server.num_waiting_bytes += len(body)
-        if self._body_bytes > self._server.max_body_bytes:
-            self._reject(self._too_large())
-        elif self._server.num_waiting_bytes > self._server.max_body_bytes * MAX_FULL_BODIES:
-            self._reject(error_answer(429, "too many bodies are being sent; try again later", retry_after_s=1))
-
-    def on_message_complete(self) -> None:
-        request = self._request
-        if request is None or self._ignores_input:
-            return
-        self._is_reading = False
-        request.body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
-        self._drop_body()
         self._set_timer(self._server.timeouts.answer_s, self._answer_timed_out)
         decision = self._server.application.route(request)
         if isinstance(decision, Answer):
@@ -223,13 +103,11 @@ class ClientSide(asyncio.Protocol):
         elif not isinstance(decision, Backend):
             self._begin_task(self._answer_later(decision))
         elif request.method == "HEAD":
-            self._answer(error_answer(405, "HEAD is not supported here"))
+            self._answer(rejection_answer(Rejection(405, None, "HEAD is not supported here")))
         elif self._parser.get_http_version() != "1.1":
-            self._answer(error_answer(505, "use HTTP/1.1", close=True))
+            self._answer(rejection_answer(Rejection(505, None, "use HTTP/1.1", close=True)))
         else:
             self._send_to(decision, request)
-
-    # The engine's answer
 
     @property
     def is_busy(self) -> bool:
@@ -262,7 +140,7 @@ class ClientSide(asyncio.Protocol):
         except Exception:
             _log.exception("the gateway failed to handle a request")
             self._task = None
-            self.interrupt(500, "the gateway failed", "internal_error")
+            self.interrupt(Rejection(500, "internal_error", "the gateway failed; its log has the request id"))
 
     async def _connect(self, backend: Backend, message: bytes) -> None:
         try:
@@ -290,14 +168,13 @@ class ClientSide(asyncio.Protocol):
         request.head_s = self._loop.time() - self._engine.sent_s
         if not self._keep_alive or self._server.draining:
             self._keep_alive = False
+        kept = [header for header in headers if header[0].lower() not in _DROPPED_FROM_ANSWERS]
         self._transport.write(
             b"HTTP/1.1 %d %b\r\n%b%bx-request-id: %b\r\n\r\n%b"
             % (
                 status,
                 reason,
-                b"".join(
-                    b"%b: %b\r\n" % header for header in headers if header[0].lower() not in _DROPPED_FROM_ANSWERS
-                ),
+                b"".join(b"%b: %b\r\n" % header for header in kept),
                 b"" if self._keep_alive else b"connection: close\r\n",
                 request.id.encode(),
                 body,
@@ -319,35 +196,35 @@ class ClientSide(asyncio.Protocol):
             # The engine had closed this idle connection before it saw the request. A new connection is tried once.
             self._begin_task(self._connect(engine.backend, message))
         else:
-            self._break_off(502, "the engine stopped answering", "engine_lost", can_append)
+            self._break_off(Rejection(502, "engine_lost", "the engine stopped answering"), can_append)
 
-    def interrupt(self, status: int, message: str, code: str) -> None:
+    def interrupt(self, error: Rejection) -> None:
         """End the request in flight, if there is one, with an error that the client can read."""
         if self._engine is not None and self._engine.is_within_chunk:
-            self._engine.end_chunk(lambda: self._interrupt_now(status, message, code))
-            self._set_timer(CHUNK_TIMEOUT_S, lambda: self._interrupt_now(status, message, code))
+            self._engine.end_chunk(lambda: self._interrupt_now(error))
+            self._set_timer(CHUNK_TIMEOUT_S, lambda: self._interrupt_now(error))
         else:
-            self._interrupt_now(status, message, code)
+            self._interrupt_now(error)
 
-    def _interrupt_now(self, status: int, message: str, code: str) -> None:
+    def _interrupt_now(self, error: Rejection) -> None:
         if self.is_busy:
             can_append = self._engine is not None and self._engine.can_append
             self._drop_engine()
-            self._break_off(status, message, code, can_append)
+            self._break_off(error, can_append)
 
-    def _break_off(self, status: int, message: str, code: str, can_append: bool) -> None:
+    def _break_off(self, error: Rejection, can_append: bool) -> None:
         self._keep_alive = False
         if not self._sent_status:
-            self._answer(error_answer(status, message, code, retry_after_s=1 if status == 503 else None))
+            self._answer(rejection_answer(error))
             return
         if can_append:
-            event = json.dumps(error_body(status, message, code=code)).encode()
+            event = json.dumps(error.body()).encode()
             # Blank lines end an event that was cut off; elsewhere they have no effect.
             events = b"\n\ndata: %b\n\ndata: [DONE]\n\n" % event
             self._transport.write(b"%x\r\n%b\r\n0\r\n\r\n" % (len(events), events))
-            self._finish(status)
+            self._finish(error.status)
         else:
-            self._end_request(status)
+            self._end_request(error.status)
             self.abort()
 
     # Answers of the gateway itself
@@ -370,24 +247,17 @@ class ClientSide(asyncio.Protocol):
         self._transport.write(head.encode() + (b"" if request.method == "HEAD" else answer.body))
         self._finish(answer.status)
 
-    def _reject(self, answer: Answer) -> None:
-        """Answer a request that may be incomplete, and ignore further input on this connection."""
+    def _reject(self, rejection: Rejection) -> None:
         if self._request is None:
             self._request = ProxyRequest(self._loop.time())
         self._ignores_input, self._keep_alive = True, False
-        self._drop_body()
-        self._answer(answer)
-
-    def _too_large(self) -> Answer:
-        return error_answer(413, f"the body is larger than {self._server.max_body_bytes} bytes", "body_too_large")
-
-    def _request_timed_out(self) -> None:
-        self._reject(error_answer(408, "the request did not arrive in time"))
+        self._upload.close()
+        self._answer(rejection_answer(rejection))
 
     def _answer_timed_out(self) -> None:
         if self._task is not None:
             self._task.cancel()
-        self.interrupt(504, f"no answer within {self._server.timeouts.answer_s:g} s", "timeout")
+        self.interrupt(timed_out(self._server.timeouts.answer_s))
 
     # The end of a request
 
@@ -403,7 +273,7 @@ class ClientSide(asyncio.Protocol):
         request, self._request = self._request, None
         self._task = None
         self._resend = None
-        self._drop_body()
+        self._upload.close()
         if request is not None:
             self._server.application.finished(request, status, self._loop.time() - request.begin_s)
             self._server.request_ended.set()
@@ -415,7 +285,7 @@ class ClientSide(asyncio.Protocol):
         """
         self._ignores_input = True
         if not self._transport.is_closing():
-            self._set_timer(_LINGER_S, self._close)
+            self._set_timer(LINGER_S, self._close)
             self._transport.write_eof()
 
     def _close(self) -> None:
@@ -437,12 +307,3 @@ class ClientSide(asyncio.Protocol):
         if self._engine is not None:
             self._engine.abort()
             self._engine = None
-
-    def _drop_body(self) -> None:
-        self._server.num_waiting_bytes -= self._body_bytes
-        self._body, self._body_bytes = [], 0
-
-    def _set_timer(self, seconds: float, action: Any) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer = self._loop.call_later(seconds, action)

@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from slimserve.serve.gateway.upstream import Backend, Headers
-from slimserve.serve.policy.errors import error_body
+from slimserve.serve.policy.errors import Rejection
+from slimserve.serve.policy.timeouts import BODY_TIMEOUT_S, STALL_TIMEOUT_S
+from slimserve.serve.policy.uploads import UploadLimits
 
 
 @dataclass(slots=True)
@@ -51,12 +53,10 @@ class Answer:
     """Whether to close the connection after the answer."""
 
 
-def error_answer(
-    status: int, message: str, code: str | None = None, *, retry_after_s: int | None = None, close: bool = False
-) -> Answer:
-    """Return an error in the format of OpenAI's API."""
-    headers = () if retry_after_s is None else (("Retry-After", str(retry_after_s)),)
-    return Answer(status, json.dumps(error_body(status, message, code=code)).encode(), headers=headers, close=close)
+def rejection_answer(rejection: Rejection) -> Answer:
+    """Return a rejection as an answer."""
+    headers = tuple(rejection.headers())
+    return Answer(rejection.status, json.dumps(rejection.body()).encode(), headers=headers, close=rejection.close)
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,9 @@ class Timeouts:
     """Longest time without a request before the connection is closed."""
     head_s: float = 10.0
     """Longest time from the first byte of a request to the end of its head."""
-    body_s: float = 30.0
+    body_s: float = BODY_TIMEOUT_S
     """Longest time from the end of the head to the end of the body."""
-    stall_s: float = 60.0
+    stall_s: float = STALL_TIMEOUT_S
     """Longest time in which a client may read nothing of its answer."""
     answer_s: float = 330.0
     """Longest time from a request to the end of its answer; only reached if the engine's own deadline failed."""
@@ -78,8 +78,8 @@ class Timeouts:
 class Application(Protocol):
     """Decides what the proxy does with each request."""
 
-    def admit(self, request: ProxyRequest) -> Answer | None:
-        """Return an error to reject a request by its head, before its body is read; else None."""
+    def admit(self, request: ProxyRequest) -> None:
+        """Raise Rejection to reject a request by its head, before its body is read."""
 
     def route(self, request: ProxyRequest) -> Backend | Answer | Coroutine[Any, Any, Answer]:
         """Return the engine that a complete request goes to, or the answer to it."""
@@ -101,7 +101,7 @@ class ClientConnection(Protocol):
     def is_busy(self) -> bool:
         """Whether a request is being read or answered."""
 
-    def interrupt(self, status: int, message: str, code: str) -> None:
+    def interrupt(self, error: Rejection) -> None:
         """End the request in flight, if there is one, with an error that the client can read."""
 
     def close_if_idle(self) -> None:
@@ -116,11 +116,9 @@ class ServerState:
 
     def __init__(self, application: Application, max_body_bytes: int, timeouts: Timeouts | None = None) -> None:
         self.application = application
-        self.max_body_bytes = max_body_bytes
+        self.uploads = UploadLimits(max_body_bytes)
         self.timeouts = timeouts or Timeouts()
         self.connections: set[ClientConnection] = set()
-        self.num_waiting_bytes = 0
-        """Bytes of request bodies that are still incomplete."""
         self.draining = False
         self.request_ended = asyncio.Event()
         """Set at the end of every request; `drain` waits for it."""

@@ -18,6 +18,7 @@ import socket
 
 from slimserve.serve.gateway.client_side import CHUNK_TIMEOUT_S, ClientSide
 from slimserve.serve.gateway.messages import ServerState
+from slimserve.serve.policy.errors import shutdown
 
 
 class ProxyServer(ServerState):
@@ -38,8 +39,10 @@ class ProxyServer(ServerState):
         for connection in list(self.connections):
             connection.close_if_idle()
         if not await self._is_idle_within(seconds):
+            error = shutdown(seconds)
+            error.retry_after_s = 1
             for connection in list(self.connections):
-                connection.interrupt(503, f"the server is shutting down and waited {seconds:g} s", "shutdown")
+                connection.interrupt(error)
             await self._is_idle_within(2 * CHUNK_TIMEOUT_S)
 
     async def _is_idle_within(self, seconds: float) -> bool:

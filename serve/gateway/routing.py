@@ -1,8 +1,9 @@
-"""Several variants behind one address: which engine a request goes to, and the answers that concern all of them.
+"""Routing of requests between several variants behind one address.
 
-The `model` of a request's body names a variant, or an alias that splits between several by weight, always the same
-one for a `user`. GET /v1/models, /metrics, /health and /ready are answered here, out of all engines. A request without
-a body (/version, /docs) goes to the default variant or the first one that is ready, as all answer it alike.
+The field `model` of a request body names a variant, or an alias that splits its traffic between variants by weight.
+An alias sends all requests of one `user` to the same variant. The gateway itself answers GET /v1/models, /metrics,
+/health, /live and /ready for all engines together. A request without a body (/version, /docs) goes to the default
+variant, or to the first ready one, because all variants answer it alike.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ import msgspec
 from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, CollectorRegistry, generate_latest
 
 from slimserve.core.variant import disk_bytes, read_manifest
-from slimserve.serve.gateway.messages import Answer, ProxyRequest, error_answer
+from slimserve.serve.gateway.messages import Answer, ProxyRequest, rejection_answer
 from slimserve.serve.gateway.supervisor import State, SupervisedEngine
 from slimserve.serve.gateway.upstream import Backend, fetch
 from slimserve.serve.launch.config import Alias, Variant
-from slimserve.serve.policy.errors import error_body
+from slimserve.serve.policy.access_log import log_request
+from slimserve.serve.policy.errors import Rejection, draining, error_body
 from slimserve.serve.policy.exposition import label_series, merge_expositions
 from slimserve.serve.policy.keys import KeyRing
 from slimserve.serve.policy.metrics import GatewayMetrics
@@ -30,11 +32,11 @@ from slimserve.serve.policy.routes import OPEN_PATHS
 
 _SCRAPE_S = 3.0
 _PRINTABLE_PATH = re.compile(r"[\w./-]{1,64}", re.ASCII)
-_access = logging.getLogger("slimserve.access")
+_log = logging.getLogger("slimserve.gateway")
 
 
 class _Routing(msgspec.Struct):
-    """What the gateway reads of a body; the parser skips the rest without building it."""
+    """Fields of a request body that decide its route; the parser skips all others."""
 
     model: str | None = None
     user: str | None = None
@@ -44,7 +46,7 @@ _routing_of = msgspec.json.Decoder(_Routing)
 
 
 class Gateway:
-    """The proxy's application (serve/gateway/proxy.py)."""
+    """Application of the proxy: it routes requests to engines and answers those that concern all variants."""
 
     def __init__(
         self,
@@ -62,21 +64,19 @@ class Gateway:
         self._keys = KeyRing(keys)
         self._metrics = metrics
         self._registry = registry
-        self._described = {variant.name: _describe(variant) for variant in variants}
+        self._facts = {variant.name: _describe(variant) for variant in variants}
         self.is_draining = False
 
-    # What the proxy asks
+    # Calls of the proxy
 
-    def admit(self, request: ProxyRequest) -> Answer | None:
+    def admit(self, request: ProxyRequest) -> None:
         path = request.path
         if path not in OPEN_PATHS:
             if self.is_draining:
-                return error_answer(503, "the server is shutting down", "draining", retry_after_s=5, close=True)
-            if not self._keys.accepts(request.headers):
-                return error_answer(401, "no API key, or one that this server does not know", "invalid_api_key")
+                raise draining()
+            self._keys.check(request.headers)
         if _is_local(path) and request.method not in {"GET", "HEAD"}:
-            return error_answer(405, f"use GET for {path}")
-        return None
+            raise Rejection(405, None, f"use GET for {path}")
 
     def route(self, request: ProxyRequest) -> Backend | Answer | Coroutine[Any, Any, Answer]:
         if _is_local(request.path):
@@ -95,7 +95,7 @@ class Gateway:
     def unreachable(self, request: ProxyRequest) -> Answer:
         engine = self._engines[request.variant]
         message = f"The model `{request.variant}` is {engine.state.value} and does not answer now."
-        return error_answer(503, message, "model_unavailable", retry_after_s=engine.retry_after_s())
+        return rejection_answer(Rejection(503, "model_unavailable", message, retry_after_s=engine.retry_after_s()))
 
     def finished(self, request: ProxyRequest, status: int, seconds: float) -> None:
         variant = request.variant
@@ -104,13 +104,10 @@ class Gateway:
             self._metrics.in_flight.labels(variant).dec()
         if request.head_s is not None:
             self._metrics.upstream_header_s.labels(variant).observe(request.head_s)
-        level = logging.DEBUG if request.path in OPEN_PATHS and status < 400 else logging.INFO
-        if _access.isEnabledFor(level):
-            route = request.path if _PRINTABLE_PATH.fullmatch(request.path) else "other"
-            line = "id=%s method=%s route=%s variant=%s status=%d ms=%.1f"
-            _access.log(level, line, request.id, request.method, route, variant or "-", status, seconds * 1e3)
+        route = request.path if _PRINTABLE_PATH.fullmatch(request.path) else "other"
+        log_request(request.id, request.method, request.path, route, status, seconds, variant=variant or "-")
 
-    # Where a request goes
+    # Choice of the variant
 
     def _pick_variant(self, request: ProxyRequest) -> str | Answer:
         model, user = self._default, None
@@ -118,13 +115,14 @@ class Gateway:
             try:
                 routing = _routing_of.decode(request.body)
             except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-                return error_answer(400, f"the body cannot be read as a request in JSON: {error}"[:200], "invalid_body")
+                message = f"the body is not a request in JSON: {error}"[:200]
+                return rejection_answer(Rejection(400, "invalid_body", message))
             model, user = routing.model or self._default, routing.user
         elif not request.body and model is None and request.method != "POST":
             model = next(iter(self._ready() or self._engines))
         if model is None:
             names = ", ".join((*self._engines, *self._aliases))
-            return error_answer(400, f"`model` is missing; choose from {names}", "model_missing")
+            return rejection_answer(Rejection(400, "model_missing", f"`model` is missing; choose from {names}"))
         if alias := self._aliases.get(model):
             return alias.pick(user, self._ready())
         if model in self._engines:
@@ -135,7 +133,7 @@ class Gateway:
     def _ready(self) -> frozenset[str]:
         return frozenset(name for name, engine in self._engines.items() if engine.state is State.READY)
 
-    # What concerns all variants
+    # Answers for all variants together
 
     def _answer_locally(self, request: ProxyRequest) -> Answer | Coroutine[Any, Any, Answer]:
         path = request.path
@@ -144,13 +142,13 @@ class Gateway:
         if path.startswith("/v1/models"):
             return self._models(request)
         is_ready = len(self._ready()) == len(self._engines) if path == "/ready" else bool(self._ready())
-        is_fine = path == "/live" or (is_ready and not (path == "/ready" and self.is_draining))
+        is_ok = path == "/live" or (is_ready and not (path == "/ready" and self.is_draining))
         described = {name: engine.describe() for name, engine in self._engines.items()}
         status = "draining" if self.is_draining else "ready" if is_ready else "not ready"
-        return Answer(200 if is_fine else 503, json.dumps({"status": status, "variants": described}).encode())
+        return Answer(200 if is_ok else 503, json.dumps({"status": status, "variants": described}).encode())
 
     async def _models(self, request: ProxyRequest) -> Answer:
-        """vLLM's own entry of every variant, with what the manifest says of it; aliases after them."""
+        """Return vLLM's entry of every variant with facts from its manifest, followed by the aliases."""
         credentials = [
             (name.decode(), value.decode("latin-1"))
             for name, value in request.headers
@@ -166,7 +164,7 @@ class Gateway:
         for entry in entries:
             if entry["id"] == wanted:
                 return Answer(200, json.dumps(entry).encode())
-        return error_answer(404, f"The model `{wanted[:128]}` does not exist.")
+        return rejection_answer(Rejection(404, None, f"The model `{wanted[:128]}` does not exist."))
 
     async def _model(self, name: str, credentials: Sequence[tuple[str, str]]) -> dict[str, Any]:
         engine = self._engines[name]
@@ -176,11 +174,11 @@ class Gateway:
                 _, body = await fetch(engine.backend, "/v1/models", credentials, _SCRAPE_S)
                 entry = next((model for model in json.loads(body)["data"] if model["id"] == name), entry)
             except (OSError, ValueError, KeyError, TypeError):
-                _access.warning("variant %s did not name its models", name)
-        return entry | {"slimserve": self._described[name] | {"state": engine.state.value}}
+                _log.warning("variant %s did not list its models", name)
+        return entry | {"slimserve": self._facts[name] | {"state": engine.state.value}}
 
     async def _metrics_page(self) -> Answer:
-        """The gateway's series and those of every engine that answers in time."""
+        """Return the gateway's metrics and those of every engine that answers in time."""
         pages = await asyncio.gather(*(self._scrape(name) for name in self._engines))
         own = generate_latest(self._registry).decode()
         page = await asyncio.to_thread(merge_expositions, [own, *pages])
@@ -202,7 +200,7 @@ def _is_local(path: str) -> bool:
 
 
 def _describe(variant: Variant) -> dict[str, Any]:
-    """What clients may want to know when they choose between variants."""
+    """Return facts that help clients to choose between variants."""
     facts: dict[str, Any] = {"size_bytes": disk_bytes(variant.directory)}
     if manifest := read_manifest(variant.directory):
         facts |= {

@@ -1,6 +1,6 @@
-"""What one `slimserve serve` puts on one address: variants, aliases that split between them, limits, who may ask.
+"""Configuration of one `slimserve serve`: variants, aliases that split traffic between them, limits and API keys.
 
-It comes from the command line (`NAME=MODEL …`) or from a TOML file:
+It comes from the command line (`NAME=MODEL ...`) or from a TOML file:
 
     port = 8000
     api_key_file = "keys.txt"
@@ -12,7 +12,7 @@ It comes from the command line (`NAME=MODEL …`) or from a TOML file:
     [variants.small]
     model = "build/small"
     profile = "prefill"
-    vllm_args = ["--enforce-eager"]             # after those of every variant, so it wins
+    vllm_args = ["--enforce-eager"]             # follows the arguments for every variant, so it wins
 
     [aliases.chat]                              # weights of a canary
     dense = 95
@@ -28,59 +28,73 @@ import hashlib
 import os
 import random
 import re
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field
 
+from slimserve.core.config import Settings, StrictModel, load_toml, setting, validated
 from slimserve.core.errors import UserError
 from slimserve.core.model import model_name, resolve_model
 from slimserve.serve.launch.plan import TrafficProfile
 from slimserve.serve.policy.keys import KEYS_FILE_VARIABLE, load_api_keys
 from slimserve.serve.policy.limits import Limits
 
+_KIND = "serve config"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_Weight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+class VariantSettings(StrictModel):
+    """One `[variants.NAME]` table of the file."""
 
-
-class VariantSettings(_Strict):
-    """One `[variants.NAME]` of the file."""
+    model_config = ConfigDict(strict=True)
 
     model: str
-    """A model argument."""
+    """Model argument: a directory, a Hugging Face id, a .gguf file or a built-in name."""
     profile: TrafficProfile | None = None
-    """The kind of traffic to plan for; None: the stack's."""
+    """Traffic that this variant is tuned for; None takes the profile of the whole file."""
     vllm_args: list[str] = Field(default_factory=list)
+    """Arguments for vLLM, after those for every variant."""
 
 
-class ServeConfig(_Strict):
-    """The whole file."""
+class ServeConfig(Settings):
+    """The TOML file; fields with a command-line option may come from the command line instead."""
 
-    variants: dict[str, VariantSettings] = Field(min_length=1)
-    aliases: dict[str, dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False, strict=False)]]] = Field(
-        default_factory=dict
+    model_config = ConfigDict(strict=True)
+
+    variants: dict[str, VariantSettings] = setting({}, "Models.", option="", min_length=1, validate_default=True)
+    aliases: dict[str, dict[str, _Weight]] = setting({}, "Weights of variants, by alias.", option="")
+    vllm_args: list[str] = setting([], "Arguments for vLLM, for every variant.", option="")
+    default: str | None = setting(
+        None,
+        "Variant or alias for requests that name no model; several variants reject them by default.",
+        metavar="NAME",
+        panel="Models",
     )
-    """Weight of each variant under a name of its own."""
-    default: str | None = None
-    """The variant or alias of a request that names no model; None: the only variant, else such a request is refused."""
-    profile: TrafficProfile = "balanced"
-    vllm_args: list[str] = Field(default_factory=list)
-    host: str = "127.0.0.1"
-    port: int = Field(default=8000, ge=1, le=65535)
-    api_key_file: str | None = None
-    limits: dict[str, int | float] = Field(default_factory=dict)
-    """Fields of slimserve.serve.policy.limits.Limits that differ from its defaults."""
+    profile: TrafficProfile = setting(
+        "balanced",
+        "Traffic to tune the launch for: prefill is scoring and long prompts, decode is long answers.",
+        panel="Models",
+    )
+    host: str = setting(
+        "127.0.0.1", "Address to listen on; 0.0.0.0 accepts connections from the network.", panel="Server"
+    )
+    port: int = setting(8000, "Port to listen on.", panel="Server", ge=1, le=65535)
+    api_key_file: str | None = setting(
+        None,
+        "File with the API keys that clients may use, one per line; VLLM_API_KEY is accepted too.",
+        metavar="PATH",
+        panel="Server",
+    )
+    limits: Limits = Limits()
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One model under one name."""
+    """A model and the name that it is served under."""
 
     name: str
     model: str
@@ -92,29 +106,29 @@ class Variant:
 
 @dataclass(frozen=True)
 class Alias:
-    """A name that stands for several variants, each for its share of the traffic."""
+    """A model name whose traffic is split between several variants."""
 
     name: str
     shares: tuple[tuple[str, float], ...]
-    """Variant and share; the shares sum to 1."""
+    """Pairs of variant and share; the shares sum to 1."""
 
     def pick(self, user: str | None, usable: frozenset[str]) -> str:
-        """The variant of one request: always the same for a user, by chance for nobody in particular.
+        """Return the variant for one request: always the same for a user, a random one without a user.
 
-        A user's place between 0 and 1 does not depend on the shares, so changing them moves only as
-        many users as they change. Where the variant picked is not usable, another of the alias is, if any.
+        A user's position between 0 and 1 does not depend on the shares, so that changed shares move as few users as
+        possible. If the variant is not in `usable`, another variant of the alias takes its place.
         """
-        place = random.random() if user is None else _place(self.name, user)
-        shares = [share for share in self.shares if share[0] in usable] if usable else []
-        picked, place_within = _at(place, self.shares)
-        if picked in usable or not shares:
-            return picked
-        return _at(place_within * sum(share for _, share in shares), shares)[0]
+        position = random.random() if user is None else _position(self.name, user)
+        shares = [share for share in self.shares if share[0] in usable]
+        variant, position_within = _at(position, self.shares)
+        if variant in usable or not shares:
+            return variant
+        return _at(position_within * sum(share for _, share in shares), shares)[0]
 
 
 @dataclass(frozen=True)
 class ResolvedServeConfig:
-    """Everything that `slimserve serve` was asked for, checked, with every model resolved."""
+    """A checked configuration in which every model is a local directory."""
 
     variants: tuple[Variant, ...]
     aliases: tuple[Alias, ...] = ()
@@ -125,11 +139,11 @@ class ResolvedServeConfig:
     limits: Limits = field(default_factory=Limits)
 
     def aliases_of(self, variant: str) -> tuple[str, ...]:
-        """The further names that a variant must answer to."""
+        """Return the aliases that may send requests to a variant."""
         return tuple(alias.name for alias in self.aliases if any(name == variant for name, _ in alias.shares))
 
     def api_keys(self) -> frozenset[str]:
-        """Keys of the file and of the environment."""
+        """Return the API keys of the file and of the environment."""
         named = {KEYS_FILE_VARIABLE: str(self.api_key_file)} if self.api_key_file else {}
         return load_api_keys(os.environ | named)
 
@@ -142,27 +156,28 @@ def load_serve_config(
     limits: Mapping[str, int | float] | None = None,
     **options: Any,
 ) -> ResolvedServeConfig:
-    """Read a stack from `NAME=MODEL` arguments or a file, check it, and resolve its models.
+    """Read a configuration from `NAME=MODEL` arguments or a TOML file, check it, and resolve its models.
 
-    All but the first two come from the command line, too: `aliases` as NAME=V1:95,V2:5, `vllm_args` for every
-    variant after those of the file, `options` as fields of ServeConfig, None where not given. What the file sets to
-    something else is refused. Raises UserError.
+    The other parameters come from the command line: `aliases` as NAME=V1:95,V2:5, `vllm_args` for every variant after
+    those of the file, and `options` as fields of ServeConfig, where None means not given. Raises UserError for an
+    invalid value, and for an option that the file sets to another value.
     """
     given = {name: value for name, value in options.items() if value is not None}
     if config_file is not None:
         if models:
-            raise UserError("MODEL", models[0], "is given beside --config", "name every variant in the file")
-        document = _read_toml(config_file)
+            raise UserError("MODEL", models[0], "cannot be combined with --config", "name every variant in the file")
+        document = load_toml(config_file, _KIND)
     elif models:
         document = {"variants": _variants_of(models)}
     else:
-        raise UserError("MODEL", "", "is missing", "write: slimserve serve MODEL, NAME=MODEL …, or --config FILE.toml")
+        raise UserError("MODEL", "", "is missing", "write: slimserve serve MODEL, NAME=MODEL ... or --config FILE.toml")
     if aliases:
         given["aliases"] = _aliases_of(aliases)
     _merge(document, given, str(config_file))
     if limits and isinstance(document.setdefault("limits", {}), dict):
         _merge(document["limits"], limits, f"[limits] of {config_file}")
-    config = _validated(document, str(config_file) if config_file else "the command line")
+    config = validated(ServeConfig, document, _KIND, config_file or "the command line")
+    _check_names(config)
     return _resolve(config, tuple(vllm_args))
 
 
@@ -172,24 +187,17 @@ def _merge(document: dict[str, Any], given: Mapping[str, Any], where: str) -> No
             raise UserError(name, value, f"is {document[name]!r} in {where}", "leave one of the two out")
 
 
-def _read_toml(file: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UserError("--config", file, f"cannot be read ({error})", "name a TOML file, see docs/serve.md") from error
-
-
 def _variants_of(models: Sequence[str]) -> dict[str, dict[str, str]]:
-    """Name to model; a single MODEL without a name gets its name when it is resolved."""
+    """Return the variants by name; a single MODEL without a name has an empty one until it is resolved."""
     variants: dict[str, dict[str, str]] = {}
     for argument in models:
         name, equals, model = argument.partition("=")
         if not equals or not _NAME.fullmatch(name) or Path(argument).exists():
             if len(models) > 1:
-                raise UserError("MODEL", argument, "has no name, as each of several needs", f"write: NAME={argument}")
+                raise UserError("MODEL", argument, "has no name; several models need names", f"write: NAME={argument}")
             name, model = "", argument
         if name in variants:
-            raise UserError("NAME=MODEL", argument, f"names {name} a second time", "give every variant its own name")
+            raise UserError("NAME=MODEL", argument, f"uses the name {name} a second time", "use another name")
         variants[name] = {"model": model}
     return variants
 
@@ -199,7 +207,7 @@ def _aliases_of(arguments: Sequence[str]) -> dict[str, dict[str, float]]:
     for argument in arguments:
         name, weights = _parse_alias(argument)
         if name in aliases:
-            raise UserError("--alias", argument, f"names {name} a second time", "give every alias its own name")
+            raise UserError("--alias", argument, f"uses the name {name} a second time", "use another name")
         aliases[name] = weights
     return aliases
 
@@ -220,36 +228,27 @@ def _parse_alias(argument: str) -> tuple[str, dict[str, float]]:
     return name, weights
 
 
-def _validated(document: dict[str, Any], source: str) -> ServeConfig:
-    try:
-        config = ServeConfig.model_validate(document)
-        Limits.model_validate(config.limits)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        remedy = "see docs/serve.md for the keys" if first["type"] == "extra_forbidden" else "change it"
-        raise UserError(
-            where or source, first.get("input"), f"is not valid in {source} ({first['msg']})", remedy
-        ) from error
+def _check_names(config: ServeConfig) -> None:
     names = config.variants.keys()
     for name in (*(name for name in names if name), *config.aliases):
         if not _NAME.fullmatch(name):
-            raise UserError("name", name, "is no name", "use letters, digits, dots, dashes and underlines, at most 64")
+            raise UserError("name", name, "is not a valid name", "use at most 64 letters, digits, and . - _")
     for alias, weights in config.aliases.items():
         if alias in names:
-            raise UserError("alias", alias, "is a variant's name, too", "give it another name")
+            raise UserError("alias", alias, "is also the name of a variant", "give it another name")
         if not weights:
-            raise UserError("alias", alias, "stands for no variant", "name one with its weight")
+            raise UserError("alias", alias, "has no variants", "add a variant with its weight")
         for variant in weights.keys() - names - {""}:
-            raise UserError("alias", alias, f"names {variant}, which is no variant", _choice_of(names))
+            raise UserError("alias", alias, f"names {variant}, which is not a variant", _choice_of(names))
     if config.default is not None and config.default not in {*names, *config.aliases}:
-        raise UserError("default", config.default, "is no variant and no alias", _choice_of((*names, *config.aliases)))
-    return config
+        raise UserError(
+            "default", config.default, "is neither a variant nor an alias", _choice_of((*names, *config.aliases))
+        )
 
 
 def _choice_of(names: Iterable[str]) -> str:
     known = ", ".join(filter(None, names))
-    return f"choose from {known}" if known else "write NAME=MODEL, so that it can be named"
+    return f"choose from {known}" if known else "write NAME=MODEL, to give the model a name"
 
 
 def _resolve(config: ServeConfig, vllm_args: tuple[str, ...]) -> ResolvedServeConfig:
@@ -278,19 +277,19 @@ def _resolve(config: ServeConfig, vllm_args: tuple[str, ...]) -> ResolvedServeCo
         config.host,
         config.port,
         Path(config.api_key_file) if config.api_key_file else None,
-        Limits.model_validate(config.limits),
+        config.limits,
     )
 
 
-def _place(alias: str, user: str) -> float:
+def _position(alias: str, user: str) -> float:
     digest = hashlib.blake2b(f"{alias}\0{user}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest) / 2**64
 
 
-def _at(place: float, shares: Sequence[tuple[str, float]]) -> tuple[str, float]:
-    """The variant at a place, and where within its share that is, between 0 and 1."""
+def _at(position: float, shares: Sequence[tuple[str, float]]) -> tuple[str, float]:
+    """Return the variant at a position, and the position within its share, from 0 to 1."""
     for variant, share in shares:
-        if place < share:
-            return variant, place / share
-        place -= share
+        if position < share:
+            return variant, position / share
+        position -= share
     return shares[-1][0], 0.0

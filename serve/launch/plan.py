@@ -1,7 +1,7 @@
-"""The launch plan: vLLM arguments and environment for one model on this machine, each with its reason.
+"""Launch plan: vLLM arguments and environment variables for one model on this machine, each with its reason.
 
-vLLM's own defaults leave much of a small CPU machine idle; the choices below were
-measured on 2 cores (docs/log.md). On a GPU vLLM's defaults stand, but for what its documentation advises.
+vLLM's defaults leave much of a small CPU machine idle. The choices for CPUs were measured on 2 cores (docs/log.md).
+A GPU keeps vLLM's defaults, except for what vLLM's documentation advises.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from slimserve.core.storage import cache_dir
 from slimserve.serve.policy.engine_environment import PACKED_GEMM_VARIABLE
 
 TrafficProfile = Literal["prefill", "decode", "balanced"]
-"""What a server will mostly be asked: prompts to score, long answers, or both."""
+"""Traffic that a launch is tuned for: prompts to score, long answers, or both."""
 _KV_MEMORY_FRAC = 0.1
 _GPU_MEMORY_FRAC = 0.9
 _BLOCK_SIZE = 32
@@ -33,7 +33,7 @@ PREFIX_CONNECTOR = {
 
 @dataclass(frozen=True)
 class Choice:
-    """One setting, its value and why it was chosen."""
+    """One setting with its value and the reason for it."""
 
     name: str
     value: str
@@ -42,19 +42,19 @@ class Choice:
 
 @dataclass(frozen=True)
 class LaunchPlan:
-    """How to start vLLM: command-line flags and environment variables."""
+    """Command-line flags and environment variables for vLLM."""
 
     arguments: tuple[Choice, ...] = ()
     environment: tuple[Choice, ...] = ()
 
     def command_line(self, extra: Sequence[str] = ()) -> list[str]:
-        """The flags, without those that `extra` (the user's own flags, which win) sets too."""
+        """Return the flags followed by `extra`, the user's own flags, which replace flags of the same name."""
         set_by_user = {argument.split("=", 1)[0] for argument in extra if argument.startswith("--")}
         ours = [choice for choice in self.arguments if choice.name not in set_by_user]
         return [part for choice in ours for part in (choice.name, choice.value)] + list(extra)
 
     def explain(self) -> str:
-        """One line per choice, for people."""
+        """Return two lines per choice: the setting and its reason."""
         return "\n".join(
             f"{choice.name}={choice.value}\n    {choice.reason}" for choice in (*self.environment, *self.arguments)
         )
@@ -63,13 +63,10 @@ class LaunchPlan:
 def plan_launch(
     directory: Path, hardware: Hardware, profile: TrafficProfile = "balanced", num_variants: int = 1
 ) -> LaunchPlan:
-    """Choose the launch for the model in `directory`, one of `num_variants` on this machine.
-
-    Its config.json must be readable.
-    """
+    """Choose the launch of the model in `directory`, which has a config.json, beside `num_variants` - 1 others."""
     everywhere = (
-        Choice("VLLM_NO_USAGE_STATS", "1", "nothing about your use is sent anywhere"),
-        Choice("HF_HUB_OFFLINE", "1", "the model is a local directory, so no hub is asked"),
+        Choice("VLLM_NO_USAGE_STATS", "1", "vLLM sends no usage statistics"),
+        Choice("HF_HUB_OFFLINE", "1", "the model is a local directory, so the hub is not needed"),
         Choice("VLLM_PLUGINS", "slimserve,bitsandbytes", "adds /v1/score, /v1/rerank and the bitsandbytes formats"),
     )
     if hardware.gpus:
@@ -87,10 +84,10 @@ def plan_launch(
         Choice(
             "VLLM_USE_BYTECODE_HOOK",
             "0",
-            "the compiled graph is called as it is; vLLM's hook swaps the function's code at every step, which costs "
-            "a fifth of the decode speed",
+            "vLLM calls the compiled graph directly; its bytecode hook swaps the function's code at every step, "
+            "which costs a fifth of the decode speed",
         ),
-        Choice("TORCHINDUCTOR_CACHE_DIR", str(cache_dir("compiled")), "the compiled graph outlives a reboot"),
+        Choice("TORCHINDUCTOR_CACHE_DIR", str(cache_dir("compiled")), "the cache of compiled graphs survives a reboot"),
     ]
     if "amx_tile" in hardware.isa:
         environment.append(
@@ -127,7 +124,7 @@ def plan_launch(
             Choice(
                 "--kv-transfer-config",
                 json.dumps(PREFIX_CONNECTOR),
-                "candidates share the last, partly filled block of their prefix too, instead of computing it each",
+                "candidates also share the last, partly filled block of their prefix instead of computing it each",
             )
         )
     longest = _longest_sequence(config, kv_bytes)
@@ -137,11 +134,11 @@ def plan_launch(
 
 
 def _on_gpu(profile: TrafficProfile, num_variants: int) -> tuple[Choice, ...]:
-    """What vLLM's guide to optimization and tuning advises; none of it was measured by us, and the reasons say so."""
+    """Return what vLLM's guide to optimization and tuning advises; these choices are not measured, and say so."""
     choices = []
     if num_variants > 1:
         share = f"{_GPU_MEMORY_FRAC / num_variants:.3f}"
-        reason = f"each of {num_variants} engines on the GPU would else take {_GPU_MEMORY_FRAC:.0%} of its memory"
+        reason = f"each of {num_variants} engines on the GPU would otherwise take {_GPU_MEMORY_FRAC:.0%} of its memory"
         choices.append(Choice("--gpu-memory-utilization", share, f"{reason} (unmeasured)"))
     if profile == "prefill":
         reason = "vLLM's documentation: over 8,192 tokens a step for the throughput of small models on large GPUs"
@@ -153,13 +150,17 @@ def _on_gpu(profile: TrafficProfile, num_variants: int) -> tuple[Choice, ...]:
 
 
 def _one_process(cores: Sequence[int]) -> tuple[Choice, ...]:
-    """Scheduler and worker in one process, forked from one that imported everything meanwhile.
+    """Run scheduler and worker in one process, forked from one that has imported everything.
 
-    vLLM would set the OpenMP and Inductor variables below only when it has started its own worker process, after
-    the fork server has read its environment.
+    vLLM sets the OpenMP and Inductor variables below when it starts a worker process. That is too late here, because
+    the fork server has read its environment by then.
     """
     return (
-        Choice("VLLM_ENABLE_V1_MULTIPROCESSING", "0", "the worker runs in the engine's process: no hop at every step"),
+        Choice(
+            "VLLM_ENABLE_V1_MULTIPROCESSING",
+            "0",
+            "the worker runs in the engine's process; no messages per step",
+        ),
         Choice("SLIMSERVE_FORK_ENGINE", "1", "the engine's imports run beside the API server's: ready 12 s sooner"),
         Choice(
             "OMP_NUM_THREADS",
@@ -176,7 +177,7 @@ def _one_process(cores: Sequence[int]) -> tuple[Choice, ...]:
 
 
 def _worker_process(cores: Sequence[int]) -> tuple[Choice, ...]:
-    """vLLM's own worker process, whose threads and memory it binds to NUMA nodes."""
+    """Run vLLM's own worker process, whose threads and memory vLLM binds to NUMA nodes."""
     return (
         Choice(
             "VLLM_CPU_OMP_THREADS_BIND",
@@ -187,13 +188,13 @@ def _worker_process(cores: Sequence[int]) -> tuple[Choice, ...]:
 
 
 def _longest_sequence(config: Mapping[str, Any], kv_bytes: int) -> int:
-    """Tokens of one sequence that fit into `kv_bytes` at 16 bits, in whole blocks."""
+    """Return the number of tokens of one sequence that fit into `kv_bytes` at 16 bits, in full blocks."""
     bytes_per_token = 2 * config["num_hidden_layers"] * num_kv_heads_of(config) * head_dim_of(config) * 2
     return int(kv_bytes // bytes_per_token // _BLOCK_SIZE * _BLOCK_SIZE)
 
 
 def _ranges(cores: Sequence[int]) -> str:
-    """`0-3,8` for (0, 1, 2, 3, 8)."""
+    """Return core numbers as ranges: `0-3,8` for (0, 1, 2, 3, 8)."""
     spans: list[list[int]] = []
     for core in cores:
         if spans and core == spans[-1][1] + 1:

@@ -1,4 +1,4 @@
-"""One vLLM engine as a child process: command line, start, wait until ready with progress, end without a trace."""
+"""One vLLM engine as child processes: command line, start, wait until ready, and a complete stop."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _STOP_TIMEOUT_S = 20.0
 _KILL_TIMEOUT_S = 2.0
 _POLL_S = 0.2
 STOCK_COMMAND = (sys.executable, "-m", "vllm.entrypoints.openai.api_server")
-"""vLLM's server with none of our code on the path, for benchmarks and proofs."""
+"""vLLM's own server without any code of slimserve, for benchmarks and tests."""
 _OUR_COMMAND = (sys.executable, "-m", "slimserve.serve.engine.entry")
 _OUR_ARGUMENTS = ("--middleware", "slimserve.serve.engine.middleware.RequestMiddleware")
 _PHASES = (
@@ -39,31 +39,31 @@ _PHASES = (
     ("Warming up done", "reserving the KV cache"),
     ("Starting vLLM server", "opening the port"),
 )
-"""A text in vLLM's log, and what the engine does from that line on."""
+"""Pairs of a text in vLLM's log and the phase that begins there."""
 
 
 @dataclass(frozen=True)
 class EngineSpec:
-    """What to start and where."""
+    """The model, launch plan and address of one engine."""
 
     directory: Path
     name: str
-    """Model name on the API."""
+    """Model name in the API."""
     plan: LaunchPlan
     log: Path
     port: int
     host: str = "127.0.0.1"
     extra: tuple[str, ...] = ()
-    """vLLM arguments of the user, which win over the plan's."""
+    """The user's arguments for vLLM, which replace those of the plan."""
     command: tuple[str, ...] = _OUR_COMMAND
     aliases: tuple[str, ...] = ()
-    """Further model names that it answers to."""
+    """Further model names that the engine accepts."""
     limits: Limits | None = None
-    """None: the guard's own defaults, or what this process was given."""
+    """Limits of the engine; None keeps the environment of this process, or else the defaults."""
     api_key_file: Path | None = None
 
     def command_line(self) -> list[str]:
-        """The whole command. Only our own entry point gets our middleware: stock vLLM stays stock."""
+        """Return the complete command; only slimserve's entry point gets slimserve's middleware."""
         return [
             *self.command,
             *("--model", str(self.directory), "--served-model-name", self.name, *self.aliases),
@@ -73,7 +73,7 @@ class EngineSpec:
         ]
 
     def environment(self) -> dict[str, str]:
-        """This process's environment and what the engine needs: not on the command line, which all can read."""
+        """Return the environment of the engine; secrets are not on the command line, which every user can read."""
         environment = os.environ | {choice.name: choice.value for choice in self.plan.environment}
         if self.command != _OUR_COMMAND:
             return environment
@@ -87,12 +87,12 @@ class EngineSpec:
 
     @property
     def url(self) -> str:
-        """Base URL to reach the engine from this machine."""
+        """Base URL of the engine, as seen from this machine."""
         return base_url(self.host, self.port)
 
 
 class EngineProcess:
-    """The processes of one engine, in a session of their own: Ctrl-C does not reach them, and all end at once."""
+    """The processes of one engine in a session of their own, which Ctrl-C does not reach."""
 
     def __init__(self, spec: EngineSpec) -> None:
         spec.log.parent.mkdir(parents=True, exist_ok=True)
@@ -111,20 +111,20 @@ class EngineProcess:
         return self._process.pid
 
     def poll(self) -> int | None:
-        """Exit status of the server, None while it runs."""
+        """Return the exit status of the server, or None while it runs."""
         return self._process.poll()
 
     def wait(self) -> int:
-        """Block until the server ends by itself and return its exit status."""
+        """Block until the server exits and return its exit status."""
         return self._process.wait()
 
     def terminate(self) -> None:
-        """Ask the server to drain and end."""
+        """Send SIGTERM, which makes the server drain and exit."""
         with contextlib.suppress(ProcessLookupError):
             self._process.send_signal(signal.SIGTERM)
 
     def is_gone(self) -> bool:
-        """Whether no process of the engine is left."""
+        """Return whether all processes of the engine have exited."""
         self._process.poll()
         try:
             os.killpg(self._process.pid, 0)
@@ -133,17 +133,17 @@ class EngineProcess:
         return False
 
     def kill(self) -> None:
-        """End whatever is left of the engine, now."""
+        """Send SIGKILL to all processes of the engine that are left."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
 
 class Engine:
-    """A running vLLM server; use it as a context manager, which stops it on the way out.
+    """A running vLLM server, as a context manager that stops it at the end.
 
-    Raises UserError from `__enter__` where the port is taken or the engine ends before
-    it is ready, with the last error of its log.
+    Entering raises UserError if the port is taken, or if the engine exits before it is ready; the message then has
+    the error from its log.
     """
 
     def __init__(self, spec: EngineSpec) -> None:
@@ -174,11 +174,11 @@ class Engine:
         return self._process.pid
 
     def wait(self) -> int:
-        """Block until the engine ends by itself and return its exit status."""
+        """Block until the engine exits and return its exit status."""
         return self._process.wait()
 
     def peak_rss_bytes(self) -> int:
-        """Sum over the engine's processes of each one's largest resident set so far (VmHWM)."""
+        """Return the sum of the largest resident set so far (VmHWM) of each engine process, in bytes."""
         for pid in self._pids():
             with contextlib.suppress(OSError, StopIteration):
                 status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
@@ -187,7 +187,7 @@ class Engine:
         return sum(self._peak_rss.values())
 
     def stop(self) -> None:
-        """End every process of the engine: SIGTERM, then SIGKILL 20 s after its drain or on a second Ctrl-C."""
+        """End every process of the engine by SIGTERM, then by SIGKILL 20 s after its drain or on a second Ctrl-C."""
         self.peak_rss_bytes()
         drain_s = self.spec.limits.drain_s if self.spec.limits else 0.0
         self._process.terminate()
@@ -204,7 +204,7 @@ class Engine:
         return []
 
     def _wait_for_group(self, timeout_s: float) -> None:
-        """Wait until no process of the engine's group is left, for at most so long."""
+        """Wait for at most `timeout_s` until all processes of the engine have exited."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline and not self._process.is_gone():
             time.sleep(_POLL_S / 4)
@@ -218,7 +218,7 @@ class Engine:
                     raise UserError(
                         "engine",
                         self.spec.name,
-                        f"ended before it was ready (exit status {status}: {last_error(self.spec.log)})",
+                        f"exited before it was ready (exit status {status}: {last_error(self.spec.log)})",
                         f"read {self.spec.log}",
                     )
                 if elapsed > _READY_TIMEOUT_S:
@@ -230,25 +230,28 @@ class Engine:
 
 
 def base_url(host: str, port: int) -> str:
-    """How to reach from this machine what listens on host:port."""
+    """Return the URL that reaches host:port from this machine."""
     host = "127.0.0.1" if host in {"0.0.0.0", "::"} else host  # noqa: S104
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def check_port_is_free(host: str, port: int) -> None:
-    """Raise UserError where nothing can listen on host:port."""
+    """Raise UserError if the address host:port cannot be listened on."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except (OSError, OverflowError) as error:
             raise UserError(
-                "port", f"{host}:{port}", f"cannot be listened on ({error})", "give another --port, or stop its owner"
+                "port",
+                f"{host}:{port}",
+                f"cannot be listened on ({error})",
+                "use another --port, or stop the process that uses it",
             ) from error
 
 
 def free_port() -> int:
-    """A port of the loopback interface that was free a moment ago."""
+    """Return a port of the loopback interface that is free now; another process may still take it."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -256,7 +259,7 @@ def free_port() -> int:
 
 
 def answers(url: str) -> bool:
-    """Whether a GET of `url` is answered with success within two seconds."""
+    """Return whether a GET of `url` succeeds within two seconds."""
     try:
         with urllib.request.urlopen(url, timeout=2) as response:  # noqa: S310
             return bool(response.status == 200)
@@ -271,7 +274,7 @@ def _phase(log: Path) -> str:
 
 
 def last_error(log: Path) -> str:
-    """The line of the log that names the first exception, or the last line."""
+    """Return the log line with the first exception, or the last line, at most 300 characters."""
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     named = [line for line in lines if any(word in line for word in ("Error:", "error:", "Exception:"))]
     return (named or lines or ["no output"])[-1 if not named else 0][-300:]

@@ -1,8 +1,8 @@
-"""`slimserve serve MODEL --tune`: start the model under a few settings, measure each, keep the best for later starts.
+"""`slimserve serve MODEL --tune`: measures a few launch settings and keeps the fastest for later starts.
 
-The candidates change one thing of the plan each. What is measured follows the profile: requests of candidates behind
-a shared prefix, several streams of long answers, or both (their geometric mean). The winner stands in the cache under
-the model's shape, the machine, the profile and the version of vLLM; a later start uses it without measuring.
+Each candidate changes one setting of the launch plan. The traffic profile decides what is measured: score requests
+with a shared prefix, several streams of long answers, or the geometric mean of both. The cache keeps the winner for
+this model shape, machine, profile and vLLM version, and later starts use it without measuring.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _REPEATS = 5
 _PREFIX_TOKENS, _NUM_ITEMS, _ITEM_TOKENS = 400, 16, 16
 _NUM_STREAMS, _OUTPUT_TOKENS = 8, 64
 _MIN_GAIN = 1.03
-"""A candidate must be so much faster than the plan: less lies within the spread of a few repeats."""
+"""Smallest ratio to the plan's rate that a candidate needs; the spread of a few repeats is below it."""
 _NAME = "tuned"
 _NAME_OF_PLAN = "as planned"
 _UNITS: dict[TrafficProfile, str] = {
@@ -45,23 +45,23 @@ _UNITS: dict[TrafficProfile, str] = {
 
 @dataclass(frozen=True)
 class LaunchCandidate:
-    """One change of the plan."""
+    """One change of the launch plan."""
 
     name: str
     environment: tuple[Choice, ...] = ()
     arguments: tuple[Choice, ...] = ()
 
     def applied_to(self, plan: LaunchPlan) -> LaunchPlan:
-        """The plan with this candidate's choices in place of its own of the same names."""
+        """Return the plan with this candidate's choices in place of those of the same names."""
         return LaunchPlan(_replaced(plan.arguments, self.arguments), _replaced(plan.environment, self.environment))
 
 
 def tune_launch(directory: Path, hardware: Hardware, profile: TrafficProfile, num_variants: int = 1) -> LaunchPlan:
-    """Measure every candidate on this model and return the plan with the best; about five minutes on 2 cores.
+    """Measure every candidate on this model and return the plan with the fastest; about five minutes on 2 cores.
 
-    The plan and the fastest are started and measured a second time, as a machine's speed drifts between starts; the
-    worse of the fastest's two rates must still beat the plan's better one. Raises UserError where not even the plan
-    itself can be started.
+    The plan and the fastest candidate are measured a second time, because the speed of a machine drifts between
+    starts. The lower rate of the candidate must exceed the higher rate of the plan. Raises UserError if the
+    unchanged plan does not start.
     """
     plan = plan_launch(directory, hardware, profile, num_variants)
     rates: dict[str, float] = {}
@@ -77,14 +77,14 @@ def tune_launch(directory: Path, hardware: Hardware, profile: TrafficProfile, nu
         except UserError as error:
             if candidate.name == _NAME_OF_PLAN:
                 raise
-            print_status(f"tune: {candidate.name}: does not start, left out ({error})")
+            print_status(f"tune: {candidate.name}: does not start and is skipped ({error})")
     best = best_candidate(hardware, rates)
     if best.name != _NAME_OF_PLAN:
         measure(LaunchCandidate(_NAME_OF_PLAN), max)
         measure(best, min)
         best = best_candidate(hardware, {name: rates[name] for name in (_NAME_OF_PLAN, best.name)})
     gain = rates[best.name] / rates[_NAME_OF_PLAN]
-    print_status(f"tune: kept: {best.name} ({gain:.2f} times the plan)")
+    print_status(f"tune: fastest: {best.name} ({gain:.2f} times the plan)")
     choices = {kind: [asdict(choice) for choice in getattr(best, kind)] for kind in ("environment", "arguments")}
     kept = {"name": best.name, "rates": rates, **choices}
     write_atomically(_file(directory, hardware, profile), json.dumps(kept, indent=2) + "\n")
@@ -92,7 +92,7 @@ def tune_launch(directory: Path, hardware: Hardware, profile: TrafficProfile, nu
 
 
 def kept_launch(directory: Path, hardware: Hardware, profile: TrafficProfile, num_variants: int = 1) -> LaunchPlan:
-    """The plan with what an earlier `tune_launch` found best for this model here; the plan alone if there was none."""
+    """Return the plan with the fastest candidate of an earlier `tune_launch`, or the unchanged plan."""
     plan = plan_launch(directory, hardware, profile, num_variants)
     try:
         kept: dict[str, Any] = json.loads(_file(directory, hardware, profile).read_text(encoding="utf-8"))
@@ -103,9 +103,9 @@ def kept_launch(directory: Path, hardware: Hardware, profile: TrafficProfile, nu
 
 
 def candidates(hardware: Hardware) -> list[LaunchCandidate]:
-    """The plan itself, then what has been seen to help somewhere."""
-    reason = "measured best by --tune"
-    found = [
+    """Return the unchanged plan, then the changes that have helped on some machine."""
+    reason = "--tune measured it as the fastest"
+    results = [
         LaunchCandidate(_NAME_OF_PLAN),
         LaunchCandidate("steps of 1,024 tokens", arguments=(Choice("--max-num-batched-tokens", "1024", reason),)),
         LaunchCandidate("steps of 8,192 tokens", arguments=(Choice("--max-num-batched-tokens", "8192", reason),)),
@@ -113,14 +113,14 @@ def candidates(hardware: Hardware) -> list[LaunchCandidate]:
     if not hardware.gpus:
         if len(hardware.cores) > 1:
             fewer = str(len(hardware.cores) - 1)
-            found.append(LaunchCandidate("a core left to the server", (Choice("OMP_NUM_THREADS", fewer, reason),)))
-        found.append(LaunchCandidate("blocks of 128 tokens", arguments=(Choice("--block-size", "128", reason),)))
-        found.append(LaunchCandidate("huge pages", (Choice("THP_MEM_ALLOC_ENABLE", "1", reason),)))
-    return found
+            results.append(LaunchCandidate("a core left to the server", (Choice("OMP_NUM_THREADS", fewer, reason),)))
+        results.append(LaunchCandidate("blocks of 128 tokens", arguments=(Choice("--block-size", "128", reason),)))
+        results.append(LaunchCandidate("huge pages", (Choice("THP_MEM_ALLOC_ENABLE", "1", reason),)))
+    return results
 
 
 def best_candidate(hardware: Hardware, rates: dict[str, float]) -> LaunchCandidate:
-    """The fastest of the measured ones; the plan itself where none is clearly faster."""
+    """Return the fastest measured candidate, or the unchanged plan if none is clearly faster."""
     measured = [candidate for candidate in candidates(hardware) if candidate.name in rates]
     fastest = max(measured, key=lambda candidate: rates[candidate.name])
     return fastest if rates[fastest.name] >= _MIN_GAIN * rates[_NAME_OF_PLAN] else measured[0]
@@ -168,7 +168,7 @@ async def _decode(client: httpx.AsyncClient) -> None:
 
 
 def _tokens(count: int) -> list[int]:
-    """Fresh random tokens, so that no prefix cache knows them; ids that the smallest vocabularies have too."""
+    """Return random tokens that no prefix cache has; their ids exist in the smallest vocabularies."""
     return random.choices(range(10, 200), k=count)
 
 

@@ -6,18 +6,37 @@ The launcher passes them to the engine process as JSON in the environment variab
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
+from typing import Annotated
 
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import BeforeValidator, ConfigDict, ValidationError
 
-from slimserve.core.config import StrictModel
+from slimserve.core.config import Duration, Settings, Text, setting
 from slimserve.core.errors import UserError
 
 LIMITS_VARIABLE = "SLIMSERVE_LIMITS"
 _MIB = 2**20
+_PANEL = "Limits of each engine"
+_SIZE = re.compile(r"(\d+)\s*(B|KiB|MiB|GiB)?")
+_BYTES_PER_UNIT = {"B": 1, "KiB": 2**10, "MiB": _MIB, "GiB": 2**30}
 
 
-class Limits(StrictModel):
+def parse_size(value: object) -> object:
+    """Return the bytes of `8MiB`, `512KiB` or `100000`; a number is already in bytes."""
+    if not isinstance(value, str):
+        return value
+    match = _SIZE.fullmatch(value.strip())
+    if match is None:
+        raise ValueError("this is not a size; write 8MiB or 100000")
+    return int(match[1]) * _BYTES_PER_UNIT[match[2] or "B"]
+
+
+Size = Annotated[int, BeforeValidator(parse_size), Text("SIZE", lambda size: f"{size / _MIB:g}MiB")]
+"""Bytes as an integer; on the command line `8MiB` or `100000`."""
+
+
+class Limits(Settings):
     """The limits of one engine process.
 
     `max_queued` bounds the tail latency under overload. Slots come free at the rate `max_running` / S, where S is the
@@ -29,20 +48,35 @@ class Limits(StrictModel):
 
     model_config = ConfigDict(strict=True)
 
-    max_body_bytes: int = Field(default=8 * _MIB, gt=0)
-    """Maximum size of a request body in bytes; larger bodies get 413."""
-    max_running: int = Field(default=64, gt=0)
-    """Maximum number of inference requests inside the engine; a score request with many items counts as one."""
-    max_queued: int = Field(default=32, ge=0)
-    """Maximum number of inference requests that wait for a slot in order of arrival; further requests get 429."""
-    queue_timeout_s: float = Field(default=5.0, gt=0)
-    """Maximum wait for a slot in seconds, or half of the mean service time if that is shorter; then 429."""
-    request_timeout_s: float = Field(default=300.0, gt=0)
-    """Maximum duration of a request in seconds, queue included; the header `X-Request-Timeout` may shorten it."""
-    max_items: int = Field(default=1024, gt=0)
-    """Maximum number of items (score) or documents (rerank) in one request."""
-    drain_s: float = Field(default=30.0, ge=0)
-    """Seconds that running requests may take to finish after SIGTERM."""
+    max_body_bytes: Size = setting(
+        8 * _MIB, "Maximum size of a request body; larger bodies get HTTP 413.", option="--max-body", panel=_PANEL, gt=0
+    )
+    max_running: int = setting(
+        64, "Maximum number of inference requests inside an engine; a score request counts as one.", panel=_PANEL, gt=0
+    )
+    max_queued: int = setting(
+        32, "Maximum number of queued inference requests; further requests get HTTP 429.", panel=_PANEL, ge=0
+    )
+    queue_timeout_s: Duration = setting(
+        5.0,
+        "Maximum wait in the queue, or half of the mean service time if that is shorter; then HTTP 429.",
+        option="--queue-timeout",
+        panel=_PANEL,
+        gt=0,
+    )
+    request_timeout_s: Duration = setting(
+        300.0,
+        "Maximum duration of a request, queue included; the header X-Request-Timeout may shorten it.",
+        option="--timeout",
+        panel=_PANEL,
+        gt=0,
+    )
+    max_items: int = setting(
+        1024, "Maximum number of items (score) or documents (rerank) in one request.", panel=_PANEL, gt=0
+    )
+    drain_s: Duration = setting(
+        30.0, "Time that running requests have to finish after SIGTERM.", option="--drain", panel=_PANEL, ge=0
+    )
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> Limits:

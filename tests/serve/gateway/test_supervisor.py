@@ -1,4 +1,4 @@
-"""Engines that die, hang and loop, with a script in their place that does as a file tells it."""
+"""Tests of the supervisor with a script in place of the engine; a file tells the script to crash or hang."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ ThreadingHTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), 
 """
 QUICK = SupervisorTimeouts(
     poll_s=0.02,
-    ask_ready_s=0.02,
-    ask_health_s=0.15,
+    ready_interval_s=0.02,
+    health_interval_s=0.15,
     first_delay_s=0.1,
     longest_delay_s=0.3,
-    num_deaths=3,
+    max_failed_starts=3,
     stop_s=0.5,
     orphan_s=0.1,
 )
@@ -85,7 +85,7 @@ class Supervised:
 
 @asynccontextmanager
 async def supervised(
-    folder: Path, told: str = "serve", patience: SupervisorTimeouts = QUICK, name: str = "a"
+    folder: Path, told: str = "serve", timeouts: SupervisorTimeouts = QUICK, name: str = "a"
 ) -> AsyncIterator[Supervised]:
     (folder / "engine.py").write_text(ENGINE)
     orders = folder / f"{name}.told"
@@ -95,7 +95,7 @@ async def supervised(
     registry = CollectorRegistry()
     said: list[str] = []
     spec = EngineSpec(folder, name, plan, folder / f"{name}.log", 0, command=command)
-    engine = SupervisedEngine(spec, GatewayMetrics(registry), said.append, patience)
+    engine = SupervisedEngine(spec, GatewayMetrics(registry), said.append, timeouts)
     task = asyncio.create_task(engine.run())
     try:
         yield Supervised(engine, task, orders, registry, said)
@@ -151,7 +151,7 @@ def test_an_engine_that_is_killed_comes_back_by_itself_on_another_port(tmp_path:
 
 def test_the_delay_doubles_up_to_its_longest_and_a_time_of_health_starts_it_anew(tmp_path: Path) -> None:
     async def scenario(healthy_s: float, expected: list[str]) -> None:
-        async with supervised(tmp_path, patience=replace(QUICK, healthy_s=healthy_s)) as one:
+        async with supervised(tmp_path, timeouts=replace(QUICK, healthy_s=healthy_s)) as one:
             for _ in expected:
                 await one.until_ready()
                 await asyncio.sleep(0.1)
@@ -171,7 +171,7 @@ def test_an_engine_that_ends_before_it_is_ready_again_and_again_is_stopped_and_s
             assert one.engine.state is State.STOPPED
             assert one.value("slimserve_restarts_total") == 2
             assert "ValueError: as told" in one.said[-1]
-            assert "stopped after 3 such ends, read" in one.said[-1]
+            assert "stopped after 3 failed starts, read" in one.said[-1]
             assert one.engine.retry_after_s() == 60
             assert "ValueError: as told" in str(one.engine.describe()["problem"])
 
@@ -183,10 +183,10 @@ def test_one_good_start_forgives_the_bad_ones_before_it(tmp_path: Path) -> None:
         async with supervised(tmp_path, "die") as one:
             for _ in range(2):
                 one.told.write_text("die")
-                await until(lambda: len(one.engine._deaths_s) == 2)
+                await until(lambda: len(one.engine._failed_starts_s) == 2)
                 one.told.write_text("serve")
                 await one.until_ready()
-                assert not one.engine._deaths_s
+                assert not one.engine._failed_starts_s
                 one.told.write_text("die")
                 one.process.kill()
             assert one.engine.state is not State.STOPPED
@@ -201,7 +201,7 @@ def test_an_engine_that_falls_silent_is_ended_and_started_again(tmp_path: Path) 
             process = one.process
             one.told.write_text("silent")
             await until(lambda: one.engine.state is State.RESTARTING)
-            assert "gave no sign of health" in one.engine.problem
+            assert "did not answer /health" in one.engine.problem
             one.told.write_text("serve")
             await one.until_ready()
             assert is_gone(process)
@@ -212,7 +212,7 @@ def test_an_engine_that_falls_silent_is_ended_and_started_again(tmp_path: Path) 
 def test_an_engine_that_is_not_ready_in_time_is_ended(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with supervised(tmp_path, "never ready", replace(QUICK, ready_s=0.3)) as one:
-            await until(lambda: bool(one.engine._deaths_s))
+            await until(lambda: bool(one.engine._failed_starts_s))
             assert "was not ready after" in one.engine.problem
 
     run(scenario())
@@ -255,7 +255,9 @@ def test_one_variant_in_a_crash_loop_leaves_the_other_alone_and_all_of_them_end_
             assert not both.done()
             good.told.write_text("die")
             good.process.kill()
-            with pytest.raises(UserError, match=r"'bad, good' all stopped \(bad ended .*; good ended .*read .*bad.log"):
+            with pytest.raises(
+                UserError, match=r"'bad, good' all stopped \(bad exited .*; good exited .*read .*bad.log"
+            ):
                 await asyncio.wait_for(both, 10)
 
     run(scenario())

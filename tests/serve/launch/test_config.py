@@ -1,4 +1,4 @@
-"""What `slimserve serve` accepts as a stack, and the one clear sentence for everything else."""
+"""Tests of the serve configuration: valid files and command lines, and the error for each invalid one."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write(folder: Path, text: str, model: Path) -> Path:
-    file = folder / "stack.toml"
+    file = folder / "serve.toml"
     file.write_text(text.replace("MODEL", str(model)))
     return file
 
 
 def test_a_single_model_is_a_stack_of_one_which_answers_to_no_name_too(model: Path) -> None:
-    stack = load_serve_config([str(model)])
-    assert [(variant.name, variant.directory) for variant in stack.variants] == [("tiny", model)]
-    assert stack.default == "tiny"
-    assert (stack.host, stack.port) == ("127.0.0.1", 8000)
+    config = load_serve_config([str(model)])
+    assert [(variant.name, variant.directory) for variant in config.variants] == [("tiny", model)]
+    assert config.default == "tiny"
+    assert (config.host, config.port) == ("127.0.0.1", 8000)
 
 
 def test_names_aliases_and_options_of_the_command_line(model: Path) -> None:
-    stack = load_serve_config(
+    config = load_serve_config(
         [f"a={model}", f"b={model}"],
         aliases=["chat=a:3,b:1", "both=a,b"],
         vllm_args=["--enforce-eager"],
@@ -48,13 +48,13 @@ def test_names_aliases_and_options_of_the_command_line(model: Path) -> None:
         port=9000,
         host=None,
     )
-    assert [variant.name for variant in stack.variants] == ["a", "b"]
-    assert {variant.profile for variant in stack.variants} == {"decode"}
-    assert stack.variants[0].vllm_args == ("--enforce-eager",)
-    assert [alias.shares for alias in stack.aliases] == [(("a", 0.75), ("b", 0.25)), (("a", 0.5), ("b", 0.5))]
-    assert stack.default is None
-    assert (stack.port, stack.limits.max_running) == (9000, 7)
-    assert stack.aliases_of("b") == ("chat", "both")
+    assert [variant.name for variant in config.variants] == ["a", "b"]
+    assert {variant.profile for variant in config.variants} == {"decode"}
+    assert config.variants[0].vllm_args == ("--enforce-eager",)
+    assert [alias.shares for alias in config.aliases] == [(("a", 0.75), ("b", 0.25)), (("a", 0.5), ("b", 0.5))]
+    assert config.default is None
+    assert (config.port, config.limits.max_running) == (9000, 7)
+    assert config.aliases_of("b") == ("chat", "both")
 
 
 def test_a_file_holds_the_same_and_the_arguments_closest_to_the_variant_come_last(tmp_path: Path, model: Path) -> None:
@@ -75,33 +75,37 @@ def test_a_file_holds_the_same_and_the_arguments_closest_to_the_variant_come_las
         [limits]
         drain_s = 5
     """
-    stack = load_serve_config([], write(tmp_path, text, model), vllm_args=["--last"])
-    a, b = stack.variants
+    config = load_serve_config([], write(tmp_path, text, model), vllm_args=["--last"])
+    a, b = config.variants
     assert (a.profile, b.profile) == ("decode", "prefill")
     assert (a.vllm_args, b.vllm_args) == (("--all", "--last"), ("--all", "--own", "--last"))
-    assert stack.default == "chat"
-    assert (stack.port, stack.limits.drain_s) == (9001, 5)
-    assert stack.aliases[0].shares == (("a", 0.95), ("b", 0.05))
+    assert config.default == "chat"
+    assert (config.port, config.limits.drain_s) == (9001, 5)
+    assert config.aliases[0].shares == (("a", 0.95), ("b", 0.05))
 
 
 BAD_LINES: dict[str, tuple[list[str], dict[str, Any], str]] = {
     "nothing": ([], {}, "MODEL: '' is missing; write: slimserve serve MODEL"),
-    "no name": (["a=MODEL", "MODEL"], {}, "has no name, as each of several needs; write: NAME="),
-    "a name twice": (["a=MODEL", "a=MODEL"], {}, "names a a second time"),
+    "no name": (["a=MODEL", "MODEL"], {}, "has no name; several models need names; write: NAME="),
+    "a name twice": (["a=MODEL", "a=MODEL"], {}, "uses the name a a second time"),
     "a bad name": (["a=MODEL", "b/c=MODEL"], {}, "has no name"),
     "no such model": (["a=MODEL", "b=/nowhere"], {}, "/nowhere"),
-    "an alias of a variant's name": (["a=MODEL", "b=MODEL"], {"aliases": ["a=b"]}, "is a variant's name, too"),
-    "an alias of nothing known": (["a=MODEL", "b=MODEL"], {"aliases": ["x=c:1"]}, "names c, which is no variant"),
+    "an alias of a variant's name": (["a=MODEL", "b=MODEL"], {"aliases": ["a=b"]}, "is also the name of a variant"),
+    "an alias of nothing known": (["a=MODEL", "b=MODEL"], {"aliases": ["x=c:1"]}, "names c, which is not a variant"),
     "a weight of 0": (["a=MODEL", "b=MODEL"], {"aliases": ["x=a:0"]}, "has no weight above 0 for one variant in 'a:0'"),
     "no weight": (["a=MODEL", "b=MODEL"], {"aliases": ["x=a:much"]}, "write: --alias NAME=V1:95,V2:5"),
     "weight of nan": (["a=MODEL", "b=MODEL"], {"aliases": ["x=a:nan"]}, "alias"),
     "an infinite weight": (["a=MODEL", "b=MODEL"], {"aliases": ["x=a:inf"]}, "finite"),
     "a variant twice": (["a=MODEL", "b=MODEL"], {"aliases": ["x=a:1,a:2"]}, "for one variant"),
     "an alias of no target": (["a=MODEL", "b=MODEL"], {"aliases": ["x"]}, "--alias"),
-    "an alias twice": (["a=MODEL", "b=MODEL"], {"aliases": ["x=a", "x=b"]}, "names x a second time"),
-    "an unknown default": (["a=MODEL", "b=MODEL"], {"default": "c"}, "is no variant and no alias; choose from a, b"),
-    "an unknown profile": (["a=MODEL"], {"profile": "fast"}, "profile: 'fast' is not valid in the command line"),
-    "a bad limit": (["a=MODEL"], {"limits": {"max_running": 0}}, "max_running: '0' is not valid"),
+    "an alias twice": (["a=MODEL", "b=MODEL"], {"aliases": ["x=a", "x=b"]}, "uses the name x a second time"),
+    "an unknown default": (
+        ["a=MODEL", "b=MODEL"],
+        {"default": "c"},
+        "nor an alias; choose from a, b",
+    ),
+    "an unknown profile": (["a=MODEL"], {"profile": "fast"}, "profile: 'fast' is invalid"),
+    "a bad limit": (["a=MODEL"], {"limits": {"max_running": 0}}, "max_running: '0' is invalid"),
     "a key file that is not there": (["a=MODEL"], {"api_key_file": "/nowhere"}, "API key file: '/nowhere'"),
 }
 
@@ -123,15 +127,15 @@ BAD_FILES = {
     "no variant": ("", "variants"),
     "an empty table": ("[variants]\n", "variants"),
     "variants are a list": ("variants = 3\n", "variants"),
-    "an unknown key": (f"ports = 1\n{ONE}", "ports: '1' is not valid"),
+    "an unknown key": (f"ports = 1\n{ONE}", "ports: '1' is invalid"),
     "an unknown key of a variant": (f"{ONE}modle = 1\n", "variants.a.modle"),
     "a port of text": (f'port = "9"\n{ONE}', "port: '9'"),
     "a port too large": (f"port = 70000\n{ONE}", "port: '70000'"),
     "an unknown limit": (f"{ONE}[limits]\nmax = 1\n", "max: '1'"),
     "a limit of text": (f'{ONE}[limits]\nmax_running = "1"\n', "max_running"),
-    "an alias without weights": (f"{ONE}[aliases.x]\n", "alias: 'x' stands for no variant"),
+    "an alias without weights": (f"{ONE}[aliases.x]\n", "alias: 'x' has no variants"),
     "a negative weight": (f"{ONE}[aliases.x]\na = -1\n", "aliases.x.a: '-1'"),
-    "a bad name of a variant": ('[variants."a b"]\nmodel = "MODEL"\n', "name: 'a b' is no name"),
+    "a bad name of a variant": ('[variants."a b"]\nmodel = "MODEL"\n', "name: 'a b' is not a valid name"),
     "no model": ("[variants.a]\n", "variants.a.model"),
 }
 
@@ -153,7 +157,7 @@ def test_what_the_file_and_the_command_line_set_differently_is_refused_and_the_s
         load_serve_config([], file, port=10)
     with pytest.raises(UserError, match="max_running: '4' is 3 in"):
         load_serve_config([], file, limits={"max_running": 4})
-    with pytest.raises(UserError, match="is given beside --config"):
+    with pytest.raises(UserError, match="cannot be combined with --config"):
         load_serve_config([f"b={model}"], file)
 
 
@@ -162,7 +166,7 @@ def test_a_users_mistake_ends_the_command_with_one_line_and_no_traceback(
 ) -> None:
     done = run_cli("serve", "--config", str(write(tmp_path, f"ports = 1\n{ONE}", model)))
     assert done.returncode == 2
-    assert "ports: '1' is not valid" in done.stderr
+    assert "ports: '1' is invalid" in done.stderr
     assert "Traceback" not in done.stderr
 
 
