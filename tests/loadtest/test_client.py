@@ -19,7 +19,7 @@ _SLATE = ScoringPrompt("history", ("a", "b"), (" yes", " no"), (True, False), 0)
 def ask(url: str, model: str, prompt: Prompt, endpoint: str = "auto", count: int = 1) -> list[Row]:
     client = ModelClient(url, model, {}, 20.0, endpoint)
     kind = "recommendation" if isinstance(prompt, ScoringPrompt) else "reasoning"
-    client.prepare([kind])
+    client.prepare([prompt])
     request = client.make_request(3, kind, prompt, exact_tokens=False)
     epoch = time.perf_counter()
     return [client.send(request, time.perf_counter() - epoch, epoch) for _ in range(count)]
