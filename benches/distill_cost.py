@@ -1,11 +1,12 @@
-"""What half of every sequence costs of the whole: time, memory and FLOPs of distillation steps.
+"""Measure the cost of distillation steps on the first half of each sequence, relative to the full sequence.
 
     make bench-distill-cost
 
-SmolLM2-135M teaches its variant with a quarter fewer MLP neurons, forward KL and cross-entropy on all tokens of texts
-of 2,048 tokens, bfloat16 products: a step of four sequences in one pass, at lead spans 1.0 and 0.5. Each side runs in a
-process of its own, in turn. Memory is the peak above weights, gradients and optimizer, which stand since a first step
-on a short text; `total_memory_ratio` counts them too. Last line: one JSON object. About ten minutes.
+The costs are time, memory and FLOPs. SmolLM2-135M teaches its variant with a quarter fewer MLP neurons. The loss is
+forward KL and cross-entropy on all tokens of texts of 2,048 tokens, with bfloat16 products. A step is one pass over
+four sequences, at lead spans 1.0 and 0.5. Each span runs in its own process, in turn. Step memory is the peak above the
+weights, gradients and optimizer state, which a first step on a short text allocates; `total_memory_ratio` includes
+them. The last line of output is one JSON object. The benchmark takes about ten minutes.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from slimserve.core.progress import print_status
 from slimserve.core.provenance import bench_line
 from slimserve.distill.batches import Batch, make_batches
 from slimserve.distill.cost import ModelShape, PeakMemory, training_flops
-from slimserve.distill.losses import LossSettings
 from slimserve.distill.models import load_model
+from slimserve.distill.recipe import LossSettings
 from slimserve.distill.sections import Example, Section
 from slimserve.distill.student import OnlineTeacher, StudentLoss
 from slimserve.distill.supervision import Supervision
@@ -42,28 +43,28 @@ def main() -> None:
         print(json.dumps(_measure(float(sys.argv[1]))))
         return
     built("prune25")
-    figures: dict[str, list[float]] = {}
+    metrics: dict[str, list[float]] = {}
     for number in range(NUM_ROUNDS):
         order = SPANS if number % 2 == 0 else SPANS[::-1]
-        told = {span: in_process("benches.distill_cost", str(span)) for span in order}
-        whole, half = (told[span] for span in SPANS)
+        results = {span: in_process("benches.distill_cost", str(span)) for span in order}
+        full, half = (results[span] for span in SPANS)
         for name, key in (
             ("time", "seconds"),
             ("memory", "step_bytes"),
             ("total_memory", "peak_bytes"),
             ("flops", "flops"),
         ):
-            figures.setdefault(f"{name}_ratio", []).append(half[key] / whole[key])
-        for span, found in told.items():
-            figures.setdefault(f"seconds_{span:g}", []).append(found["seconds"])
-            figures.setdefault(f"step_gib_{span:g}", []).append(found["step_bytes"] / 2**30)
-            figures.setdefault(f"gflops_per_s_{span:g}", []).append(found["flops"] / found["seconds"] / 1e9)
-        print_status(f"round {number + 1}: {', '.join(f'{name} {values[-1]:.3g}' for name, values in figures.items())}")
-    print(bench_line("distill-cost", figures))
+            metrics.setdefault(f"{name}_ratio", []).append(half[key] / full[key])
+        for span, result in results.items():
+            metrics.setdefault(f"seconds_{span:g}", []).append(result["seconds"])
+            metrics.setdefault(f"step_gib_{span:g}", []).append(result["step_bytes"] / 2**30)
+            metrics.setdefault(f"gflops_per_s_{span:g}", []).append(result["flops"] / result["seconds"] / 1e9)
+        print_status(f"round {number + 1}: {', '.join(f'{name} {values[-1]:.3g}' for name, values in metrics.items())}")
+    print(bench_line("distill-cost", metrics))
 
 
 def _measure(span: float) -> dict[str, float]:
-    """Seconds of the faster of some steps, their peak memory and FLOPs."""
+    """Return the seconds of the fastest step, the peak memory in bytes and the FLOPs of a step."""
     student_directory = built("prune25")
     teacher = OnlineTeacher(load_model(resolve_model(MODEL), torch.bfloat16))
     module = StudentLoss(load_model(student_directory, torch.float32))
@@ -72,7 +73,7 @@ def _measure(span: float) -> dict[str, float]:
     texts = [tokens.tolist() for tokens in packed]
     memory = PeakMemory()
     _step(module, teacher, optimizer, _batch([texts[0][:_WARM_UP_TOKENS]], 1.0))
-    standing = memory.now_bytes()
+    baseline = memory.now_bytes()
     batch = _batch(texts, span)
     seconds = []
     memory.reset()
@@ -85,7 +86,7 @@ def _measure(span: float) -> dict[str, float]:
     flops = training_flops(shapes[0], shapes[1], batch.lengths, batch.num_targets)
     return {
         "seconds": min(seconds),
-        "step_bytes": peak - standing,
+        "step_bytes": peak - baseline,
         "peak_bytes": peak,
         "flops": flops,
     }
@@ -103,9 +104,9 @@ def _batch(texts: list[list[int]], span: float) -> Batch:
 
 
 def _step(module: StudentLoss, teacher: OnlineTeacher, optimizer: torch.optim.Optimizer, batch: Batch) -> None:
-    guidance = teacher.guide(batch)
+    output = teacher.predict(batch)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        losses: Any = module(batch, guidance, LossSettings())
+        losses: Any = module(batch, output, LossSettings())
     (losses.total / batch.num_targets).backward()
     optimizer.step()
     optimizer.zero_grad(set_to_none=False)

@@ -1,15 +1,17 @@
-"""How much of the AUC that pruning costs comes back by distillation, and what is left of it in INT8 behind the server.
+"""Measure how much of the AUC that pruning costs is recovered by distillation, and the AUC of the served INT8 students.
 
     make bench-distill-quality
 
-On MovieLens, every label of a member's films supervised: SmolLM2-135M is fine-tuned (the teacher), loses a quarter of
-its MLP neurons and one of three KV groups (the pruned student), and learns again from the same histories for equally
-many steps, from the labels alone (`sft`) and half from the teacher (`kd`), with three seeds each; the `kd` students
-become W8A8 and are asked through the served endpoint. AUC is that of the labels of the 9th to the 24th of a member's
-latest 24 films, pooled over all members that nothing was trained or calibrated on; within-member AUC beside it.
-Earlier films of the same members are harder, so the teacher's AUC over windows of any time is told too.
-`auc_recovered_frac` is (kd - pruned) / (teacher - pruned) of a seed. Every student is kept in the cache, so an
-interrupted run goes on. Last line: one JSON object. About an hour; `--quick` takes one seed.
+All models use MovieLens, with every label of a user's items supervised. The teacher is a fine-tuned SmolLM2-135M. The
+pruned student is the teacher without a quarter of its MLP neurons and one of three KV groups. It is trained again on
+the same histories for the same number of steps, with three seeds. `sft` trains on the labels alone; `kd` gives half of
+the loss weight to the teacher. The `kd` students are then quantized to W8A8 and evaluated through the served endpoint.
+
+AUC covers the 9th to the 24th label of a user's latest 24 items. It is pooled over all users that are in no training or
+calibration data; the within-user AUC is also reported. A user's earlier items are harder to predict, so the teacher's
+AUC over windows of any time is also reported. `auc_recovered_frac` is (kd - pruned) / (teacher - pruned) for one seed.
+The cache keeps every student, so an interrupted run resumes. The last line of output is one JSON object. The benchmark
+takes about an hour; `--quick` runs one seed.
 """
 
 from __future__ import annotations
@@ -46,10 +48,10 @@ NUM_SEEDS = 3
 TEACHER_STEPS, TEACHER_BATCH = 60, 8
 STUDENT_STEPS, STUDENT_BATCH = 40, 4
 LEARNING_RATE = 5e-5
-"""At 1e-4 the loss on a member's own, noisy labels rises, and a step on one of the few sequences that pruning broke
-altogether (their first token no longer draws the attention that it did) shakes everything."""
+"""Peak learning rate. At 1e-4 the loss on a user's noisy labels rises. Pruning also breaks the attention sink of a few
+sequences, and at that rate a step on one of them destabilizes the student."""
 KD_WEIGHT = 0.5
-TEST_FILMS = 24
+NUM_TEST_ITEMS = 24
 NUM_WINDOWS = 192
 MAX_TOKENS = 1024
 _MICRO_TOKENS = 2048
@@ -58,36 +60,36 @@ _MICRO_TOKENS = 2048
 def main() -> None:
     num_seeds = 1 if "--quick" in sys.argv[1:] else NUM_SEEDS
     folder = cache_dir("bench-distill-quality")
-    figures: dict[str, list[float]] = {}
+    samples: dict[str, list[float]] = {}
 
-    def note(name: str, found: dict[str, Estimate]) -> float:
-        for figure, key in (("auc", f"auc_{name}"), ("within_user_auc", f"within_member_auc_{name}")):
-            figures.setdefault(key, []).append(found[figure].value)
-        told = found["auc"]
-        print_status(f"{name}: AUC {told.value:.4f} [{told.low:.4f}, {told.high:.4f}] of {told.n} labels")
-        return told.value
+    def record(name: str, results: dict[str, Estimate]) -> float:
+        for metric, key in (("auc", f"auc_{name}"), ("within_user_auc", f"within_member_auc_{name}")):
+            samples.setdefault(key, []).append(results[metric].value)
+        auc = results["auc"]
+        print_status(f"{name}: AUC {auc.value:.4f} [{auc.low:.4f}, {auc.high:.4f}] over {auc.n} labels")
+        return auc.value
 
-    note("untrained", _in_process(folder, resolve_model(MODEL)))
+    record("untrained", _in_process(folder, resolve_model(MODEL)))
     teacher = distill(MODEL, None, _recipe(TEACHER_STEPS, TEACHER_BATCH, 42), folder / "teacher")
-    auc_teacher = note("teacher", _in_process(folder, teacher))
-    note("teacher_any_time", _in_process(folder, teacher, is_latest_only=False))
-    pruned = build_variant(str(teacher), teacher, "cut", _cut(), folder / "pruned")
-    auc_pruned = note("pruned", _in_process(folder, pruned))
+    auc_teacher = record("teacher", _in_process(folder, teacher))
+    record("teacher_any_time", _in_process(folder, teacher, is_latest_only=False))
+    pruned = build_variant(str(teacher), teacher, "cut", _prune_recipe(), folder / "pruned")
+    auc_pruned = record("pruned", _in_process(folder, pruned))
 
-    def note_student(name: str, figure: str, directory: Path) -> None:
-        recovered = (note(name, _in_process(folder, directory)) - auc_pruned) / (auc_teacher - auc_pruned)
-        figures.setdefault(figure, []).append(recovered)
+    def record_student(name: str, key: str, directory: Path) -> None:
+        recovered = (record(name, _in_process(folder, directory)) - auc_pruned) / (auc_teacher - auc_pruned)
+        samples.setdefault(key, []).append(recovered)
 
     for seed in range(num_seeds):
         soft = _recipe(STUDENT_STEPS, STUDENT_BATCH, seed, KD_WEIGHT)
         hard = _recipe(STUDENT_STEPS, STUDENT_BATCH, seed)
         kd = distill(str(pruned), str(teacher), soft, folder / f"kd-{seed}")
-        note_student("kd", "auc_recovered_frac", kd)
+        record_student("kd", "auc_recovered_frac", kd)
         sft = distill(str(pruned), None, hard, folder / f"sft-{seed}")
-        note_student("sft", "auc_recovered_frac_sft", sft)
+        record_student("sft", "auc_recovered_frac_sft", sft)
         quantized = build_variant(str(kd), kd, *load_recipe("w8a8"), folder / f"w8a8-{seed}")
-        note("served_w8a8", _served(folder, quantized))
-    print(bench_line("distill-quality", figures))
+        record("served_w8a8", _served(folder, quantized))
+    print(bench_line("distill-quality", samples))
 
 
 def _recipe(num_steps: int, batch_size: int, seed: int, kd_weight: float = 0.0) -> DistillRecipe:
@@ -115,20 +117,22 @@ def _recipe(num_steps: int, batch_size: int, seed: int, kd_weight: float = 0.0) 
     )
 
 
-def _cut() -> Recipe:
-    cut = Prune(step="prune", mlp_remove_frac=0.25, kv_remove_frac=0.34)
-    return Recipe(summary="", calibration=Calibrate(source="recommendation", num_samples=32), steps=(cut,))
+def _prune_recipe() -> Recipe:
+    prune = Prune(step="prune", mlp_remove_frac=0.25, kv_remove_frac=0.34)
+    return Recipe(summary="", calibration=Calibrate(source="recommendation", num_samples=32), steps=(prune,))
 
 
 def _test_prompts(is_latest_only: bool = True) -> list[ScoringPrompt]:
     workload = Recommendation(
-        history_len=NUM_SKIPPED_LABELS, num_candidates=TEST_FILMS - NUM_SKIPPED_LABELS, is_latest_only=is_latest_only
+        history_len=NUM_SKIPPED_LABELS,
+        num_candidates=NUM_TEST_ITEMS - NUM_SKIPPED_LABELS,
+        is_latest_only=is_latest_only,
     )
     return cast("list[ScoringPrompt]", workload.make_prompts("quality", NUM_WINDOWS))
 
 
 def _in_process(folder: Path, directory: Path, is_latest_only: bool = True) -> dict[str, Estimate]:
-    """AUC of every judged label by torch, in one pass over each member's films; kept by the model's hash."""
+    """Return metrics of all test labels from one torch pass per user; the cache keeps them by the model's hash."""
     file = folder / f"auc-{'latest' if is_latest_only else 'any'}-{model_hash(directory)[:16]}.json"
     if not file.is_file():
         tokenizer = load_tokenizer(directory)
@@ -137,32 +141,33 @@ def _in_process(folder: Path, directory: Path, is_latest_only: bool = True) -> d
         labels = load_examples(tokenizer, directory, "recommendation", 1, 0, MAX_TOKENS, 0).labels
         model = load_model(directory, torch.float32).eval()
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            found = label_metrics(model, examples, labels, [one.group for one in prompts], 4096)
-        write_atomically(file, json.dumps({name: vars(one) for name, one in found.items()}))
+            results = label_metrics(model, examples, labels, [one.group for one in prompts], 4096)
+        write_atomically(file, json.dumps({name: vars(one) for name, one in results.items()}))
     return _read(file)
 
 
 def _served(folder: Path, directory: Path) -> dict[str, Estimate]:
-    """The same labels, each asked of the server as the one candidate behind all films before it."""
+    """Return metrics of the same labels from a server; each label is the only candidate after all earlier items."""
     file = folder / f"served-{model_hash(directory)[:16]}.json"
     if not file.is_file():
         prompts = _test_prompts()
-        asked = [label_prompts(one, NUM_SKIPPED_LABELS) for one in prompts]
+        queries = [label_prompts(one, NUM_SKIPPED_LABELS) for one in prompts]
         with Engine(our_spec(folder / "engine.log", directory, "prefill")) as engine:
             target = Target(engine.spec.url, engine.spec.name)
-            flat = ask_prompts(target, f"labels, {directory.name}", [one for several in asked for one in several])
-        scores = iter(cast("Sequence[tuple[float, ...]]", flat))
-        truths = [[one.truth[0] for one in several] for several in asked]
-        given = [[next(scores)[0] for _ in several] for several in asked]
-        figures = metrics.ranking_metrics(truths, given, [one.group for one in prompts])
-        found = {name: metrics.estimate(figure) for name, figure in figures.items()}
-        write_atomically(file, json.dumps({name: vars(one) for name, one in found.items()}))
+            flat_queries = [one for user_queries in queries for one in user_queries]
+            answers = ask_prompts(target, f"labels, {directory.name}", flat_queries)
+        scores = iter(cast("Sequence[tuple[float, ...]]", answers))
+        labels = [[one.truth[0] for one in user_queries] for user_queries in queries]
+        predicted = [[next(scores)[0] for _ in user_queries] for user_queries in queries]
+        data = metrics.ranking_metrics(labels, predicted, [one.group for one in prompts])
+        results = {name: metrics.estimate(one) for name, one in data.items()}
+        write_atomically(file, json.dumps({name: vars(one) for name, one in results.items()}))
     return _read(file)
 
 
 def _read(file: Path) -> dict[str, Estimate]:
-    told = json.loads(file.read_text(encoding="utf-8"))
-    return {name: Estimate(**one) for name, one in told.items()}
+    results = json.loads(file.read_text(encoding="utf-8"))
+    return {name: Estimate(**one) for name, one in results.items()}
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""The chunked distillation loss against the plain one: peak extra memory, time, and whether they agree.
+"""Compare the chunked distillation loss with the plain one: peak extra memory, time and numerical agreement.
 
     make bench-kd-memory
 
-2,048 tokens, a vocabulary of 49,152, hidden states of 576 (SmolLM2's output layer), float32; forward KL and cross-
-entropy, half and half, from a teacher's hidden states, with gradients of hidden states and output layer. Each side
-runs in a process of its own, in turn, so that what one allocated is not the other's; its memory is the peak of the
-resident set above what stood there with all inputs in place. The gradients, which both sides must hold, are part of
-it. Last line: one JSON object. About two minutes.
+The inputs are 2,048 float32 hidden states of size 576 and a vocabulary of 49,152, as in SmolLM2's output layer. The
+loss is half forward KL to a teacher and half cross-entropy, with gradients of the hidden states and the output layer.
+Each loss runs in its own process, in turn, so that one does not reuse the memory of the other. Memory is the peak
+resident set above the resident set with all inputs in memory. It includes the gradients, which both losses need. The
+last line of output is one JSON object. The benchmark takes about two minutes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from slimserve.core.progress import print_status
 from slimserve.core.provenance import bench_line
 from slimserve.distill.chunked import TeacherStates, chunked_loss, plain_losses
 from slimserve.distill.cost import PeakMemory
-from slimserve.distill.losses import LossSettings
+from slimserve.distill.recipe import LossSettings
 
 NUM_TOKENS, VOCABULARY, HIDDEN_SIZE = 2048, 49_152, 576
 NUM_ROUNDS, NUM_REPEATS = 3, 3
@@ -35,26 +35,27 @@ def main() -> None:
     if len(sys.argv) > 1:
         print(json.dumps(_measure(sys.argv[1])))
         return
-    figures: dict[str, list[float]] = {}
+    metrics: dict[str, list[float]] = {}
     for number in range(NUM_ROUNDS):
-        told = {side: in_process("benches.kd_memory", side) for side in (_SIDES if number % 2 == 0 else _SIDES[::-1])}
+        order = _SIDES if number % 2 == 0 else _SIDES[::-1]
+        results = {side: in_process("benches.kd_memory", side) for side in order}
         for name in ("memory", "time"):
             key = "peak_bytes" if name == "memory" else "seconds"
-            figures.setdefault(f"chunked_{name}_ratio", []).append(told["chunked"][key] / told["plain"][key])
-        for side, found in told.items():
-            figures.setdefault(f"{side}_peak_mib", []).append(found["peak_bytes"] / 2**20)
-            figures.setdefault(f"{side}_s", []).append(found["seconds"])
-        print_status(f"round {number + 1}: {', '.join(f'{name} {values[-1]:.3g}' for name, values in figures.items())}")
+            metrics.setdefault(f"chunked_{name}_ratio", []).append(results["chunked"][key] / results["plain"][key])
+        for side, result in results.items():
+            metrics.setdefault(f"{side}_peak_mib", []).append(result["peak_bytes"] / 2**20)
+            metrics.setdefault(f"{side}_s", []).append(result["seconds"])
+        print_status(f"round {number + 1}: {', '.join(f'{name} {values[-1]:.3g}' for name, values in metrics.items())}")
     for name, error in _disagreement().items():
-        figures[f"{name}_relative_error"] = [error]
-    print(bench_line("kd-memory", figures))
+        metrics[f"{name}_relative_error"] = [error]
+    print(bench_line("kd-memory", metrics))
 
 
 def _measure(side: str) -> dict[str, float]:
-    """Peak bytes above the inputs of a first pass, and the median seconds of some more."""
+    """Return the peak bytes above the inputs in a first pass and the median seconds of `NUM_REPEATS` more passes."""
     hidden, head, labels, teacher = _inputs()
     memory = PeakMemory()
-    torch.mm(hidden.detach()[:64], head.detach().T)  # the libraries' own buffers
+    torch.mm(hidden.detach()[:64], head.detach().T)  # Allocates the libraries' own buffers before the baseline is read.
     before = memory.now_bytes()
     memory.reset()
     _backward(side, hidden, head, labels, teacher)
@@ -90,18 +91,18 @@ def _backward(side: str, hidden: Tensor, head: Tensor, labels: Tensor, teacher: 
 
 
 def _disagreement() -> dict[str, float]:
-    """Relative distance of the two sides' values and gradients."""
+    """Return the relative distance between the values and gradients of the two losses."""
     hidden, head, labels, teacher = _inputs()
-    found = []
+    outputs = []
     for side in _SIDES:
         hidden.grad = head.grad = None
         value = _backward(side, hidden, head, labels, teacher)
         assert hidden.grad is not None
         assert head.grad is not None
-        found.append((value, hidden.grad, head.grad))
+        outputs.append((value, hidden.grad, head.grad))
     return {
         name: float((ours - theirs).norm() / theirs.norm())
-        for name, theirs, ours in zip(("value", "hidden_gradient", "head_gradient"), *found, strict=True)
+        for name, theirs, ours in zip(("value", "hidden_gradient", "head_gradient"), *outputs, strict=True)
     }
 
 

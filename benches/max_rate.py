@@ -4,9 +4,9 @@
 
 The mock server (loadtest/mock_server.py) serves Poisson arrivals one at a time, 2 ms each: an M/D/1 queue. The
 objective is an end-to-end p90 of 10 ms, which holds up to a load of 76%. The distribution of the waiting time is
-Erlang's (1909). The spread of p90 limits such a search, so the service time is short: 10 s at 2 ms hold as many requests
-as 10 minutes at 120 ms. The last line of output is one JSON object. The benchmark takes about 25 minutes; `--quick`
-runs one seed.
+Erlang's (1909). The spread of p90 limits such a search, so the service time is short: 10 s at 2 ms hold as many
+requests as 10 minutes at 120 ms. The last line of output is one JSON object. The benchmark takes about 25 minutes;
+`--quick` runs one seed.
 """
 
 from __future__ import annotations

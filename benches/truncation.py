@@ -1,14 +1,19 @@
-"""Students that read a part of each reasoning trace only: quality and cost over the lead span.
+"""Measure quality and cost of students that are trained on a part of each reasoning trace, over the lead span.
 
     make bench-truncation
 
-reasoning-gym's sums of four to eight terms, each worked out term by term between think tags, so that the chain is
-near half of a sequence, behind a prompt of the same length. SmolLM2-135M, fine-tuned on them, teaches a variant of
-itself as it was before with a quarter fewer MLP neurons: on the first 25, 50, 75 and 100% of each sequence, on the
-last 50%, and on whole sequences with the chain of thought alone supervised; each shorter span again with as many
-tokens as the whole sequences have. Judged on whole unseen sequences by loss, and by the verifier through the served
-endpoint. Table and plot go to `results/truncation`. Students are kept in the cache, so an interrupted run goes on.
-Last line: one JSON object. About half an hour; `--quick` takes a tenth of the steps and leaves `results/` alone.
+The problems are reasoning-gym's sums of four to eight terms. Each solution works term by term between think tags, so
+that the chain of thought is about half of a sequence. SmolLM2-135M, fine-tuned on these traces, is the teacher. The
+student is the original model with a quarter fewer MLP neurons. The students differ in the part that they learn from:
+
+- The first 25, 50, 75 or 100% of each sequence.
+- The last 50% of each sequence.
+- Full sequences, with only the chain of thought supervised.
+- Each shorter span again, with as many tokens in total as the full sequences.
+
+Evaluation uses full unseen sequences: the loss, and the verifier through the served endpoint. The table and the plot go
+to `results/truncation`. The cache keeps every student, so an interrupted run resumes. The last line of output is one
+JSON object. The benchmark takes about half an hour; `--quick` runs a tenth of the steps and does not write `results/`.
 """
 
 from __future__ import annotations
@@ -35,8 +40,8 @@ from slimserve.workloads.metrics import evaluate
 from slimserve.workloads.reasoning import Reasoning, chain_of_thought
 
 NUM_STEPS, TEACHER_STEPS, BATCH_SIZE = 16, 80, 8
-NUM_VALIDATION, NUM_JUDGED = 32, 120
-NUM_TRAINING = 640  # at least what the shortest span's control reads, four times the steps
+NUM_VALIDATION, NUM_EVALUATED = 32, 120
+NUM_TRAINING = 640  # The control of the shortest span runs four times the steps.
 RESULTS = Path("results") / "truncation"
 _KIND = "chain_sum"
 _MAX_REPLY = 160
@@ -47,44 +52,44 @@ def main() -> None:
     folder = cache_dir("bench-truncation-quick" if is_quick else "bench-truncation")
     scale = 10 if is_quick else 1
     problems = _problems()
-    judged = [_prompt(one) for one in islice(problems, NUM_JUDGED)]
-    # A tenth of a file's conversations are for validation, by their hash.
+    prompts = [_prompt(one) for one in islice(problems, NUM_EVALUATED)]
+    # A hash of each conversation assigns a tenth of the file to validation.
     data = _write_traces(folder / "sums.jsonl", islice(problems, 5 * NUM_TRAINING // 4))
 
-    def judge(directory: Path) -> Mapping[str, float]:
-        return _judge(folder / "engine.log", directory, judged[: NUM_JUDGED // scale])
+    def evaluate_student(directory: Path) -> Mapping[str, float]:
+        return _evaluate(folder / "engine.log", directory, prompts[: NUM_EVALUATED // scale])
 
     teacher = distill(MODEL, None, _recipe(data, TEACHER_STEPS // scale, 0.0), folder / "teacher")
-    # Of the model as it was before, which has seen none of the sums.
+    # The student is pruned from the original model, which was not trained on the sums.
     student = built("prune25")
     points = make_points("0.25,0.5,0.75,1", "right@0.5", "all,cot", has_controls=True)
     recipe = _recipe(data, NUM_STEPS // scale, 0.5)
-    rows = sweep(str(student), str(teacher), recipe, points, folder / "students", judge)
-    figures: dict[str, list[float]] = {}
+    rows = sweep(str(student), str(teacher), recipe, points, folder / "students", evaluate_student)
+    metrics: dict[str, list[float]] = {}
     for row in rows:
         name = row["name"].replace("-", "_")
-        known = {**row["validation"], **row["evaluation"]}
-        # By section: what is measured over all of them is of those that a student learns.
-        for figure in ("cross_entropy_prompt", "cross_entropy_cot", "cross_entropy_answer", "accuracy"):
-            figures[f"{figure}_{name}"] = [known[figure]]
-        for figure in ("train_s", "peak_bytes", "flops"):
-            figures[f"{figure}_{name}"] = [row[figure]]
+        results = {**row["validation"], **row["evaluation"]}
+        # Values by section are comparable; totals cover only the sections that a student learns.
+        for metric in ("cross_entropy_prompt", "cross_entropy_cot", "cross_entropy_answer", "accuracy"):
+            metrics[f"{metric}_{name}"] = [results[metric]]
+        for metric in ("train_s", "peak_bytes", "flops"):
+            metrics[f"{metric}_{name}"] = [row[metric]]
     for name, directory in (("teacher", teacher), ("pruned", student)):
         file = folder / f"{name}.evaluation.json"
         if not file.is_file():
-            write_atomically(file, json.dumps(judge(directory)))
-        figures[f"accuracy_{name}"] = [json.loads(file.read_text(encoding="utf-8"))["accuracy"]]
+            write_atomically(file, json.dumps(evaluate_student(directory)))
+        metrics[f"accuracy_{name}"] = [json.loads(file.read_text(encoding="utf-8"))["accuracy"]]
     if not is_quick:
         RESULTS.mkdir(parents=True, exist_ok=True)
-        told = (folder / "students" / "sweep.json").read_text(encoding="utf-8")
-        write_atomically(RESULTS / "sweep.json", told.replace(f"{folder}/", "").replace(f"{folder.parent}/", ""))
+        text = (folder / "students" / "sweep.json").read_text(encoding="utf-8")
+        write_atomically(RESULTS / "sweep.json", text.replace(f"{folder}/", "").replace(f"{folder.parent}/", ""))
         for name in ("sweep.md", "sweep.png"):
             shutil.copyfile(folder / "students" / name, RESULTS / name)
-    print(bench_line("truncation", figures))
+    print(bench_line("truncation", metrics))
 
 
 def _problems() -> Iterator[dict[str, Any]]:
-    """Different sums in the order of their generator."""
+    """Yield distinct sums in the order of their generator."""
     import reasoning_gym
 
     sizes = {"min_terms": 4, "max_terms": 8, "min_digits": 1, "max_digits": 1}
@@ -134,13 +139,13 @@ def _recipe(data: Path, num_steps: int, kd_weight: float) -> DistillRecipe:
     )
 
 
-def _judge(log: Path, directory: Path, prompts: Sequence[ChatPrompt]) -> Mapping[str, float]:
-    """Accuracy by the verifier, through the served endpoint."""
+def _evaluate(log: Path, directory: Path, prompts: Sequence[ChatPrompt]) -> Mapping[str, float]:
+    """Serve a model; return its accuracy and its tokens per answer by the verifier."""
     with Engine(our_spec(log, directory, "decode")) as engine:
         target = Target(engine.spec.url, engine.spec.name)
         answers = ask_prompts(target, f"problems, {directory.name}", prompts)
-    figures = evaluate(Reasoning(), prompts, cast("list[Answer]", answers))
-    return {name: figures[name].value for name in ("accuracy", "tokens_per_answer")}
+    metrics = evaluate(Reasoning(), prompts, cast("list[Answer]", answers))
+    return {name: metrics[name].value for name in ("accuracy", "tokens_per_answer")}
 
 
 if __name__ == "__main__":
