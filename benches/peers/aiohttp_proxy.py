@@ -5,10 +5,10 @@
 It does what a gateway of several models needs, with aiohttp's own server and client:
 
 - The field `model` of the JSON body selects the engine.
-- Each piece of an answer is passed on as soon as it arrives.
-- A client that disconnects cancels the request to the engine.
+- The proxy forwards each chunk of a response as soon as it arrives.
+- A client's disconnection cancels the request to the engine.
 - Connections to engines are pooled and kept open.
-- Failures are JSON errors in the format of OpenAI's API.
+- Errors are JSON in the format of OpenAI's API.
 """
 
 from __future__ import annotations
@@ -83,8 +83,8 @@ class Proxy:
         url = self._engine_urls.get(model)
         if url is None:
             return error_response(404, f"The model `{model[:128]}` does not exist.", "model_not_found")
-        shown_id = request.headers.get("X-Request-Id", "")
-        request_id = shown_id if _REQUEST_ID.fullmatch(shown_id) else os.urandom(16).hex()
+        client_id = request.headers.get("X-Request-Id", "")
+        request_id = client_id if _REQUEST_ID.fullmatch(client_id) else os.urandom(16).hex()
         headers = end_to_end(request.headers) | {"X-Request-Id": request_id}
         self.num_in_flight += 1
         try:
@@ -99,14 +99,14 @@ class Proxy:
 
 
 async def stream_answer(request: web.Request, answer: aiohttp.ClientResponse, request_id: str) -> web.StreamResponse:
-    """Pass on an engine's answer piece by piece; an engine that dies in a stream leaves an error event."""
+    """Forward an engine's response chunk by chunk; send an error event if the engine dies during a stream."""
     headers = end_to_end(answer.headers) | {"X-Request-Id": request_id}
     response = web.StreamResponse(status=answer.status, reason=answer.reason, headers=headers)
     response.content_length = answer.content_length
     await response.prepare(request)
     try:
-        async for piece in answer.content.iter_any():
-            await response.write(piece)
+        async for chunk in answer.content.iter_any():
+            await response.write(chunk)
     except aiohttp.ClientError:
         if answer.content_type != "text/event-stream":
             raise
@@ -117,7 +117,7 @@ async def stream_answer(request: web.Request, answer: aiohttp.ClientResponse, re
 
 
 def end_to_end(headers: Any) -> dict[str, str]:
-    """Return the headers that a proxy passes on."""
+    """Return the headers that a proxy forwards, without the hop-by-hop headers of RFC 9110."""
     return {name: value for name, value in headers.items() if name.lower() not in _HOP_BY_HOP}
 
 
@@ -130,9 +130,9 @@ def error_response(status: int, message: str, code: str) -> web.Response:
 
 
 async def main(port: int, engines: list[str]) -> None:
-    """Serve until the process is ended."""
+    """Serve until the process ends."""
     engine_urls = {name: f"http://127.0.0.1:{engine_port}" for name, engine_port in (e.split("=") for e in engines)}
-    # handler_cancellation stops the engine's work when the client has left.
+    # handler_cancellation stops the engine's work when the client disconnects.
     runner = web.AppRunner(
         Proxy(engine_urls).application(), access_log=None, handler_cancellation=True, shutdown_timeout=DRAIN_S
     )

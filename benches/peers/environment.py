@@ -1,6 +1,6 @@
-"""An environment for each tool that a benchmark compares with, made in the cache and reused.
+"""Make and reuse a separate environment for each tool that a benchmark compares with.
 
-Its packages are pinned in `NAME.txt` beside this file. A changed pin makes a new environment.
+`NAME.txt` beside this file pins the packages of an environment. A changed pin makes a new environment.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _STAMP = ".installed"
 
 
 def peer_python(name: str, *, on_top_of_ours: bool = False, build: Mapping[str, str] | None = None) -> Path:
-    """The Python interpreter of peer `name`'s environment, which is made if needed.
+    """Return the Python interpreter of the peer `name`; make its environment if the cache does not hold it.
 
-    With `on_top_of_ours` the environment also sees the packages of the running one, and only
-    what `NAME.txt` lists is installed. `build` holds environment variables for packages that compile; pip would
-    take what it compiled with others from its cache. Raises UserError where a package is not to be had.
+    With `on_top_of_ours` the environment also sees the packages of the running one, and pip installs only the packages
+    of `NAME.txt`. `build` holds environment variables for compiled packages; it also disables pip's cache, which may
+    hold a wheel compiled with other variables. Raises UserError if a package is not available.
     """
     pins = _HERE / f"{name}.txt"
     settings = f"{sys.prefix if on_top_of_ours else ''}{build or ''}"
@@ -35,10 +35,10 @@ def peer_python(name: str, *, on_top_of_ours: bool = False, build: Mapping[str, 
     folder = cache_dir("peers") / f"{name}-{_version(pins, name)}-{key}"
     python = folder / "bin" / "python"
     if (folder / _STAMP).is_file():
-        print_status(f"{name}: reusing its environment in {folder}")
+        print_status(f"{name}: reuses the environment in {folder}")
         return python
     shutil.rmtree(folder, ignore_errors=True)
-    with progress(f"{name}: making an environment of its own in {folder}", None, "s"):
+    with progress(f"{name}: makes an environment in {folder}", None, "s"):
         _run([sys.executable, "-m", "venv", str(folder)], pins)
         if on_top_of_ours:
             own = sysconfig.get_path("purelib", vars={"base": str(folder)})
@@ -50,14 +50,14 @@ def peer_python(name: str, *, on_top_of_ours: bool = False, build: Mapping[str, 
 
 
 def peer_variables(num_threads: int) -> dict[str, str]:
-    """Environment variables of a measured process: offline, its number of threads, nothing of ours on its path."""
+    """Return the environment variables of a measured process: offline, `num_threads` threads, no PYTHONPATH."""
     ours = {name: value for name, value in os.environ.items() if name not in {"PYTHONPATH", "PYTHONHOME"}}
     threads = {f"{library}_NUM_THREADS": str(num_threads) for library in ("OMP", "MKL", "OPENBLAS")}
     return ours | threads | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 def _version(pins: Path, name: str) -> str:
-    """The version that a requirements file pins for the package it is named after."""
+    """Return the version that the requirements file `pins` gives for the package `name`."""
     lines = pins.read_text(encoding="utf-8").splitlines()
     pinned = dict(line.split("==") for line in lines if "==" in line)
     return pinned[name if name in pinned else name.replace("_", "-")]
@@ -65,9 +65,9 @@ def _version(pins: Path, name: str) -> str:
 
 def _run(command: list[str], pins: Path, build: Mapping[str, str] | None = None) -> None:
     variables = peer_variables(1) | dict(build or {})
-    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
-    if done.returncode:
-        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR:")] or [done.stderr[-300:]]
+    process = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+    if process.returncode:
+        errors = [line for line in process.stderr.splitlines() if line.startswith("ERROR:")] or [process.stderr[-300:]]
         raise UserError(
             "peer environment",
             pins.name,

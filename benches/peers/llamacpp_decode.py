@@ -1,8 +1,8 @@
-"""Single-stream decoding speed of llama.cpp; runs in llama-cpp-python's own environment.
+"""Measure the single-stream decoding speed of llama.cpp. The script runs in llama-cpp-python's own environment.
 
     llamacpp_decode.py GGUF NUM_THREADS OUTPUT_TOKENS NUM_REPEATS
 
-Last line of output: {"tokens_per_s": the median}.
+The last line of output is {"tokens_per_s": MEDIAN}.
 """
 
 import json

@@ -1,9 +1,9 @@
-"""llm-compressor's GPTQ of one model, for `make bench-quantize`; runs in its own environment.
+"""Quantize one model with llm-compressor's GPTQ, for `make bench-quantize`. The script runs in its own environment.
 
     python llmcompressor_gptq.py MODEL TOKENS.jsonl OUTPUT {w4a16,w8a8} GROUP_SIZE
 
-Follows the project's examples (`examples/quantization_w4a16`, `…_w8a8_int8`), every setting
-at its default but the scheme, on the given token ids. Last line of output: one JSON object.
+It follows llm-compressor's examples (`examples/quantization_w4a16`, `…_w8a8_int8`). All settings are defaults, except
+the scheme and the calibration tokens. The last line of output is one JSON object.
 """
 
 from __future__ import annotations
@@ -45,7 +45,10 @@ def main() -> None:
 
 
 def _scheme(name: str, group_size: int) -> dict[str, Any]:
-    """Symmetric INT4 weights in groups, or INT8 weights per channel with dynamic INT8 activations per token."""
+    """Return the scheme `w4a16` or `w8a8`, both symmetric.
+
+    `w4a16` has INT4 weights in groups. `w8a8` has INT8 weights per channel and dynamic INT8 activations per token.
+    """
     integers = {"type": "int", "symmetric": True}
     if name == "w4a16":
         weights = integers | {"num_bits": 4, "strategy": "group", "group_size": group_size}

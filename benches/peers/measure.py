@@ -1,8 +1,8 @@
-"""Run a command and measure the whole process: seconds by the wall clock, and peak memory.
+"""Run a command and measure its wall-clock time and peak memory.
 
-Run as a script, this file is the parent of the measured process. The kernel counts the
-memory of the process that called exec into the peak of the one that follows, so a large
-Python process would put its own size into the peak of every child; this one is small.
+As a script, this file is the parent of the measured process. The kernel counts the memory of the process that calls
+exec into the peak of the executed program. A large Python parent would add its own size to every result, so this script
+stays small.
 """
 
 from __future__ import annotations
@@ -19,29 +19,32 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Measured:
-    """What one process took."""
+    """Time, memory and output of one process."""
 
     wall_s: float
     peak_rss_gib: float
-    """Largest resident set of the process itself; processes that it starts are not added."""
+    """Largest resident set of the process, in GiB, without its child processes."""
     last_line: str
-    """The last line of its standard output."""
+    """Last line of standard output, or an empty string."""
 
 
 def measure(command: Sequence[str], log: Path, variables: Mapping[str, str]) -> Measured:
-    """Run `command` with its output in `log`; raises RuntimeError with the log's end where it fails."""
-    parent = [sys.executable, "-S", "-E", __file__, str(log), *command]
-    done = subprocess.run(parent, env=variables, stdout=subprocess.PIPE, text=True, check=True)
-    taken = json.loads(done.stdout)
+    """Run `command` with standard error in `log` and standard output beside it, in a file `.out`.
+
+    Raises RuntimeError with the end of the log if the command fails.
+    """
+    command_line = [sys.executable, "-S", "-E", __file__, str(log), *command]
+    process = subprocess.run(command_line, env=variables, stdout=subprocess.PIPE, text=True, check=True)
+    usage = json.loads(process.stdout)
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    if taken["status"]:
+    if usage["status"]:
         end = "\n".join(lines[-15:])
-        raise RuntimeError(f"{' '.join(command)} ended with status {taken['status']}:\n{end}")
+        raise RuntimeError(f"{' '.join(command)} ended with status {usage['status']}:\n{end}")
     output = log.with_suffix(".out").read_text(encoding="utf-8").splitlines()
-    return Measured(taken["wall_s"], taken["peak_rss_bytes"] / 2**30, output[-1] if output else "")
+    return Measured(usage["wall_s"], usage["peak_rss_bytes"] / 2**30, output[-1] if output else "")
 
 
-def _parent(log: str, command: list[str]) -> dict[str, float]:
+def _run_child(log: str, command: list[str]) -> dict[str, float]:
     with Path(log).open("wb") as errors, Path(log).with_suffix(".out").open("wb") as output:
         start = time.perf_counter()
         pid = os.posix_spawnp(
@@ -63,4 +66,4 @@ def _parent(log: str, command: list[str]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(_parent(sys.argv[1], sys.argv[2:])))
+    print(json.dumps(_run_child(sys.argv[1], sys.argv[2:])))

@@ -1,12 +1,12 @@
-"""torch-pruning of one Llama-like model, for `make bench-prune`; runs in its own environment.
+"""Prune one Llama-like model with torch-pruning, for `make bench-prune`. The script runs in its own environment.
 
     python torch_pruning_llm.py MODEL TOKENS.jsonl OUTPUT {magnitude,taylor} MLP_FRAC NUM_KV_GROUPS
 
-`magnitude` is the importance of the project's LLM example (`examples/LLMs/prune_llm.py`: L2 norms
-of a group's layers, averaged), `taylor` its first-order one, with gradients of the language-model loss
-on the given tokens. MLP neurons are removed by its `MetaPruner`, the same number in every block. Its pruner
-keeps every KV head of a grouped-query model, so for KV groups its importance of heads, averaged over a group's heads
-as it averages a head's channels, says which NUM_KV_GROUPS groups of each block go, and its functions cut them.
+`magnitude` is the importance of torch-pruning's LLM example (`examples/LLMs/prune_llm.py`): the mean L2 norm of a
+group's layers. `taylor` is its first-order importance, with gradients of the language-model loss on the given tokens.
+`MetaPruner` removes the same number of MLP neurons from every block. It keeps every KV head of a grouped-query model,
+so this script removes KV groups with torch-pruning's functions. NUM_KV_GROUPS is the number of groups to remove per
+block. The script removes those with the lowest importance, which is the mean over the group's query heads.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def main() -> None:
     import torch_pruning
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    # Its tracer follows autograd's graph, which the fused attention hides.
+    # torch-pruning traces the autograd graph, in which fused attention hides its operations.
     model = AutoModelForCausalLM.from_pretrained(model_directory, dtype=torch.float32, attn_implementation="eager")
     model.config.use_cache = False
     rows = [json.loads(line)["input_ids"] for line in Path(tokens_file).read_text(encoding="utf-8").splitlines()]
@@ -40,7 +40,7 @@ def main() -> None:
     pruner = torch_pruning.pruner.MetaPruner(
         model,
         example_inputs=torch.tensor([rows[0][:8]]),
-        output_transform=lambda answer: answer.logits,
+        output_transform=lambda output: output.logits,
         importance=importance,
         pruning_ratio=0.0,
         pruning_ratio_dict={block.mlp.gate_proj: float(mlp_frac) for block in model.model.layers},
@@ -77,7 +77,7 @@ def _remove_kv_groups(graph: Any, importance: Any, attention: Any, config: Any, 
     removed_G = torch.argsort(score_G)[:num_removed]
 
     def channels(width: int) -> list[int]:
-        """Channels of the removed groups in a layer that has `width` channels per group."""
+        """Return the channels of the removed groups in a layer that has `width` channels per group."""
         return [int(group) * width + channel for group in removed_G for channel in range(width)]
 
     query_width = consumer.in_features // num_groups

