@@ -20,6 +20,8 @@ _BUILT_IN = {
 """Modules of the workloads that calibration, quality and comparisons use when none is named."""
 _LOAD_ONLY = {"chat": "slimserve.workloads.chat"}
 """Modules of the workloads that can only generate load, because their data has no reference answers."""
+DEFAULT_TRAINING_WORKLOAD = "reasoning"
+"""Workload that distillation uses if none is named."""
 _arguments: dict[str, str] = {}
 """File of each workload that was loaded from a file, by the workload's name."""
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from slimserve.workloads import metrics
+from slimserve.workloads.interface import MetricData
 
 
 def brute_force_auc(truth: list[bool], scores: list[float]) -> float:
@@ -87,11 +88,11 @@ def test_undefined_resamples_are_left_out() -> None:
     assert (estimate.value, estimate.low, estimate.high) == (1.0, 1.0, 1.0)
 
 
-def mean_figure(values: list[float], groups: list[int] | None = None) -> metrics.MetricData:
+def mean_figure(values: list[float], groups: list[int] | None = None) -> MetricData:
     def statistic(rows: list[int]) -> float:
         return sum(values[row] for row in rows) / len(rows)
 
-    return metrics.MetricData(statistic, groups or list(range(len(values))), len(values))
+    return MetricData(statistic, groups or list(range(len(values))), len(values))
 
 
 def test_a_paired_interval_is_that_of_the_mean_difference() -> None:
