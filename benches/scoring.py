@@ -16,10 +16,11 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from benches.served import MODEL, ScoringLoad, built, median, our_spec, percentile, served, stock_spec
+from benches.served import MODEL, ScoringLoad, built, median, our_spec, served, stock_spec
 from slimserve.core.model import resolve_model
 from slimserve.core.progress import print_status
 from slimserve.core.provenance import bench_line
+from slimserve.core.statistics import percentile
 from slimserve.serve.launch.process import Engine, EngineSpec
 
 NUM_ROUNDS = 3
@@ -88,7 +89,7 @@ async def _measure(url: str, path: str) -> dict[str, float]:
         for concurrency in CONCURRENCIES:
             seconds = await server.score_closed_loop(CONCURRENT_LOAD, concurrency, REQUESTS_PER_USER * concurrency)
             for percent in (50, 99):
-                metrics[f"concurrent{concurrency}_p{percent}_s"] = percentile(seconds, percent)
+                metrics[f"concurrent{concurrency}_p{percent}_s"] = percentile(seconds, percent / 100)
     return metrics
 
 

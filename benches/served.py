@@ -122,12 +122,6 @@ async def served(url: str, scoring_path: str = "/v1/score") -> AsyncIterator[Ser
         yield served_client
 
 
-def percentile(values: Sequence[float], percent: float) -> float:
-    """Return a percentile by the nearest-rank method."""
-    ranked = sorted(values)
-    return ranked[min(len(ranked) - 1, int(len(ranked) * percent / 100))]
-
-
 def median(values: Sequence[float]) -> float:
     return statistics.median(values)
 

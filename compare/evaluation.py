@@ -70,7 +70,7 @@ def evaluate_quality(comparison: Comparison, folder: Path) -> dict[str, dict[str
 
 
 def _kept_answers(folder: Path, variant: str, workload: str) -> Answers | None:
-    """Return the kept answers; None if nothing was asked or the server could not answer."""
+    """Return the kept answers; None if there are no answers yet or the server could not answer."""
     file = answers_file(folder, variant, workload)
     answers = read_answers(file) if file.exists() else None
     return answers if answers and answers.answers else None
@@ -131,7 +131,7 @@ def _with_objectives(run: LoadRun, slos: Sequence[str], comparison: Comparison, 
     objectives = [parse_objective(text) for text in slos]
     summary = replace(
         run.summary,
-        objectives=[objective.judge(window) for objective in objectives],
+        objectives=[objective.evaluate(window) for objective in objectives],
         goodput_per_s=goodput(window, objectives, run.summary.window_s) if objectives else None,
     )
     return replace(run, summary=summary)

@@ -1,6 +1,5 @@
-"""Load a server with a workload's traffic through Locust, and say what a client saw.
+"""Load a server with a workload's requests through Locust and measure what its clients see.
 
-`suites/` are locustfiles, usable with plain `locust -f` too; `stream` times one request at
-the socket; `rows` are its raw measurements; `summary` turns rows into figures; `run` drives
-it all from the command line.
+`suites/` holds locustfiles, which also run with plain `locust -f`. `http_client` and `sse` time each request at the
+socket, `rows` holds the raw measurements, `summary` computes the metrics and `run` drives a whole run.
 """

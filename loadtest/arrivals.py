@@ -1,8 +1,8 @@
-"""When requests are due, drawn before the run from a seed: a schedule that waits for no answer.
+"""Scheduled request times of an open loop, drawn from a seed before the run and independent of any answer.
 
-A renewal process of mean gap 1 (equal, exponential or gamma gaps) gives the number of expected requests at which each
-one is due; a rate over time turns that number into seconds (time rescaling: the i-th request is due when the integral
-of the rate reaches the i-th sum of gaps). So every kind of gap goes with every course of the rate.
+A renewal process with mean gap 1 (constant, exponential or gamma gaps) is drawn first. Time rescaling then maps it to
+seconds: request i is scheduled when the integral of the rate reaches the i-th sum of gaps. So every distribution of
+gaps works with every change of the rate over time.
 """
 
 from __future__ import annotations
@@ -17,17 +17,19 @@ from pathlib import Path
 from typing import Literal
 
 from slimserve.core.errors import UserError
+from slimserve.core.text import read_text
 
 Arrival = Literal["constant", "poisson", "gamma"]
 _NUMBER = r"(\d+(?:\.\d+)?)"
 _RAMP = re.compile(rf"{_NUMBER}\.\.{_NUMBER}")
 _STEP = re.compile(rf"{_NUMBER}@{_NUMBER}s?")
-_RATE_SYNTAX = "write 5 (requests/s), 1..20 (rising evenly) or 5@0,20@30,5@40 (from these seconds on)"
+_RATE_SYNTAX = "write 5 (requests/s), 1..20 (linear ramp) or 5@0,20@30,5@40 (steps at these seconds)"
+_TRACE_SYNTAX = 'write a number of seconds or {"timestamp": seconds} on each line'
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of time over which the rate changes evenly; seconds and requests/s."""
+    """A period in which the rate changes linearly; times in seconds, rates in requests/s."""
 
     begin_s: float
     end_s: float
@@ -36,18 +38,19 @@ class Segment:
 
     @property
     def num_expected(self) -> float:
+        """Expected number of requests in the segment."""
         return (self.end_s - self.begin_s) * (self.begin_rate + self.end_rate) / 2
 
     def time_of(self, num_expected: float) -> float:
-        """When so many requests of this segment are expected to have come."""
+        """Return the time in seconds by which `num_expected` requests of this segment are expected."""
         slope = (self.end_rate - self.begin_rate) / (self.end_s - self.begin_s)
-        # The root of slope/2 t² + begin_rate t = num_expected, in the form that does not cancel.
+        # The root of slope/2 t² + begin_rate t = num_expected, in the form without cancellation.
         root = math.sqrt(self.begin_rate**2 + 2 * slope * num_expected)
         return self.begin_s + 2 * num_expected / (self.begin_rate + root)
 
 
 def parse_rate(text: str, duration_s: float) -> list[Segment]:
-    """The course of the rate over `duration_s` seconds; UserError where the text is none."""
+    """Return the rate over `duration_s` seconds as segments; UserError if `text` is not a rate."""
     if ramp := _RAMP.fullmatch(text):
         segments = [Segment(0.0, duration_s, float(ramp[1]), float(ramp[2]))]
     elif re.fullmatch(_NUMBER, text):
@@ -57,7 +60,7 @@ def parse_rate(text: str, duration_s: float) -> list[Segment]:
         rates = [(float(step[2]), float(step[1])) for step in steps if step]
         times = [begin_s for begin_s, _ in rates]
         if len(rates) < len(steps) or times[0] != 0 or times != sorted(set(times)):
-            raise UserError("--rate", text, "does not begin at 0 s and go on in time", _RATE_SYNTAX)
+            raise UserError("--rate", text, "is not a rate whose steps start at 0 s and ascend", _RATE_SYNTAX)
         ends = [*times[1:], math.inf]
         segments = [
             Segment(begin_s, min(end_s, duration_s), rate, rate)
@@ -65,30 +68,30 @@ def parse_rate(text: str, duration_s: float) -> list[Segment]:
             if begin_s < duration_s
         ]
     if not any(segment.num_expected > 0 for segment in segments):
-        raise UserError("--rate", text, "makes no load", _RATE_SYNTAX)
+        raise UserError("--rate", text, "is 0 throughout the run", _RATE_SYNTAX)
     return segments
 
 
 def scheduled_times(
     segments: Sequence[Segment], arrival: Arrival = "poisson", burstiness: float = 1.0, seed: int = 0
 ) -> list[float]:
-    """Seconds from the start at which requests are due, ascending.
+    """Return the scheduled times in seconds from the start, ascending.
 
-    `burstiness` is the variance of gamma gaps over that of Poisson arrivals: 1 is Poisson, more comes in bursts. With
-    constant gaps the first request is due at once.
+    `burstiness` is the variance of gamma gaps relative to Poisson arrivals: 1 equals Poisson, larger values cluster the
+    requests. With constant gaps the first request is scheduled at 0.
     """
     if not burstiness > 0:
         raise UserError("--burstiness", burstiness, "is not above 0", "give 1 for Poisson arrivals, more for bursts")
     gaps = _gaps(arrival, burstiness, random.Random(seed))
-    due = []
+    times = []
     num_expected = 0.0 if arrival == "constant" else next(gaps)
     before = 0.0
     for segment in segments:
         while num_expected - before < segment.num_expected:
-            due.append(segment.time_of(num_expected - before))
+            times.append(segment.time_of(num_expected - before))
             num_expected += next(gaps)
         before += segment.num_expected
-    return due
+    return times
 
 
 def _gaps(arrival: Arrival, burstiness: float, numbers: random.Random) -> Iterator[float]:
@@ -102,25 +105,21 @@ def _gaps(arrival: Arrival, burstiness: float, numbers: random.Random) -> Iterat
 
 
 def read_trace(file: Path, duration_s: float | None = None) -> list[float]:
-    """Due times of a recorded trace: one timestamp a line, a number or a JSON object with `timestamp`, in seconds.
+    """Return the scheduled times of a recorded trace, shifted so that the first is 0 and cut at `duration_s`.
 
-    The first one becomes 0. Raises UserError where a line is neither or time goes back.
+    Each line is a number of seconds or a JSON object with `timestamp` in seconds. Raises UserError for a line that is
+    neither, and for times that do not ascend.
     """
     times: list[float] = []
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError("--trace", file, f"cannot be read ({error})", "give a text file of timestamps") from error
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_text(file, "--trace", "give a text file of timestamps").splitlines(), 1):
         if not line.strip():
             continue
         try:
             value = json.loads(line)
             times.append(float(value["timestamp"] if isinstance(value, dict) else value))
         except (ValueError, KeyError, TypeError) as error:
-            remedy = 'write a number of seconds or {"timestamp": seconds} on each line'
-            raise UserError("--trace", f"{file}:{number}", "is no timestamp", remedy) from error
+            raise UserError("--trace", f"{file}:{number}", "is not a timestamp", _TRACE_SYNTAX) from error
     if not times or not all(map(math.isfinite, times)) or times != sorted(times):
-        raise UserError("--trace", file, "does not go forward in time, or is empty", "sort it by time")
-    due = [time - times[0] for time in times]
-    return [time for time in due if duration_s is None or time < duration_s]
+        raise UserError("--trace", file, "is empty or its times do not ascend", "sort it by time")
+    shifted = [time - times[0] for time in times]
+    return [time for time in shifted if duration_s is None or time < duration_s]

@@ -1,4 +1,4 @@
-"""Asks one model: requests made of prompts before the load begins, and rows made of what came back."""
+"""Prepares the requests of a load test from prompts, sends them to one model and turns the responses into rows."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from slimserve.core.errors import UserError
 from slimserve.loadtest.http_client import Exchange, HttpClient
 from slimserve.loadtest.rows import Row
 from slimserve.loadtest.sse import read_stream
-from slimserve.workloads.interface import ChatPrompt, Prompt, ScoringPrompt
+from slimserve.workloads.interface import ChatPrompt, Prompt, ScoringPrompt, join_reply
 
 _NUM_LOGPROBS = 5
-"""The most that every OpenAI-compatible server allows for completions."""
+"""Largest number that every OpenAI-compatible server accepts for completions."""
 _PROBE = ScoringPrompt("Water is wet:", (" it is.",), (" yes", " no"), (True,), 0)
 
 
 @dataclass(frozen=True)
 class PreparedRequest:
-    """One request, ready to be written."""
+    """One request with its encoded body."""
 
     kind: str
     prompt: int
-    """Its number in the order of the run's seed."""
+    """Number of the prompt in the order of the prompt seed."""
     path: str
     body: bytes
     num_items: int = 0
@@ -34,32 +34,33 @@ class PreparedRequest:
 
 
 class ModelClient:
-    """One model behind one server. Call `prepare` before the load: it asks the server what it can do."""
+    """Client of one model on one server. Call `prepare` before the load to probe what the server supports."""
 
     def __init__(self, url: str, model: str, headers: Mapping[str, str], timeout_s: float, endpoint: str) -> None:
-        self._wire = HttpClient(url, headers, timeout_s)
+        self._http = HttpClient(url, headers, timeout_s)
         self._model = model
         self._endpoint = endpoint
         self._label_ids: dict[str, int] = {}
         self._counts_chunks = True
 
     def prepare(self, prompts: Sequence[Prompt]) -> None:
-        """Find the scoring endpoint and whether the server counts the tokens of each chunk.
+        """Find the scoring endpoint, and whether the server counts the tokens of each chunk.
 
-        A server that answers nothing now is left to show its fault under load, under its name. Raises UserError
-        where the endpoint is unknown.
+        A server that does not respond is not an error here; its failures are counted under load. Raises UserError for
+        an unknown endpoint.
         """
         if self._endpoint not in {"auto", *SCORING}:
             raise UserError("--endpoint", self._endpoint, "is unknown", f"choose from auto, {', '.join(SCORING)}")
         if any(isinstance(prompt, ScoringPrompt) for prompt in prompts):
-            asked = [name for name in SCORING if name != "rerank"] if self._endpoint == "auto" else [self._endpoint]
-            self._endpoint = next((name for name in asked if self._can_score(name)), asked[0])
+            is_auto = self._endpoint == "auto"
+            choices = [name for name in SCORING if name != "rerank"] if is_auto else [self._endpoint]
+            self._endpoint = next((name for name in choices if self._can_score(name)), choices[0])
         if any(isinstance(prompt, ChatPrompt) for prompt in prompts):
             body = self._chat_body(ChatPrompt(({"role": "user", "content": "Ready?"},), 1, "", "", "", {}), False)
-            self._counts_chunks = self._wire.post("/v1/chat/completions", msgspec.json.encode(body)).status != 400
+            self._counts_chunks = self._http.post("/v1/chat/completions", msgspec.json.encode(body)).status != 400
 
     def make_request(self, number: int, kind: str, prompt: Prompt, exact_tokens: bool) -> PreparedRequest:
-        """The request that asks prompt `number`."""
+        """Return the request for prompt `number`."""
         if isinstance(prompt, ChatPrompt):
             body = self._chat_body(prompt, exact_tokens)
             return PreparedRequest(kind, number, "/v1/chat/completions", msgspec.json.encode(body))
@@ -71,8 +72,11 @@ class ModelClient:
         return PreparedRequest(kind, number, scoring.path, msgspec.json.encode(body), len(prompt.items), prompt.labels)
 
     def send(self, request: PreparedRequest, scheduled_s: float, epoch: float) -> Row:
-        """Ask and wait for the whole answer; `scheduled_s` counts from `epoch`, a moment of perf_counter. Never raises."""
-        exchange = self._wire.post(request.path, request.body)
+        """Send a request and wait for the full response. Never raises.
+
+        `scheduled_s` counts from `epoch`, a time of perf_counter.
+        """
+        exchange = self._http.post(request.path, request.body)
         if request.num_items:
             return self._score_row(request, exchange, scheduled_s, epoch)
         answer = read_stream(exchange.pieces) if exchange.status == 200 else None
@@ -90,11 +94,11 @@ class ModelClient:
             first_answer_s=answer.first_answer_s - epoch if answer and answer.first_answer_s is not None else None,
             cached_tokens=answer.cached_tokens if answer else None,
             finish_reason=answer.finish_reason if answer else None,
-            text=_whole_text(answer.reasoning, answer.text) if answer else "",
+            text=join_reply(answer.reasoning, answer.text) if answer else "",
         )
 
     def close(self) -> None:
-        self._wire.close()
+        self._http.close()
 
     def _score_row(self, request: PreparedRequest, exchange: Exchange, scheduled_s: float, epoch: float) -> Row:
         error = failure_of(exchange)
@@ -127,28 +131,28 @@ class ModelClient:
         )
 
     def _chat_body(self, prompt: ChatPrompt, exact_tokens: bool) -> dict[str, Any]:
-        counted = {"include_usage": True} | ({"continuous_usage_stats": True} if self._counts_chunks else {})
+        stream_options = {"include_usage": True} | ({"continuous_usage_stats": True} if self._counts_chunks else {})
         body = {
             "model": self._model,
             "messages": prompt.messages,
             "max_tokens": prompt.max_tokens,
             "temperature": 0,
             "stream": True,
-            "stream_options": counted,
+            "stream_options": stream_options,
         }
         return body | ({"ignore_eos": True} if exact_tokens else {})
 
     def _can_score(self, endpoint: str) -> bool:
         if endpoint == "generative_scoring" and not self._find_label_ids():
             return False
-        self_named = {"model": self._model, **SCORING[endpoint].body(_PROBE, list(self._label_ids.values()))}
-        return self._wire.post(SCORING[endpoint].path, msgspec.json.encode(self_named)).status == 200
+        body = {"model": self._model, **SCORING[endpoint].body(_PROBE, list(self._label_ids.values()))}
+        return self._http.post(SCORING[endpoint].path, msgspec.json.encode(body)).status == 200
 
     def _find_label_ids(self) -> bool:
-        """Whether the server tells the token of each label (vLLM's /tokenize)."""
+        """Look up the token id of each label with vLLM's /tokenize; false if a label is not one token."""
         for label in _PROBE.labels:
             body = {"model": self._model, "prompt": label, "add_special_tokens": False}
-            exchange = self._wire.post("/tokenize", msgspec.json.encode(body))
+            exchange = self._http.post("/tokenize", msgspec.json.encode(body))
             try:
                 tokens = msgspec.json.decode(exchange.body)["tokens"] if exchange.status == 200 else []
             except (msgspec.MsgspecError, KeyError, TypeError):
@@ -160,13 +164,13 @@ class ModelClient:
 
 
 def failure_of(exchange: Exchange) -> str | None:
-    """The kind of failure that the exchange itself shows; None where a whole answer with status 200 came."""
+    """Return the kind of failure of an exchange; None for a complete response with status 200."""
     return exchange.error or (None if exchange.status == 200 else f"http {exchange.status}")
 
 
 @dataclass(frozen=True)
 class Scoring:
-    """A way to ask for scores: where, with what body, and how the first label's share is read per candidate."""
+    """A scoring endpoint: its path, its request body, and the scores of its response in the order of the items."""
 
     path: str
     body: Callable[[ScoringPrompt, Sequence[int]], dict[str, Any]]
@@ -174,7 +178,7 @@ class Scoring:
 
 
 def _completion_scores(answer: dict[str, Any], labels: Sequence[str]) -> list[float]:
-    """From the log-probabilities of the next token; a label that is not listed counts as the least likely that is."""
+    """Score each item by the next token's log-probabilities; an unlisted label gets the lowest listed one."""
     scores = []
     for choice in sorted(answer["choices"], key=lambda entry: int(entry["index"])):
         listed: dict[str, float] = choice["logprobs"]["top_logprobs"][0]
@@ -220,9 +224,4 @@ SCORING = {
         ],
     ),
 }
-"""In the order of preference; `rerank` puts a question of its own, so it is never chosen by itself."""
-
-
-def _whole_text(reasoning: str, text: str) -> str:
-    """What was generated, as the verifier reads it: a chain of thought that came apart goes back between its tags."""
-    return f"<think>{reasoning}</think>{text}" if reasoning else text
+"""Scoring endpoints in order of preference; `auto` never selects `rerank`, because it asks its own question."""

@@ -1,9 +1,8 @@
-"""HTTP/1.1 exchanges over gevent's sockets, each read kept with the time at which its bytes had come.
+"""HTTP/1.1 client over gevent's sockets that keeps the arrival time of every read.
 
-Where the system says when the kernel received the bytes of a read (SO_TIMESTAMPNS, Linux, no TLS), that time counts:
-a client that is late, because another stream's bytes came at the same moment, does not make the server look late.
-Nothing is parsed while a stream runs but its HTTP framing; events and tokens are read out of the kept bytes after its
-end (loadtest/sse.py).
+On Linux without TLS the arrival time is the kernel's receive time (SO_TIMESTAMPNS), so a client that is busy with
+another stream does not make the server look slow. A running stream costs only its HTTP framing: events and tokens are
+parsed after its end (loadtest/sse.py). Existing HTTP libraries report neither the receive time nor single reads.
 """
 
 from __future__ import annotations
@@ -23,33 +22,33 @@ from httptools import HttpParserError, HttpResponseParser
 _SO_TIMESTAMPNS = 35
 _TIMESPEC = struct.Struct("qq")
 _ANCILLARY_BYTES = 16 + _TIMESPEC.size
-"""A control message's header and one timespec, on 64-bit Linux."""
+"""Size of a control message's header and one timespec on 64-bit Linux."""
 _CONNECT_S = 10.0
-"""Longest wait for one address of the server, and for its TLS handshake."""
+"""Timeout in seconds of connecting to one address, and of the TLS handshake."""
 _IDLE_S = 2.0
-"""uvicorn closes a connection that was idle for 5 s; one that it closes while a request is on its way is lost."""
-_room = memoryview(bytearray(2**18))
-"""Where every read lands: the parser copies it out before any other greenlet can run."""
+"""Seconds after which an idle connection is not reused; uvicorn closes idle connections after 5 s."""
+_buffer = memoryview(bytearray(2**18))
+"""Buffer of every read; the parser copies the bytes before another greenlet can run."""
 
 
 class ExchangeError(Exception):
-    """No whole answer came; the message is the kind under which it is counted."""
+    """No complete response arrived; the message is the kind of failure."""
 
 
 @dataclass
 class Exchange:
-    """One request and what came back; times in seconds of `perf_counter`."""
+    """One request and its response; times in seconds of `perf_counter`."""
 
     sent_s: float
-    """Before the first byte was written."""
+    """Time just before the first byte was written."""
     status: int = 0
     headers: dict[str, str] = field(default_factory=dict)
-    """Of the answer, names in lower case."""
+    """Response headers; names in lower case."""
     pieces: list[tuple[float, bytes]] = field(default_factory=list)
-    """The answer's body as it came: arrival and bytes of each read."""
+    """Arrival time and bytes of each read of the response body."""
     end_s: float = 0.0
     error: str | None = None
-    """Kind of failure; None where the answer is whole, whatever its status."""
+    """Kind of failure; None for a complete response of any status."""
 
     @property
     def body(self) -> bytes:
@@ -57,10 +56,10 @@ class Exchange:
 
 
 class HttpClient:
-    """Connections to one server, kept open between requests and used last in, first out.
+    """Keep-alive connections to one server; the most recently used one is reused first.
 
-    The server's name is looked up once, as gevent asks a thread for it each time, which takes longer than to connect:
-    later connections go to the address that answered first, until it no longer does.
+    The host name is resolved once, because gevent's resolver takes longer than a connection. Later connections use the
+    address that worked, until it fails.
     """
 
     def __init__(self, url: str, headers: Mapping[str, str], timeout_s: float = 300.0) -> None:
@@ -75,14 +74,14 @@ class HttpClient:
         self._timeout_s = timeout_s
         self._idle: list[_Connection] = []
         self._address: tuple[int, Any] | None = None
-        """Family and address that answered last."""
+        """Address family and address of the last successful connection."""
 
     def post(self, path: str, body: bytes) -> Exchange:
-        """Send `body` and read the answer to its end; never raises for what the network or the server does.
+        """Send `body` and read the full response. Failures of the network or the server are not raised.
 
-        An `error` is one of: unknown host, connection refused, connection failed, tls failed, connection reset, closed
-        before an answer, closed in mid-answer (of events: closed in mid-stream), broken http, timeout. What had come
-        before it is kept.
+        `error` of the exchange is one of: unknown host, connection refused, connection failed, tls failed, connection
+        reset, closed before an answer, closed in mid-answer (for events: closed in mid-stream), broken http, timeout.
+        Everything that arrived before is kept.
         """
         head = b"POST %b HTTP/1.1\r\n%bContent-Length: %d\r\n\r\n" % (
             f"{self._path}{path}".encode(),
@@ -109,7 +108,7 @@ class HttpClient:
             try:
                 return self._ask(connection, request, done)
             except _UnansweredError:
-                # The server had closed the idle connection before it saw the request; it goes out once more.
+                # The server closed the idle connection before it saw the request, so the request is sent again.
                 pass
         try:
             return self._ask(self._connect(), request, done)
@@ -144,9 +143,9 @@ class HttpClient:
         try:
             plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             stream = self._tls.wrap_socket(plain, server_hostname=self._host) if self._tls else plain
-            stream.settimeout(None)  # from here on the timeout of the whole exchange counts
-            return _Connection(stream, is_stamped=self._tls is None and _ask_for_stamps(plain))
-        except (OSError, ValueError) as error:  # ssl.SSLError is an OSError; a name that none can have, a ValueError
+            stream.settimeout(None)  # from here on the timeout of the exchange applies
+            return _Connection(stream, has_timestamps=self._tls is None and _enable_timestamps(plain))
+        except (OSError, ValueError) as error:  # ssl.SSLError is an OSError; an impossible host name raises ValueError
             plain.close()
             raise ExchangeError("tls failed" if self._tls else "connection failed") from error
         except BaseException:
@@ -171,46 +170,47 @@ class HttpClient:
 
 
 class _UnansweredError(Exception):
-    """The connection ended before any byte of an answer."""
+    """The connection ended before the first byte of a response."""
 
 
 class _Connection:
-    """One socket and the parser of its answers."""
+    """One socket with the parser of its responses."""
 
-    def __init__(self, stream: Any, is_stamped: bool) -> None:
+    def __init__(self, stream: Any, has_timestamps: bool) -> None:
         self._stream = stream
         self._hub = gevent.get_hub()
-        # To wait before a read spares the failed read by which gevent's sockets find out that there is nothing yet.
-        self._readable = self._hub.loop.io(stream.fileno(), 1) if is_stamped else None
+        # Waiting before each read avoids the failed read with which gevent's sockets detect that no data is there.
+        self._readable = self._hub.loop.io(stream.fileno(), 1) if has_timestamps else None
         self.used_s = 0.0
         self._exchange: Exchange
         self._parser: HttpResponseParser
         self._at_s = 0.0
-        self._is_whole = False
+        self._is_complete = False
         self._is_kept = False
         self._has_length = False
 
     def ask(self, request: bytes, done: Exchange) -> bool:
-        """Write the request and read into `done` until the answer is whole; whether the connection can be kept."""
-        self._exchange, self._is_whole, self._is_kept, self._has_length = done, False, False, False
+        """Write the request and read the full response into `done`; return whether the connection stays open."""
+        self._exchange, self._is_complete, self._is_kept, self._has_length = done, False, False, False
         self._parser = HttpResponseParser(self)
-        feed, read = self._parser.feed_data, self._read_stamped if self._readable else self._read
+        feed, read = self._parser.feed_data, self._read_timestamped if self._readable else self._read
         is_begun = False
         try:
             self._stream.sendall(request)
-            while not self._is_whole:
+            while not self._is_complete:
                 num_bytes = read()
                 if not num_bytes:
                     break
                 is_begun = True
-                feed(_room[:num_bytes])
+                feed(_buffer[:num_bytes])
         except HttpParserError as error:
             raise ExchangeError("broken http") from error
         except OSError as error:
             raise ExchangeError("connection reset") if is_begun else _UnansweredError("connection reset") from error
         if not is_begun:
             raise _UnansweredError("closed before an answer")
-        if not self._is_whole and (self._has_length or not done.status):  # else the connection's end is the answer's
+        # Without a length, the end of the connection ends the response.
+        if not self._is_complete and (self._has_length or not done.status):
             is_stream = done.headers.get("content-type", "").startswith("text/event-stream")
             raise ExchangeError("closed in mid-stream" if is_stream else "closed in mid-answer")
         done.end_s = self.used_s = self._at_s
@@ -222,24 +222,24 @@ class _Connection:
         self._stream.close()
 
     def _read(self) -> int:
-        num_bytes: int = self._stream.recv_into(_room)
+        num_bytes: int = self._stream.recv_into(_buffer)
         self._at_s = time.perf_counter()
         return num_bytes
 
-    def _read_stamped(self) -> int:
+    def _read_timestamped(self) -> int:
         num_bytes: int
         self._hub.wait(self._readable)
-        num_bytes, ancillary, _, _ = self._stream.recvmsg_into((_room,), _ANCILLARY_BYTES)
+        num_bytes, ancillary, _, _ = self._stream.recvmsg_into((_buffer,), _ANCILLARY_BYTES)
         self._at_s = time.perf_counter()
         for _, kind, stamp in ancillary:
             if kind == _SO_TIMESTAMPNS:
                 seconds, nanoseconds = _TIMESPEC.unpack(stamp)
                 late_s = time.time() - seconds - nanoseconds * 1e-9
-                if 0 < late_s < 1:  # else the system's clock was set meanwhile
+                if 0 < late_s < 1:  # otherwise the system clock was changed
                     self._at_s -= late_s
         return num_bytes
 
-    # What httptools calls while it is fed.
+    # Callbacks of httptools.
 
     def on_header(self, name: bytes, value: bytes) -> None:
         lower = name.decode("latin-1").lower()
@@ -253,19 +253,19 @@ class _Connection:
         self._exchange.pieces.append((self._at_s, body))
 
     def on_message_complete(self) -> None:
-        self._is_whole = self._exchange.status >= 200  # before it come interim answers, such as 103 Early Hints
-        self._is_kept = self._is_whole and self._parser.should_keep_alive()
+        self._is_complete = self._exchange.status >= 200  # interim responses such as 103 Early Hints come first
+        self._is_kept = self._is_complete and self._parser.should_keep_alive()
 
 
 def _make_tls() -> ssl.SSLContext:
-    """Trusts what the system trusts, or the file that SSL_CERT_FILE names; gevent has no default context of its own."""
+    """Return a TLS context with the system's certificates or those of SSL_CERT_FILE; gevent has no default context."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.load_default_certs()
     return context
 
 
-def _ask_for_stamps(stream: socket.socket) -> bool:
-    """Whether the socket will say when the kernel received its bytes."""
+def _enable_timestamps(stream: socket.socket) -> bool:
+    """Ask the kernel for receive times; return whether the socket supports them."""
     if sys.platform != "linux":
         return False
     try:

@@ -1,15 +1,15 @@
-"""A server whose every moment is known: what a load client says of it is the client's error.
+"""A mock server with an exact latency schedule, for `slimserve loadtest --calibrate`, the tests and the benchmarks.
 
     python -m slimserve.loadtest.mock_server --port 9000 --ttft-ms 100 --gap-ms 20 --tokens 100
 
-It streams chats and completions with one token per chunk, the first one `ttft` after the request's last byte had come
-and the others `gap` apart, and answers all else after `ttft`; as an M/D/1 queue, one request after the other, where
-`--service-ms` is given. It freezes for `--stall-s` seconds, `--stall-at-s` after the first request, and then sends all
-that was due at once. /metrics counts as vLLM's does. GET /truth says how late its own writes were; /truth?reset counts
-anew. The first line it prints is its URL.
+It streams chats and completions with one token per chunk. The first token leaves `ttft` after the request's last byte
+and the others follow `gap` apart; all other responses take `ttft`. With `--service-ms` it is an M/D/1 queue that serves
+one request at a time. With `--stall-s` it freezes `--stall-at-s` after the first request, then sends what is overdue.
+/metrics has vLLM's counters, and GET /lateness reports how late the server's own writes were (/lateness?reset clears
+the samples). The first line of output is the server's URL.
 
-The timers of asyncio and of epoll have a grain of 1 ms, so one loop sleeps until shortly before the next moment and
-spins from there: under load the server burns its core. Pin it to one that the client does not use.
+The timers of asyncio and epoll have a resolution of 1 ms. So one loop sleeps until shortly before the next write and
+then spins, which uses a full core under load; pin it to a core that the client does not use.
 """
 
 from __future__ import annotations
@@ -38,25 +38,25 @@ from httptools import HttpParserError, HttpRequestParser
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 
 from slimserve.core.parent_death import die_with_parent
-from slimserve.loadtest.summary import percentile
+from slimserve.core.statistics import percentile
 
-MODEL = "truth"
+MODEL = "mock"
 PROMPT_TOKENS = 10
-"""What the server says that any prompt has."""
+"""Number of tokens that the server reports for every prompt."""
 SCORE = 0.5
-"""Of every candidate and label."""
+"""Score of every candidate and label."""
 _SO_TIMESTAMPNS = 35
 _TIMESPEC = struct.Struct("qq")
 _ANCILLARY = socket.CMSG_SPACE(_TIMESPEC.size)
 _READ_BYTES = 2**18
 _SPIN_S = 0.002
-"""epoll rounds up to the next millisecond, and waking a core takes up to a tenth of one."""
+"""Seconds of spinning before a write: epoll rounds up to 1 ms, and a core takes up to 0.1 ms to wake."""
 _IDLE_S = 1.0
 _NICENESS = -20
-"""On a core of its own: as it spins, the scheduler would let whatever else runs there go before it."""
+"""Priority on a pinned core; otherwise the scheduler would prefer other processes to one that spins."""
 _KEPT_LAGS = 1_000_000
 _JSON, _TEXT, _EVENTS = b"application/json", b"text/plain; version=0.0.4; charset=utf-8", b"text/event-stream"
-# The buckets of vllm/v1/metrics/buckets.py.
+# Buckets of vllm/v1/metrics/buckets.py.
 _TTFT_BUCKETS = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0),
     *(20.0, 40.0, 80.0, 160.0, 640.0, 2560.0),
@@ -72,44 +72,44 @@ _E2E_BUCKETS = (
 
 @dataclass(frozen=True)
 class MockSchedule:
-    """What the server does when; seconds."""
+    """Latencies of the mock server in seconds."""
 
     ttft_s: float = 0.1
     gap_s: float = 0.02
     num_tokens: int = 100
-    """Of a stream whose request names no number."""
+    """Number of tokens of a stream, if the request does not set one."""
     service_s: float = 0.0
-    """Above 0: requests are served one after the other, each for so long (an M/D/1 queue under Poisson arrivals)."""
+    """Above 0, requests are served one at a time for this long (an M/D/1 queue under Poisson arrivals)."""
     stall_at_s: float = float("inf")
-    """From the first request."""
+    """Start of the freeze, counted from the first request."""
     stall_s: float = 0.0
 
 
 class ResponseTimes:
-    """When each request's answer begins, of requests in their order."""
+    """Computes when the response to each request begins; requests must be given in order of arrival."""
 
     def __init__(self, schedule: MockSchedule) -> None:
         self._schedule = schedule
         self._stall_begin_s = float("inf")
         self._free_s = 0.0
 
-    def begin_of(self, came_s: float) -> float:
-        """When the first token of the request that came last is due."""
+    def begin_of(self, arrived_s: float) -> float:
+        """Return the time of the first token for a request that arrived at this time."""
         if self._stall_begin_s == float("inf"):
-            self._stall_begin_s = came_s + self._schedule.stall_at_s
+            self._stall_begin_s = arrived_s + self._schedule.stall_at_s
         if not self._schedule.service_s:
-            return came_s + self._schedule.ttft_s
-        self._free_s = self.thawed(max(self._free_s, came_s) + self._schedule.service_s)
+            return arrived_s + self._schedule.ttft_s
+        self._free_s = self.after_stall(max(self._free_s, arrived_s) + self._schedule.service_s)
         return self._free_s
 
-    def thawed(self, at_s: float) -> float:
-        """The same moment, or the end of the freeze that it falls into."""
+    def after_stall(self, at_s: float) -> float:
+        """Return the same time, or the end of the freeze if the time falls into it."""
         end_s = self._stall_begin_s + self._schedule.stall_s
         return end_s if self._stall_begin_s <= at_s < end_s else at_s
 
 
 class MockServer:
-    """One loop over the sockets and a heap of due writes, each with its own moment: a late one makes no other late."""
+    """One loop over the sockets and a heap of scheduled writes; a late write does not delay the others."""
 
     def __init__(self, schedule: MockSchedule, port: int = 0) -> None:
         self.schedule = schedule
@@ -120,7 +120,7 @@ class MockServer:
         self._epoll = select.epoll()
         self._epoll.register(self._listener, select.EPOLLIN)
         self._connections: dict[int, _Connection] = {}
-        self._due: list[tuple[float, int, _Answer]] = []
+        self._pending: list[tuple[float, int, _Answer]] = []
         self._order = itertools.count()
         self._lags_s: deque[float] = deque(maxlen=_KEPT_LAGS)
         self._registry = CollectorRegistry()
@@ -132,11 +132,11 @@ class MockServer:
         self._e2e = _histogram("vllm:e2e_request_latency_seconds", _E2E_BUCKETS, self._registry)
 
     def run(self) -> None:
-        """Serve for ever."""
+        """Serve until the process is killed."""
         while True:
-            self._write_due()
-            wait_s = self._due[0][0] - time.monotonic() if self._due else _IDLE_S
-            # One at a time, in the order in which they became ready: that is the order of the queue.
+            self._write_scheduled()
+            wait_s = self._pending[0][0] - time.monotonic() if self._pending else _IDLE_S
+            # One event at a time, because the order of readiness is the order of the queue.
             for descriptor, _ in self._epoll.poll(max(0.0, wait_s - _SPIN_S), 1):
                 if descriptor == self._listener.fileno():
                     self._accept()
@@ -145,14 +145,14 @@ class MockServer:
                     self._connections.pop(descriptor).stream.close()
 
     def schedule_write(self, at_s: float, answer: _Answer) -> None:
-        heapq.heappush(self._due, (self.course.thawed(at_s), next(self._order), answer))
+        heapq.heappush(self._pending, (self.course.after_stall(at_s), next(self._order), answer))
 
     def metrics(self) -> bytes:
         return generate_latest(self._registry)
 
     def lateness(self, is_reset: bool) -> dict[str, float]:
-        """Percentiles of how late writes were, in milliseconds, and their number."""
-        num_writes, lags = len(self._lags_s), sorted(self._lags_s) or [0.0]
+        """Return percentiles of the delay of writes in milliseconds, and their number."""
+        num_writes, lags = len(self._lags_s), list(self._lags_s) or [0.0]
         if is_reset:
             self._lags_s.clear()
         shares = {"lag_p50_ms": 0.5, "lag_p99_ms": 0.99, "lag_max_ms": 1.0}
@@ -166,11 +166,11 @@ class MockServer:
         self._connections[stream.fileno()] = _Connection(stream, self)
         self._epoll.register(stream, select.EPOLLIN)
 
-    def _write_due(self) -> None:
-        # Only what is due now: requests are read between, however many writes are behind.
+    def _write_scheduled(self) -> None:
+        # Only the writes scheduled by now, so that requests are read in between even if many writes are overdue.
         now_s = time.monotonic()
-        while self._due and self._due[0][0] <= now_s:
-            at_s, _, answer = heapq.heappop(self._due)
+        while self._pending and self._pending[0][0] <= now_s:
+            at_s, _, answer = heapq.heappop(self._pending)
             written_s = time.monotonic()
             if not answer.connection.send(answer.chunks[answer.number]):
                 continue
@@ -186,31 +186,31 @@ class MockServer:
             if answer.number:
                 self._itl.observe(written_s - answer.written_s)
             else:
-                self._ttft.observe(written_s - answer.came_s)
+                self._ttft.observe(written_s - answer.arrived_s)
             answer.written_s = written_s
         if answer.number == len(answer.chunks) - 1:
             self._requests.inc()
             self._prompt_tokens.inc(PROMPT_TOKENS)
-            self._e2e.observe(written_s - answer.came_s)
+            self._e2e.observe(written_s - answer.arrived_s)
 
 
 @dataclass(slots=True)
 class _Answer:
-    """What is written to whom, piece by piece."""
+    """The response to one request, written chunk by chunk."""
 
     connection: _Connection
     chunks: list[bytes]
-    came_s: float
+    arrived_s: float
     begin_s: float
     is_stream: bool
     number: int = 0
-    """Of the next chunk."""
+    """Index of the next chunk."""
     written_s: float = 0.0
-    """When the chunk before it was."""
+    """Time at which the previous chunk was written."""
 
 
 class _Connection:
-    """One client's socket and the parser of its requests."""
+    """One client's socket with the parser of its requests."""
 
     def __init__(self, stream: socket.socket, server: MockServer) -> None:
         self.stream = stream
@@ -218,29 +218,29 @@ class _Connection:
         self._parser = HttpRequestParser(self)
         self._path = ""
         self._body = b""
-        self._came_s = 0.0
+        self._arrived_s = 0.0
 
     def read(self) -> bool:
-        """Take what has come; whether there may be more."""
+        """Read the available data; return whether the connection is still open."""
         try:
             data, ancillary, _, _ = self.stream.recvmsg(_READ_BYTES, _ANCILLARY)
-            self._came_s = time.monotonic()
+            self._arrived_s = time.monotonic()
             for _, _, stamp in ancillary:
                 seconds, nanoseconds = _TIMESPEC.unpack(stamp)
-                self._came_s -= time.time() - (seconds + nanoseconds * 1e-9)
+                self._arrived_s -= time.time() - (seconds + nanoseconds * 1e-9)
             self._parser.feed_data(data)
         except (OSError, HttpParserError):
             return False
         return bool(data)
 
     def send(self, data: bytes) -> bool:
-        """Whether the client is there and reads."""
+        """Send `data`; return whether the client accepted all of it."""
         try:
             return self.stream.send(data) == len(data)
         except OSError:
             return False
 
-    # httptools, while it reads a request
+    # Callbacks of httptools.
 
     def on_url(self, url: bytes) -> None:
         self._path, self._body = url.decode("latin-1"), b""
@@ -253,21 +253,21 @@ class _Connection:
         if self._parser.get_method() == b"POST" and path != "/tokenize":
             body = json.loads(self._body)
             chunks, num_gaps = _answer_to(path, body, server.schedule)
-            begin_s = server.course.begin_of(self._came_s) + num_gaps * server.schedule.gap_s
-            server.schedule_write(begin_s, _Answer(self, chunks, self._came_s, begin_s, bool(body.get("stream"))))
+            begin_s = server.course.begin_of(self._arrived_s) + num_gaps * server.schedule.gap_s
+            server.schedule_write(begin_s, _Answer(self, chunks, self._arrived_s, begin_s, bool(body.get("stream"))))
         elif path == "/metrics":
-            self.send(_whole(server.metrics(), _TEXT))
+            self.send(_response(server.metrics(), _TEXT))
         else:
             documents: dict[str, Any] = {
                 "/v1/models": {"object": "list", "data": [{"id": MODEL, "object": "model", "max_model_len": 2**20}]},
                 "/tokenize": {"tokens": [1], "count": 1, "max_model_len": 2**20},
-                "/truth": server.lateness(is_reset=path.endswith("?reset")) if path.startswith("/truth") else {},
+                "/lateness": server.lateness(is_reset=path.endswith("?reset")) if path.startswith("/lateness") else {},
             }
-            self.send(_whole(json.dumps(documents.get(path.partition("?")[0], {})).encode()))
+            self.send(_response(json.dumps(documents.get(path.partition("?")[0], {})).encode()))
 
 
 def _answer_to(path: str, body: dict[str, Any], schedule: MockSchedule) -> tuple[list[bytes], int]:
-    """The pieces of an answer, and how many gaps after its begin the first of them is due."""
+    """Return the chunks of a response, and the number of gaps between its start and its first chunk."""
     is_chat = path == "/v1/chat/completions"
     if not is_chat and path != "/v1/completions":
         num_items = len(body.get("items") or body.get("documents") or [0])
@@ -282,9 +282,9 @@ def _answer_to(path: str, body: dict[str, Any], schedule: MockSchedule) -> tuple
 
 @functools.lru_cache(maxsize=64)
 def _stream(is_chat: bool, num_tokens: int, has_usage_each: bool, has_usage_last: bool) -> list[bytes]:
-    """The pieces of a streamed answer, made once: to write one is all that its moment takes."""
+    """Return the chunks of a streamed response; cached, so that a scheduled write does no other work."""
     fixed = {
-        "id": "truth",
+        "id": "mock",
         "object": "chat.completion.chunk" if is_chat else "text_completion",
         "created": 0,
         "model": MODEL,
@@ -308,19 +308,19 @@ def _stream(is_chat: bool, num_tokens: int, has_usage_each: bool, has_usage_last
 def _completion(is_chat: bool, num_tokens: int) -> bytes:
     said = {"message": {"role": "assistant", "content": " a" * num_tokens}} if is_chat else {"text": " a" * num_tokens}
     choice = {"index": 0, **said, "finish_reason": "length"}
-    return _whole(
-        json.dumps({"id": "truth", "model": MODEL, "choices": [choice], "usage": _usage(num_tokens)}).encode()
+    return _response(
+        json.dumps({"id": "mock", "model": MODEL, "choices": [choice], "usage": _usage(num_tokens)}).encode()
     )
 
 
 def _scores(num_items: int, num_labels: int) -> bytes:
-    """One answer that clients of /v1/score, /v1/rerank and vLLM's /generative_scoring read."""
+    """Return one response that suits clients of /v1/score, /v1/rerank and vLLM's /generative_scoring."""
     answer = {
         "scores": [[SCORE] * num_labels] * num_items,
         "results": [{"index": index, "relevance_score": SCORE} for index in range(num_items)],
         "data": [{"index": index, "object": "score", "score": SCORE} for index in range(num_items)],
     }
-    return _whole(json.dumps({"model": MODEL, "object": "list", **answer, "usage": _usage(0)}).encode())
+    return _response(json.dumps({"model": MODEL, "object": "list", **answer, "usage": _usage(0)}).encode())
 
 
 def _usage(num_tokens: int) -> dict[str, int]:
@@ -328,7 +328,7 @@ def _usage(num_tokens: int) -> dict[str, int]:
     return {"prompt_tokens": PROMPT_TOKENS, "completion_tokens": num_tokens, "total_tokens": total}
 
 
-def _whole(body: bytes, kind: bytes = _JSON) -> bytes:
+def _response(body: bytes, kind: bytes = _JSON) -> bytes:
     return b"HTTP/1.1 200 OK\r\nContent-Type: %b\r\nContent-Length: %d\r\n\r\n%b" % (kind, len(body), body)
 
 
@@ -338,21 +338,21 @@ def _histogram(name: str, buckets: tuple[float, ...], registry: CollectorRegistr
 
 @dataclass(frozen=True)
 class RunningMockServer:
-    """A truth server in a process of its own."""
+    """A mock server in its own process."""
 
     url: str
 
     def lateness(self) -> dict[str, float]:
-        """`lag_p50_ms`, `lag_p99_ms`, `lag_max_ms` and `num_writes` since the last call."""
+        """Return `lag_p50_ms`, `lag_p99_ms`, `lag_max_ms` and `num_writes` since the last call."""
         import httpx
 
-        lateness: dict[str, float] = httpx.get(f"{self.url}/truth?reset").raise_for_status().json()
+        lateness: dict[str, float] = httpx.get(f"{self.url}/lateness?reset").raise_for_status().json()
         return lateness
 
 
 @contextmanager
 def running_mock_server(schedule: MockSchedule, core: int | None = None) -> Iterator[RunningMockServer]:
-    """A truth server beside this process, on a port that was free, ended with the context."""
+    """Run a mock server in another process on a free port, optionally pinned to a core; it ends with the context."""
     command = [
         *(sys.executable, "-m", "slimserve.loadtest.mock_server", "--tokens", str(schedule.num_tokens)),
         *("--ttft-ms", str(schedule.ttft_s * 1e3), "--gap-ms", str(schedule.gap_s * 1e3)),
@@ -365,27 +365,27 @@ def running_mock_server(schedule: MockSchedule, core: int | None = None) -> Iter
             assert process.stdout is not None
             url = process.stdout.readline().strip()
             if not url:
-                raise RuntimeError("the truth server did not start; its own words are above")
+                raise RuntimeError("the mock server did not start; its error message is above")
             yield RunningMockServer(url)
         finally:
             process.kill()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="a server of known latency")
-    parser.add_argument("--port", type=int, default=0, help="0 takes a free one")
+    parser = argparse.ArgumentParser(description="Mock server with an exact latency schedule.")
+    parser.add_argument("--port", type=int, default=0, help="port; 0 selects a free one")
     parser.add_argument("--ttft-ms", type=float, default=100.0)
     parser.add_argument("--gap-ms", type=float, default=20.0)
-    parser.add_argument("--tokens", type=int, default=100, help="where a request names no number")
-    parser.add_argument("--service-ms", type=float, default=0.0, help="serve one request after the other, each so long")
-    parser.add_argument("--stall-at-s", type=float, default=float("inf"), help="freeze so long after the first request")
+    parser.add_argument("--tokens", type=int, default=100, help="number of tokens, if the request sets none")
+    parser.add_argument("--service-ms", type=float, default=0.0, help="serve one request at a time for this long")
+    parser.add_argument("--stall-at-s", type=float, default=float("inf"), help="start of a freeze")
     parser.add_argument("--stall-s", type=float, default=0.0)
-    parser.add_argument("--core", type=int, help="run on this core alone")
+    parser.add_argument("--core", type=int, help="core to run on")
     given = parser.parse_args()
     die_with_parent()
     if given.core is not None:
         os.sched_setaffinity(0, {given.core})
-        with contextlib.suppress(OSError):  # only root may go first
+        with contextlib.suppress(OSError):  # only root may raise the priority
             os.setpriority(os.PRIO_PROCESS, 0, _NICENESS)
     schedule = MockSchedule(
         ttft_s=given.ttft_ms / 1e3,
@@ -398,7 +398,7 @@ def main() -> None:
     server = MockServer(schedule, given.port)
     sys.stdout.write(server.url + "\n")
     sys.stdout.flush()
-    # What the imports made is never garbage: a collection would walk it in the middle of a stream.
+    # A garbage collection would otherwise walk all imported objects in the middle of a stream.
     gc.freeze()
     server.run()
 

@@ -12,7 +12,7 @@ from slimserve.core.openai_client import Target
 from slimserve.core.progress import print_status
 from slimserve.loadtest.prompts import suite_name
 from slimserve.loadtest.run import OnResult, run_suite, write_document
-from slimserve.loadtest.search import MaxRate, Measure, Probe, RatePoint, find_max_rate, sweep
+from slimserve.loadtest.search import MaxRate, Measure, RatePoint, find_max_rate, sweep
 from slimserve.loadtest.settings import LoadSettings
 from slimserve.loadtest.summary import LoadSummary
 
@@ -81,7 +81,7 @@ def _measure(
 
     num_used = settings.suite.first_prompt
 
-    def measure(rate: float, seed: int) -> Probe:
+    def measure(rate: float, seed: int) -> RatePoint:
         nonlocal num_used
         # New prompts as long as there are some, because a prefix cache answers those of earlier runs.
         unused = settings.suite.model_copy(update={"first_prompt": num_used})
@@ -96,7 +96,7 @@ def _measure(
         )
         print_status(f"{rate:.4g} requests/s: {text or f'{summary.num_requests} requests'}")
         points.append(RatePoint(rate, seed, met, summary))
-        return Probe(met, summary)
+        return points[-1]
 
     return measure
 

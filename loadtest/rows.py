@@ -1,4 +1,4 @@
-"""The raw measurement of one request, one JSON line each: everything else is computed from these."""
+"""The raw measurement of one request, stored as one JSON line; all metrics are computed from these rows."""
 
 from __future__ import annotations
 
@@ -13,57 +13,58 @@ from slimserve.core.errors import UserError
 
 @dataclass(frozen=True)
 class Row:
-    """What the client saw of one request; times in seconds since the load began."""
+    """The client's view of one request; times in seconds since the load began."""
 
     scheduled_s: float
-    """When the request should have been sent; in closed-loop load, when it was."""
+    """Time at which the request was scheduled; in a closed loop, the time at which it was sent."""
     sent_s: float
     end_s: float
-    """When the last byte arrived, or the request failed."""
+    """Time at which the last byte arrived or the request failed."""
     arrivals: tuple[tuple[float, int], ...] = ()
-    """Per streamed chunk that carried tokens: when it arrived and how many it held."""
+    """Arrival time and number of tokens of each streamed chunk that carried tokens."""
     prompt_tokens: int = 0
     output_tokens: int = 0
     num_items: int = 0
-    """Candidates scored."""
+    """Number of scored candidate items."""
     error: str | None = None
-    """Kind of failure; None for a good answer."""
+    """Kind of failure; None if the request succeeded."""
     kind: str = ""
-    """Workload that the request belongs to: a mixed run has several."""
+    """Name of the request's workload; a mixed run has several."""
     prompt: int = -1
-    """Number of the prompt in the order of the run's seed, the same for every server that is asked."""
+    """Number of the prompt in the order of the prompt seed, which is the same for every server."""
     first_answer_s: float | None = None
-    """When the first token after the chain of thought arrived; None where there was no such token."""
+    """Arrival time of the first token after the chain of thought; None if there was no such token."""
     cached_tokens: int | None = None
-    """Prompt tokens that the server says it did not compute."""
+    """Number of prompt tokens that the server took from its prefix cache, if the server reports it."""
     finish_reason: str | None = None
     text: str = ""
-    """What was generated, chain of thought included."""
+    """Generated text, including the chain of thought."""
     scores: tuple[float, ...] = ()
-    """Per candidate the first label's share, as it came back under load."""
+    """Score of each candidate: the first label's share of the labels' probability."""
 
     @property
     def e2e_s(self) -> float:
+        """End-to-end latency in seconds, from the scheduled time."""
         return self.end_s - self.scheduled_s
 
     @property
     def ttft_s(self) -> float | None:
-        """Seconds until the first token's bytes; None where nothing was streamed."""
+        """Time to first token in seconds, from the scheduled time; None if nothing was streamed."""
         return self.arrivals[0][0] - self.scheduled_s if self.arrivals else None
 
     @property
     def send_lag_s(self) -> float:
-        """How late the client was; beyond a few milliseconds the client is what was measured."""
+        """Delay of the client in seconds; above a few milliseconds the client limits the measurement."""
         return self.sent_s - self.scheduled_s
 
     @property
     def tpot_s(self) -> float | None:
-        """Seconds per output token after the first chunk; None where there was one chunk."""
+        """Seconds per output token after the first chunk; None if there was only one chunk."""
         later = sum(count for _, count in self.arrivals[1:])
         return (self.arrivals[-1][0] - self.arrivals[0][0]) / later if later else None
 
     def inter_token_gaps_s(self) -> Iterator[float]:
-        """One gap per token after the first chunk; a chunk of k tokens counts as k equal gaps."""
+        """Yield one gap per token after the first chunk; a chunk of k tokens counts as k equal gaps."""
         for (before, _), (at, count) in zip(self.arrivals, self.arrivals[1:], strict=False):
             yield from [(at - before) / count] * count
 
@@ -73,7 +74,7 @@ _decoder = msgspec.json.Decoder(Row)
 
 
 def encode_row(row: Row) -> bytes:
-    """The row as one line of JSON."""
+    """Return the row as one line of JSON."""
     return _encoder.encode(row) + b"\n"
 
 
@@ -82,7 +83,7 @@ def decode_row(line: bytes) -> Row:
 
 
 def read_rows(file: Path) -> list[Row]:
-    """Rows of a file of such lines; a last line without its end, of a run that was killed, is left out."""
+    """Return the rows of a file; an incomplete last line, left by a killed run, is skipped."""
     lines = file.read_bytes().split(b"\n")
     try:
         return [decode_row(line) for line in lines[:-1] if line]

@@ -1,8 +1,8 @@
-"""The highest rate at which a server keeps its objectives, and the curve of latency over rate.
+"""The search for the highest rate at which a server meets its objectives, and the curve of latency over rate.
 
-Pure search: the caller measures. Close to the limit a run's verdict is a matter of luck, as a queue's percentiles over
-a minute scatter by a tenth and more; so a rate is judged by the majority of several runs, each with a seed of its own
-(the same seed would also ask the same prompts, which the server's prefix cache then knows).
+The search is pure: the caller measures. Close to the limit the result of one run is random, because percentiles of a
+queue over a minute vary by a tenth or more. A rate is therefore decided by the majority of several runs. Each run has
+its own seed, as the same seed would repeat prompts that the server's prefix cache knows.
 """
 
 from __future__ import annotations
@@ -19,17 +19,8 @@ _GROWTH = 2.0
 
 
 @dataclass(frozen=True)
-class Probe:
-    """One run's outcome."""
-
-    met: bool
-    """Whether every objective was kept."""
-    summary: LoadSummary
-
-
-@dataclass(frozen=True)
 class RatePoint:
-    """One run of a search, at `rate` requests/s."""
+    """One run at `rate` requests/s; `met` is true if it met every objective."""
 
     rate: float
     seed: int
@@ -39,23 +30,23 @@ class RatePoint:
 
 @dataclass(frozen=True)
 class MaxRate:
-    """What a search found; rates in requests/s."""
+    """The result of a search; rates in requests/s."""
 
     rate: float | None
-    """The estimate: the geometric mean of the bracket where it closed, else the highest rate that met."""
+    """Estimate: the geometric mean of the final bracket, or else the highest rate that met the objectives."""
     met_rate: float | None
-    """The highest rate below the limit whose runs met the objectives."""
+    """Highest rate below the limit whose runs met the objectives."""
     missed_rate: float | None
-    """The lowest rate above it whose runs missed them."""
+    """Lowest rate above the limit whose runs missed them."""
     is_found: bool
-    """Whether the bracket closed to the tolerance; else `ended` says what stood in the way."""
+    """True if the bracket reached the tolerance; `ended` says why the search ended."""
     ended: str
     points: tuple[RatePoint, ...]
-    """Every run, in the order measured."""
+    """All runs in the order of measurement."""
 
 
-Measure = Callable[[float, int], Probe]
-"""Runs one load of so many requests/s with a seed."""
+Measure = Callable[[float, int], RatePoint]
+"""Runs one load at a rate in requests/s with a seed."""
 
 
 def find_max_rate(
@@ -70,17 +61,16 @@ def find_max_rate(
 ) -> MaxRate:
     """Bracket the limit by doubling or halving from `start_rate`, then halve the bracket on a logarithmic scale.
 
-    Ends when the rates that met and missed are within `tolerance` of each other. A rate meets its objectives where most
-    of `repeats` runs do; no further run is made once that is certain. A run whose figures are not the server's
-    (`summary.invalid`) ends the search with what was found until then. Raises UserError for settings that cannot be
-    searched with.
+    The search ends when the rates that met and missed are within `tolerance` of each other. A rate meets the objectives
+    if most of `repeats` runs do; runs that cannot change the majority are skipped. An invalid run (`summary.invalid`)
+    ends the search with the results so far. Raises UserError for settings with which no search can end.
     """
     if not 0 < lowest_rate <= start_rate <= highest_rate:
         limits = f"give a rate from {lowest_rate:g} to {highest_rate:g} requests/s"
-        raise UserError("--rate", start_rate, "is no rate to begin the search at", limits)
+        raise UserError("--rate", start_rate, "cannot start a search", limits)
     if tolerance <= 0 or repeats < 1:
         raise UserError(
-            "search", (tolerance, repeats), "cannot end", "give a tolerance above 0 and at least one repeat"
+            "search", (tolerance, repeats), "never ends", "give a tolerance above 0 and at least one repeat"
         )
     seeds = itertools.count(first_seed)
     points: list[RatePoint] = []
@@ -109,26 +99,21 @@ def find_max_rate(
 
 
 def sweep(measure: Measure, rates: Iterable[float], first_seed: int = 0) -> list[RatePoint]:
-    """One run at each rate, in ascending order, each with a seed of its own."""
-    points = []
-    for seed, rate in enumerate(sorted(rates), first_seed):
-        probe = measure(rate, seed)
-        points.append(RatePoint(rate, seed, probe.met, probe.summary))
-    return points
+    """Run once at each rate in ascending order, each time with another seed."""
+    return [measure(rate, seed) for seed, rate in enumerate(sorted(rates), first_seed)]
 
 
 class _InvalidRunError(Exception):
-    """A run measured something else than the server; the message says what."""
+    """A run did not measure the server; the message gives the reason."""
 
 
 def _is_met(measure: Measure, rate: float, repeats: int, seeds: Iterator[int], points: list[RatePoint]) -> bool:
-    """The verdict of most runs at a rate; each is appended to `points`."""
+    """Return the result of the majority of runs at a rate; each run is appended to `points`."""
     counts = {True: 0, False: 0}
     while 2 * max(counts.values()) <= repeats and sum(counts.values()) < repeats:
-        seed = next(seeds)
-        probe = measure(rate, seed)
-        points.append(RatePoint(rate, seed, probe.met, probe.summary))
-        if probe.summary.invalid:
-            raise _InvalidRunError(f"the run at {rate:.4g}/s was not valid: {'; '.join(probe.summary.invalid)}")
-        counts[probe.met] += 1
+        point = measure(rate, next(seeds))
+        points.append(point)
+        if point.summary.invalid:
+            raise _InvalidRunError(f"the run at {rate:.4g}/s was not valid: {'; '.join(point.summary.invalid)}")
+        counts[point.met] += 1
     return counts[True] > counts[False]

@@ -1,4 +1,4 @@
-"""What the server's own /metrics say of a run, and where that disagrees with what the client saw."""
+"""The server's own Prometheus metrics of a run, and their disagreements with the client's measurement."""
 
 from __future__ import annotations
 
@@ -15,38 +15,38 @@ from slimserve.loadtest.rows import Row
 from slimserve.loadtest.summary import Percentiles, ServerCounts
 
 _TIMEOUT_S = 5.0
-_EVERY_S = 1.0
-_SHARE = 0.01
-_SLACK = {"requests": 2, "output tokens": 2, "prompt tokens": 100}
-"""Of the request before the load that asks what the server can do, one token long."""
-_SLACK_S = 0.005
+_INTERVAL_S = 1.0
+_TOLERANCE_FRAC = 0.01
+_TOLERANCE = {"requests": 2, "output tokens": 2, "prompt tokens": 100}
+"""Allowance for the one-token request that probes the server before the load."""
+_TOLERANCE_S = 0.005
 
 Samples = Mapping[str, Mapping[str, float]]
-"""By series, then `le` of a bucket ("" where there is none): summed over the other labels."""
+"""Values by series and bucket edge `le` ("" without buckets), summed over all other labels."""
 
 
 def read_metrics(target: Target) -> Samples:
-    """The server's Prometheus series of the target's model; empty where it exports none."""
+    """Return the Prometheus series of the target's model; empty if the server exports none."""
     from prometheus_client.parser import text_string_to_metric_families
 
-    found: dict[str, dict[str, float]] = {}
+    by_series: dict[str, dict[str, float]] = {}
     try:
         response = httpx.get(f"{target.url}/metrics", headers=auth_headers(), timeout=_TIMEOUT_S)
         response.raise_for_status()
         for family in text_string_to_metric_families(response.text):
             for sample in family.samples:
                 if sample.labels.get("model_name", target.model) == target.model:
-                    series = found.setdefault(sample.name, {})
+                    series = by_series.setdefault(sample.name, {})
                     edge = sample.labels.get("le", "")
                     series[edge] = series.get(edge, 0.0) + sample.value
     except (httpx.HTTPError, ValueError):
         return {}
-    return found
+    return by_series
 
 
 @dataclass
 class ServerMonitor:
-    """Reads /metrics before, during (each second, for the queue) and after a run; `counts` says what came between."""
+    """Reads /metrics before and after a run, and the queue length every second; `counts` returns the difference."""
 
     target: Target
     _before: Samples = field(default_factory=dict)
@@ -56,7 +56,7 @@ class ServerMonitor:
 
     def __enter__(self) -> ServerMonitor:
         self._before = read_metrics(self.target)
-        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._thread = threading.Thread(target=self._poll, daemon=True)
         if self._before:
             self._thread.start()
         return self
@@ -70,61 +70,60 @@ class ServerMonitor:
             self._after = read_metrics(self.target)
 
     def counts(self) -> ServerCounts:
-        """What the server counted between the two readings; None for what it does not export."""
+        """Return the growth of the counters between the two readings; None for a counter that is not exported."""
         return counts_between(self._before, self._after, self._waiting)
 
-    def _look(self) -> None:
-        while not self._is_over.wait(_EVERY_S):
+    def _poll(self) -> None:
+        while not self._is_over.wait(_INTERVAL_S):
             waiting = read_metrics(self.target).get("vllm:num_requests_waiting", {})
             self._waiting += waiting.values()
 
 
 def counts_between(before: Samples, after: Samples, waiting: Sequence[float] = ()) -> ServerCounts:
-    """The growth of vLLM's counters and histograms between two readings."""
+    """Return the growth of vLLM's counters and histograms between two readings."""
 
-    def grown(name: str) -> float | None:
+    def growth(name: str) -> float | None:
         if name not in after:
             return None
         return after[name].get("", 0.0) - before.get(name, {}).get("", 0.0)
 
-    def bracket(name: str) -> tuple[float, float] | None:
+    def median_bracket(name: str) -> tuple[float, float] | None:
         edges = after.get(f"{name}_bucket", {})
         return _median_bucket({edge: edges[edge] - before.get(f"{name}_bucket", {}).get(edge, 0.0) for edge in edges})
 
-    asked, found = grown("vllm:prefix_cache_queries_total"), grown("vllm:prefix_cache_hits_total")
-    elsewhere = grown("vllm:external_prefix_cache_hits_total") or 0.0
-    queued, num_queued = grown("vllm:request_queue_time_seconds_sum"), grown("vllm:request_queue_time_seconds_count")
+    queries, hits = growth("vllm:prefix_cache_queries_total"), growth("vllm:prefix_cache_hits_total")
+    external_hits = growth("vllm:external_prefix_cache_hits_total") or 0.0
+    queued, num_queued = growth("vllm:request_queue_time_seconds_sum"), growth("vllm:request_queue_time_seconds_count")
     return ServerCounts(
-        requests=grown("vllm:request_success_total"),
-        prompt_tokens=grown("vllm:prompt_tokens_total"),
-        output_tokens=grown("vllm:generation_tokens_total"),
-        prefix_cache_hit_frac=(found + elsewhere) / asked if asked and found is not None else None,
-        preemptions=grown("vllm:num_preemptions_total"),
+        requests=growth("vllm:request_success_total"),
+        prompt_tokens=growth("vllm:prompt_tokens_total"),
+        output_tokens=growth("vllm:generation_tokens_total"),
+        prefix_cache_hit_frac=(hits + external_hits) / queries if queries and hits is not None else None,
+        preemptions=growth("vllm:num_preemptions_total"),
         queue_mean_s=queued / num_queued if queued is not None and num_queued else None,
         num_waiting_peak=max(waiting) if waiting else None,
-        ttft_p50_bracket_s=bracket("vllm:time_to_first_token_seconds"),
-        itl_p50_bracket_s=bracket("vllm:inter_token_latency_seconds"),
-        e2e_p50_bracket_s=bracket("vllm:e2e_request_latency_seconds"),
+        ttft_p50_bracket_s=median_bracket("vllm:time_to_first_token_seconds"),
+        itl_p50_bracket_s=median_bracket("vllm:inter_token_latency_seconds"),
+        e2e_p50_bracket_s=median_bracket("vllm:e2e_request_latency_seconds"),
     )
 
 
 def disagreements(rows: Sequence[Row], counts: ServerCounts, ttft: Percentiles, itl: Percentiles) -> list[str]:
-    """Where client and server do not tell the same, in words; rows are those of the whole run.
+    """Return a sentence for each value on which client and server disagree; `rows` are those of the whole run.
 
-    Only chats are compared, and only where all were answered: a scoring request is many of the engine's requests, and
-    what a failed one made the engine do is not known here.
+    Returns nothing if a request failed or scored items: the client cannot know how many engine requests those made.
     """
     if not rows or any(row.error or row.num_items for row in rows):
         return []
-    told = []
-    seen = {
+    messages = []
+    pairs = {
         "output tokens": (sum(row.output_tokens for row in rows), counts.output_tokens),
         "prompt tokens": (sum(row.prompt_tokens for row in rows), counts.prompt_tokens),
         "requests": (len(rows), counts.requests),
     }
-    for what, (ours, theirs) in seen.items():
-        if theirs is not None and abs(ours - theirs) > max(_SHARE * ours, _SLACK[what]):
-            told.append(f"the client counted {ours} {what}, the server {theirs:.0f}: does anyone else use it?")
+    for what, (ours, theirs) in pairs.items():
+        if theirs is not None and abs(ours - theirs) > max(_TOLERANCE_FRAC * ours, _TOLERANCE[what]):
+            messages.append(f"the client counted {ours} {what}, the server {theirs:.0f}: is it shared?")
     brackets = {
         "first token": (ttft.p50, counts.ttft_p50_bracket_s),
         "time between tokens": (itl.p50, counts.itl_p50_bracket_s),
@@ -133,16 +132,16 @@ def disagreements(rows: Sequence[Row], counts: ServerCounts, ttft: Percentiles, 
         if median is None or bracket is None:
             continue
         low, high = bracket
-        if median < low * (1 - _SHARE) or median > high * (1 + _SHARE) + _SLACK_S:
-            told.append(
+        if median < low * (1 - _TOLERANCE_FRAC) or median > high * (1 + _TOLERANCE_FRAC) + _TOLERANCE_S:
+            messages.append(
                 f"the client's median {what} is {median * 1000:.1f} ms, the server's between "
-                f"{low * 1000:.1f} and {high * 1000:.1f} ms: network, proxy or client add the rest"
+                f"{low * 1000:.1f} and {high * 1000:.1f} ms: the network, a proxy or the client adds the difference"
             )
-    return told
+    return messages
 
 
 def _median_bucket(grown: Mapping[str, float]) -> tuple[float, float] | None:
-    """The bucket of a cumulative histogram that holds its median."""
+    """Return the bucket of a cumulative histogram that holds its median; None if it is empty or unbounded."""
     edges = sorted((float(edge), count) for edge, count in grown.items())
     total = edges[-1][1] if edges else 0.0
     low = 0.0

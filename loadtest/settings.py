@@ -69,8 +69,8 @@ class LoadSettings(Settings):
     processes: int = setting(1, "Number of Locust worker processes that share the load.", panel=_CLUSTER, ge=1)
     slos: tuple[str, ...] = setting(
         (),
-        "Objective such as ttft_p99=500ms, itl_p95=50ms, tpot_mean=40ms, e2e_p50=2s, answer_p90=1s or errors=1%; may be "
-        "repeated. A missed objective ends with exit code 1.",
+        "Objective such as ttft_p99=500ms, itl_p95=50ms, tpot_mean=40ms, e2e_p50=2s, answer_p90=1s or errors=1%. "
+        "May be repeated; a missed objective ends with exit code 1.",
         option="--slo",
         panel=_GOALS,
         metavar="OBJECTIVE",

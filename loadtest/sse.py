@@ -1,8 +1,8 @@
-"""Server-sent events out of the bytes of a streamed answer, each with the time at which its last byte had come.
+"""Parses the server-sent events of a streamed answer; each event has the arrival time of its last byte.
 
-Tokens per chunk are what the server counts with each chunk (`continuous_usage_stats`). Where it counts only at the end
-or not at all, each chunk with text is one token for gaps and arrivals: how many it held nobody knows, and to share out
-the final count would invent gaps. The answer's number of tokens is then the final count, else the number of chunks.
+The number of tokens per chunk is the server's own count if it sends one with each chunk (`continuous_usage_stats`).
+Without it, each chunk with text counts as one token, because dividing a final count among the chunks would invent gaps.
+The number of tokens of the answer is then the final count, or else the number of chunks.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from slimserve.workloads.interface import THINK_CLOSE, THINK_OPEN
+
 _OTHER_FIELDS = {b"event", b"id", b"retry"}
-_THINK_BEGIN, _THINK_END = "<think>", "</think>"
 
 
 class StreamError(Exception):
-    """A stream is not what an OpenAI-compatible server sends; the message is the kind under which it is counted."""
+    """A stream is not that of an OpenAI-compatible server; the message is the kind of failure."""
 
 
 class _Delta(msgspec.Struct):
@@ -54,7 +55,7 @@ _NO_DELTA = _Delta()
 
 
 class Chunk(NamedTuple):
-    """Tokens that came together; the time in the clock of the pieces."""
+    """Tokens that arrived together; the time is in the clock of the pieces."""
 
     at_s: float
     num_tokens: int
@@ -67,25 +68,25 @@ class StreamedReply:
     chunks: list[Chunk] = field(default_factory=list)
     text: str = ""
     reasoning: str = ""
-    """The chain of thought, where the server sends it apart from the answer."""
+    """Chain of thought, if the server sends it separately from the answer."""
     first_answer_s: float | None = None
-    """When the first token after the chain of thought came: its first character that is no space, whether the server
-    sends the chain apart or between think tags; without a chain, the first token. None where the chain never ended."""
+    """Arrival time of the first non-space character after the chain of thought, or of the first token without a chain.
+    None if the chain never ended."""
     prompt_tokens: int = 0
     output_tokens: int = 0
     cached_tokens: int | None = None
     finish_reason: str | None = None
     has_usage: bool = False
-    """Whether the server counted the answer's tokens."""
+    """True if the server counted the answer's tokens."""
     error: str | None = None
-    """Kind of failure; what came before it is kept."""
+    """Kind of failure; everything before it is kept."""
 
 
 def read_stream(pieces: Iterable[tuple[float, bytes]]) -> StreamedReply:
-    """The tokens of a streamed completion or chat.
+    """Return the tokens of a streamed completion or chat from pieces of (arrival time in seconds, bytes).
 
-    Its `error` is one of: stream ended early (no [DONE]), half an event at the end, empty answer, error in stream,
-    broken json, invalid utf-8, broken event stream.
+    `error` of the reply is one of: stream ended early (no [DONE]), half an event at the end, empty answer, error in
+    stream, broken json, invalid utf-8, broken event stream.
     """
     answer = StreamedReply()
     said: list[tuple[float, str]] = []
@@ -103,10 +104,10 @@ def read_stream(pieces: Iterable[tuple[float, bytes]]) -> StreamedReply:
 
 
 def events(pieces: Iterable[tuple[float, bytes]]) -> Iterator[tuple[float, bytes]]:
-    """The data of each event and when the empty line after it had come; StreamError for what is no event stream.
+    """Yield the arrival time and data of each event, as the HTML standard defines them (section 9.2.6).
 
-    Lines end in LF or CRLF, several lines of data are one event's, comments are passed over (HTML standard, section
-    9.2.6). A last [DONE] needs no empty line after it.
+    An event arrives with the empty line after it; a last [DONE] needs none. Raises StreamError for bytes that are not
+    an event stream.
     """
     rest = b""
     data: list[bytes] = []
@@ -134,7 +135,7 @@ def events(pieces: Iterable[tuple[float, bytes]]) -> Iterator[tuple[float, bytes
 def _read_events(
     pieces: Iterable[tuple[float, bytes]], answer: StreamedReply, said: list[tuple[float, str]], thoughts: list[str]
 ) -> None:
-    """Fill in what the events up to [DONE] say, which must come."""
+    """Fill `answer`, `said` and `thoughts` from the events up to [DONE]; StreamError if it is missing."""
     num_counted = 0
     is_counted_by_chunk: bool | None = None  # unknown until the first token
     for at_s, data in events(pieces):
@@ -158,7 +159,7 @@ def _read_events(
             answer.output_tokens = max(answer.output_tokens, usage.completion_tokens)
             if usage.prompt_tokens_details is not None:
                 answer.cached_tokens = usage.prompt_tokens_details.cached_tokens
-        # A count without a choice, or the first one after chunks that had none, is of the whole answer: no token came.
+        # A count without a choice, or the first count after chunks without one, is the total and adds no token.
         if usage is not None and event.choices and is_counted_by_chunk is not False:
             num_tokens = usage.completion_tokens - num_counted
         else:
@@ -192,13 +193,13 @@ def _is_not_utf8(data: bytes) -> bool:
 
 
 def _first_answer_s(answer: StreamedReply, said: list[tuple[float, str]]) -> float | None:
-    """The verifier takes what follows the last closing tag for the answer, so this does too."""
-    tag_at = answer.text.rfind(_THINK_END)
+    """The answer starts after the last closing tag, by the same rule as in the verifier."""
+    tag_at = answer.text.rfind(THINK_CLOSE)
     if tag_at < 0 and not answer.reasoning:
-        if answer.text.lstrip().startswith(_THINK_BEGIN) or not answer.chunks:
+        if answer.text.lstrip().startswith(THINK_OPEN) or not answer.chunks:
             return None
         return answer.chunks[0].at_s
-    begin = tag_at + len(_THINK_END) if tag_at >= 0 else 0
+    begin = tag_at + len(THINK_CLOSE) if tag_at >= 0 else 0
     first = len(answer.text) - len(answer.text[begin:].lstrip())
     end = 0
     for at_s, text in said:

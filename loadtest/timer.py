@@ -1,4 +1,4 @@
-"""Wake a greenlet at a moment, to some tens of microseconds: gevent's own timers are a millisecond coarse."""
+"""A timer that wakes a greenlet within some tens of microseconds; gevent's own timers have a resolution of 1 ms."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gevent.socket import wait_read
 
 _ABSOLUTE = 1
 _CLOCK_MONOTONIC = 1
-_SECOND_NS = 1_000_000_000
+_NS_PER_S = 1_000_000_000
 
 
 class _Timespec(ctypes.Structure):
@@ -23,7 +23,7 @@ class _Itimerspec(ctypes.Structure):
 
 
 class Timer:
-    """A kernel timer (timerfd) of one greenlet; where the system has none, gevent's."""
+    """A kernel timer (timerfd) for one greenlet; falls back to gevent's timers on systems without timerfd."""
 
     def __init__(self) -> None:
         self._libc = ctypes.CDLL(None, use_errno=True)
@@ -33,15 +33,15 @@ class Timer:
             self._fd = -1
 
     def wait_until(self, at_s: float) -> None:
-        """Return at `at_s` of perf_counter, or at once if that is past."""
+        """Return at `at_s` seconds of perf_counter, or at once if that time is past."""
         left_s = at_s - time.perf_counter()
         if left_s <= 0:
             return
         if self._fd < 0:
             gevent.sleep(left_s)
             return
-        # perf_counter is CLOCK_MONOTONIC where there is a timerfd.
-        seconds, nanoseconds = divmod(int(at_s * _SECOND_NS), _SECOND_NS)
+        # perf_counter reads CLOCK_MONOTONIC on every system that has timerfd.
+        seconds, nanoseconds = divmod(int(at_s * _NS_PER_S), _NS_PER_S)
         when = _Itimerspec(_Timespec(0, 0), _Timespec(seconds, nanoseconds))
         self._libc.timerfd_settime(self._fd, _ABSOLUTE, ctypes.byref(when), None)
         wait_read(self._fd)

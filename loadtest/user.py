@@ -1,9 +1,9 @@
-"""What the suites share inside Locust: options, one run's traffic in a process, and its rows in one place.
+"""The part of the suites that runs inside Locust: options, the traffic of one process, and the collection of its rows.
 
-Open loop: a dispatcher sends each request when it is due, whatever became of those before; Locust's users only wait.
-Closed loop: each user sends its next request when the last is answered. With Locust's master and workers, every worker
-sends its share (each k-th arrival, or its users) and hands its raw rows to the master, so that figures over all workers
-are as exact as over one.
+In an open loop a dispatcher sends each request at its scheduled time, regardless of earlier ones; Locust's users idle.
+In a closed loop each user sends its next request when the last one is answered. With Locust's master and workers, each
+worker sends its share (every k-th request, or its users) and sends its raw rows to the master. So metrics over several
+workers are as exact as over one process.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from locust.argument_parser import LocustArgumentParser
 from locust.env import Environment
 from locust.runners import MasterRunner, WorkerRunner
 
+from slimserve.core.config import validated
 from slimserve.core.errors import UserError
 from slimserve.core.openai_client import auth_headers
 from slimserve.loadtest.client import ModelClient, PreparedRequest
@@ -35,36 +36,37 @@ from slimserve.loadtest.timer import Timer
 _TRAFFIC_FIELDS = ("rate", "arrival", "burstiness", "trace", "timeout_s", "seed")
 """Fields of `LoadSettings` that are options of the locustfiles as well."""
 _PAUSE_AFTER_FAILURE_S = 0.5
-"""A server that refuses at once must not turn a closed loop into a busy loop."""
-_HAND_OVER_S = 0.5
-_UNTIL_BEGIN_S = 0.5
-"""From the word that all are ready until the first request can be due: workers must hear of it."""
-_LATE_S = 10.0
-"""Beyond its timeout, no request lasts so long."""
-_ALONE_S = 15.0
-"""A master without workers gives up after so long."""
+"""Pause of a closed-loop user after a failure, so that a server that rejects at once causes no busy loop."""
+_SEND_INTERVAL_S = 0.5
+"""Seconds between two transfers of rows from a worker to the master."""
+_START_DELAY_S = 0.5
+"""Seconds from when all processes are ready until the load begins, so that every worker gets the message."""
+_TIMEOUT_MARGIN_S = 10.0
+"""Seconds after the timeout within which every request has ended."""
+_NO_WORKER_TIMEOUT_S = 15.0
+"""Seconds after which a master without workers gives up."""
 
 
 class SuiteUser(User):
-    """Base of a suite's user."""
+    """Base class of the suites' Locust users."""
 
     abstract = True
     suite: str
     environment: Environment
 
     @task
-    def take_part(self) -> None:
-        """Ask one request after the other in a closed loop; in an open loop requests need no user."""
+    def send_requests(self) -> None:
+        """Send one request after another in a closed loop; in an open loop the dispatcher sends them."""
         run: TrafficRun = self.environment.slimserve_run
         run.begun.wait()
         if run.is_open_loop or run.is_over:
             gevent.sleep(1)
         else:
-            run.ask_next()
+            run.send_next()
 
 
 class TrafficRun:
-    """One run's traffic in this process."""
+    """The traffic of one run in this process."""
 
     def __init__(self, environment: Environment) -> None:
         options: Any = environment.parsed_options
@@ -75,28 +77,28 @@ class TrafficRun:
         self._environment = environment
         self._suite: str = options.suite
         self._seconds: float = options.load_seconds
-        self._settings = settings_of(options)
+        self._settings: LoadSettings
         self._client: ModelClient
         self._requests: Iterator[PreparedRequest]
-        self._due_s: list[float] = []
+        self._scheduled_s: list[float] = []
         self._epoch = 0.0
         self._cpu_begin_s = 0.0
 
     def prepare(self) -> None:
-        """Make every request before the load: nothing of it costs time while the clock runs."""
+        """Prepare every request before the load, so that this takes no time during it."""
         options = self._environment.parsed_options
-        settings = self._settings
+        settings = self._settings = settings_of(options)
         if self.is_open_loop and not self._seconds:
             raise UserError(
-                "--load-seconds", "", "is missing", "say how long the open loop lasts, as --load-seconds 60"
+                "--load-seconds", "", "is missing", "give the length of the open loop, such as --load-seconds 60"
             )
         self._client = ModelClient(
             str(self._environment.host), options.model, auth_headers(), settings.timeout_s, settings.suite.endpoint
         )
         if self.is_open_loop:
-            self._due_s = settings.scheduled_s()
-        count = min(len(self._due_s), MAX_PROMPTS) if self.is_open_loop else MAX_PROMPTS
-        # In a thread: a worker that does not answer for three seconds is lost to Locust's master.
+            self._scheduled_s = settings.scheduled_s()
+        count = min(len(self._scheduled_s), MAX_PROMPTS) if self.is_open_loop else MAX_PROMPTS
+        # In a thread, because Locust's master drops a worker that does not respond for three seconds.
         prompts = gevent.get_hub().threadpool.spawn(make_prompts, self._suite, settings.suite, count).get()
         self._client.prepare([prompt for _, prompt in prompts])
         exact = settings.suite.exact_tokens
@@ -104,27 +106,27 @@ class TrafficRun:
             self._client.make_request(number, kind, prompt, exact) for number, (kind, prompt) in enumerate(prompts)
         ]
         gc.collect()
-        gc.freeze()  # what is prepared needs no looking through while the clock runs
+        gc.freeze()  # garbage collections during the load skip the prepared requests
 
     def begin(self, epoch: float, index: int, count: int) -> None:
-        """Begin at `epoch` (perf_counter) as worker `index` of `count`: each takes every count-th request."""
+        """Begin at `epoch` (perf_counter) as worker `index` of `count`; each sends every `count`-th request."""
         self._epoch = epoch
         self._requests = itertools.islice(itertools.cycle(self._prepared), index, None, count)
         self._cpu_begin_s = time.process_time()
-        gevent.spawn(self._lead, self._due_s[index::count])
+        gevent.spawn(self._dispatch, self._scheduled_s[index::count])
 
-    def ask_next(self) -> None:
-        """One request of a closed loop."""
-        row = self._ask(next(self._requests), time.perf_counter() - self._epoch)
+    def send_next(self) -> None:
+        """Send the next request of a closed loop."""
+        row = self._send(next(self._requests), time.perf_counter() - self._epoch)
         if row.error:
             gevent.sleep(_PAUSE_AFTER_FAILURE_S)
 
     def cpu_frac(self) -> float:
-        """CPU seconds per second of this process since the load began."""
+        """Return the CPU seconds per wall-clock second of this process since the load began."""
         return (time.process_time() - self._cpu_begin_s) / max(time.perf_counter() - self._epoch, 1e-3)
 
-    def _lead(self, scheduled_s: list[float]) -> None:
-        """Let the load begin, keep its schedule, end it, and wait for what is still under way."""
+    def _dispatch(self, scheduled_s: list[float]) -> None:
+        """Begin the load, send its scheduled requests, end it, and wait for the requests in flight."""
         timer = Timer()
         timer.wait_until(self._epoch)
         self.begun.set()
@@ -132,7 +134,7 @@ class TrafficRun:
             timer.wait_until(self._epoch + at_s)
             if self.is_over:
                 break
-            gevent.spawn(self._ask, next(self._requests), at_s)
+            gevent.spawn(self._send, next(self._requests), at_s)
         if self._seconds:
             timer.wait_until(self._epoch + self._seconds)
         timer.close()
@@ -140,23 +142,23 @@ class TrafficRun:
             return
         self.is_over = True
         cpu_frac = self.cpu_frac()
-        last_s = time.perf_counter() + self._settings.timeout_s + _LATE_S
-        while self.num_running and time.perf_counter() < last_s:
+        deadline_s = time.perf_counter() + self._settings.timeout_s + _TIMEOUT_MARGIN_S
+        while self.num_running and time.perf_counter() < deadline_s:
             gevent.sleep(0.02)
         self._environment.slimserve_sink.end(cpu_frac)
 
-    def _ask(self, request: PreparedRequest, scheduled_s: float) -> Row:
+    def _send(self, request: PreparedRequest, scheduled_s: float) -> Row:
         self.num_running += 1
         try:
             row = self._client.send(request, scheduled_s, self._epoch)
         finally:
             self.num_running -= 1
         self._environment.slimserve_sink.keep(row)
-        self._show(request.path, row)
+        self._report(request.path, row)
         return row
 
-    def _show(self, path: str, row: Row) -> None:
-        """The row's times in Locust's own statistics and web page; those of tokens as entries of their own."""
+    def _report(self, path: str, row: Row) -> None:
+        """Report the row to Locust's statistics and web page; TTFT and ITL are separate entries."""
         failure = RuntimeError(row.error) if row.error else None
         self._environment.events.request.fire(
             request_type="POST",
@@ -176,18 +178,18 @@ class TrafficRun:
 
 
 class RowFile:
-    """Where the rows of a run go that has one process, or of the master of several."""
+    """Writes the rows of a run to a file: those of a single process, or in the master those of all workers."""
 
     def __init__(self, environment: Environment) -> None:
         options: Any = environment.parsed_options
         self._environment = environment
-        self._file = Path(options.rows).open("wb") if options.rows else None  # noqa: SIM115  # open as long as the run
+        self._file = Path(options.rows).open("wb") if options.rows else None  # noqa: SIM115  # stays open for the run
         self._report = options.client_report
-        self._left = 1
+        self._num_processes = 1
         self._cpu_fracs: list[float] = []
 
     def expect(self, num_workers: int) -> None:
-        self._left = num_workers
+        self._num_processes = num_workers
 
     def keep(self, row: Row) -> None:
         self.keep_lines(encode_row(row))
@@ -198,9 +200,9 @@ class RowFile:
             self._file.flush()
 
     def end(self, cpu_frac: float) -> None:
-        """One process has ended its load; the last one ends the run."""
+        """Note that one process has ended its load; the last one ends the run."""
         self._cpu_fracs.append(cpu_frac)
-        if len(self._cpu_fracs) < self._left:
+        if len(self._cpu_fracs) < self._num_processes:
             return
         if self._report:
             report = {"num_processes": len(self._cpu_fracs), "cpu_frac": max(self._cpu_fracs)}
@@ -208,7 +210,7 @@ class RowFile:
         self.stop()
 
     def stop(self) -> None:
-        """End the run, or leave Locust's web page to a person who watches it."""
+        """End the run; with Locust's web page, stop the load but keep the page."""
         if self._environment.parsed_options.headless:
             self._environment.runner.quit()
         else:
@@ -216,12 +218,12 @@ class RowFile:
 
 
 class RowSender:
-    """Where the rows of a worker go: to the master, some at a time."""
+    """Sends the rows of a worker to the master in batches."""
 
     def __init__(self, runner: WorkerRunner) -> None:
         self._runner = runner
         self._lines: list[bytes] = []
-        gevent.spawn(self._hand_over)
+        gevent.spawn(self._send_regularly)
 
     def keep(self, row: Row) -> None:
         self._lines.append(encode_row(row))
@@ -230,9 +232,9 @@ class RowSender:
         self._flush()
         self._runner.send_message("slimserve_end", cpu_frac)
 
-    def _hand_over(self) -> None:
+    def _send_regularly(self) -> None:
         while True:
-            gevent.sleep(_HAND_OVER_S)
+            gevent.sleep(_SEND_INTERVAL_S)
             self._flush()
 
     def _flush(self) -> None:
@@ -242,24 +244,17 @@ class RowSender:
 
 
 def settings_of(options: Any) -> LoadSettings:
-    """The settings as Locust's parsed options hold them."""
-    suite = SuiteOptions(**{name: getattr(options, name) for name in SuiteOptions.model_fields})
-    return LoadSettings(
-        rate=options.rate,
-        arrival=options.arrival,
-        burstiness=options.burstiness,
-        trace=options.trace,
-        duration_s=options.load_seconds,
-        warmup_s=0.0,
-        cooldown_s=0.0,
-        timeout_s=options.timeout,
-        seed=options.seed,
-        suite=suite,
-    )
+    """Return the settings from Locust's parsed options; UserError names an invalid one."""
+    document: dict[str, Any] = {name: getattr(options, name.removesuffix("_s")) for name in _TRAFFIC_FIELDS}
+    document |= {"warmup_s": 0.0, "cooldown_s": 0.0}
+    if options.load_seconds:
+        document["duration_s"] = options.load_seconds
+    document["suite"] = {name: getattr(options, name) for name in SuiteOptions.model_fields}
+    return validated(LoadSettings, document, "load", "the options")
 
 
 def register(user: type[SuiteUser]) -> None:
-    """Hook a suite's user into Locust: its options, and a run per start of the load."""
+    """Register a suite's options and event listeners with Locust."""
 
     @events.init_command_line_parser.add_listener
     def _add_options(parser: LocustArgumentParser) -> None:
@@ -267,7 +262,7 @@ def register(user: type[SuiteUser]) -> None:
         add("--suite", default=user.suite, help="workload that supplies the requests: a name or a .py file")
         add("--model", default="", help="model name on the server's API (all but workers need it)")
         add("--rows", default="", help="write one JSON line per request to this file")
-        add("--client-report", default="", help="write what the client says of itself to this file")
+        add("--client-report", default="", help="write the number of processes and their CPU use to this file")
         add("--load-seconds", type=float, default=0.0, help="length of the load; an open loop needs it")
         shared = {name: LoadSettings.model_fields[name] for name in _TRAFFIC_FIELDS}
         for name, field in {**shared, **SuiteOptions.model_fields}.items():
@@ -276,7 +271,7 @@ def register(user: type[SuiteUser]) -> None:
             add(flag, type=kind, default=field.default, help=(field.description or "").replace("%", "%%"))
 
     @events.init.add_listener
-    def _meet(environment: Environment, runner: Any, **_: object) -> None:
+    def _register_messages(environment: Environment, runner: Any, **_: object) -> None:
         if isinstance(runner, WorkerRunner):
             environment.slimserve_sink = RowSender(runner)
             runner.register_message("slimserve_begin", _begin_worker)
@@ -299,7 +294,7 @@ def register(user: type[SuiteUser]) -> None:
         else:
             environment.slimserve_sink = RowFile(environment)
             if _is_prepared(run, environment):
-                run.begin(time.perf_counter() + _UNTIL_BEGIN_S, 0, 1)
+                run.begin(time.perf_counter() + _START_DELAY_S, 0, 1)
 
     @events.test_stopping.add_listener
     def _stop(environment: Environment, **_: object) -> None:
@@ -313,7 +308,7 @@ def _flag(text: str) -> bool:
 
 
 def _is_prepared(run: TrafficRun, environment: Environment) -> bool:
-    """Whether the run has its requests; where an option stands in the way, says so and ends this process."""
+    """Prepare the run; on an invalid option log the error, end this process and return false."""
     try:
         run.prepare()
     except UserError as error:
@@ -330,18 +325,18 @@ def _prepare_worker(runner: WorkerRunner, run: TrafficRun) -> None:
 
 
 def _lead_workers(environment: Environment) -> None:
-    """Once all workers have their requests, tell each its share and when to begin; end when all that are left have."""
+    """Start all workers at the same time when all are ready; end the run when all remaining workers have ended."""
     runner = environment.runner
     begun_s = time.perf_counter()
     while not (alive := _alive(runner)) or not alive <= environment.slimserve_ready:
-        if not alive and time.perf_counter() - begun_s > _ALONE_S:
-            logging.getLogger("slimserve").error("no worker is left that could begin")
+        if not alive and time.perf_counter() - begun_s > _NO_WORKER_TIMEOUT_S:
+            logging.getLogger("slimserve").error("no worker connected; start one with --worker")
             environment.process_exit_code = 2
             environment.slimserve_sink.stop()
             return
         gevent.sleep(0.1)
     environment.slimserve_sink.expect(len(alive))
-    at = time.time() + _UNTIL_BEGIN_S
+    at = time.time() + _START_DELAY_S
     for index, worker in enumerate(sorted(alive)):
         runner.send_message("slimserve_begin", {"at": at, "index": index, "count": len(alive)}, worker)
     while _alive(runner) - environment.slimserve_ended:
@@ -369,6 +364,6 @@ def _note_end(environment: Environment, msg: Any, **_: object) -> None:
 
 
 def _begin_worker(environment: Environment, msg: Any, **_: object) -> None:
-    """The master's clock says when; machines' clocks must agree as well as arrivals of one are to fit another's."""
+    """Begin at the time of the master's clock; differences between machines' clocks shift their requests."""
     epoch = time.perf_counter() + msg.data["at"] - time.time()
     environment.slimserve_run.begin(epoch, msg.data["index"], msg.data["count"])

@@ -11,8 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from slimserve.core.statistics import percentile
 from slimserve.loadtest.rows import Row
-from slimserve.loadtest.summary import LoadSummary, percentile
+from slimserve.loadtest.summary import LoadSummary
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -64,9 +65,9 @@ def svg_of(draw: Callable[..., None], num_panels: int = 1, height_in: float = 3.
         for axes in panels:
             axes.grid(color="black", alpha=0.15)
             axes.spines[["top", "right"]].set_visible(False)
-            found = axes.get_legend_handles_labels()
-            handles += found[0]
-            labels += found[1]
+            legend = axes.get_legend_handles_labels()
+            handles += legend[0]
+            labels += legend[1]
         if labels:
             figure.set_figheight(height_in + 0.2 * len(labels))
             figure.legend(handles, labels, loc="outside upper left", fontsize=9, frameon=False)
@@ -194,21 +195,23 @@ def plot_output(rows: Sequence[Row], window: Window) -> str | None:
     """Plot streamed tokens and scored items per second; None if there are neither."""
     tokens = [arrival for row in rows for arrival in row.arrivals]
     items = [(row.end_s, row.num_items) for row in rows if row.error is None and row.num_items]
-    found = [(name, events) for name, events in (("output tokens", tokens), ("scored items", items)) if events]
-    if not found:
+    series = [(name, events) for name, events in (("output tokens", tokens), ("scored items", items)) if events]
+    if not series:
         return None
 
     def draw(*panels: Axes) -> None:
-        for index, (axes, (name, events)) in enumerate(zip(panels, found, strict=True)):
+        for index, (axes, (name, events)) in enumerate(zip(panels, series, strict=True)):
             _draw_rate(axes, events, _bin_s(rows), COLOURS[index])
             axes.set_ylabel(f"{name} per second")
             _shade(axes, rows, window)
         panels[-1].set_xlabel(_TIME_LABEL)
 
-    return svg_of(draw, num_panels=len(found), height_in=1.4 + 1.6 * len(found))
+    return svg_of(draw, num_panels=len(series), height_in=1.4 + 1.6 * len(series))
 
 
-def plot_curve(points: Sequence[tuple[float, LoadSummary, bool]], metric: str, label: str, found: float | None) -> str:
+def plot_curve(
+    points: Sequence[tuple[float, LoadSummary, bool]], metric: str, label: str, max_rate: float | None
+) -> str:
     """Plot p50 and p99 of a latency (`ttft_s`, `e2e_s`) against the offered rate.
 
     Each run is a marker, hollow if it missed an objective; a line connects the medians of the runs at each rate.
@@ -237,12 +240,12 @@ def plot_curve(points: Sequence[tuple[float, LoadSummary, bool]], metric: str, l
         axes.set_yscale("log")
         label_decades(axes.yaxis)
         axes.set_ylabel(f"{label} (ms)")
-        _rate_axis(axes, points, found)
+        _rate_axis(axes, points, max_rate)
 
     return svg_of(draw)
 
 
-def plot_answered(points: Sequence[tuple[float, LoadSummary, bool]], found: float | None) -> str:
+def plot_answered(points: Sequence[tuple[float, LoadSummary, bool]], max_rate: float | None) -> str:
     """Plot answered requests per second and goodput against the offered rate."""
 
     def draw(axes: Axes) -> None:
@@ -266,7 +269,7 @@ def plot_answered(points: Sequence[tuple[float, LoadSummary, bool]], found: floa
                 axes.plot(rates, values, color=style.color, linestyle=style.linestyle, marker=style.marker, label=name)
         axes.set_ylabel("requests/s")
         axes.set_ylim(bottom=0)
-        _rate_axis(axes, points, found)
+        _rate_axis(axes, points, max_rate)
 
     return svg_of(draw)
 
@@ -279,9 +282,15 @@ def _medians(points: Sequence[tuple[float, float, bool]]) -> tuple[list[float], 
     return list(values), [statistics.median(values[rate]) for rate in values]
 
 
-def _rate_axis(axes: Axes, points: Sequence[tuple[float, LoadSummary, bool]], found: float | None) -> None:
-    if found is not None:
-        axes.axvline(found, color="black", linestyle=":", linewidth=1.5, label=f"highest rate found: {found:.3g}/s")
+def _rate_axis(axes: Axes, points: Sequence[tuple[float, LoadSummary, bool]], max_rate: float | None) -> None:
+    if max_rate is not None:
+        axes.axvline(
+            max_rate,
+            color="black",
+            linestyle=":",
+            linewidth=1.5,
+            label=f"highest rate within the objectives: {max_rate:.3g}/s",
+        )
     axes.set_xlabel("offered rate (requests/s)")
     axes.set_xlim(0, max(rate for rate, _, _ in points) * 1.05 or 1)
 

@@ -1,1 +1,1 @@
-"""Locustfiles for Locust's own command line: `locust -f loadtest/suites/reasoning.py --host URL --model NAME` works too."""
+"""Locustfiles, which also run with plain Locust: `locust -f loadtest/suites/reasoning.py --host URL --model NAME`."""

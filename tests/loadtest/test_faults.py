@@ -11,7 +11,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-from tests.loadtest.test_http_client import faulty_server
 
 from slimserve.core.openai_client import Target
 from slimserve.loadtest.rows import read_rows
@@ -20,6 +19,7 @@ from slimserve.loadtest.settings import LoadSettings
 from slimserve.loadtest.summary import load_summary
 from slimserve.serve.launch.process import free_port
 from tests.loadtest.faulty_server import ANSWERS
+from tests.loadtest.test_http_client import faulty_server
 
 _SETTINGS = LoadSettings(
     rate="40", arrival="constant", duration_s=1.05, warmup_s=0, cooldown_s=0, timeout_s=1.0, slos=("errors=1%",)

@@ -12,7 +12,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from slimserve.loadtest.mock_server import MODEL, PROMPT_TOKENS, SCORE, ResponseTimes, MockSchedule, running_mock_server
+from slimserve.loadtest.mock_server import MODEL, PROMPT_TOKENS, SCORE, MockSchedule, ResponseTimes, running_mock_server
 
 _TOLERANCE_S = 0.015
 """Scheduling noise of a test machine, of the best of five tries."""
@@ -21,8 +21,8 @@ SCHEDULE = MockSchedule(ttft_s=0.05, gap_s=0.02, num_tokens=10)
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    with running_mock_server(SCHEDULE) as truth:
-        yield truth.url
+    with running_mock_server(SCHEDULE) as server:
+        yield server.url
 
 
 def post(url: str, path: str, body: object) -> tuple[float, dict[str, object]]:
@@ -104,19 +104,19 @@ def test_it_says_what_it_serves(url: str) -> None:
 
 
 def test_it_says_how_late_it_was_itself_and_counts_anew_when_asked() -> None:
-    with running_mock_server(SCHEDULE) as truth:
-        stream(truth.url, {"max_tokens": 7})
-        lateness = truth.lateness()
+    with running_mock_server(SCHEDULE) as server:
+        stream(server.url, {"max_tokens": 7})
+        lateness = server.lateness()
         assert lateness["num_writes"] == 7
         assert 0 <= lateness["lag_p50_ms"] <= lateness["lag_p99_ms"] <= lateness["lag_max_ms"]
-        assert truth.lateness()["num_writes"] == 0
+        assert server.lateness()["num_writes"] == 0
 
 
 def test_metrics_count_as_vllm_does() -> None:
-    with running_mock_server(SCHEDULE) as truth:
+    with running_mock_server(SCHEDULE) as server:
         for _ in range(3):
-            stream(truth.url, {"max_tokens": 4})
-        text = httpx.get(f"{truth.url}/metrics").text
+            stream(server.url, {"max_tokens": 4})
+        text = httpx.get(f"{server.url}/metrics").text
     samples = {
         (sample.name, sample.labels.get("le")): sample.value
         for family in text_string_to_metric_families(text)
@@ -152,8 +152,8 @@ def test_a_queue_serves_one_after_the_other_in_order_of_arrival() -> None:
         stream(url, {"max_tokens": 1})
         ends[number] = time.perf_counter() - start
 
-    with running_mock_server(MockSchedule(service_s=0.1)) as truth:
-        url = truth.url
+    with running_mock_server(MockSchedule(service_s=0.1)) as server:
+        url = server.url
         start = time.perf_counter()
         threads = [threading.Thread(target=ask, args=(number,)) for number in range(5)]
         for thread in threads:
@@ -167,28 +167,28 @@ def test_a_queue_serves_one_after_the_other_in_order_of_arrival() -> None:
 
 def test_an_idle_queue_begins_anew() -> None:
     course = ResponseTimes(MockSchedule(service_s=1.0))
-    assert [course.begin_of(came_s) for came_s in (0.0, 0.5, 10.0)] == [1.0, 2.0, 11.0]
+    assert [course.begin_of(arrived_s) for arrived_s in (0.0, 0.5, 10.0)] == [1.0, 2.0, 11.0]
 
 
 def test_what_is_due_in_a_freeze_comes_at_its_end() -> None:
     course = ResponseTimes(MockSchedule(ttft_s=0.1, stall_at_s=5.0, stall_s=2.0))
-    assert course.thawed(course.begin_of(100.0)) == 100.1
-    assert course.thawed(course.begin_of(104.95)) == 107.0
-    assert course.thawed(course.begin_of(106.8)) == 107.0
-    assert course.thawed(course.begin_of(106.95)) == pytest.approx(107.05)
+    assert course.after_stall(course.begin_of(100.0)) == 100.1
+    assert course.after_stall(course.begin_of(104.95)) == 107.0
+    assert course.after_stall(course.begin_of(106.8)) == 107.0
+    assert course.after_stall(course.begin_of(106.95)) == pytest.approx(107.05)
 
 
 def test_a_queue_that_freezes_has_its_work_before_it() -> None:
     course = ResponseTimes(MockSchedule(service_s=0.5, stall_at_s=1.0, stall_s=2.0))
-    ends = [course.begin_of(came_s) for came_s in (0.0, 0.9, 1.5, 2.5)]
+    ends = [course.begin_of(arrived_s) for arrived_s in (0.0, 0.9, 1.5, 2.5)]
     assert ends == [0.5, 3.0, 3.5, 4.0]
 
 
 def test_a_freeze_holds_a_stream_back_and_then_sends_all_at_once() -> None:
     with running_mock_server(
         MockSchedule(ttft_s=0.05, gap_s=0.02, num_tokens=20, stall_at_s=0.2, stall_s=0.5)
-    ) as truth:
-        times, _ = stream(truth.url, {})
+    ) as server:
+        times, _ = stream(server.url, {})
     gaps = [later - before for before, later in itertools.pairwise(times)]
     frozen = max(range(len(gaps)), key=gaps.__getitem__)
     # The token before the freeze was due at 190 ms at the latest; at 700 ms all that were due come together.

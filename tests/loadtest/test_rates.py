@@ -29,7 +29,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[LoadSettings]:
         settings_seen.append(settings)
         latency_s = 0.1 if float(settings.rate) < _LIMIT else 0.9
         rows = [Row(at, at, at + latency_s) for at in range(30)]
-        objectives = [parse_objective(text).judge(rows) for text in settings.slos]
+        objectives = [parse_objective(text).evaluate(rows) for text in settings.slos]
         return replace(summarize(rows, 0.0, 30.0), objectives=objectives), rows
 
     monkeypatch.setattr(rates, "run_suite", answer)
@@ -66,6 +66,6 @@ def test_what_is_no_list_of_rates_is_refused(asked: list[LoadSettings], tmp_path
 def test_a_search_needs_an_objective_and_one_rate(asked: list[LoadSettings], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--slo"):
         find_rate("reasoning", _TARGET, LoadSettings(), tmp_path)
-    with pytest.raises(UserError, match=r"--rate: '1\.\.5' is no rate"):
+    with pytest.raises(UserError, match=r"--rate: '1\.\.5' is not a rate"):
         find_rate("reasoning", _TARGET, LoadSettings(rate="1..5", slos=("e2e_p90=1s",)), tmp_path)
     assert not asked

@@ -10,7 +10,7 @@ import pytest
 from slimserve.core.errors import UserError
 from slimserve.loadtest.arrivals import parse_rate, scheduled_times
 from slimserve.loadtest.rows import Row
-from slimserve.loadtest.search import Probe, find_max_rate, sweep
+from slimserve.loadtest.search import RatePoint, find_max_rate, sweep
 from slimserve.loadtest.slo import parse_objective
 from slimserve.loadtest.summary import LoadSummary, summarize
 
@@ -49,23 +49,23 @@ def waits_s(scheduled_s: np.ndarray, service_s: float) -> np.ndarray:
     return np.asarray(backlog - np.minimum.accumulate(backlog))
 
 
-def queue(objective: str) -> Callable[[float, int], Probe]:
+def queue(objective: str) -> Callable[[float, int], RatePoint]:
     """A minute's measurement of the queue, with this project's arrivals, rows and objectives."""
     asked = parse_objective(objective)
 
-    def measure(rate: float, seed: int) -> Probe:
+    def measure(rate: float, seed: int) -> RatePoint:
         scheduled_s = np.array(scheduled_times(parse_rate(f"{rate:f}", _WARMUP_S + _WINDOW_S), "poisson", seed=seed))
         ends_s = scheduled_s + waits_s(scheduled_s, _SERVICE_S) + _SERVICE_S
         rows = [Row(due, due, end) for due, end in zip(scheduled_s, ends_s, strict=True) if due >= _WARMUP_S]
-        return Probe(asked.judge(rows).is_met, _EMPTY)
+        return RatePoint(rate, seed, asked.evaluate(rows).is_met, _EMPTY)
 
     return measure
 
 
-def step(limit: float, invalid_from: float = math.inf) -> Callable[[float, int], Probe]:
+def step(limit: float, invalid_from: float = math.inf) -> Callable[[float, int], RatePoint]:
     """A server without luck: it keeps its objectives up to `limit`."""
     faulty = LoadSummary(**{**_EMPTY.__dict__, "invalid": ["the client was late"]})
-    return lambda rate, seed: Probe(rate <= limit, faulty if rate >= invalid_from else _EMPTY)
+    return lambda rate, seed: RatePoint(rate, seed, rate <= limit, faulty if rate >= invalid_from else _EMPTY)
 
 
 @pytest.mark.parametrize("rate", [30.0, 76.0, 90.0])
@@ -101,7 +101,9 @@ def test_the_bracket_closes_around_a_sharp_limit_from_wherever_it_begins(start_r
 
 def test_every_run_has_a_seed_of_its_own_and_none_is_made_once_the_verdict_is_certain() -> None:
     verdicts = iter([True, False, True] + [False, False] + [True] * 100)
-    found = find_max_rate(lambda rate, seed: Probe(next(verdicts), _EMPTY), 8.0, tolerance=0.5, first_seed=7)
+    found = find_max_rate(
+        lambda rate, seed: RatePoint(rate, seed, next(verdicts), _EMPTY), 8.0, tolerance=0.5, first_seed=7
+    )
     assert [(point.rate, point.met) for point in found.points[:6]] == [
         *((8.0, True), (8.0, False), (8.0, True)),
         *((16.0, False), (16.0, False)),

@@ -46,7 +46,7 @@ def test_an_objective_is_written_as_metric_statistic_and_bound(
     ],
 )
 def test_what_is_no_objective_is_refused_with_how_to_write_one(text: str) -> None:
-    with pytest.raises(UserError, match="is no objective; write ttft_p99=500ms"):
+    with pytest.raises(UserError, match="is not an objective; write ttft_p99=500ms"):
         parse_objective(text)
 
 
@@ -64,25 +64,25 @@ def test_what_is_no_objective_is_refused_with_how_to_write_one(text: str) -> Non
 )
 def test_a_statistic_is_over_the_samples_counted_from_when_requests_were_due(text: str, value: float) -> None:
     rows = [row(1), row(2, ((0.5, 1), (1.0, 1), (2.0, 2)), answer_s=1.5), row(3), row(4)]
-    outcome = parse_objective(text).judge(rows)
+    outcome = parse_objective(text).evaluate(rows)
     assert outcome.value == pytest.approx(value)
     assert outcome.is_met == (value <= outcome.limit)
 
 
 def test_the_bound_itself_is_met_and_no_sample_is_not() -> None:
-    assert parse_objective("e2e_p50=1s").judge([row(1.0)]).is_met
-    assert not parse_objective("e2e_p50=1s").judge([row(1.0 + 1e-6)]).is_met
+    assert parse_objective("e2e_p50=1s").evaluate([row(1.0)]).is_met
+    assert not parse_objective("e2e_p50=1s").evaluate([row(1.0 + 1e-6)]).is_met
     for rows in ([], [row(1.0)]):
-        outcome = parse_objective("ttft_p50=1s").judge(rows)
+        outcome = parse_objective("ttft_p50=1s").evaluate(rows)
         assert (outcome.value, outcome.is_met) == (None, False)
-    assert not parse_objective("errors=1%").judge([]).is_met
-    assert not parse_objective("e2e_p99=9s").judge([row(error="timeout")] * 3).is_met, "of failed requests alone"
+    assert not parse_objective("errors=1%").evaluate([]).is_met
+    assert not parse_objective("e2e_p99=9s").evaluate([row(error="timeout")] * 3).is_met, "of failed requests alone"
 
 
 def test_errors_are_a_share_of_all_requests() -> None:
     rows = [row(error="timeout"), row(error="http 500"), *[row()] * 98]
-    assert parse_objective("errors=2%").judge(rows).is_met
-    outcome = parse_objective("errors=1.9%").judge(rows)
+    assert parse_objective("errors=2%").evaluate(rows).is_met
+    outcome = parse_objective("errors=1.9%").evaluate(rows)
     assert (outcome.value, outcome.is_met) == (0.02, False)
 
 

@@ -6,8 +6,9 @@ import pytest
 from scipy.stats import norm
 
 from slimserve.core.errors import UserError
-from slimserve.loadtest.rows import Row, read_rows, encode_row
-from slimserve.loadtest.summary import steady_state_warning, load_summary, percentile_interval, percentiles, summarize
+from slimserve.core.statistics import percentile_interval
+from slimserve.loadtest.rows import Row, encode_row, read_rows
+from slimserve.loadtest.summary import load_summary, percentiles, steady_state_warning, summarize
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 10, 99, 100, 101, 1237])

@@ -25,7 +25,7 @@ TARGET = Target("http://127.0.0.1:8000", "a-model")
 SETTINGS = LoadSettings(rate="5", duration_s=20.0, warmup_s=4.0, slos=("e2e_p99=900ms",), price_per_hour=1.5)
 
 
-def made_up_rows(kinds: Sequence[str] = ("reasoning",), num_rows: int = 130) -> list[Row]:
+def invented_rows(kinds: Sequence[str] = ("reasoning",), num_rows: int = 130) -> list[Row]:
     draw = random.Random(3)
     rows = []
     for number in range(num_rows):
@@ -39,21 +39,21 @@ def made_up_rows(kinds: Sequence[str] = ("reasoning",), num_rows: int = 130) -> 
     return rows
 
 
-def summary_of(rows: Sequence[Row], **found: Any) -> LoadSummary:
+def summary_of(rows: Sequence[Row], **values: Any) -> LoadSummary:
     objectives = [parse_objective(text) for text in SETTINGS.slos]
     window = [row for row in rows if 4 <= row.scheduled_s < 24]
     return replace(
         summarize(rows, 4.0, 24.0),
-        objectives=[objective.judge(window) for objective in objectives],
+        objectives=[objective.evaluate(window) for objective in objectives],
         goodput_per_s=goodput(window, objectives, 20.0),
-        **found,
+        **values,
     )
 
 
 def document_of(suite: str, summary: LoadSummary, **more: Any) -> dict[str, Any]:
     """Return the content of SUITE.json."""
-    asked = {"command": "loadtest", "suite": suite, "target": asdict(TARGET), "settings": asdict(SETTINGS)}
-    read: dict[str, Any] = json.loads(json.dumps({**asked, **provenance(), "summary": summary.as_dict(), **more}))
+    request = {"command": "loadtest", "suite": suite, "target": asdict(TARGET), "settings": SETTINGS.model_dump(mode="json")}
+    read: dict[str, Any] = json.loads(json.dumps({**request, **provenance(), "summary": summary.as_dict(), **more}))
     return read
 
 
@@ -63,8 +63,8 @@ def text_of(page: str) -> str:
     return html.unescape(" ".join(re.sub(r"<[^>]+>", " ", body).split()))
 
 
-def test_figures_of_the_summary_appear_in_page_and_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = made_up_rows()
+def test_values_of_the_summary_appear_in_page_and_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = invented_rows()
     server = ServerCounts(requests=130, prefix_cache_hit_frac=0.31, ttft_p50_bracket_s=(0.1, 0.25), num_waiting_peak=3)
     quality = {"accuracy": Estimate(0.213, 0.155, 0.271, 100)}
     summary = summary_of(rows, server=server, quality=quality, costs={"per_correct_answer": 0.0123}, num_correct=21)
@@ -90,7 +90,7 @@ def test_figures_of_the_summary_appear_in_page_and_terminal(tmp_path: Path, caps
 
 
 def test_the_first_sentence_says_whether_objectives_were_met(tmp_path: Path) -> None:
-    rows = made_up_rows()
+    rows = invented_rows()
     page = text_of(write_html(document_of("reasoning", summary_of(rows)), rows, tmp_path).read_text())
     assert "a-model met the objective under 5 requests/s (Poisson arrivals)." in page
     late = [replace(row, end_s=row.end_s + 1) for row in rows]
@@ -100,7 +100,7 @@ def test_the_first_sentence_says_whether_objectives_were_met(tmp_path: Path) -> 
 
 
 def test_an_invalid_run_says_so_before_anything_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = made_up_rows()
+    rows = invented_rows()
     summary = summary_of(rows, invalid=["requests were sent up to 81 ms late"])
     page = write_html(document_of("reasoning", summary), rows, tmp_path).read_text()
     first = re.search(r'<div class="verdict bad">\s*<p>(.*?)</p>', page)
@@ -113,7 +113,7 @@ def test_an_invalid_run_says_so_before_anything_else(tmp_path: Path, capsys: pyt
 
 
 def test_warnings_and_the_client_s_own_error_are_shown(tmp_path: Path) -> None:
-    rows = made_up_rows()
+    rows = invented_rows()
     summary = summary_of(rows, warnings=["not steady: it rose"])
     document = document_of("reasoning", summary, calibration={"ttft_p50_error_ms": 0.21364})
     page = text_of(write_html(document, rows, tmp_path).read_text())
@@ -122,7 +122,7 @@ def test_warnings_and_the_client_s_own_error_are_shown(tmp_path: Path) -> None:
 
 
 def test_a_mixed_run_shows_both_kinds(tmp_path: Path) -> None:
-    rows = made_up_rows(("recommendation", "reasoning"))
+    rows = invented_rows(("recommendation", "reasoning"))
     page = write_html(document_of("mixed", summary_of(rows)), rows, tmp_path).read_text()
     assert "Recommendation only" in page
     assert "Reasoning only" in page
@@ -141,7 +141,7 @@ def test_a_run_without_a_good_answer_renders(tmp_path: Path, rows: list[Row]) ->
 
 
 def test_the_page_needs_nothing_but_itself(tmp_path: Path) -> None:
-    rows = made_up_rows()
+    rows = invented_rows()
     page = write_html(document_of("reasoning", summary_of(rows)), rows, tmp_path).read_text()
     assert not re.search(r"""(src|href)\s*=\s*["'](?!#)""", page)
     assert "@import" not in page
@@ -152,7 +152,7 @@ def test_the_page_needs_nothing_but_itself(tmp_path: Path) -> None:
 
 
 def test_html_in_a_name_is_text(tmp_path: Path) -> None:
-    rows = [replace(row, kind=f"<script>{row.prompt % 2}") for row in made_up_rows()]
+    rows = [replace(row, kind=f"<script>{row.prompt % 2}") for row in invented_rows()]
     document = document_of("reasoning", summary_of(rows, warnings=["<script>alert(2)</script>"]))
     document["target"]["model"] = "<script>alert(1)</script>"
     page = write_html(document, rows, tmp_path).read_text()
@@ -160,13 +160,13 @@ def test_html_in_a_name_is_text(tmp_path: Path) -> None:
     assert "&lt;script&gt;alert(1)" in page
 
 
-def test_a_curve_marks_what_was_found_and_shows_each_rate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    summary = summary_of(made_up_rows())
+def test_a_curve_marks_the_highest_rate_and_shows_each_rate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    summary = summary_of(invented_rows())
     points = [(2.5, summary, True), (5.0, summary, False), (1.25, summary, True), (5.0, summary, True)]
     search = {"rate": 3.5, "is_found": True, "ended": "met at 3.45/s, missed at 3.55/s"}
     page = write_curve_html(document_of("reasoning", summary, max_rate=search), points, tmp_path, 3.5).read_text()
     assert "a-model meets e2e_p99=900ms up to 3.50 requests/s (met at 3.45/s, missed at 3.55/s)." in page
-    assert "highest rate found: 3.5/s" in page  # the label of a plot, which matplotlib leaves as a comment
+    assert "maximum rate: 3.5/s" in page  # the label of a plot, which matplotlib leaves as a comment
     assert re.findall(r'scope="row"><b>([\d.]+)', page) == ["1.25", "2.50", "5.00", "5.00"]
     print_curve(points)
     printed = capsys.readouterr().out
@@ -174,7 +174,7 @@ def test_a_curve_marks_what_was_found_and_shows_each_rate(tmp_path: Path, capsys
 
 
 def test_a_sweep_says_at_which_rates_objectives_were_met(tmp_path: Path) -> None:
-    summary = summary_of(made_up_rows())
+    summary = summary_of(invented_rows())
     points = [(1.0, summary, True), (2.0, summary, False)]
     page = write_curve_html(document_of("reasoning", summary), points, tmp_path).read_text()
     assert "a-model meets e2e_p99=900ms at 1.00 requests/s; 2 rates were tested." in page
@@ -193,7 +193,7 @@ def test_plots_take_the_page_s_colours_and_draw_names_as_they_are() -> None:
 @pytest.mark.parametrize("width", [1280, 400])
 def test_a_browser_shows_the_whole_width(tmp_path: Path, width: int) -> None:
     """The page in a frame of that width inside Chromium, which tells how wide its content is."""
-    rows = made_up_rows(("recommendation", "reasoning"))
+    rows = invented_rows(("recommendation", "reasoning"))
     server = ServerCounts(requests=130, output_tokens=12_345, ttft_p50_bracket_s=(0.1, 0.25))
     page = write_html(document_of("mixed", summary_of(rows, server=server)), rows, tmp_path).read_text()
     wrapper = tmp_path / "wrapper.html"
