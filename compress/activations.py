@@ -1,7 +1,8 @@
-"""What flows through a model while it is compressed: hidden states on disk, Hessians in memory.
+"""Activations of the calibration samples: hidden states in files, Hessians in memory.
 
-Shapes: N sequences, T tokens, I features. The files bound the memory whatever the number of samples, and
-they are what an interrupted run resumes from.
+The files bound the memory for any number of samples, and an interrupted build resumes from them.
+
+Shape suffixes: N sequences; B sequences of a batch; T tokens; I features.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from torch import Tensor
 from slimserve.core.errors import UserError
 
 _PANEL = 192
-"""Columns of a Hessian mirrored at once."""
-_LEAST_BLOCK = 128
-"""Blocks on a Hessian's diagonal are halved down to this many columns; what lies below them is not computed."""
+"""Columns of a Hessian that are mirrored at once."""
+_MIN_BLOCK = 128
+"""Columns of the diagonal blocks at which the recursion ends; only these blocks are computed below the diagonal."""
 
 
 class ActivationFile:
@@ -33,13 +34,16 @@ class ActivationFile:
         path.touch()
 
     def write(self, first: int, x_BTI: Tensor) -> None:
-        """Store sequences from index `first` on."""
+        """Store a batch of sequences; the first has the index `first`."""
         with self.path.open("r+b") as file:
             file.seek(first * self._sequence_bytes)
             file.write(_bytes_of(x_BTI.to(self._dtype).contiguous()))
 
     def read(self, first: int, count: int) -> Tensor:
-        """Sequences from index `first` on, `[B, T, I]`."""
+        """Return up to `count` sequences from index `first` on, `[B, T, I]`.
+
+        Raises UserError if the file is shorter than that.
+        """
         x_BTI = torch.empty(min(count, self._num_sequences - first), *self._shape, dtype=self._dtype)
         with self.path.open("rb", buffering=0) as file:
             file.seek(first * self._sequence_bytes)
@@ -47,12 +51,14 @@ class ActivationFile:
             while filled < len(view):
                 got = file.readinto(view[filled:])
                 if not got:
-                    raise UserError("activations", self.path, "is cut short", "delete its folder and start again")
+                    raise UserError(
+                        "activations", self.path, "is truncated", "delete its folder and run the command again"
+                    )
                 filled += got
         return x_BTI
 
     def batches(self, count: int) -> Iterator[tuple[int, Tensor]]:
-        """Index of the first sequence and up to `count` sequences, from the first to the last."""
+        """Yield the index of the first sequence of each batch, and the batch of up to `count` sequences."""
         for first in range(0, self._num_sequences, count):
             yield first, self.read(first, count)
 
@@ -65,9 +71,10 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 
 
 class Hessian:
-    """XᵀX over all tokens that a layer reads and, where asked for, the largest magnitude of each feature.
+    """The Hessian XᵀX of a layer: X are the inputs of all tokens. Optionally also the peak magnitude of each feature.
 
-    Sums are float32, blocks on and above the diagonal only, mirrored at the end: a Hessian is symmetric.
+    The sums are float32. A Hessian is symmetric, so only blocks on and above the diagonal are computed, and mirrored at
+    the end.
     """
 
     def __init__(self, width: int, layer: str, wants_peak: bool = False) -> None:
@@ -77,7 +84,7 @@ class Hessian:
         self.num_tokens = 0
 
     def add(self, x_BTI: Tensor) -> None:
-        """Take in activations `[..., I]`."""
+        """Add activations `[..., I]`."""
         x_NI = x_BTI.flatten(0, -2).float()
         if self.peak_I is not None:
             torch.maximum(self.peak_I, x_NI.abs().amax(dim=0), out=self.peak_I)
@@ -85,8 +92,8 @@ class Hessian:
         self.num_tokens += x_NI.shape[0]
 
     def _add(self, x_NI: Tensor, start: int, stop: int) -> None:
-        """The block on the diagonal from `start` to `stop`: a square above the diagonal, and two halves."""
-        if stop - start <= _LEAST_BLOCK:
+        """Add to the diagonal block from `start` to `stop`: the square above its diagonal, then its two halves."""
+        if stop - start <= _MIN_BLOCK:
             x_NS = x_NI[:, start:stop]
             self._sum_II[start:stop, start:stop].addmm_(x_NS.T, x_NS)
             return
@@ -96,16 +103,16 @@ class Hessian:
         self._add(x_NI, middle, stop)
 
     def mean(self) -> Tensor:
-        """XᵀX / number of tokens, `[I, I]` float32. Ends the sum: the memory is handed over.
+        """Return XᵀX / num_tokens, `[I, I]` float32. The result takes over the memory, so nothing can be added later.
 
-        Raises UserError, which names the layer, where an activation was NaN or infinite: its square is on the diagonal.
+        Raises UserError that names the layer if an activation was NaN or infinite: its square is on the diagonal.
         """
         if not bool(torch.isfinite(self._sum_II.diagonal()).all()):
             raise UserError(
                 "activations",
                 f"input of {self._layer}",
-                "hold NaN or infinity",
-                "check the model: does it generate sensible text as it is?",
+                "contain NaN or infinity",
+                "check that the model itself generates sensible text",
             )
         width = self._sum_II.shape[0]
         for start in range(0, width, _PANEL):

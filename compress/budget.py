@@ -1,9 +1,8 @@
-"""Pruning to a budget: which width, KV groups and depth meet it at the least output error.
+"""Shapes that meet a size or speed budget: their costs, and a ranking by estimated output error.
 
-A pass over the model (`ErrorProfile`) gives every block's error curves: OSSCAR's loss at a few widths of the MLP and at
-each number of KV groups, and what leaving the block out would change, all relative to the hidden states that they
-disturb. Their sums rank every shape that just meets the budget; the best few are then built and measured
-(`build.py`), since errors of many blocks do not simply add up.
+A walk over the model (`ErrorProfile`) gives the error curves of every block: OSSCAR's loss at several MLP widths and at
+each number of KV groups, and the error of leaving the block out. All are relative to the hidden states. The sum over
+the blocks ranks the shapes; `budget_search.py` builds and evaluates the best ones.
 """
 
 from __future__ import annotations
@@ -25,10 +24,15 @@ from slimserve.compress.recipe import AnyStep, Keep, Prune, PruneDepth, Quantize
 from slimserve.core.errors import UserError
 
 NUM_FINALISTS = 3
+"""Shapes that are built and evaluated."""
 _NUM_WIDTHS = 13
-_LEAST_SHARE = 0.25
-"""Of the MLP's width and, twice that, of the depth: less than this is no pruning of the same model any more."""
+"""MLP widths at which the error curves are measured."""
+_MIN_WIDTH_FRAC = 0.25
+"""Smallest fraction of the MLP width that the search considers."""
+_MIN_DEPTH_FRAC = 0.5
+"""The search keeps more than this fraction of the blocks."""
 _TIMED_TOKENS = 512
+"""Sequence length at which blocks are timed."""
 _NUM_TIMINGS = 5
 
 
@@ -39,16 +43,17 @@ class Shape:
     width: int
     """Neurons of each MLP."""
     kv_groups: int
-    """KV heads of each attention, each with its query heads."""
+    """KV heads of each attention, each together with its query heads."""
     depth: int
     """Decoder blocks."""
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Shape:
+        """Return the shape of a model whose config states all sizes, see `with_sizes`."""
         return cls(config["intermediate_size"], config["num_key_value_heads"], config["num_hidden_layers"])
 
-    def put_into(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """The config of the model in this shape; `config` states all sizes."""
+    def apply_to(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the config of the model in this shape; `config` must state all sizes."""
         num_q_per_kv = config["num_attention_heads"] // config["num_key_value_heads"]
         return {
             **config,
@@ -60,19 +65,20 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Candidate:
+class ShapeCandidate:
     """A shape that meets the budget."""
 
     shape: Shape
     estimated_error: float
+    """Sum of the error curves of all blocks at this shape."""
 
     @classmethod
-    def read(cls, raw: Mapping[str, Any]) -> Candidate:
-        """From what `dataclasses.asdict` made of it."""
+    def read(cls, raw: Mapping[str, Any]) -> ShapeCandidate:
+        """Return the candidate from the output of `dataclasses.asdict`."""
         return cls(Shape(**raw["shape"]), raw["estimated_error"])
 
     def steps(self, step: Prune, dense: Shape) -> list[AnyStep]:
-        """The steps of a recipe that prune the model to this shape, as `step` wants it done: depth first."""
+        """Return the recipe steps that prune the model to this shape with the settings of `step`, depth first."""
         steps: list[AnyStep] = []
         if self.shape.depth < dense.depth:
             steps.append(PruneDepth(step="prune_depth", num_blocks=dense.depth - self.shape.depth))
@@ -87,7 +93,7 @@ class Candidate:
 
 
 class Budget:
-    """What `keep` allows, for one model."""
+    """The budget `keep` for one model: the costs of shapes, and the largest shapes within the limit."""
 
     def __init__(
         self,
@@ -98,12 +104,12 @@ class Budget:
         num_bytes: int,
         quantization: Quantize | None,
     ) -> None:
-        """`config` states all sizes (`with_sizes`); `num_bytes` are those of the dense model's weight files."""
+        """Measure the dense model; `config` must state all sizes, `num_bytes` is the size of its weight files."""
         self.dense = Shape.of(config)
         self._keep, self._config, self._roles, self._quantization = keep, config, roles, quantization
         self._timer = BlockTimer(config, roles) if keep.speedup is not None else None
         self._outside = num_parameters - _block_weights(config, self.dense, roles) * self.dense.depth
-        """Weights that pruning leaves alone."""
+        """Parameters that pruning does not remove: embedding, head, norms and biases."""
         self._bytes_each = num_bytes / num_parameters
         if keep.speedup is not None:
             self.limit = 1 / keep.speedup
@@ -114,7 +120,7 @@ class Budget:
             self.limit = keep.bytes if keep.bytes > 1 else keep.bytes * num_bytes
 
     def cost(self, shape: Shape) -> float:
-        """Parameters, bytes, or seconds over the dense model's seconds."""
+        """Return the cost in the unit of the limit: parameters, bytes, or time relative to the dense model."""
         if self._timer is not None:
             return self._timer.relative_seconds(shape)
         if self._keep.parameters is not None:
@@ -125,7 +131,7 @@ class Budget:
         return outside + self._quantized_bytes(shape, self._quantization)
 
     def _quantized_bytes(self, shape: Shape, step: Quantize) -> float:
-        """Of all blocks, of what `keep_worst` leaves dense at most, and of what an INT8 head adds."""
+        """Return the bytes of all blocks, at most what `keep_worst` leaves dense, and what an INT8 head adds."""
         layers = _layer_sizes(self._config, shape, self._roles)
         quant_format = get_format(step.format)
         group, _ = quant_format.choose_group_size(step.group_size, [inputs for _, inputs in layers.values()])
@@ -145,47 +151,52 @@ class Budget:
         return total
 
     def shapes(self, multiple: int) -> list[Shape]:
-        """For every depth and number of KV groups the widest MLP, a multiple of `multiple`, that the budget allows.
+        """Return for every depth and number of KV groups the widest MLP within the budget.
 
-        Raises UserError where the dense model meets the budget as it is, and where nothing does.
+        MLP widths are multiples of `multiple`. Raises UserError if the dense model already meets the budget, and if no
+        shape does.
         """
         dense = self.dense
         if self.cost(dense) <= self.limit:
-            raise UserError("keep", self._asked, "is met by the model as it is", "ask for less, or leave the step out")
-        narrowest = max(multiple, round(dense.width * _LEAST_SHARE / multiple) * multiple)
+            raise UserError(
+                "keep", self._requested, "is met by the dense model already", "lower the budget, or remove the step"
+            )
+        narrowest = max(multiple, round(dense.width * _MIN_WIDTH_FRAC / multiple) * multiple)
         widths = [dense.width, *range((dense.width - 1) // multiple * multiple, narrowest - 1, -multiple)]
-        found = []
-        for depth in range(dense.depth, int(dense.depth * 2 * _LEAST_SHARE), -1):
+        shapes = []
+        for depth in range(dense.depth, int(dense.depth * _MIN_DEPTH_FRAC), -1):
             for kv_groups in range(dense.kv_groups, self._fewest_groups - 1, -1):
                 fitting = (Shape(width, kv_groups, depth) for width in widths)
                 shape = next((shape for shape in fitting if self.cost(shape) <= self.limit), None)
                 if shape is not None:
-                    found.append(shape)
-        if not found:
-            least = self.cost(Shape(narrowest, self._fewest_groups, int(dense.depth * 2 * _LEAST_SHARE) + 1))
+                    shapes.append(shape)
+        if not shapes:
+            least = self.cost(Shape(narrowest, self._fewest_groups, int(dense.depth * _MIN_DEPTH_FRAC) + 1))
             if self._keep.speedup is not None:
-                raise UserError("keep", self._asked, f"is out of reach: the most is {1 / least:.2f}", "ask for less")
-            raise UserError("keep", self._asked, f"is out of reach: the least is {least:.0f}", "keep more")
-        return found
+                raise UserError(
+                    "keep", self._requested, f"is out of reach: the maximum is {1 / least:.2f}", "request less"
+                )
+            raise UserError("keep", self._requested, f"is out of reach: the minimum is {least:.0f}", "keep more")
+        return shapes
 
     @property
     def _fewest_groups(self) -> int:
         return 1 if self._roles.reads_head_dim else self.dense.kv_groups
 
     def measure(self, shape: Shape) -> float:
-        """The cost of one shape, timed anew and not interpolated where it is a time."""
+        """Return the cost of one shape; a time is measured again instead of interpolated."""
         if self._timer is None:
             return self.cost(shape)
         seconds: list[float] = self._timer.seconds([self.dense, shape])
         return seconds[1] / seconds[0] * shape.depth / self.dense.depth
 
     @property
-    def _asked(self) -> str:
+    def _requested(self) -> str:
         return ", ".join(f"{name} = {value:g}" for name, value in self._keep if value is not None)
 
 
-def rank(shapes: Sequence[Shape], dense: Shape, curves: Sequence[Mapping[str, Any]]) -> list[Candidate]:
-    """All shapes with their estimated errors, the least first; `curves` are each block's details of `ErrorProfile`."""
+def rank(shapes: Sequence[Shape], dense: Shape, curves: Sequence[Mapping[str, Any]]) -> list[ShapeCandidate]:
+    """Return all shapes by estimated error, least first; `curves` are the details of `ErrorProfile` for each block."""
     influence = [block["without"] for block in curves]
     by_influence = sorted(range(len(curves)), key=lambda index: (influence[index], index))
     candidates = []
@@ -195,22 +206,22 @@ def rank(shapes: Sequence[Shape], dense: Shape, curves: Sequence[Mapping[str, An
         for index, block in enumerate(curves):
             if index not in removed:
                 error += _interpolate(block["mlp"], shape.width) + _interpolate(block["attention"], shape.kv_groups)
-        candidates.append(Candidate(shape, error))
+        candidates.append(ShapeCandidate(shape, error))
     return sorted(candidates, key=lambda candidate: candidate.estimated_error)
 
 
 def profile_sizes(config: Mapping[str, Any]) -> dict[Sublayer, list[int]]:
-    """At which sizes of a half the error curves are taken, falling from the dense one."""
+    """Return the sizes of each sublayer at which the error curves are measured, from the dense size down."""
     dense = Shape.of(config)
-    widths = {round(dense.width * (1 - (1 - _LEAST_SHARE) * i / (_NUM_WIDTHS - 1))) for i in range(_NUM_WIDTHS)}
+    widths = {round(dense.width * (1 - (1 - _MIN_WIDTH_FRAC) * i / (_NUM_WIDTHS - 1))) for i in range(_NUM_WIDTHS)}
     return {"mlp": sorted(widths, reverse=True), "attention": list(range(dense.kv_groups, 0, -1))}
 
 
 class BlockTimer:
-    """Seconds of the decoder blocks of a shape over those of the dense model, measured in plain torch on this machine.
+    """Time of a shape's decoder blocks relative to the dense model's, measured in plain PyTorch on this machine.
 
-    One block of random bf16 weights reads 512 tokens; widths between the measured ones are interpolated. Embedding
-    and head, which pruning leaves alone, are not in it.
+    One block with random BF16 weights computes 512 tokens; widths between the measured ones are interpolated. Embedding
+    and head are not included, because pruning does not change them.
     """
 
     def __init__(self, config: Mapping[str, Any], roles: LayerRoles) -> None:
@@ -219,21 +230,24 @@ class BlockTimer:
         self._curves: dict[int, list[list[float]]] = {}
 
     def relative_seconds(self, shape: Shape) -> float:
-        """Of all blocks, from curves that are measured when first asked for."""
+        """Return the relative time of all blocks, from curves that are measured at their first use."""
         dense = self._dense
         if shape.kv_groups not in self._curves:
-            widths = [dense.width, dense.width // 2, int(dense.width * _LEAST_SHARE)]
-            whole, *shapes = [Shape(dense.width, dense.kv_groups, 1), *(Shape(w, shape.kv_groups, 1) for w in widths)]
-            # Each shape once: the dense block timed twice might seem faster than it is.
-            distinct = list(dict.fromkeys([whole, *shapes]))
+            widths = [dense.width, dense.width // 2, int(dense.width * _MIN_WIDTH_FRAC)]
+            dense_block, *shapes = [
+                Shape(dense.width, dense.kv_groups, 1),
+                *(Shape(w, shape.kv_groups, 1) for w in widths),
+            ]
+            # Time each shape once: a second timing of the dense block would differ from the first.
+            distinct = list(dict.fromkeys([dense_block, *shapes]))
             seconds = dict(zip(distinct, self.seconds(distinct), strict=True))
-            self._curves[shape.kv_groups] = [[one.width, seconds[one] / seconds[whole]] for one in shapes]
+            self._curves[shape.kv_groups] = [[one.width, seconds[one] / seconds[dense_block]] for one in shapes]
         per_block: float = _interpolate(self._curves[shape.kv_groups], shape.width)
         return per_block * shape.depth / dense.depth
 
     @torch.inference_mode()
     def seconds(self, shapes: Sequence[Shape]) -> list[float]:
-        """Median seconds of one block of each shape, taken in turn."""
+        """Return the median seconds of one block of each shape; the shapes are timed in turn."""
         hidden = self._config["hidden_size"]
         x_1TD = torch.randn(1, _TIMED_TOKENS, hidden, dtype=torch.bfloat16)
         blocks = [self._random_block(shape, hidden) for shape in shapes]
@@ -242,7 +256,7 @@ class BlockTimer:
             for block, times in zip(blocks, taken, strict=True):
                 start = time.perf_counter()
                 self._decoder.block(block, dense_linear(block), x_1TD)
-                if number:  # the first round warms up
+                if number:  # the first round is a warm-up
                     times.append(time.perf_counter() - start)
         return [statistics.median(times) for times in taken]
 
@@ -255,7 +269,7 @@ class BlockTimer:
 
 
 def _layer_sizes(config: Mapping[str, Any], shape: Shape, roles: LayerRoles) -> dict[str, tuple[int, int]]:
-    """Outputs and inputs of a block's linear layers."""
+    """Return the output and input features of each linear layer of a block."""
     hidden, head_dim = config["hidden_size"], config["head_dim"]
     queries = config["num_attention_heads"] // config["num_key_value_heads"] * shape.kv_groups * head_dim
     keys = shape.kv_groups * head_dim
@@ -271,12 +285,12 @@ def _layer_sizes(config: Mapping[str, Any], shape: Shape, roles: LayerRoles) -> 
 
 
 def _block_weights(config: Mapping[str, Any], shape: Shape, roles: LayerRoles) -> int:
-    """Weights of a block's linear layers."""
+    """Return the number of weights in a block's linear layers."""
     return sum(outputs * inputs for outputs, inputs in _layer_sizes(config, shape, roles).values())
 
 
 def _interpolate(points: Sequence[Sequence[float]], at: int) -> float:
-    """Straight lines between `[x, y]` points of falling x; flat beyond the last."""
+    """Interpolate linearly between `[x, y]` points of falling x; beyond the ends the value is constant."""
     for (right, high), (left, low) in pairwise(points):
         if left <= at <= right:
             return high + (low - high) * (right - at) / (right - left)

@@ -1,9 +1,8 @@
-"""Calibration samples: token sequences of one length from a workload, a text file or JSONL, drawn by a seed."""
+"""Calibration samples: token sequences of equal length from a workload, a text file or a JSONL file."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,25 +13,28 @@ import torch
 from torch import Tensor
 
 from slimserve.core.errors import UserError
+from slimserve.core.model_config import read_config
+from slimserve.core.text import read_jsonl, read_text
 from slimserve.workloads import is_workload, load_workload, workload_names
 from slimserve.workloads.interface import Prompt, ScoringPrompt
 
 MIXED = "mixed"
-"""Source name: every workload, document by document in turn."""
+"""Source that takes documents from all built-in workloads in turn."""
 
-_DOCUMENTS_AT_ONCE = 64
+_FIRST_PROMPTS = 64
+"""Prompts in the first request to a workload; each later request asks for four times as many."""
 
 
 @dataclass(frozen=True)
-class Calibration:
-    """What a recipe's steps look at."""
+class CalibrationData:
+    """The samples that the steps of a recipe read."""
 
     tokens_NT: Tensor
     """Token ids, int64, N sequences of T."""
     sha256: str
     """Hash of the token ids."""
     detail: dict[str, Any]
-    """Source, seed, sizes asked and found: for the manifest."""
+    """Source, seed, requested and available number of sequences, for the manifest."""
 
 
 def check_source(source: str) -> None:
@@ -50,13 +52,14 @@ def check_source(source: str) -> None:
 
 def load_calibration(
     directory: Path, source: str, num_samples: int, sequence_length: int, seed: int = 0
-) -> Calibration:
-    """Draw `num_samples` sequences of `sequence_length` tokens with the tokenizer of the model in `directory`.
+) -> CalibrationData:
+    """Return `num_samples` sequences of `sequence_length` tokens, made with the tokenizer of the model in `directory`.
 
-    Documents come in the order that `seed` gives and are laid end to end, so that no token is padding. A
-    workload gives its calibration split only: prompts with true answers, as the model sees them when it is
-    served. A .txt file is split at empty lines; a line of .jsonl holds `{"text": …}` or `{"input_ids": [...]}`.
-    Fewer sequences come back where the source has no more, and `detail` says so; UserError where it has not one.
+    Documents are shuffled by `seed` and joined, so no token is padding. A workload gives only its calibration split:
+    prompts with true answers, in the form that the server builds. A .txt file is split at empty lines. A line of a
+    .jsonl file is `{"text": …}` or `{"input_ids": [...]}`. If the source has fewer sequences, all of them are returned.
+
+    Raises UserError if the source is unknown, malformed, or has not even one sequence.
     """
     check_source(source)
     ids: list[int] = []
@@ -75,7 +78,7 @@ def load_calibration(
             "give more text, or lower calibration.sequence_length",
         )
     tokens_NT = torch.tensor(ids[: found * sequence_length], dtype=torch.int64).view(found, sequence_length)
-    vocabulary = json.loads((directory / "config.json").read_text(encoding="utf-8"))["vocab_size"]
+    vocabulary = read_config(directory)["vocab_size"]
     if int(tokens_NT.min()) < 0 or int(tokens_NT.max()) >= vocabulary:
         raise UserError(
             "calibration source", source, f"has token ids outside 0 to {vocabulary - 1}", "use this model's tokenizer"
@@ -85,27 +88,26 @@ def load_calibration(
         "seed": seed,
         "num_documents": num_documents,
         "num_sequences": found,
-        "num_sequences_asked": num_samples,
+        "num_sequences_requested": num_samples,
         "sequence_length": sequence_length,
     }
-    return Calibration(tokens_NT, hashlib.sha256(tokens_NT.numpy().tobytes()).hexdigest(), detail)
+    return CalibrationData(tokens_NT, hashlib.sha256(tokens_NT.numpy().tobytes()).hexdigest(), detail)
 
 
 def _documents(directory: Path, source: str, seed: int) -> Iterator[list[int]]:
-    """Token ids of one document after another, in the order of `seed`."""
+    """Yield the token ids of one document after another, in the order that `seed` gives."""
     path = Path(source)
     if path.suffix == ".jsonl":
-        rows = _read_jsonl(path)
+        rows = _read_rows(path)
         random.Random(seed).shuffle(rows)
         if all("input_ids" in row for row in rows):
             yield from (row["input_ids"] for row in rows)
             return
-        texts = iter([row["text"] for row in rows])
+        texts = [row["text"] for row in rows]
     elif path.suffix == ".txt":
-        paragraphs = [part.strip() for part in _read_text(path).split("\n\n")]
-        paragraphs = [part for part in paragraphs if part]
-        random.Random(seed).shuffle(paragraphs)
-        texts = iter(paragraphs)
+        paragraphs = read_text(path, "calibration source").split("\n\n")
+        texts = [paragraph.strip() for paragraph in paragraphs if paragraph.strip()]
+        random.Random(seed).shuffle(texts)
     else:
         yield from _workload_documents(directory, source, seed)
         return
@@ -113,33 +115,17 @@ def _documents(directory: Path, source: str, seed: int) -> Iterator[list[int]]:
     yield from (tokenizer(text)["input_ids"] for text in texts)
 
 
-def _read_jsonl(path: Path) -> list[dict[str, Any]]:
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    remedy = 'write {"text": "…"} or {"input_ids": [1, 2, 3]} in every line'
     rows = []
-    for number, line in enumerate(_read_text(path).splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UserError("calibration source", f"{path}:{number}", f"is not JSON ({error})", "mend it") from error
-        if not isinstance(row, dict) or not _is_document(row):
-            raise UserError(
-                "calibration source",
-                f"{path}:{number}",
-                "has neither a text nor input_ids that are whole numbers",
-                'write {"text": "…"}',
-            )
+    for number, row in read_jsonl(path, "calibration source", remedy):
+        if not _is_document(row):
+            problem = "has neither a text nor input_ids that are integers"
+            raise UserError("calibration source", f"{path}:{number}", problem, remedy)
         rows.append(row)
     if len({"input_ids" in row for row in rows}) > 1:
         raise UserError("calibration source", path, "mixes text and input_ids", "use one of them in every line")
     return rows
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError("calibration source", path, f"is not UTF-8 ({error})", "convert it") from error
 
 
 def _is_document(row: dict[str, Any]) -> bool:
@@ -151,25 +137,24 @@ def _is_document(row: dict[str, Any]) -> bool:
 def _workload_documents(directory: Path, source: str, seed: int) -> Iterator[list[int]]:
     tokenizer = _tokenizer(directory)
     names = workload_names() if source == MIXED else [source]
-    streams = [_prompts(name, seed) for name in names]
-    for prompts in zip(*streams, strict=False):
+    for prompts in zip(*(_prompts(name, seed) for name in names), strict=False):
         for prompt in prompts:
             yield document_ids(tokenizer, prompt)
 
 
 def _prompts(name: str, seed: int) -> Iterator[Prompt]:
-    """A workload's calibration prompts, asked for in growing lots since making them costs."""
-    workload, given, lot = load_workload(name), 0, _DOCUMENTS_AT_ONCE
+    """Yield a workload's calibration prompts; it is asked for more and more of them, because making prompts is slow."""
+    workload, num_given, num_wanted = load_workload(name), 0, _FIRST_PROMPTS
     while True:
-        prompts = workload.make_prompts("calibration", lot, seed)
-        yield from prompts[given:]
-        if len(prompts) < lot:
+        prompts = workload.make_prompts("calibration", num_wanted, seed)
+        yield from prompts[num_given:]
+        if len(prompts) < num_wanted:
             return
-        given, lot = lot, 4 * lot
+        num_given, num_wanted = num_wanted, 4 * num_wanted
 
 
 def document_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
-    """Token ids of a prompt with its true answer, as the server would build them."""
+    """Return the token ids of a prompt with its true answer, in the form that the server builds."""
     if isinstance(prompt, ScoringPrompt):
         ids: list[int] = tokenizer(prompt.solved)["input_ids"]
         return ids

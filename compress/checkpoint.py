@@ -1,4 +1,4 @@
-"""Safetensors in and out, one decoder block at a time, so that memory holds a block and a shard."""
+"""Reads and writes safetensors one decoder block at a time, so that memory holds a block and a shard."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from torch import Tensor
 from slimserve.core.errors import UserError
 from slimserve.core.model import weight_files
 
-_CHECKED = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+_FLOAT_DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 _SHARD_BYTES = 2**29
-"""Shards are kept small, since one is in memory, twice, while it is written."""
+"""Maximum bytes of a shard; a shard is in memory twice while it is written."""
 
 
 class CheckpointReader:
-    """Tensors of a model directory by name, read from disk when asked for."""
+    """Reads single tensors of a model directory by name."""
 
     def __init__(self, directory: Path) -> None:
         self._file_of: dict[str, Path] = {}
@@ -33,26 +33,26 @@ class CheckpointReader:
         return list(self._file_of)
 
     def read(self, name: str) -> Tensor:
-        """One tensor; UserError names it where it is missing, or a weight in it is NaN or infinite."""
+        """Return one tensor. Raises UserError with its name if it is missing or contains NaN or infinity."""
         if name not in self._file_of:
             raise UserError("weights", name, "is missing from the checkpoint", "download the model again")
         with safe_open(self._file_of[name], framework="pt") as tensors:
             tensor: Tensor = tensors.get_tensor(name)
         if (
-            tensor.dtype in _CHECKED
+            tensor.dtype in _FLOAT_DTYPES
             and tensor.numel()
             and not bool(torch.isfinite(torch.stack(tensor.aminmax())).all())
         ):
-            raise UserError("weights", name, "holds NaN or infinity", "repair the model before compressing it")
+            raise UserError("weights", name, "contains NaN or infinity", "use a model with finite weights")
         return tensor
 
     def read_prefix(self, prefix: str) -> dict[str, Tensor]:
-        """All tensors under `prefix`, by the rest of their names."""
+        """Return all tensors whose names begin with `prefix`, by the rest of their names."""
         return {name.removeprefix(prefix): self.read(name) for name in self._file_of if name.startswith(prefix)}
 
 
 class CheckpointWriter:
-    """Collects tensors and writes them as safetensors shards of at most about 0.5 GiB, with an index if several."""
+    """Writes tensors as safetensors shards of about 0.5 GiB, with an index if there are several."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -62,6 +62,7 @@ class CheckpointWriter:
         self._total_bytes = 0
 
     def add(self, tensors: Mapping[str, Tensor]) -> None:
+        """Add tensors by their full names; full shards are written immediately."""
         for name, tensor in tensors.items():
             size = tensor.numel() * tensor.element_size()
             if self._pending and self._pending_bytes + size > _SHARD_BYTES:
@@ -70,7 +71,7 @@ class CheckpointWriter:
             self._pending_bytes += size
 
     def close(self) -> None:
-        """Write what is pending and, for several shards, their final names and the index."""
+        """Write the last shard and give all shards their final names; several shards get an index."""
         self._flush()
         if len(self._shards) == 1:
             self._shards[0][0].rename(self._directory / "model.safetensors")
@@ -97,7 +98,7 @@ class CheckpointWriter:
 def iterate_blocks(
     reader: CheckpointReader, prefix_template: str, num_blocks: int
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Prefix and tensors of each decoder block in order; UserError where the checkpoint lacks one."""
+    """Yield the prefix and the tensors of each decoder block in order; UserError names a missing block."""
     for index in range(num_blocks):
         prefix = prefix_template.format(index=index)
         block = reader.read_prefix(prefix)

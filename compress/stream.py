@@ -1,8 +1,10 @@
-"""A calibration set on its way through a model, block by block and half by half, as a step changes the blocks.
+"""Hidden states of the calibration samples as they pass through a model that is being compressed.
 
-For each half of a block a step may ask for the Hessian of what its producers read, then of what its
-consumer reads, and then lets the stream advance through the half as it has become. So every layer is
-chosen on what it will really read, errors of the layers before included, and the model runs only once.
+For each sublayer of a block, a step can ask for the Hessian of the producers' inputs, then for that of the consumer's
+inputs. Then the stream advances through the changed sublayer. Every layer is therefore compressed on the inputs that it
+will get, which include the errors of earlier layers, and the model runs only once.
+
+Shape suffixes: N sequences; B sequences of a batch; T tokens; D hidden size; I input features; V vocabulary.
 """
 
 from __future__ import annotations
@@ -18,10 +20,11 @@ from slimserve.compress.families import Sublayer
 from slimserve.compress.forward import Decoder, dense_linear
 
 _TOKENS_AT_ONCE = 2048
+"""Tokens of one batch."""
 
 
 class Stream:
-    """Hidden states of all calibration sequences before one block, in files under `folder`."""
+    """Hidden states of all calibration sequences before and after one block, in files under `folder`."""
 
     def __init__(self, decoder: Decoder, folder: Path, tokens_NT: Tensor, name: str = "x") -> None:
         self.decoder = decoder
@@ -35,36 +38,35 @@ class Stream:
 
     @torch.inference_mode()
     def embed(self, embedding_VD: Tensor) -> None:
-        """Make the hidden states before block 0."""
+        """Write the hidden states before block 0."""
         states = self._states(0, embedding_VD.shape[1])
         for first in range(0, len(self.tokens_NT), self._batch):
             states.write(first, embedding_VD[self.tokens_NT[first : first + self._batch]])
 
     def enter(self, index: int, hidden_size: int) -> None:
-        """Stand before block `index`, whose hidden states an earlier `advance` or `embed` left on disk."""
+        """Move to block `index`; `embed` or `advance` has written the hidden states before it."""
         self._before = self._states(index, hidden_size)
         self._after = self._states(index + 1, hidden_size)
         self._width, self._index = hidden_size, index
         self._branches = []
 
     def leave(self) -> None:
-        """Forget the hidden states before the block, of branches too, once those after it are safe."""
+        """Delete the hidden states before the block, also those of branches; the states after it must be recorded."""
         for stream in (self, *self._branches):
             stream._before.delete()
 
     def branch(self, name: str, num_sequences: int) -> Stream:
-        """A stream of its own that stands before the same block: of a model that differs in an earlier block.
+        """Return a stream at the same block for a variation of the model, with the first `num_sequences` only.
 
-        It has the first `num_sequences` only. A new branch begins with `pass_over`; one that has been there before
-        goes on where it stood.
+        A new branch begins with `skip_block`. A branch of a name that exists continues with the states of that branch.
         """
         branch = Stream(self.decoder, self._folder, self.tokens_NT[:num_sequences], name)
         branch.enter(self._index, self._width)
         self._branches.append(branch)
         return branch
 
-    def pass_over(self, stream: Stream) -> None:
-        """Stand after the block with the hidden states that `stream` has before it: leave the block out."""
+    def skip_block(self, stream: Stream) -> None:
+        """Leave the block out: the states after it are those that `stream` has before it."""
         for first in range(0, len(self.tokens_NT), self._batch):
             count = min(self._batch, len(self.tokens_NT) - first)
             self._after.write(first, stream._before.read(first, count))
@@ -72,14 +74,14 @@ class Stream:
     def producer_hessian(
         self, sublayer: Sublayer, block: Mapping[str, Tensor], layer: str, wants_peak: bool = False
     ) -> Hessian:
-        """Hessian of what the half's producers read; `layer` names them in an error."""
+        """Return the Hessian of the producers' inputs; `layer` names them in errors."""
         hessian = Hessian(self._width, layer, wants_peak)
         for _, x_BTD in self._residual(sublayer):
             hessian.add(self.decoder.producer_input(sublayer, block, x_BTD))
         return hessian
 
     def run(self, sublayer: Sublayer, block: Mapping[str, Tensor]) -> Iterator[tuple[int, Tensor]]:
-        """Compute what the half's consumer reads and keep it for `advance`; yields it batch by batch."""
+        """Compute the consumer's inputs, keep them for `advance`, and yield index and inputs `[B, T, I]` of each batch."""
         linear = dense_linear(block)
         width = block[f"{self.decoder.roles.consumer(sublayer)}.weight"].shape[1]
         path = self._folder / f"{self._name}-inner.bin"
@@ -91,18 +93,18 @@ class Stream:
             yield first, inner_BTI
 
     def consumer_hessian(self, sublayer: Sublayer, block: Mapping[str, Tensor], layer: str) -> Hessian:
-        """Hessian of what the half's consumer reads; `layer` names it in an error."""
+        """Return the Hessian of the consumer's inputs and keep them for `advance`; `layer` names it in errors."""
         hessian = Hessian(block[f"{self.decoder.roles.consumer(sublayer)}.weight"].shape[1], layer)
         for _, inner_BTI in self.run(sublayer, block):
             hessian.add(inner_BTI)
         return hessian
 
-    def advance(
+    def advance_batches(
         self, sublayer: Sublayer, block: Mapping[str, Tensor], kept_I: Tensor | None = None
     ) -> Iterator[Tensor]:
-        """Add the consumer's outputs to the hidden states; yields them batch by batch, `[B, T, D]`.
+        """Add the consumer's outputs to the hidden states and yield the outputs `[B, T, D]` of each batch.
 
-        `kept_I` are the columns of what `run` kept that the consumer still reads; None: all.
+        `kept_I` are the input features that a pruned consumer still reads; None means all.
         """
         assert self._inner is not None
         linear, layer = dense_linear(block), self.decoder.roles.consumer(sublayer)
@@ -114,29 +116,29 @@ class Stream:
         self._inner.delete()
 
     def inner(self) -> Iterator[Tensor]:
-        """What `run` kept, batch by batch, `[B, T, I]`."""
+        """Yield the consumer's inputs `[B, T, I]` that `run` kept, one batch at a time."""
         assert self._inner is not None
         for _, inner_BTI in self._inner.batches(self._batch):
             yield inner_BTI
 
-    def pass_sublayer(self, sublayer: Sublayer, block: Mapping[str, Tensor]) -> None:
-        """Go through a half as it is."""
+    def run_sublayer(self, sublayer: Sublayer, block: Mapping[str, Tensor]) -> None:
+        """Advance through an unchanged sublayer."""
         for _ in self.run(sublayer, block):
             pass
-        self.skip(sublayer, block)
+        self.advance(sublayer, block)
 
-    def skip(self, sublayer: Sublayer, block: Mapping[str, Tensor], kept_I: Tensor | None = None) -> None:
-        """`advance` for those who do not look at the outputs."""
-        for _ in self.advance(sublayer, block, kept_I):
+    def advance(self, sublayer: Sublayer, block: Mapping[str, Tensor], kept_I: Tensor | None = None) -> None:
+        """Advance through the sublayer without looking at the outputs, see `advance_batches`."""
+        for _ in self.advance_batches(sublayer, block, kept_I):
             pass
 
     def changes(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Hidden states before and after the block, batch by batch."""
+        """Yield the hidden states before and after the block, one batch at a time."""
         for first, before_BTD in self._before.batches(self._batch):
             yield before_BTD, self._after.read(first, self._batch)
 
     def results(self) -> Iterator[Tensor]:
-        """Hidden states after the block, batch by batch."""
+        """Yield the hidden states after the block, one batch at a time."""
         for _, after_BTD in self._after.batches(self._batch):
             yield after_BTD
 

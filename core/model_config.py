@@ -1,9 +1,17 @@
-"""Sizes that a model's config.json states or leaves to be derived."""
+"""A model's config.json, and the sizes that it states or leaves to be derived."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """Return the content of config.json in a model directory that `resolve_model` has checked."""
+    config: dict[str, Any] = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    return config
 
 
 def num_kv_heads_of(config: Mapping[str, Any]) -> int:

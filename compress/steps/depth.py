@@ -37,7 +37,7 @@ class PruneDepthStep(BoundStep):
     def on_block(self, index: int, block: Block, stream: Stream | None, dense: Stream | None) -> tuple[Block, Detail]:
         assert stream is not None
         for sublayer in SUBLAYERS:
-            stream.pass_sublayer(sublayer, block)
+            stream.run_sublayer(sublayer, block)
         similar = [
             functional.cosine_similarity(before.float(), after.float(), dim=-1).flatten()
             for before, after in stream.changes()
@@ -81,11 +81,11 @@ class SearchDepthStep(PruneDepthStep):
         assert stream is not None
         branches = [stream.branch(f"without-{removed:05d}", _SEARCH_SEQUENCES) for removed in range(index + 1)]
         for sublayer in SUBLAYERS:
-            stream.pass_sublayer(sublayer, block)
+            stream.run_sublayer(sublayer, block)
         for branch in branches[:-1]:
             for sublayer in SUBLAYERS:
-                branch.pass_sublayer(sublayer, block)
-        branches[-1].pass_over(stream)
+                branch.run_sublayer(sublayer, block)
+        branches[-1].skip_block(stream)
         if index < self._depth - 1:
             return block, {}
         errors = [_finite(_normed_distance(stream, branch), removed) for removed, branch in enumerate(branches)]

@@ -46,7 +46,7 @@ class ErrorProfile:
                 damping=self._damping,
             )
             losses[sublayer] = prune.loss_curve(problem, self._sizes[sublayer])
-            stream.skip(sublayer, block)
+            stream.advance(sublayer, block)
         change, inverse_norm = _relative_change(stream)
         curves: Detail = {
             sublayer: [

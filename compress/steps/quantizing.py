@@ -68,7 +68,7 @@ class QuantizeStep:
                 hessian_II = stream.consumer_hessian(sublayer, effective, f"block {index} {consumer}").mean()
             self._round((consumer,), effective, packed, hessian_II, errors, notes)
             if stream is not None:
-                stream.skip(sublayer, effective)
+                stream.advance(sublayer, effective)
         return packed, {"output_error": errors, **({"notes": notes} if notes else {})}
 
     def emit(self, index: int, block: Block, original: Callable[[], Block], details: Sequence[Detail]) -> Block | None:

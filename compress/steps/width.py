@@ -52,9 +52,9 @@ class PruneStep(BoundStep):
         for sublayer in SUBLAYERS:
             if self._after[sublayer] == self._before[sublayer]:
                 if stream is not None:
-                    stream.pass_sublayer(sublayer, block)
+                    stream.run_sublayer(sublayer, block)
                 if dense is not None:
-                    dense.pass_sublayer(sublayer, dense_block)
+                    dense.run_sublayer(sublayer, dense_block)
                 continue
             layer = self._roles.consumer(sublayer)
             hessian_II, cross_IO = None, None
@@ -79,7 +79,7 @@ class PruneStep(BoundStep):
             block[f"{layer}.weight"] = pruned.weight_OK.to(weight_OI.dtype).contiguous()
             details[layer] = pruned.detail
             if stream is not None:
-                stream.skip(sublayer, block, pruned.kept_I)
+                stream.advance(sublayer, block, pruned.kept_I)
         return block, details
 
     def config(self, before: Mapping[str, Any], details: Sequence[Detail]) -> dict[str, Any]:
@@ -107,7 +107,7 @@ class PruneStep(BoundStep):
         for _ in dense.run(sublayer, dense_block):
             pass
         bias_D = dense_block.get(f"{self._roles.consumer(sublayer)}.bias")
-        for inner_BTI, output_BTD in zip(stream.inner(), dense.advance(sublayer, dense_block), strict=True):
+        for inner_BTI, output_BTD in zip(stream.inner(), dense.advance_batches(sublayer, dense_block), strict=True):
             if bias_D is not None:  # the pruned block keeps the bias, so the weight must not reproduce it
                 output_BTD = output_BTD - bias_D.to(output_BTD.dtype)
             part_IO = inner_BTI.flatten(0, 1).float().T @ output_BTD.flatten(0, 1).float()

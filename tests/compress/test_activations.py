@@ -20,15 +20,15 @@ def test_what_is_written_is_read_back_whatever_the_batches(tmp_path: Path, dtype
     assert torch.equal(file.read(5, 1), -x[5:6])
 
 
-def test_a_file_cut_short_is_an_error_not_zeros(tmp_path: Path) -> None:
+def test_a_file_truncated_is_an_error_not_zeros(tmp_path: Path) -> None:
     file = ActivationFile(tmp_path / "x.bin", 3, 5, 2, torch.float32)
     file.write(0, torch.ones(2, 5, 2))
-    with pytest.raises(UserError, match="cut short"):
+    with pytest.raises(UserError, match="truncated"):
         file.read(2, 1)
 
 
 @pytest.mark.parametrize("width", [1, 37, 513, 1100])
-def test_a_gram_matrix_in_panels_is_the_whole_product(width: int) -> None:
+def test_a_hessian_in_panels_equals_the_full_product(width: int) -> None:
     x = torch.randn(4, 9, width, generator=torch.Generator().manual_seed(width))
     hessian = Hessian(width, "layer")
     for part in x.split([1, 3]):

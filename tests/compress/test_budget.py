@@ -9,8 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from slimserve.compress import budget
-from slimserve.compress import build as build_module
+from slimserve.compress import budget, budget_search
 from slimserve.compress.families import roles_of
 from slimserve.compress.recipe import Keep, Prune, PruneDepth, Quantize
 from slimserve.compress.reference import reference_logits
@@ -81,7 +80,7 @@ def test_an_interrupted_budget_goes_on_with_the_shapes_that_it_had_chosen(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as context:
-        context.setattr(build_module, "divergences", stop)
+        context.setattr(budget_search, "divergences", stop)
         with pytest.raises(KeyboardInterrupt):
             build_on_data(tiny_llama, prune, target=tmp_path / "variant")
     (chosen,) = tmp_path.glob(".variant.building/step-budget/finalists.json")
@@ -103,7 +102,7 @@ def test_a_budget_leaves_what_the_next_step_needs(tiny_llama: TinyModel, tmp_pat
 
 
 def test_a_budget_out_of_reach_and_one_that_is_met_already_are_refused(tiny_llama: TinyModel, tmp_path: Path) -> None:
-    for share, problem in ((0.01, "out of reach"), (1.0, "met by the model as it is")):
+    for share, problem in ((0.01, "out of reach"), (1.0, "met by the dense model already")):
         prune = Prune(step="prune", keep=Keep(parameters=share), multiple=4)
         with pytest.raises(UserError, match=f"keep: 'parameters = .*{problem}"):
             build_on_data(tiny_llama, prune, target=tmp_path / "variant")

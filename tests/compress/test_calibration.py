@@ -42,7 +42,7 @@ def test_fewer_samples_than_asked_are_counted(smollm2: Path, tmp_path: Path) -> 
     ids.write_text(json.dumps({"input_ids": list(range(25))}))
     found = load_calibration(smollm2, str(ids), 9, 10)
     assert found.detail["num_sequences"] == 2
-    assert found.detail["num_sequences_asked"] == 9
+    assert found.detail["num_sequences_requested"] == 9
 
 
 @pytest.mark.parametrize(

@@ -52,11 +52,11 @@ FORKING = """
 import os, signal, sys
 from pathlib import Path
 import torch, transformers.models.llama.modeling_llama  # what every child would import
-from slimserve.compress import build
+from slimserve.compress import artifacts, build
 from slimserve.compress.recipe import load_recipe
 model, recipe, target, *lives = sys.argv[1:]
 name, loaded = load_recipe(recipe)
-saved = build.save_file
+saved = artifacts.save_file
 for life in [*map(int, lives), 10**6]:
     child = os.fork()
     if not child:
@@ -68,7 +68,7 @@ for life in [*map(int, lives), 10**6]:
                 os.kill(os.getpid(), signal.SIGKILL)
             left -= 1
             saved(*arguments)
-        build.save_file = save_or_die
+        artifacts.save_file = save_or_die
         build.build_variant("tiny", Path(model), name, loaded, Path(target))
         os._exit(0)
     _, status = os.waitpid(child, 0)
@@ -176,5 +176,5 @@ def test_dead_inputs_and_a_single_sample_are_handled_and_written_down(deep: Tiny
     manifest = read_manifest(build_variant("tiny", deep.directory, "own", recipe, tmp_path / "variant"))
     assert manifest is not None
     assert manifest.calibration["num_sequences"] == 1
-    assert manifest.calibration["num_sequences_asked"] == 8
+    assert manifest.calibration["num_sequences_requested"] == 8
     assert manifest.steps[0].detail["per_block"][0]["mlp.down_proj"]["num_dead_inputs"] == 7

@@ -60,7 +60,7 @@ def test_the_hessians_of_a_stream_do_not_depend_on_the_batch_size(
                 producer: stream.producer_hessian(sublayer, block, producer, wants_peak=True),
                 consumer: stream.consumer_hessian(sublayer, block, consumer),
             }
-            stream.skip(sublayer, block)
+            stream.advance(sublayer, block)
             for layer, hessian in hessians.items():
                 x = captured[prefix + layer].flatten(0, 1)
                 if hessian.peak_I is not None:

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from slimserve.compress import build as build_module
+from slimserve.compress import artifacts
 from slimserve.compress.prune import METHODS
 from slimserve.compress.recipe import AnyStep, Keep, Prune, PruneDepth, Quantize
 from slimserve.compress.reference import kl_per_token, reference_logits
@@ -133,7 +133,7 @@ def test_an_interrupted_search_resumes_with_the_same_errors(
         left[0] -= 1
         save_file(*arguments)
 
-    monkeypatch.setattr(build_module, "save_file", save_or_stop)
+    monkeypatch.setattr(artifacts, "save_file", save_or_stop)
     with pytest.raises(KeyboardInterrupt):
         build_on_data(tiny_llama, step, target=tmp_path / "variant")
     left[0] = 100
