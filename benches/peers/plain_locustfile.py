@@ -10,6 +10,6 @@ class PlainUser(HttpUser):
     wait_time = constant_throughput(5)
 
     @task
-    def ask(self) -> None:
-        body = {"model": "truth", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
+    def send_chat_request(self) -> None:
+        body = {"model": "mock", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
         self.client.post("/v1/chat/completions", json=body)
