@@ -30,7 +30,7 @@ def main() -> None:
         passed = True
         for finding in check_variant(variant):
             passed &= finding.passed
-            print_status(f"{'ok  ' if finding.passed else 'FAIL'} {finding.what:13} {finding.detail}")
+            print_status(f"{'ok  ' if finding.passed else 'FAIL'} {finding.name:13} {finding.detail}")
         key = name.replace("-", "_")
         metrics[f"{key}_loads"] = [float(passed)]
         metrics[f"{key}_build_s"] = [manifest.build_s if manifest else 0.0]

@@ -64,17 +64,17 @@ def find_baseline_variants(
     comparison: Comparison, baseline: Comparison, identify: Callable[[Path], str]
 ) -> list[VariantResult]:
     """Return the earlier variants that can be served again: unchanged on disk, and different from today's."""
-    found = []
+    served_again = []
     for variant in comparison.variants:
         before = _variant_named(baseline, variant.name)
         if before is None or before.directory is None or variant.directory is None:
             continue
         directory = Path(before.directory)
         if before.identity != variant.identity and directory.is_dir() and identify(directory) == before.identity:
-            found.append(
+            served_again.append(
                 replace(before, rounds=[], quality={}, differences={}, rank_agreement={}, bottlenecks={}, costs={})
             )
-    return found
+    return served_again
 
 
 def check_baseline(

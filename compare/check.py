@@ -59,16 +59,16 @@ def _compare_shapes(directory: Path) -> Finding:
         expected = {
             name: tuple(tensor.shape) for name, tensor in AutoModelForCausalLM.from_config(config).state_dict().items()
         }
-    found = reference_shapes(directory)
+    actual = reference_shapes(directory)
     if config.tie_word_embeddings:
         expected.pop("lm_head.weight", None)
-        found.pop("lm_head.weight", None)
+        actual.pop("lm_head.weight", None)
     wrong = [
-        f"{name}: {found.get(name, 'missing')} in the file, {expected.get(name, 'nothing')} according to the config"
-        for name in sorted(expected.keys() | found.keys())
-        if expected.get(name) != found.get(name)
+        f"{name}: {actual.get(name, 'missing')} in the file, {expected.get(name, 'nothing')} according to the config"
+        for name in sorted(expected.keys() | actual.keys())
+        if expected.get(name) != actual.get(name)
     ]
-    return Finding("shapes", not wrong, "; ".join(wrong[:3]) if wrong else f"{len(found)} tensors match config.json")
+    return Finding("shapes", not wrong, "; ".join(wrong[:3]) if wrong else f"{len(actual)} tensors match config.json")
 
 
 def _prompts(vocabulary: int) -> list[Tensor]:

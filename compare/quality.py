@@ -121,7 +121,7 @@ def quality_metrics(
 
 @cache
 def _prompts(workload: str, num_prompts: int, seed: int) -> list[Prompt]:
-    """Cached, because every variant is asked the same prompts and making them takes a second."""
+    """Cached, because every variant gets the same prompts and making them takes a second."""
     return load_workload(workload).make_prompts("quality", num_prompts, seed)
 
 

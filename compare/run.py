@@ -122,7 +122,7 @@ def _endpoint_result(name: str, target: Target) -> VariantResult:
 
 def _variant_names(settings: CompareSettings, workloads: Sequence[str]) -> list[str]:
     """Return the names of all variants; UserError if one is unknown or repeated, or if there is nothing to compare."""
-    others = [one.name for one in (*settings.variants, *settings.endpoints)]
+    others = [*(one.name for one in settings.variants), *(one.name for one in settings.endpoints)]
     if not (settings.recipes or others) or not workloads:
         raise UserError("recipes or workloads", "", "are empty", "give at least one of each")
     names = [*(load_recipe(recipe)[0] for recipe in settings.recipes), *others]
@@ -159,9 +159,9 @@ def _reuse_measurements(comparison: Comparison, earlier: Comparison | None, fold
     is_same_reference = comparison.reference in known and (
         known[comparison.reference].identity == comparison.variant(comparison.reference).identity
     )
-    for variants, found in ((comparison.variants, known), (comparison.baseline_variants, known_baseline)):
+    for variants, earlier_variants in ((comparison.variants, known), (comparison.baseline_variants, known_baseline)):
         for variant in variants:
-            same = found.get(variant.name)
+            same = earlier_variants.get(variant.name)
             if is_same_reference and same is not None and same.identity == variant.identity:
                 variant.rounds = same.rounds
                 variant.bottlenecks = same.bottlenecks

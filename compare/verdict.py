@@ -121,11 +121,11 @@ def _with_reason(decision: VariantDecision, comparison: Comparison) -> VariantDe
     parts = []
     least = 1 - comparison.requirements.max_quality_loss_frac
     for workload, primary_metric in comparison.workloads.items():
-        found = decision.quality.get(workload)
-        if found is None:
+        quality = decision.quality.get(workload)
+        if quality is None:
             parts.append(f"has no {primary_metric} of {workload}")
-        elif not found.is_kept:
-            kept = f"{found.kept_frac:.1%} of {comparison.reference}'s {workload} {_words(primary_metric)}"
+        elif not quality.is_kept:
+            kept = f"{quality.kept_frac:.1%} of {comparison.reference}'s {workload} {_words(primary_metric)}"
             parts.append(f"keeps only {kept}; {least:.0%} is required")
     for workload, slo in decision.slo.items():
         if not slo.num_rounds:
@@ -153,8 +153,8 @@ def _slo_outcome(comparison: Comparison, variant: VariantResult, workload: str) 
     for summary in summaries:
         for objective in summary.objectives:
             values.setdefault(objective.text, []).append(objective.value)
-    worst = {text: _largest(found) for text, found in values.items()}
-    num_met = sum(bool(one.objectives) and all(found.is_met for found in one.objectives) for one in summaries)
+    worst = {text: _largest(rounds) for text, rounds in values.items()}
+    num_met = sum(bool(one.objectives) and all(objective.is_met for objective in one.objectives) for one in summaries)
     return SloOutcome(rate, num_met, len(summaries) + num_overloaded, worst)
 
 
@@ -175,8 +175,8 @@ class _Axis:
 def _axes(comparison: Comparison, variant: VariantResult) -> dict[str, _Axis]:
     axes = {}
     for workload, primary_metric in comparison.workloads.items():
-        if (found := variant.quality.get(workload, {}).get(primary_metric)) and found.value == found.value:
-            axes[f"{workload} quality"] = _Axis(-found.value, -found.high, -found.low)
+        if (quality := variant.quality.get(workload, {}).get(primary_metric)) and quality.value == quality.value:
+            axes[f"{workload} quality"] = _Axis(-quality.value, -quality.high, -quality.low)
         rate = comparison.slo_rates.get(workload)
         if rate is not None:
             seen = spread(summary.e2e_s.p90 for summary in variant.at_rate(workload, rate))
@@ -189,15 +189,15 @@ def _axes(comparison: Comparison, variant: VariantResult) -> dict[str, _Axis]:
     return axes
 
 
-def _ranged(found: Spread) -> _Axis:
+def _ranged(ratio: Spread) -> _Axis:
     """Return the axis of a spread; the bounds of a single round are infinite, because its variation is unknown."""
-    return _Axis(found.median, *((found.min, found.max) if found.n > 1 else (-math.inf, math.inf)))
+    return _Axis(ratio.median, *((ratio.min, ratio.max) if ratio.n > 1 else (-math.inf, math.inf)))
 
 
 def _dominance(comparison: Comparison) -> dict[str, tuple[list[str], list[str]]]:
     """Return, by variant, the variants that dominate it and those that no axis distinguishes from it."""
     axes = {variant.name: _axes(comparison, variant) for variant in comparison.variants}
-    found = {}
+    dominance = {}
     for name, ours in axes.items():
         above, indistinguishable_from = [], []
         for other, theirs in axes.items():
@@ -209,8 +209,8 @@ def _dominance(comparison: Comparison) -> dict[str, tuple[list[str], list[str]]]
                 above.append(other)
             if not is_clear and not any(our.high < their.low for our, their in shared):
                 indistinguishable_from.append(other)
-        found[name] = above, indistinguishable_from
-    return found
+        dominance[name] = above, indistinguishable_from
+    return dominance
 
 
 def _dominated_texts(comparison: Comparison, decisions: Sequence[VariantDecision]) -> list[str]:
@@ -263,16 +263,16 @@ def _value_text(text: str, value: float | None) -> str:
     return f"{value:.1%}" if text.startswith("errors") else f"{value:.3g} s"
 
 
-def _percent(found: Spread | None) -> str:
-    if found is None:
+def _percent(ratio: Spread | None) -> str:
+    if ratio is None:
         return "an unknown share"
-    return f"{found.median:.0%}" + (
-        f" ({found.min:.0%} to {found.max:.0%} over {found.n} rounds)" if found.n > 1 else ""
+    return f"{ratio.median:.0%}" + (
+        f" ({ratio.min:.0%} to {ratio.max:.0%} over {ratio.n} rounds)" if ratio.n > 1 else ""
     )
 
 
-def _median(found: Spread | None) -> float:
-    return found.median if found else math.inf
+def _median(ratio: Spread | None) -> float:
+    return ratio.median if ratio else math.inf
 
 
 def _is_below(ours: Spread | None, theirs: Spread | None) -> bool:

@@ -1,5 +1,6 @@
-"""Students by knowledge distillation: chosen sections of shortened sequences, in stages, with the cost counted.
+"""Knowledge distillation: trains a student on chosen sections of shortened sequences, in stages, and counts the cost.
 
-`sections` finds prompt, chain and answer; `supervision` chooses among them and shortens; `batches` lays sequences out;
-`losses` and `chunked` compare student and teacher; `train` is the loop; `cost` counts FLOPs; `run` makes a student.
+`sections` divides sequences into prompt, chain of thought and answer. `supervision` chooses among them, `batches` makes
+tensors, and `losses` and `chunked` compare student and teacher. `train` is the trainer, `components` its saved parts,
+and `run` makes the student's directory.
 """

@@ -1,11 +1,11 @@
-"""The loss from hidden states, some tokens at a time: no `[tokens, vocabulary]` matrix of a whole sequence exists.
+"""The distillation loss from hidden states, computed in chunks of tokens to save memory.
 
-The output layer of a small model is the largest thing in it: 2,048 tokens of a vocabulary of 49,152 are 400 MB in
-float32, and a distillation loss keeps about eight such matrices for its backward pass. Here the gradient of a chunk is
-computed as soon as its loss is, and only the gradients of the hidden states and of the output layer stay. That costs no
-second forward pass, as the loss is the last thing: what comes after it only scales it.
+The logits of a small model are its largest tensor: 2,048 tokens and a vocabulary of 49,152 take 400 MB in float32, and
+a distillation loss keeps about eight such matrices for its backward pass. Here the gradient of each chunk is computed
+right after its loss, and only the gradients of the hidden states and of the output layer are kept. No second forward
+pass is needed, because the rest of the graph only scales the loss.
 
-Shapes: N tokens, D hidden size, V vocabulary.
+Shapes: N tokens, D hidden size, V vocabulary; D' and V' are the teacher's.
 """
 
 from __future__ import annotations
@@ -17,35 +17,35 @@ import torch
 from torch import Tensor
 
 from slimserve.distill.losses import (
-    LossSettings,
     TopK,
     cross_entropy_per_token,
-    divergence_from_top,
+    divergence_from_top_k,
     divergence_per_token,
 )
+from slimserve.distill.recipe import LossSettings
 
 CHUNK = 64
-"""Tokens at a time: few enough that a chunk's matrices are small, enough that its products are not."""
+"""Number of tokens per chunk: few enough for little memory, enough for efficient matrix products."""
 
 
 @dataclass(frozen=True)
 class TeacherStates:
-    """A teacher's last hidden states `[N, D']` and its output layer `[V', D']`: its logits are made chunk by chunk."""
+    """A teacher's last hidden states `[N, D']` and its output layer `[V', D']`; logits are made in chunks."""
 
     hidden_ND: Tensor
     head_VD: Tensor
 
 
-Teacher = TeacherStates | TopK | None
-"""None: cross-entropy alone."""
+TeacherPrediction = TeacherStates | TopK | None
+"""The teacher's next-token distributions; None trains on cross-entropy alone."""
 
 
 class TokenLosses(NamedTuple):
-    """Sums over the tokens of a batch; only `total` has a gradient."""
+    """Losses summed over the tokens of a batch; only `total` has a gradient."""
 
     total: Tensor
     divergence: Tensor
-    """T² included; 0 without a teacher."""
+    """Divergence times T²; 0 without a teacher."""
     cross_entropy: Tensor
 
 
@@ -53,34 +53,39 @@ def chunked_loss(
     hidden_ND: Tensor,
     head_VD: Tensor,
     labels_N: Tensor,
-    teacher: Teacher,
+    teacher: TeacherPrediction,
     settings: LossSettings,
     chunk: int = CHUNK,
 ) -> TokenLosses:
-    """Sums of the loss over N tokens, with gradients for the student's hidden states and output layer.
+    """Return the loss summed over N tokens, with gradients for the student's hidden states and output layer.
 
-    `hidden_ND` are the student's last hidden states at the places before the N labels. Products run in their dtype, the
-    loss in float32; the output layer's gradient is summed in float32 and given in its own dtype.
+    `hidden_ND` holds the student's last hidden states at the positions before the N labels. Products use its dtype, the
+    loss float32. The output layer's gradient is summed in float32 and returned in the layer's dtype.
     """
     return TokenLosses(*_ChunkedLoss.apply(hidden_ND, head_VD, labels_N, teacher, settings, chunk))
 
 
 @torch.no_grad()
 def token_losses(
-    hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor, teacher: Teacher, settings: LossSettings, chunk: int = CHUNK
+    hidden_ND: Tensor,
+    head_VD: Tensor,
+    labels_N: Tensor,
+    teacher: TeacherPrediction,
+    settings: LossSettings,
+    chunk: int = CHUNK,
 ) -> Tensor:
-    """`[3, N]`: each token's loss, divergence and cross-entropy, float32, without gradients."""
+    """Return each token's loss, divergence and cross-entropy, `[3, N]` float32, without gradients."""
     head = head_VD.to(hidden_ND.dtype)
-    found = [
-        plain_losses(hidden_ND[part] @ head.T, labels_N[part], _teacher_of(teacher, part), settings)
+    chunks = [
+        plain_losses(hidden_ND[part] @ head.T, labels_N[part], _teacher_chunk(teacher, part), settings)
         for begin in range(0, len(labels_N), chunk)
         for part in [slice(begin, begin + chunk)]
     ]
-    return torch.cat(found, dim=1) if found else torch.zeros(3, 0, device=hidden_ND.device)
+    return torch.cat(chunks, dim=1) if chunks else torch.zeros(3, 0, device=hidden_ND.device)
 
 
-def _teacher_of(teacher: Teacher, part: slice) -> Tensor | TopK | None:
-    """What `plain_losses` wants of a teacher for some tokens."""
+def _teacher_chunk(teacher: TeacherPrediction, part: slice) -> Tensor | TopK | None:
+    """Return the teacher's top tokens or its logits for a chunk of tokens."""
     if isinstance(teacher, TopK):
         return TopK(teacher.tokens_NK[part], teacher.logprobs_NK[part])
     if teacher is None:
@@ -89,18 +94,18 @@ def _teacher_of(teacher: Teacher, part: slice) -> Tensor | TopK | None:
 
 
 def plain_losses(logits_NV: Tensor, labels_N: Tensor, teacher: Tensor | TopK | None, settings: LossSettings) -> Tensor:
-    """`[3, N]`: each token's loss, divergence and cross-entropy, from whole logits; the teacher's are a tensor."""
+    """Return each token's loss, divergence and cross-entropy, `[3, N]` float32, from all logits at once."""
     cross_entropy = cross_entropy_per_token(logits_NV, labels_N)
     if teacher is None:
         return torch.stack((cross_entropy, torch.zeros_like(cross_entropy), cross_entropy))
-    compare = divergence_from_top if isinstance(teacher, TopK) else divergence_per_token
+    compare = divergence_from_top_k if isinstance(teacher, TopK) else divergence_per_token
     divergence = compare(logits_NV, teacher, settings)
     total = (1 - settings.kd_weight) * cross_entropy + settings.kd_weight * divergence
     return torch.stack((total, divergence, cross_entropy))
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """Computes gradients in its forward pass, which its backward pass scales."""
+    """Computes the gradients in the forward pass; the backward pass scales them."""
 
     @staticmethod
     def forward(
@@ -108,7 +113,7 @@ class _ChunkedLoss(torch.autograd.Function):
         hidden_ND: Tensor,
         head_VD: Tensor,
         labels_N: Tensor,
-        teacher: Teacher,
+        teacher: TeacherPrediction,
         settings: LossSettings,
         chunk: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -121,10 +126,10 @@ class _ChunkedLoss(torch.autograd.Function):
             for begin in range(0, len(labels_N), chunk):
                 part = slice(begin, begin + chunk)
                 hidden = hidden_ND[part].detach()
-                logits, theirs = hidden @ head.T, _teacher_of(teacher, part)
+                logits, teacher_chunk = hidden @ head.T, _teacher_chunk(teacher, part)
                 with torch.enable_grad():
                     logits.requires_grad_(needs_hidden or needs_head)
-                    losses = plain_losses(logits, labels_N[part], theirs, settings)
+                    losses = plain_losses(logits, labels_N[part], teacher_chunk, settings)
                     total = losses[0].sum()
                 sums += losses.detach().double().sum(-1)
                 if not total.requires_grad:
@@ -147,6 +152,6 @@ class _ChunkedLoss(torch.autograd.Function):
         scale = grad_outputs[0]
         grad_hidden, grad_head = ctx.gradients
         ctx.gradients = ()
-        # In place: nothing else holds them, and a copy of the output layer's gradient is as large as the layer.
+        # In place, because a copy of the output layer's gradient would be as large as the layer.
         scaled = [None if grad is None else grad.mul_(scale) for grad in (grad_hidden, grad_head)]
         return (*scaled, None, None, None, None)

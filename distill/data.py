@@ -1,11 +1,11 @@
-"""Training and validation examples from a workload, or from a file of conversations.
+"""Training and validation examples from a workload or from a file of conversations.
 
-A line of a JSONL file is one conversation: `{"messages": [{"role": …, "content": …}, …]}` with the reply to learn last,
-or `{"prompt": …, "completion": …}`. A message's `reasoning_content`, as servers give it, becomes its chain between
-think tags. `slimserve distill traces` writes such files from a served teacher's own replies.
+A line of a JSONL file is one conversation: `{"messages": [{"role": …, "content": …}, …]}` with the reply to train on
+last, or `{"prompt": …, "completion": …}`. A message's `reasoning_content`, which servers return, becomes the chain of
+thought between think tags. `slimserve distill traces` writes such files from the replies of a served teacher.
 
-A workload's training examples are of its `calibration` split: quality and load are judged on others. Validation takes
-every tenth of them by a hash of the member or the question, so that no member's taste is in both.
+A workload's examples come from its `calibration` split, because quality and load are measured on the others. A hash of
+the user or the question assigns a tenth of them to validation, so that no user is in both.
 """
 
 from __future__ import annotations
@@ -19,63 +19,69 @@ from pathlib import Path
 from typing import Any
 
 from slimserve.core.errors import UserError
+from slimserve.core.text import read_jsonl
 from slimserve.distill.models import stop_tokens
 from slimserve.distill.sections import Example, chat_example, label_example
 from slimserve.workloads import is_workload, load_workload, workload_names
-from slimserve.workloads.interface import ChatPrompt, Prompt, ScoringPrompt, hash_number
+from slimserve.workloads.interface import ChatPrompt, Prompt, ScoringPrompt, hash_number, join_reply
 
 _VALIDATION_OF = 10
-_MOST_PROMPTS = 20_000
+"""One of this many examples is for validation."""
+_MAX_PROMPTS = 20_000
+_REMEDY = 'write {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}'
 _Conversation = tuple[str, str, list[dict[str, str]]]
-"""Name, what tells conversations of one question from others, and messages."""
+"""Name, the text before the reply, and the messages."""
 
 
 @dataclass(frozen=True)
 class Examples:
-    """What a run learns from, and what it is validated on."""
+    """The examples of a training."""
 
     training: list[Example]
     validation: list[Example]
     labels: tuple[int, ...] = ()
-    """Tokens of a scoring workload's labels, the first one being the score's; none for chats."""
+    """Tokens of a scoring workload's labels; empty for chats. Scores are probabilities of the first one."""
     groups: tuple[int, ...] = ()
-    """Whose each validation example is, for intervals; of scoring workloads."""
+    """User of each validation example, if the workload scores items."""
     num_too_long: int = 0
-    """Left out, since their prompt alone was longer than allowed."""
+    """Number of examples that were skipped because their prompt alone is too long."""
 
     @property
     def sha256(self) -> str:
         """Hash of the training examples' tokens and sections."""
-        told = repr([(one.tokens, one.sections) for one in self.training])
-        return hashlib.sha256(told.encode()).hexdigest()
+        content = repr([(one.tokens, one.sections) for one in self.training])
+        return hashlib.sha256(content.encode()).hexdigest()
 
 
 def load_examples(
     tokenizer: Any, directory: Path, source: str, num_training: int, num_validation: int, max_tokens: int, seed: int
 ) -> Examples:
-    """At most so many examples of each kind, in the order of `seed`, as the student's tokenizer divides them.
+    """Return at most `num_training` and `num_validation` examples of a source, in the order of `seed`.
 
-    Raises UserError where the source is unknown, a line cannot be read, or no example is left.
+    `directory` holds the student's configuration. Raises UserError if the source is unknown, a line is invalid, or no
+    example is left.
     """
     stop = stop_tokens(directory, tokenizer)
     is_scoring = False
-    chosen: tuple[list[Any], list[Any]] = ([], [])
+    split: tuple[list[Any], list[Any]] = ([], [])
     if is_workload(source):
-        for prompt in load_workload(source).make_prompts("calibration", _most(num_training, num_validation), seed):
+        for prompt in load_workload(source).make_prompts(
+            "calibration", _num_prompts(num_training, num_validation), seed
+        ):
             is_scoring = isinstance(prompt, ScoringPrompt)
-            chosen[_is_validation(_key(prompt))].append(prompt)
+            split[_is_validation(_key(prompt))].append(prompt)
     else:
         conversations = list(_read_conversations(Path(source)))
         random.Random(seed).shuffle(conversations)
         for conversation in conversations:
-            chosen[_is_validation(conversation[1])].append(conversation)
+            split[_is_validation(conversation[1])].append(conversation)
     num_too_long = 0
 
-    def examples_of(items: list[Any], wanted: int) -> list[tuple[Example, Any]]:
+    def examples_of(items: list[Any], max_examples: int) -> list[tuple[Example, Any]]:
         nonlocal num_too_long
-        found: list[tuple[Example, Any]] = []
+        examples: list[tuple[Example, Any]] = []
         for number, item in enumerate(items):
-            if len(found) == wanted:
+            if len(examples) == max_examples:
                 break
             if isinstance(item, ScoringPrompt):
                 example: Example | None = label_example(tokenizer, item, f"{source}/{number}", max_tokens)
@@ -87,17 +93,17 @@ def load_examples(
             if example is None:
                 num_too_long += 1
             else:
-                found.append((example, item))
-        return found
+                examples.append((example, item))
+        return examples
 
-    training, validation = examples_of(chosen[0], num_training), examples_of(chosen[1], num_validation)
+    training, validation = examples_of(split[0], num_training), examples_of(split[1], num_validation)
     if not training or (num_validation and not validation):
         kind = "validation" if training else "training"
         raise UserError(
             "data.source",
             source,
             f"leaves no {kind} example ({num_too_long} prompts alone have more than {max_tokens} tokens)",
-            "give more data, or raise data.max_tokens",
+            "use more data, or raise data.max_tokens",
         )
     labels: tuple[int, ...] = ()
     if is_scoring:
@@ -112,9 +118,9 @@ def load_examples(
     )
 
 
-def _most(num_training: int, num_validation: int) -> int:
-    """Prompts to draw so that a tenth of them are enough to validate on."""
-    return min(_MOST_PROMPTS, 2 * max(num_training, _VALIDATION_OF * num_validation))
+def _num_prompts(num_training: int, num_validation: int) -> int:
+    """Return the number of prompts of which a tenth is enough for validation."""
+    return min(_MAX_PROMPTS, 2 * max(num_training, _VALIDATION_OF * num_validation))
 
 
 def _key(prompt: Prompt) -> str:
@@ -128,7 +134,7 @@ def _is_validation(key: str) -> bool:
 def _label_token(tokenizer: Any, label: str) -> int:
     tokens = tokenizer(label, add_special_tokens=False)["input_ids"]
     if len(tokens) != 1:
-        raise UserError("label", label, f"is {len(tokens)} tokens of this model", "choose labels of one token each")
+        raise UserError("label", label, f"has {len(tokens)} tokens in this model", "choose labels of one token")
     return int(tokens[0])
 
 
@@ -137,29 +143,17 @@ def _read_conversations(file: Path) -> Iterator[_Conversation]:
         raise UserError(
             "data.source",
             file,
-            "is neither a workload nor a file",
+            "is neither a workload nor a JSONL file",
             f"choose from {', '.join(workload_names())}, or give the path of a .jsonl file",
         )
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise UserError("data.source", file, f"is not UTF-8 ({error})", "convert it") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
+    for number, row in read_jsonl(file, "data.source", _REMEDY):
+        if set(row) == {"question"}:  # `distill traces` found no correct reply to it
             continue
         name = f"{file}:{number}"
         try:
-            row = json.loads(line)
-            if set(row) == {"question"}:  # of which the teacher found no right reply
-                continue
             messages = _messages(row)
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                "data.source",
-                name,
-                f"is no conversation ({error or type(error).__name__})",
-                'write {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}',
-            ) from error
+            raise UserError("data.source", name, f"is not a conversation ({error!r})", _REMEDY) from error
         yield name, json.dumps(messages[:-1]), messages
 
 
@@ -171,16 +165,14 @@ def _messages(row: Mapping[str, Any]) -> list[dict[str, str]]:
         ]
     messages = []
     for message in row["messages"]:
-        content = _text(message["content"])
-        if message.get("reasoning_content"):
-            content = f"<think>\n{message['reasoning_content']}\n</think>\n{content}"
+        content = join_reply(message.get("reasoning_content") or "", _text(message["content"]))
         messages.append({"role": _text(message["role"]), "content": content})
     if not messages or messages[-1]["role"] != "assistant":
-        raise ValueError("it does not end with an assistant's message")
+        raise ValueError("it does not end with an assistant message")
     return messages
 
 
 def _text(value: Any) -> str:
     if not isinstance(value, str):
-        raise TypeError(f"{value!r} is no text")
+        raise TypeError(f"{value!r} is not text")
     return value

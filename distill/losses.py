@@ -1,93 +1,81 @@
-"""How far a student's next-token distribution is from the teacher's, token by token.
+"""Divergences between the next-token distributions of student and teacher, as pure functions of logits.
 
-With p the teacher's and q the student's softmax at temperature T, over the tokens that both know (models pad their
-vocabularies to different sizes; a logit that only one side has is never used):
+p is the teacher's and q the student's softmax at temperature T:
 
-    forward_kl          KL(p ‖ q)                       covers all that the teacher may say
-    reverse_kl          KL(q ‖ p)                       keeps to what the teacher would say (MiniLLM, arXiv 2306.08543)
+    forward_kl          KL(p ‖ q)                       mode-covering
+    reverse_kl          KL(q ‖ p)                       mode-seeking (MiniLLM, arXiv 2306.08543)
     skewed_forward_kl   KL(p ‖ αp + (1-α)q)             bounded gradients (DistiLLM, arXiv 2402.03898, section 3.1)
     skewed_reverse_kl   KL(q ‖ (1-α)p + αq)
     js                  βKL(p ‖ m) + (1-β)KL(q ‖ m)     m = βp + (1-β)q (GKD, arXiv 2306.13649, section 2)
 
-times T², so that gradients keep their size at any temperature (Hinton et al., arXiv 1503.02531, section 2). Each is
-zero where student and teacher agree: the teacher's entropy is taken off, which the released code of arXiv 2512.21002
-leaves in. Everything is computed in float32. Shapes: N tokens, V vocabulary, K kept tokens of a cached teacher.
+Each is multiplied by T², so that gradients keep their size at any temperature (Hinton et al., arXiv 1503.02531,
+section 2). Each is zero where both distributions agree; the released code of arXiv 2512.21002 keeps the teacher's
+entropy and is not. Models pad their vocabularies to different sizes, so logits that only one side has are ignored.
+
+Everything is computed in float32. Shapes: N tokens, V vocabulary, K cached tokens, D hidden size.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-Divergence = Literal["forward_kl", "reverse_kl", "skewed_forward_kl", "skewed_reverse_kl", "js"]
+from slimserve.distill.recipe import HiddenDistance, LossSettings
 
-_LEAST_LOG = -1e30
-"""Of a share that is zero: finite, as gradients of infinity are not numbers."""
-
-
-@dataclass(frozen=True)
-class LossSettings:
-    """The loss of a token: (1 - kd_weight) × cross-entropy + kd_weight × T² × divergence."""
-
-    divergence: Divergence = "forward_kl"
-    kd_weight: float = 0.5
-    temperature: float = 1.0
-    skew: float = 0.1
-    """α of the skewed divergences."""
-    beta: float = 0.5
-    """β of js."""
+_MIN_LOG = -1e30
+"""Stands for the logarithm of zero; an infinite value would have NaN gradients."""
 
 
 @dataclass(frozen=True)
 class TopK:
-    """A teacher's likeliest next tokens, as a cache keeps them: log-probabilities at the temperature of the loss."""
+    """A teacher's K likeliest next tokens with their log-probabilities at the temperature of the loss."""
 
     tokens_NK: Tensor
     logprobs_NK: Tensor
 
 
 def divergence_per_token(student_NV: Tensor, teacher_NV: Tensor, settings: LossSettings) -> Tensor:
-    """The divergence of each token `[N]`, float32, T² included, from logits; differentiable in the student's."""
-    known = min(student_NV.shape[-1], teacher_NV.shape[-1])
+    """Return the divergence times T² of each token, `[N]` float32, from logits; differentiable in the student's."""
+    num_shared = min(student_NV.shape[-1], teacher_NV.shape[-1])
     temperature = settings.temperature
-    log_q = functional.log_softmax(student_NV[..., :known].float() / temperature, dim=-1)
-    log_p = functional.log_softmax(teacher_NV[..., :known].float() / temperature, dim=-1)
+    log_q = functional.log_softmax(student_NV[..., :num_shared].float() / temperature, dim=-1)
+    log_p = functional.log_softmax(teacher_NV[..., :num_shared].float() / temperature, dim=-1)
     return _divergence(log_q, log_p, settings) * temperature**2
 
 
-def divergence_from_top(student_NV: Tensor, teacher: TopK, settings: LossSettings) -> Tensor:
-    """The divergence `[N]` from a teacher of which only the likeliest tokens are known.
+def divergence_from_top_k(student_NV: Tensor, teacher: TopK, settings: LossSettings) -> Tensor:
+    """Return the divergence `[N]` from a teacher of which only the K likeliest tokens are known.
 
-    All other tokens are one outcome of both sides, with the mass that is left. Merging outcomes never raises a KL or JS
-    divergence, so this is a lower bound of the whole one, exact where the teacher's rest is nothing, and still zero at
-    equality; the student is free how it divides the rest.
+    On both sides, all other tokens are merged into one outcome. Merging never raises a KL or JS divergence, so the
+    result is a lower bound of the full divergence. It is exact if the other tokens have no mass, and zero at equality.
     """
     temperature = settings.temperature
     log_q_NV = functional.log_softmax(student_NV.float() / temperature, dim=-1)
     log_q = log_q_NV.gather(-1, teacher.tokens_NK.long())
     log_p = teacher.logprobs_NK.float()
-    log_q, log_p = (torch.cat((kept, _log_rest(kept)), dim=-1) for kept in (log_q, log_p))
+    log_q, log_p = (torch.cat((known, _log_remaining_mass(known)), dim=-1) for known in (log_q, log_p))
     return _divergence(log_q, log_p, settings) * temperature**2
 
 
-def top_of(teacher_NV: Tensor, num_kept: int, temperature: float) -> TopK:
-    """A teacher's `num_kept` likeliest tokens at a temperature, from its logits."""
-    logprobs = functional.log_softmax(teacher_NV.float() / temperature, dim=-1)
-    kept = logprobs.topk(min(num_kept, logprobs.shape[-1]), dim=-1)
-    return TopK(kept.indices.int(), kept.values)
+def top_k_of(teacher_NV: Tensor, k: int, temperature: float) -> TopK:
+    """Return the `k` likeliest tokens at a temperature, from the teacher's logits."""
+    top = functional.log_softmax(teacher_NV.float() / temperature, dim=-1).topk(min(k, teacher_NV.shape[-1]), dim=-1)
+    return TopK(top.indices.int(), top.values)
 
 
 def cross_entropy_per_token(student_NV: Tensor, labels_N: Tensor) -> Tensor:
-    """-ln q(label) of each token `[N]`, float32, at temperature 1."""
+    """Return -ln q(label) of each token, `[N]` float32, at temperature 1."""
     return functional.cross_entropy(student_NV.float(), labels_N, reduction="none")
 
 
-def hidden_distance(student_ND: Tensor, teacher_ND: Tensor, kind: Literal["cosine", "mse"]) -> Tensor:
-    """Distance of each token's hidden states `[N]`: 1 - cosine, or the squared error over the teacher's mean square."""
+def hidden_distance(student_ND: Tensor, teacher_ND: Tensor, kind: HiddenDistance) -> Tensor:
+    """Return the distance of each token's hidden states, `[N]` float32.
+
+    `cosine` is 1 - cosine similarity; `mse` is the squared error divided by the teacher's mean square.
+    """
     student, teacher = student_ND.float(), teacher_ND.float()
     if kind == "cosine":
         return 1 - functional.cosine_similarity(student, teacher, dim=-1)
@@ -113,15 +101,15 @@ def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
 
 
 def _mix(log_a: Tensor, log_b: Tensor, share: float) -> Tensor:
-    """log(share × a + (1 - share) × b)."""
+    """Return log(share × a + (1 - share) × b)."""
     if share in (0.0, 1.0):
         return log_a if share else log_b
     weights = torch.tensor((share, 1 - share)).log().tolist()
     return torch.logaddexp(log_a + weights[0], log_b + weights[1])
 
 
-def _log_rest(logprobs: Tensor) -> Tensor:
-    """Log of the mass that the given outcomes leave, `[N, 1]`."""
-    # Of a sum near 1 the rest is rounding; below that it is held, with no gradient.
-    kept = logprobs.logsumexp(-1, keepdim=True).clamp_max(-1e-7)
-    return torch.log(-torch.expm1(kept)).clamp_min(_LEAST_LOG)
+def _log_remaining_mass(logprobs: Tensor) -> Tensor:
+    """Return log(1 - sum of the probabilities), `[N, 1]`."""
+    # Near 1, the remaining mass is rounding error: clamping bounds it and stops its gradient.
+    log_sum = logprobs.logsumexp(-1, keepdim=True).clamp_max(-1e-7)
+    return torch.log(-torch.expm1(log_sum)).clamp_min(_MIN_LOG)

@@ -1,132 +1,113 @@
-"""What a student is made with: strict settings from a TOML file, from options, or both."""
+"""The distillation recipe: every setting of a training except its models, from a TOML file, `--set` and options.
+
+This module imports no torch, so that the command line shows its help at once.
+"""
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import model_validator
 
-from slimserve.core.config import StrictModel, invalid_key_error
-from slimserve.core.errors import UserError
-from slimserve.distill.losses import Divergence, LossSettings
-from slimserve.distill.sampling import SamplingSettings
-from slimserve.distill.student import HiddenSettings
-from slimserve.distill.supervision import Supervision, Window, parse_sections
+from slimserve.core.config import Settings, load_toml, set_value, setting, validated
+from slimserve.distill.supervision import Supervision
+from slimserve.workloads import DEFAULT_TRAINING_WORKLOAD
 
+_key = partial(setting, option="")
+"""Declares a recipe key that has no command-line option of its own; `--set` reaches it."""
 
-class Data(StrictModel):
-    """What is learnt from."""
-
-    source: str = "reasoning"
-    """A workload, or a .jsonl file of conversations."""
-    num_examples: int = Field(default=1000, ge=1)
-    num_validation: int = Field(default=64, ge=0)
-    max_tokens: int = Field(default=2048, ge=2)
-    """Of a sequence; what is longer is cut on the right."""
-    seed: int = 42
+Divergence = Literal["forward_kl", "reverse_kl", "skewed_forward_kl", "skewed_reverse_kl", "js"]
+HiddenDistance = Literal["cosine", "mse"]
 
 
-class Supervise(StrictModel):
-    """What of a sequence is learnt."""
+class DataSettings(Settings):
+    """The training and validation data."""
 
-    sections: str = "all"
-    """`all`, or some of prompt, cot, answer joined by +."""
-    lead_span: float = Field(default=1.0, gt=0, le=1)
-    """Share of each sequence that both models read."""
-    window: Window = "left"
-    """Which share."""
-
-    @field_validator("sections")
-    @classmethod
-    def _are_sections(cls, text: str) -> str:
-        try:
-            parse_sections(text)
-        except UserError as error:
-            raise ValueError(str(error)) from error
-        return text
-
-    @property
-    def supervision(self) -> Supervision:
-        return Supervision(parse_sections(self.sections), self.lead_span, self.window)
+    source: str = setting(
+        DEFAULT_TRAINING_WORKLOAD,
+        "Training data: a workload, or a JSONL file with one conversation per line (default: reasoning).",
+        option="--workload",
+        metavar="NAME|FILE.jsonl",
+    )
+    num_examples: int = _key(1000, "Maximum number of training examples.", ge=1)
+    num_validation: int = _key(64, "Maximum number of validation examples; 0 disables validation.", ge=0)
+    max_tokens: int = _key(2048, "Maximum length of a sequence in tokens; the end of a longer one is cut off.", ge=2)
+    seed: int = _key(42, "Random seed of data order, sampled replies and LoRA weights.")
 
 
-class Loss(StrictModel):
-    """How student and teacher are compared; see distill/losses.py."""
+class LossSettings(Settings):
+    """The loss of a token: (1 - kd_weight) × cross-entropy + kd_weight × T² × divergence (distill/losses.py)."""
 
-    divergence: Divergence = "forward_kl"
-    kd_weight: float = Field(default=0.5, ge=0, le=1)
-    """Of the divergence; the rest is cross-entropy on the text. 0 is plain fine-tuning."""
-    temperature: float = Field(default=1.0, gt=0)
-    skew: float = Field(default=0.1, ge=0, le=1)
-    beta: float = Field(default=0.5, gt=0, lt=1)
-    top_k: int = Field(default=0, ge=0)
-    """Keep so many of the teacher's likeliest tokens on disk instead of running it at every step; 0: run it."""
-    hidden_weight: float = Field(default=0.0, ge=0)
-    """Of the distance between hidden states, for students cut out of their teacher."""
-    hidden_kind: Literal["cosine", "mse"] = "cosine"
-    hidden_pairs: int = Field(default=1, ge=1)
+    divergence: Divergence = _key("forward_kl", "Divergence between the student's and the teacher's distribution.")
+    kd_weight: float = _key(0.5, "Weight of the divergence; 0 is plain fine-tuning without a teacher.", ge=0, le=1)
+    temperature: float = _key(1.0, "Temperature T of both distributions in the divergence.", gt=0)
+    skew: float = _key(0.1, "Share α of the mixture in the skewed divergences.", ge=0, le=1)
+    beta: float = _key(0.5, "Share β of the teacher in the mixture of `js`.", gt=0, lt=1)
+    top_k: int = _key(
+        0, "Number of the teacher's likeliest tokens to cache on disk; 0 runs the teacher in every step.", ge=0
+    )
+    hidden_weight: float = _key(0.0, "Weight of the distance between hidden states, for pruned students.", ge=0)
+    hidden_kind: HiddenDistance = _key("cosine", "Distance between hidden states.")
+    hidden_pairs: int = _key(
+        1, "Number of blocks whose hidden states are matched, at even depths; the last is always one of them.", ge=1
+    )
 
     @model_validator(mode="after")
-    def _hidden_needs_states(self) -> Loss:
+    def _hidden_states_need_a_running_teacher(self) -> LossSettings:
         if self.hidden_weight and (self.top_k or not self.kd_weight):
-            raise ValueError("hidden_weight needs a teacher that runs: set kd_weight above 0 and top_k to 0")
+            raise ValueError("hidden_weight needs a running teacher: set kd_weight above 0 and top_k to 0")
         return self
 
-    @property
-    def settings(self) -> LossSettings:
-        return LossSettings(self.divergence, self.kd_weight, self.temperature, self.skew, self.beta)
 
-    @property
-    def hidden(self) -> HiddenSettings:
-        return HiddenSettings(self.hidden_weight, self.hidden_kind, self.hidden_pairs)
+class TrainingSettings(Settings):
+    """Optimizer, batch sizes, validation and checkpoints."""
 
-
-class Training(StrictModel):
-    """How the loop runs."""
-
-    learning_rate: float = Field(default=2e-5, gt=0)
-    """The highest, after the warm-up; a cosine takes it to a tenth at the end of the stage."""
-    weight_decay: float = Field(default=0.05, ge=0)
-    warmup_frac: float = Field(default=0.1, ge=0, lt=1)
-    batch_size: int = Field(default=8, ge=1)
-    """Sequences of a step, over all processes."""
-    micro_batch_tokens: int = Field(default=4096, ge=1)
-    """Of one forward pass; more is accumulated, which does not change the outcome."""
-    packed: bool = False
-    """Lay sequences end to end instead of padding them."""
-    clip_norm: float = Field(default=1.0, gt=0)
-    precision: Literal["bf16", "float32"] = "bf16"
-    """Of products; weights and optimizer are float32."""
-    checkpointing: bool = False
-    """Compute the blocks' activations again in the backward pass instead of keeping them."""
-    lora_rank: int = Field(default=0, ge=0)
-    """Train low-rank additions to every linear layer of the blocks, merged when saved; 0: all weights."""
-    validate_every: int = Field(default=50, ge=1)
-    """Steps."""
-    save_every_s: float = Field(default=300, ge=0)
-    """Seconds between states that a killed run goes on from."""
-    keep: Literal["best", "last"] = "best"
-    """Which weights become the student: those of least validation loss, or the last ones."""
+    learning_rate: float = _key(
+        2e-5, "Highest learning rate, after the warm-up; a cosine lowers it to a tenth by the end of the stage.", gt=0
+    )
+    weight_decay: float = _key(0.05, "Weight decay of matrices; norms and biases have none.", ge=0)
+    warmup_frac: float = _key(0.1, "Fraction of a stage's steps in which the learning rate rises.", ge=0, lt=1)
+    batch_size: int = _key(8, "Number of sequences per step, over all processes.", ge=1)
+    micro_batch_tokens: int = _key(
+        4096, "Maximum number of tokens in one forward pass; it changes the memory, not the result.", ge=1
+    )
+    packed: bool = _key(False, "Concatenate sequences instead of padding them.")
+    clip_norm: float = _key(1.0, "Maximum norm of the gradient; a larger one is scaled down.", gt=0)
+    precision: Literal["bf16", "float32"] = _key("bf16", "Precision of products; weights and optimizer are float32.")
+    checkpointing: bool = _key(False, "Recompute activations in the backward pass instead of storing them.")
+    lora_rank: int = _key(
+        0, "Rank of LoRA adapters on every linear layer, merged when the student is saved; 0 trains all weights.", ge=0
+    )
+    validate_every: int = _key(50, "Number of steps between two validations.", ge=1)
+    save_every_s: float = _key(300, "Seconds between two checkpoints from which a killed run resumes.", ge=0)
+    keep: Literal["best", "last"] = _key("best", "Weights to keep: those with the lowest validation loss or the last.")
 
 
-class Stage(StrictModel):
-    """A part of the training with data of its own."""
+class Stage(Settings):
+    """A part of the training with its own data and length."""
 
-    kind: Literal["off_policy", "on_policy"] = "off_policy"
-    """Learn from the given text, or also from what the student writes."""
-    steps: int | None = Field(default=None, ge=1)
-    epochs: float | None = Field(default=None, gt=0)
-    learning_rate: float | None = Field(default=None, gt=0)
-    """Instead of training.learning_rate."""
-    fraction: float = Field(default=0.5, gt=0, le=1)
-    """on_policy: share of each step's sequences that the student writes; only the divergence is learnt from them."""
-    temperature: float = Field(default=0.8, gt=0)
-    max_new_tokens: int = Field(default=300, ge=1)
-    round_steps: int = Field(default=1, ge=1)
-    """on_policy: steps for which the student writes at once; more is faster and a little less on-policy."""
+    kind: Literal["off_policy", "on_policy"] = _key(
+        "off_policy", "Train on given text only, or (on_policy) also on replies that the student samples."
+    )
+    steps: int | None = _key(None, "Number of optimizer steps.", ge=1)
+    epochs: float | None = _key(
+        None, "Number of passes over the training data, if `steps` is not set; default 2.", gt=0
+    )
+    learning_rate: float | None = _key(None, "Learning rate of this stage instead of training.learning_rate.", gt=0)
+    fraction: float = _key(
+        0.5,
+        "on_policy: share of each step's sequences that the student samples; they train the divergence only.",
+        gt=0,
+        le=1,
+    )
+    temperature: float = _key(0.8, "on_policy: sampling temperature.", gt=0)
+    max_new_tokens: int = _key(300, "on_policy: maximum number of tokens per reply.", ge=1)
+    round_steps: int = _key(
+        1, "on_policy: number of steps whose replies are sampled together; more is faster but less on-policy.", ge=1
+    )
 
     @model_validator(mode="after")
     def _has_one_length(self) -> Stage:
@@ -135,79 +116,43 @@ class Stage(StrictModel):
         return self
 
     def num_steps(self, num_examples: int, batch_size: int) -> int:
-        """Optimizer steps; two epochs unless the stage says otherwise."""
+        """Return the number of optimizer steps: `steps`, or enough for `epochs` (default 2) passes over the data."""
         per_epoch = -(-num_examples // batch_size)
         return self.steps or max(1, round((self.epochs or 2.0) * per_epoch))
 
-    @property
-    def sampling(self) -> SamplingSettings:
-        return SamplingSettings(self.temperature, self.max_new_tokens)
 
+class DistillRecipe(Settings):
+    """All settings of a training except the models."""
 
-class DistillRecipe(StrictModel):
-    """Everything but the models."""
-
-    summary: str = ""
-    data: Data = Data()
-    supervision: Supervise = Supervise()
-    loss: Loss = Loss()
-    training: Training = Training()
-    stages: tuple[Stage, ...] = (Stage(),)
+    summary: str = _key("", "One line about the recipe.")
+    data: DataSettings = DataSettings()
+    supervision: Supervision = Supervision()
+    loss: LossSettings = LossSettings()
+    training: TrainingSettings = TrainingSettings()
+    stages: tuple[Stage, ...] = _key((Stage(),), "Stages in their order.")
 
     @model_validator(mode="after")
-    def _stages_fit(self) -> DistillRecipe:
+    def _stages_fit_the_loss(self) -> DistillRecipe:
         if not self.stages:
             raise ValueError("give at least one stage")
         if any(stage.kind == "on_policy" for stage in self.stages) and (self.loss.top_k or not self.loss.kd_weight):
-            raise ValueError("an on_policy stage needs a teacher that runs: set kd_weight above 0 and top_k to 0")
+            raise ValueError("an on_policy stage needs a running teacher: set kd_weight above 0 and top_k to 0")
         return self
 
 
-def load_distill_recipe(file: Path | None, settings: Sequence[str], options: Mapping[str, Any]) -> DistillRecipe:
-    """A recipe from a TOML file (None: the defaults), with `table.key=value` settings and options on top.
+def load_distill_recipe(
+    file: Path | None, assignments: Sequence[str] = (), options: Mapping[str, Mapping[str, Any]] | None = None
+) -> DistillRecipe:
+    """Return the recipe of a TOML file (None: the defaults), changed by `table.key=value` assignments and by options.
 
-    `options` are given by the same dotted keys; those that are None were not given. UserError names the key.
+    `options` holds tables of keys, such as `{"data": {"source": "reasoning"}}`; they take precedence. Raises UserError
+    that names the first invalid key.
     """
-    raw: dict[str, Any] = {}
-    if file is not None:
-        try:
-            raw = tomllib.loads(file.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise UserError("recipe", file, f"cannot be read ({error})", "give the path of a TOML file") from error
-    for setting in settings:
-        key, equals, text = setting.partition("=")
-        if not equals:
-            raise UserError("--set", setting, "is not KEY=VALUE", "write for example training.batch_size=4")
-        try:
-            value = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
-            value = text
-        _put(raw, key.strip(), value, setting)
-    for key, value in options.items():
-        if value is not None:
-            _put(raw, key, value, key)
-    return parse_distill_recipe(raw, str(file or "options"))
-
-
-def parse_distill_recipe(raw: Mapping[str, Any], origin: str) -> DistillRecipe:
-    """A recipe from plain data; UserError names the key that is refused."""
-    try:
-        return DistillRecipe.model_validate(raw)
-    except ValidationError as error:
-        raise invalid_key_error("recipe", error, "stages", origin) from error
-
-
-def _put(raw: dict[str, Any], key: str, value: Any, given: str) -> None:
-    """Set `table.key`, or `stages.0.key`, making what is missing on the way."""
-    *path, last = key.split(".")
-    place: Any = raw
-    for part in path:
-        if isinstance(place, list):
-            if not part.isdigit() or int(part) >= len(place):
-                raise UserError("--set", given, f"names stage {part}, which is not there", "number them from 0")
-            place = place[int(part)]
-        elif isinstance(place, dict):
-            place = place.setdefault(part, [{}] if part == "stages" else {})
-    if not isinstance(place, dict):
-        raise UserError("--set", given, "names no key of a table", "write for example stages.0.steps=100")
-    place[last] = value
+    document = load_toml(file, "recipe") if file is not None else {}
+    for assignment in assignments:
+        set_value(document, assignment)
+    for name, keys in (options or {}).items():
+        table = document.setdefault(name, {})
+        if isinstance(table, dict):
+            table.update(keys)
+    return validated(DistillRecipe, document, "recipe", file or "the options")

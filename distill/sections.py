@@ -1,12 +1,12 @@
-"""Which tokens of a training sequence are prompt, chain of thought and answer.
+"""Divides the tokens of a training sequence into prompt, chain of thought and answer.
 
-Found in the text, then carried over to tokens by the tokenizer's offsets, as think tags are rarely tokens of their own:
-a token belongs to the section in which its first character lies. Prompt and reply are tokenized apart, as a server does
-it, so that what is trained on is what is generated from.
+Sections are found in the text and mapped to tokens by the tokenizer's offsets, because think tags are rarely single
+tokens. A token belongs to the section of its first character. Prompt and reply are tokenized separately, as a server
+does, so that training and generation see the same tokens.
 
-The tags belong to the chain, for the student has to write them too. The answer is what follows the last closing tag,
-by the rule of the workload's verifier. It ends with the first stop token; what a chat template puts after that is left
-out.
+The think tags belong to the chain of thought, because the student must write them too. The answer follows the last
+closing tag, as in the workload's verifier, and ends with the first stop token. Text that a chat template puts after the
+stop token is dropped.
 """
 
 from __future__ import annotations
@@ -17,13 +17,11 @@ from enum import IntEnum
 from typing import Any
 
 from slimserve.core.errors import UserError
-from slimserve.workloads.interface import ScoringPrompt
-
-OPEN, CLOSE = "<think>", "</think>"
+from slimserve.workloads.interface import THINK_CLOSE, THINK_OPEN, ScoringPrompt
 
 
 class Section(IntEnum):
-    """What a token is part of."""
+    """The section of a token."""
 
     PROMPT = 0
     COT = 1
@@ -35,23 +33,23 @@ class Example:
     """One training sequence."""
 
     name: str
-    """Tells it from all others of its source, in messages and files."""
+    """Name in messages and files, unique within the source."""
     tokens: tuple[int, ...]
     sections: tuple[Section, ...]
-    """Of each token."""
+    """Section of each token."""
     num_prompt: int = 0
-    """Leading tokens that a model is given before it writes; 0 where it writes nothing."""
+    """Number of leading tokens that a model gets before it replies; 0 if it writes no reply."""
 
 
 def reply_sections(reply: str, is_open: bool = False) -> list[tuple[int, int, Section]]:
-    """Spans `(begin, end, section)` of a reply's characters, in order and without gaps.
+    """Return spans `(begin, end, section)` of a reply's characters, in order and without gaps.
 
-    Everything up to the last closing tag is chain, tags included; without any tag everything is answer. A chain that is
-    opened and never closed goes on to the end. `is_open`: the prompt has opened the chain, as some templates do.
+    Everything up to the last closing tag is chain of thought, tags included. Without any tag, everything is answer. A
+    chain that is never closed extends to the end. `is_open` says that the prompt opened it, as some templates do.
     """
-    closed = reply.rfind(CLOSE)
-    begin = closed + len(CLOSE) if closed >= 0 else 0
-    reopened = reply.find(OPEN, begin)
+    closed = reply.rfind(THINK_CLOSE)
+    begin = closed + len(THINK_CLOSE) if closed >= 0 else 0
+    reopened = reply.find(THINK_OPEN, begin)
     if closed < 0 and (is_open or reopened >= 0):
         return [(0, len(reply), Section.COT)]
     end = reopened if reopened >= 0 else len(reply)
@@ -66,21 +64,21 @@ def chat_example(
     max_tokens: int,
     stop_tokens: Collection[int],
 ) -> Example | None:
-    """The example of a conversation whose last message is the reply to learn, cut on the right to `max_tokens`.
+    """Return the example of a conversation whose last message is the reply to train on.
 
-    The stop token after the reply is part of its last section. None where the prompt alone fills `max_tokens`. Raises
-    UserError where the template does not show the reply as it is, or the tokenizer cannot say where a token begins.
+    The end is cut off after `max_tokens`; None if the prompt alone has as many. The stop token belongs to the reply's
+    last section. Raises UserError if the chat template changes the reply or the tokenizer reports no offsets.
     """
     if not messages or messages[-1]["role"] != "assistant":
-        raise UserError("example", name, "does not end with an assistant's message", "give the reply to learn last")
+        raise UserError("example", name, "does not end with an assistant message", "put the reply to train on last")
     prompt, rest = _render(tokenizer, messages, name)
     prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     reply_ids, offsets = _with_offsets(tokenizer, rest)
-    stop = next((place for place, token in enumerate(reply_ids) if token in stop_tokens), None)
+    stop = next((at for at, token in enumerate(reply_ids) if token in stop_tokens), None)
     if stop is not None:
         reply_ids, offsets = reply_ids[: stop + 1], offsets[: stop + 1]
-    written = offsets[stop][0] if stop is not None else len(rest)
-    spans = reply_sections(rest[:written], is_open=prompt.rstrip().endswith(OPEN))
+    end = offsets[stop][0] if stop is not None else len(rest)
+    spans = reply_sections(rest[:end], is_open=prompt.rstrip().endswith(THINK_OPEN))
     sections = [_section_at(begin, spans) for begin, _ in offsets]
     room = max_tokens - len(prompt_ids)
     if room <= 0 or not reply_ids:
@@ -94,13 +92,13 @@ def chat_example(
 
 
 def sampled_example(tokenizer: Any, name: str, prompt_ids: Sequence[int], reply_ids: Sequence[int]) -> Example:
-    """The example of a reply that a model wrote, with the tokens that it wrote: text would lose how it divided it.
+    """Return the example of a sampled reply with its own tokens; tokenizing its text could give other tokens.
 
-    Each token's section is that of its first character in the decoded reply.
+    Each token has the section of its first character in the decoded reply.
     """
-    ends = [len(tokenizer.decode(reply_ids[: place + 1])) for place in range(len(reply_ids))]
+    ends = [len(tokenizer.decode(reply_ids[: at + 1])) for at in range(len(reply_ids))]
     reply = tokenizer.decode(reply_ids)
-    spans = reply_sections(reply, is_open=tokenizer.decode(prompt_ids).rstrip().endswith(OPEN))
+    spans = reply_sections(reply, is_open=tokenizer.decode(prompt_ids).rstrip().endswith(THINK_OPEN))
     sections = [_section_at(begin, spans) for begin in (0, *ends[:-1])] if reply_ids else []
     return Example(
         name,
@@ -111,61 +109,57 @@ def sampled_example(tokenizer: Any, name: str, prompt_ids: Sequence[int], reply_
 
 
 def label_example(tokenizer: Any, prompt: ScoringPrompt, name: str, max_tokens: int) -> Example:
-    """The example of a history with its candidates' true labels: every label, of the history too, is an answer.
+    """Return the example of a history and its candidates with their true labels, cut off after `max_tokens`.
 
-    A line's last word is a label where it is one of the prompt's. Cut on the right to `max_tokens`.
+    Every label is an answer, those of the history too. A label is the end of a line that is one of the prompt's labels.
     """
     text = prompt.solved
     labels, begin = [], 0
     for line in text.splitlines(keepends=True):
-        found = next((label for label in prompt.labels if line.rstrip("\n").endswith(label)), None)
-        if found is not None:
+        ending = next((label for label in prompt.labels if line.rstrip("\n").endswith(label)), None)
+        if ending is not None:
             end = begin + len(line.rstrip("\n"))
-            labels.append((end - len(found.strip()), end))
+            labels.append((end - len(ending.strip()), end))
         begin += len(line)
     ids, offsets = _with_offsets(tokenizer, text, add_special_tokens=True)
-    sections, left = [], iter(labels)
-    label = next(left, None)
+    sections, remaining = [], iter(labels)
+    label = next(remaining, None)
     for first, last in offsets:
         while label is not None and label[1] <= first:
-            label = next(left, None)
+            label = next(remaining, None)
         is_label = label is not None and first < label[1] and last > label[0]
         sections.append(Section.ANSWER if is_label else Section.PROMPT)
     return Example(name, tuple(ids[:max_tokens]), tuple(sections[:max_tokens]))
 
 
 def _render(tokenizer: Any, messages: Sequence[Mapping[str, str]], name: str) -> tuple[str, str]:
-    """The text before the reply, with what makes the model begin it, and the reply with what the template ends it."""
+    """Return the prompt as a server renders it, and the reply with everything that the template adds after it."""
     reply = messages[-1]["content"]
     if tokenizer.chat_template is None:
         return "".join(f"{message['content']}\n\n" for message in messages[:-1]), reply + (tokenizer.eos_token or "")
     before = [dict(message) for message in messages[:-1]]
     prompt = tokenizer.apply_chat_template(before, tokenize=False, add_generation_prompt=True)
-    whole = tokenizer.apply_chat_template([*before, dict(messages[-1])], tokenize=False)
-    if whole.startswith(prompt):
-        return prompt, whole[len(prompt) :]
-    # The template shows earlier messages in another way once there is a reply: what counts is what is generated from.
-    at = whole.rfind(reply.strip())
+    full = tokenizer.apply_chat_template([*before, dict(messages[-1])], tokenize=False)
+    if full.startswith(prompt):
+        return prompt, full[len(prompt) :]
+    # Some templates render earlier messages differently once there is a reply; training must use the prompt as served.
+    at = full.rfind(reply.strip())
     if not reply.strip() or at < 0:
-        raise UserError(
-            "chat template", name, "does not show the reply as it is", "give replies with their think tags as text"
-        )
-    return prompt, whole[at:]
+        raise UserError("chat template", name, "changes the reply", "write the think tags into the text of the reply")
+    return prompt, full[at:]
 
 
 def _with_offsets(tokenizer: Any, text: str, add_special_tokens: bool = False) -> tuple[list[int], list[Any]]:
     if not tokenizer.is_fast:
-        raise UserError(
-            "tokenizer", type(tokenizer).__name__, "does not tell where a token begins", "use a fast tokenizer"
-        )
-    found = tokenizer(text, add_special_tokens=add_special_tokens, return_offsets_mapping=True)
-    return found["input_ids"], found["offset_mapping"]
+        raise UserError("tokenizer", type(tokenizer).__name__, "reports no token offsets", "use a fast tokenizer")
+    encoded = tokenizer(text, add_special_tokens=add_special_tokens, return_offsets_mapping=True)
+    return encoded["input_ids"], encoded["offset_mapping"]
 
 
-def _section_at(place: int, spans: Sequence[tuple[int, int, Section]]) -> Section:
-    """That of the character at `place`; what comes after all, as a stop token, goes on with the last section."""
-    return next((section for begin, end, section in spans if begin <= place < end), spans[-1][2] if spans else _EMPTY)
+def _section_at(position: int, spans: Sequence[tuple[int, int, Section]]) -> Section:
+    """Return the section of a character; a stop token after the text belongs to the last section.
 
-
-_EMPTY = Section.ANSWER
-"""A reply of a stop token alone is an empty answer."""
+    A reply of a stop token alone is an empty answer.
+    """
+    last = spans[-1][2] if spans else Section.ANSWER
+    return next((section for begin, end, section in spans if begin <= position < end), last)

@@ -1,108 +1,103 @@
-"""The student with its loss as one module.
+"""The student with its loss as one module, and the teacher that runs beside it.
 
-Everything that reads a weight happens inside one forward pass, so that what wraps the module, as DDP or FSDP does, sees
-every use of it. Shapes: B rows of T tokens, N targets, D hidden size.
+Every weight is read inside one forward pass, so that a wrapper such as DDP or FSDP sees every use of it.
+Shapes: B rows of T tokens, N targets, D hidden size (D' the teacher's).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from slimserve.distill.batches import Batch
-from slimserve.distill.chunked import Teacher, TeacherStates, TokenLosses, chunked_loss, token_losses
-from slimserve.distill.losses import LossSettings, hidden_distance
+from slimserve.distill.chunked import TeacherPrediction, TeacherStates, TokenLosses, chunked_loss, token_losses
+from slimserve.distill.losses import hidden_distance
 from slimserve.distill.models import head_of
+from slimserve.distill.recipe import LossSettings
 
 
 @dataclass(frozen=True)
-class HiddenSettings:
-    """Hidden-state matching, for students that were cut out of their teacher."""
+class TeacherOutput:
+    """A teacher's output for one batch."""
 
-    weight: float = 0.0
-    """Of the distance beside the loss; 0 turns it off."""
-    kind: Literal["cosine", "mse"] = "cosine"
-    num_pairs: int = 1
-    """Blocks that are matched, at even depths, the last one always."""
-
-
-@dataclass(frozen=True)
-class Guidance:
-    """What a teacher says of one batch."""
-
-    teacher: Teacher = None
+    prediction: TeacherPrediction = None
     hidden: tuple[Tensor, ...] = ()
-    """Its hidden states `[N, D']` after the matched blocks."""
+    """Hidden states `[N, D']` after each matched block."""
+
+
+class TeacherModel(Protocol):
+    """Anything that predicts the next tokens of a batch."""
+
+    def predict(self, batch: Batch) -> TeacherOutput: ...
 
 
 class StudentLoss(nn.Module):
-    """Sums of the loss over a batch's targets."""
+    """Computes the loss summed over a batch's targets.
 
-    def __init__(
-        self, student: nn.Module, hidden: HiddenSettings | None = None, teacher_config: Any | None = None
-    ) -> None:
+    `loss` says whether hidden states are matched; if they are, `teacher_config` gives the teacher's hidden size.
+    """
+
+    def __init__(self, student: nn.Module, loss: LossSettings | None = None, teacher_config: Any | None = None) -> None:
         super().__init__()
         self.student = student
-        self.hidden = hidden or HiddenSettings()
+        self.matching = loss or LossSettings()
         self._no_split_modules = getattr(student, "_no_split_modules", None)
-        """What accelerate's FSDP divides by itself where its configuration names no classes."""
+        """Classes that accelerate's FSDP wraps if its configuration names none."""
         config: Any = student.config
         self.maps: nn.ModuleList = nn.ModuleList()
-        if self.hidden.weight:
+        if self.matching.hidden_weight:
             assert teacher_config is not None
             if config.hidden_size != teacher_config.hidden_size:
                 self.maps.extend(
                     nn.Linear(config.hidden_size, teacher_config.hidden_size, bias=False)
-                    for _ in range(self.hidden.num_pairs)
+                    for _ in range(self.matching.hidden_pairs)
                 )
 
     def forward(
-        self, batch: Batch, guidance: Guidance, settings: LossSettings, is_measuring: bool = False
+        self, batch: Batch, teacher: TeacherOutput, loss: LossSettings, is_measuring: bool = False
     ) -> TokenLosses | Tensor:
-        """Sums over the batch's N targets; the distance of hidden states is part of `total`.
+        """Return the losses summed over the N targets; `total` includes the distance of hidden states.
 
-        `is_measuring`: each target's losses instead, `[3, N]` as `token_losses` gives them.
+        With `is_measuring`, return each target's losses instead, `[3, N]` as `token_losses` gives them.
         """
-        last, matched = read_states(self.student, batch, self.hidden)
-        hidden_ND = last.flatten(0, 1)[batch.before_N]
+        last, matched = read_states(self.student, batch, self.matching)
+        hidden_ND = last.flatten(0, 1)[batch.source_N]
         device = hidden_ND.device.type
         if torch.is_autocast_enabled(device):
             hidden_ND = hidden_ND.to(torch.get_autocast_dtype(device))
-        if is_measuring:
-            return token_losses(hidden_ND, head_of(self.student), batch.labels_N, guidance.teacher, settings)
-        losses = chunked_loss(hidden_ND, head_of(self.student), batch.labels_N, guidance.teacher, settings)
-        if not guidance.hidden:
+        compute = token_losses if is_measuring else chunked_loss
+        losses = compute(hidden_ND, head_of(self.student), batch.labels_N, teacher.prediction, loss)
+        if isinstance(losses, Tensor) or not teacher.hidden:
             return losses
-        distance = torch.stack(
-            [
-                hidden_distance(self.maps[pair](ours) if self.maps else ours, theirs, self.hidden.kind).sum()
-                for pair, (ours, theirs) in enumerate(zip(matched, guidance.hidden, strict=True))
-            ]
-        ).mean()
-        return losses._replace(total=losses.total + self.hidden.weight * distance)
+        kind = self.matching.hidden_kind
+        distances = [
+            hidden_distance(self.maps[pair](ours) if self.maps else ours, theirs, kind).sum()
+            for pair, (ours, theirs) in enumerate(zip(matched, teacher.hidden, strict=True))
+        ]
+        return losses._replace(total=losses.total + self.matching.hidden_weight * torch.stack(distances).mean())
 
 
 class OnlineTeacher:
-    """A teacher that reads every batch itself; frozen."""
+    """A frozen teacher that reads every batch itself."""
 
-    def __init__(self, model: nn.Module, hidden: HiddenSettings | None = None) -> None:
+    def __init__(self, model: nn.Module, loss: LossSettings | None = None) -> None:
         self.model = model.eval().requires_grad_(False)
-        self._hidden = hidden or HiddenSettings()
+        self._matching = loss or LossSettings()
 
     @torch.no_grad()
-    def guide(self, batch: Batch) -> Guidance:
-        last, matched = read_states(self.model, batch, self._hidden)
-        states = TeacherStates(last.flatten(0, 1)[batch.before_N], head_of(self.model))
-        return Guidance(states, tuple(matched))
+    def predict(self, batch: Batch) -> TeacherOutput:
+        last, matched = read_states(self.model, batch, self._matching)
+        states = TeacherStates(last.flatten(0, 1)[batch.source_N], head_of(self.model))
+        return TeacherOutput(states, tuple(matched))
 
 
-def read_states(model: Any, batch: Batch, hidden: HiddenSettings) -> tuple[Tensor, Sequence[Tensor]]:
-    """The last hidden states `[B, T, D]`, and those `[N, D]` before the targets after each matched block."""
-    is_matched = hidden.weight > 0
+def read_states(model: Any, batch: Batch, loss: LossSettings) -> tuple[Tensor, Sequence[Tensor]]:
+    """Return the last hidden states `[B, T, D]`, and `[N, D]` after each matched block at the targets' sources."""
+    is_matched = loss.hidden_weight > 0
     outputs = model.get_decoder()(
         input_ids=batch.tokens_BT,
         position_ids=batch.positions_BT,
@@ -111,6 +106,6 @@ def read_states(model: Any, batch: Batch, hidden: HiddenSettings) -> tuple[Tenso
     )
     if not is_matched:
         return outputs.last_hidden_state, ()
-    states, num_pairs = outputs.hidden_states, hidden.num_pairs
+    states, num_pairs = outputs.hidden_states, loss.hidden_pairs
     depths = [round(pair * (len(states) - 1) / num_pairs) for pair in range(1, num_pairs + 1)]
-    return outputs.last_hidden_state, [states[depth].flatten(0, 1)[batch.before_N] for depth in depths]
+    return outputs.last_hidden_state, [states[depth].flatten(0, 1)[batch.source_N] for depth in depths]

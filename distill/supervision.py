@@ -1,87 +1,92 @@
-"""What of a sequence is learnt: the sections that count, and the part of it that is read at all.
+"""Supervision: the tokens of a sequence that are trained on, and the part of the sequence that is read.
 
-Two knobs, kept apart. Sections choose targets: both models still read every token, so a mask saves no time but the
-output layer's. The lead span removes tokens from the forward pass, and with them time, memory and FLOPs ("Distilling
-the Essence", arXiv 2512.21002).
+Sections and the lead span are independent. Sections choose the targets: both models still read every token, so a mask
+saves nothing but the output layer's work. The lead span removes tokens from the forward pass, and with them time,
+memory and FLOPs ("Distilling the Essence", arXiv 2512.21002).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
+from pydantic import field_validator
+
+from slimserve.core.config import Settings, setting
 from slimserve.core.errors import UserError
 from slimserve.distill.sections import Example, Section
 
 Window = Literal["left", "middle", "right"]
 
-_NAMES = {"prompt": Section.PROMPT, "cot": Section.COT, "answer": Section.ANSWER}
-
 
 @dataclass(frozen=True)
-class Supervised:
+class SupervisedSequence:
     """A sequence as both models read it."""
 
     name: str
     tokens: tuple[int, ...]
     targets: tuple[int, ...]
-    """Places of the tokens that are to be predicted, ascending; never the first, which nothing comes before."""
+    """Positions of the tokens to predict, ascending; never 0, because nothing precedes the first token."""
 
 
-@dataclass(frozen=True)
-class Supervision:
-    """Sections that count, and the share of each sequence that is read."""
+class Supervision(Settings):
+    """The supervised sections and the part of each sequence that is read."""
 
-    sections: frozenset[Section] = frozenset(Section)
-    lead_span: float = 1.0
-    window: Window = "left"
+    sections: str = setting("all", "Sections to train on: all, or prompt, cot and answer joined by + (default: all).")
+    lead_span: float = setting(1.0, "Fraction of each sequence that both models read (default: 1).", gt=0, le=1)
+    window: Window = setting("left", "Part of each sequence that the lead span covers (default: left).")
 
-    def apply(self, example: Example) -> Supervised:
-        """The example's window, and its targets there; a section is what the window leaves of it."""
+    @field_validator("sections")
+    @classmethod
+    def _check_sections(cls, text: str) -> str:
+        parse_sections(text)
+        return text
+
+    @property
+    def section_set(self) -> frozenset[Section]:
+        return parse_sections(self.sections)
+
+    def apply(self, example: Example) -> SupervisedSequence:
+        """Cut the example to its window and choose the targets there."""
         begin, end = window_of(len(example.tokens), self.lead_span, self.window)
-        targets = tuple(place for place in range(1, end - begin) if example.sections[begin + place] in self.sections)
-        return Supervised(example.name, example.tokens[begin:end], targets)
+        chosen = self.section_set
+        targets = tuple(at for at in range(1, end - begin) if example.sections[begin + at] in chosen)
+        return SupervisedSequence(example.name, example.tokens[begin:end], targets)
 
-    def apply_all(self, examples: Sequence[Example]) -> list[Supervised]:
-        """Those examples that have a target left; UserError where none has."""
-        found = [supervised for example in examples if (supervised := self.apply(example)).targets]
-        if not found:
+    def apply_all(self, examples: Sequence[Example]) -> list[SupervisedSequence]:
+        """Return the sequences that have a target; UserError if none has."""
+        sequences = [sequence for example in examples if (sequence := self.apply(example)).targets]
+        if not sequences:
             raise UserError(
                 "supervision",
-                f"{sections_text(self.sections)} of the {self.window} {self.lead_span:.0%}",
-                f"leaves no token to learn in any of {len(examples)} examples",
+                self,
+                f"leaves no target in {len(examples)} examples",
                 "choose more sections or a larger lead_span",
             )
-        return found
+        return sequences
+
+    def __str__(self) -> str:
+        return f"{sections_text(self.section_set)} in the {self.window} {self.lead_span:.0%}"
 
 
 def window_of(num_tokens: int, lead_span: float, window: Window) -> tuple[int, int]:
-    """First and one past the last token of a window of max(1, floor(num_tokens × lead_span)) tokens."""
-    kept = max(1, int(num_tokens * lead_span))
-    begin = {"left": 0, "middle": (num_tokens - kept) // 2, "right": num_tokens - kept}[window]
-    return begin, begin + kept
+    """Return begin and end of a window of max(1, floor(num_tokens × lead_span)) tokens."""
+    size = max(1, int(num_tokens * lead_span))
+    begin = {"left": 0, "middle": (num_tokens - size) // 2, "right": num_tokens - size}[window]
+    return begin, begin + size
 
 
 def parse_sections(text: str) -> frozenset[Section]:
-    """Sections from a text such as `cot+answer`, or `all`."""
+    """Return the sections of a text such as `cot+answer` or `all`; ValueError if it names no sections."""
     if text.strip() == "all":
         return frozenset(Section)
-    names = [name.strip() for name in text.split("+")]
-    unknown = [name for name in names if name not in _NAMES]
-    if unknown or len(set(names)) < len(names):
-        raise UserError("sections", text, "names no sections", f"join some of {', '.join(_NAMES)} by +, or write all")
-    return frozenset(_NAMES[name] for name in names)
+    names = [name.strip().upper() for name in text.split("+")]
+    if len(set(names)) < len(names) or not set(names) <= set(Section.__members__):
+        raise ValueError(f"join some of {', '.join(Section.__members__).lower()} with +, or write all")
+    return frozenset(Section[name] for name in names)
 
 
 def sections_text(sections: frozenset[Section]) -> str:
-    """As `parse_sections` reads it."""
-    return "+".join(name for name, section in _NAMES.items() if section in sections)
-
-
-def check_lead_span(lead_span: float, window: str) -> None:
-    """UserError unless the share is in (0, 1] and the window is known."""
-    if not 0 < lead_span <= 1:
-        raise UserError("lead_span", lead_span, "is no share of a sequence", "write a number above 0 and up to 1")
-    if window not in get_args(Window):
-        raise UserError("window", window, "is unknown", f"choose from {', '.join(get_args(Window))}")
+    """Return the text from which `parse_sections` makes these sections."""
+    return "+".join(section.name.lower() for section in sorted(sections))

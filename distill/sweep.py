@@ -1,80 +1,86 @@
-"""Students that differ in what they were shown: a table and a plot of quality and cost over the lead span.
+"""Trains students that differ in their supervision, and compares quality and cost over the lead span.
 
-Every point is a run of its own in a folder of its own, so a sweep goes on where it was interrupted. A control reads as
-many tokens as the whole sequences would be, by more examples of the shorter kind: what a shorter span gains or loses at
-the same cost. Validation is on the same whole sequences at every point.
+Every point is a run in a folder of its own, so the same command resumes an interrupted sweep. A control reads as many
+tokens as full sequences would have, from more examples with the shorter span. It shows what a shorter span gains or
+loses at equal cost. All points are validated on the same full sequences.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from slimserve.core.errors import UserError
+from pydantic import field_validator
+
+from slimserve.core.config import validated
 from slimserve.core.progress import print_status
 from slimserve.core.provenance import provenance
 from slimserve.core.storage import write_atomically
 from slimserve.core.variant import read_manifest
-from slimserve.distill.recipe import DistillRecipe, parse_distill_recipe
+from slimserve.distill.recipe import DistillRecipe
 from slimserve.distill.run import distill
-from slimserve.distill.supervision import Window, check_lead_span, parse_sections, sections_text
+from slimserve.distill.supervision import Supervision, parse_sections, sections_text
+
+_FORMAT = 2
+_MARKERS = {"left": ("o", "s"), "right": ("^", "v"), "middle": ("D", "d")}
+"""Markers of each window in the plot: of its students and of their controls."""
+_TITLES = {"cross_entropy": "cross-entropy, nats/token", "divergence": "divergence to the teacher, nats/token"}
+
+Evaluate = Callable[[Path], Mapping[str, float]]
+"""Returns further metrics of the student in a directory."""
 
 
-@dataclass(frozen=True)
-class Point:
-    """One student of a sweep."""
+class SweepPoint(Supervision):
+    """The supervision of one student of a sweep."""
 
-    sections: str
-    lead_span: float
-    window: Window = "left"
     is_control: bool = False
+
+    @field_validator("sections")
+    @classmethod
+    def _check_sections(cls, text: str) -> str:
+        return sections_text(parse_sections(text))
 
     @property
     def name(self) -> str:
         kind = "-matched" if self.is_control else ""
         return f"{self.sections.replace('+', '-')}-{self.window}-{self.lead_span:g}{kind}"
 
-    def apply(self, recipe: DistillRecipe) -> DistillRecipe:
-        """The recipe of this point: a control has as many more examples and steps as it reads less of each."""
-        raw = recipe.model_dump(mode="json", exclude_unset=True)
-        asked = {"sections": self.sections, "lead_span": self.lead_span, "window": self.window}
-        raw["supervision"] = {**raw.get("supervision", {}), **asked}
+    def apply_to(self, recipe: DistillRecipe) -> DistillRecipe:
+        """Return the recipe of this point; a control has more examples and steps in inverse proportion to its span."""
+        document = recipe.model_dump(mode="json", exclude_unset=True)
+        document["supervision"] = document.get("supervision", {}) | self.model_dump(exclude={"is_control"})
         if self.is_control:
             factor = 1 / self.lead_span
-            raw["data"] = {**raw.get("data", {}), "num_examples": round(recipe.data.num_examples * factor)}
+            num_examples = round(recipe.data.num_examples * factor)
+            document["data"] = {**document.get("data", {}), "num_examples": num_examples}
             stages = [stage.model_dump(mode="json", exclude_unset=True) for stage in recipe.stages]
-            raw["stages"] = [
+            document["stages"] = [
                 {**stage, "steps": round(stage["steps"] * factor)} if stage.get("steps") else stage for stage in stages
             ]
-        return parse_distill_recipe(raw, f"point {self.name}")
+        return validated(DistillRecipe, document, "recipe", f"point {self.name}")
 
 
-def make_points(lead_spans: str, windows: str, sections: str, has_controls: bool) -> list[Point]:
-    """The points of a sweep from options.
+def make_points(lead_spans: str, windows: str, sections: str, has_controls: bool) -> list[SweepPoint]:
+    """Return the points of a sweep from its options.
 
-    `lead_spans` as 0.25,0.5,1; `windows` as right@0.5 or middle@0.5, beside the left ones; `sections` as all,cot: the
-    first has every span, each further one the whole sequences. UserError names what cannot be read.
+    `lead_spans` is a list such as `0.25,0.5,1`; `windows` lists further points such as `right@0.5`. `sections` is a
+    list such as `all,cot`: the first entry gets every lead span, the others only full sequences. Raises UserError that
+    names an invalid option.
     """
-    try:
-        spans = [float(text) for text in lead_spans.split(",")]
-    except ValueError as error:
-        raise UserError("--lead-spans", lead_spans, "is no list of shares", "write 0.25,0.5,1") from error
-    first, *others = [sections_text(parse_sections(text)) for text in sections.split(",")]
-    points = [Point(first, span) for span in spans]
+
+    def point(option: str, **values: Any) -> SweepPoint:
+        return validated(SweepPoint, values, "sweep", option)
+
+    first, *others = sections.split(",")
+    points = [point("--lead-spans", sections=first, lead_span=span) for span in lead_spans.split(",")]
     for text in filter(None, windows.split(",")):
         window, _, span = text.partition("@")
-        try:
-            points.append(Point(first, float(span), cast("Window", window)))
-        except ValueError as error:
-            raise UserError("--windows", text, "is no window", "write right@0.5") from error
-    for point in points:
-        check_lead_span(point.lead_span, point.window)
-    points += [Point(name, 1.0) for name in others]
+        points.append(point("--windows", sections=first, lead_span=span, window=window))
+    points += [point("--sections", sections=other) for other in others]
     if has_controls:
-        points += [Point(one.sections, one.lead_span, one.window, True) for one in points if one.lead_span < 1]
+        points += [one.model_copy(update={"is_control": True}) for one in points if one.lead_span < 1]
     return points
 
 
@@ -82,59 +88,71 @@ def sweep(
     student: str,
     teacher: str | None,
     recipe: DistillRecipe,
-    points: Sequence[Point],
+    points: Sequence[SweepPoint],
     folder: Path,
-    judge: Callable[[Path], Mapping[str, float]] | None = None,
+    evaluate: Evaluate | None = None,
 ) -> list[dict[str, Any]]:
-    """Make every point's student under `folder`; a row per point, also in `sweep.json`, `sweep.md` and `sweep.png`.
+    """Train the student of every point under `folder` and return one row per point.
 
-    `judge` adds figures of a finished student's directory, as accuracy through a served endpoint; they are kept.
+    The rows are also in `sweep.json`, `sweep.md` and `sweep.png`. `evaluate` adds metrics of a finished student, such
+    as its accuracy behind a server; they are kept beside its directory and not measured again.
     """
     rows = []
     for number, point in enumerate(points, start=1):
         print_status(f"point {number} of {len(points)}: {point.name}")
-        directory = distill(student, teacher, point.apply(recipe), folder / point.name, recipe_name=point.name)
+        directory = distill(student, teacher, point.apply_to(recipe), folder / point.name, recipe_name=point.name)
         manifest = read_manifest(directory)
         assert manifest is not None
         detail = next(step.detail for step in manifest.steps if step.name == "distill")
-        rows.append({**asdict(point), "name": point.name, **_row(detail), **_judged(directory, folder, judge)})
-        document = {"command": "distill sweep", **provenance(), "student": student, "teacher": teacher, "points": rows}
+        row = {**point.model_dump(), "name": point.name, **_results_of(detail)}
+        if evaluate is not None:
+            row["evaluation"] = _evaluation_of(directory, folder, evaluate)
+        rows.append(row)
+        document = {
+            "command": "distill sweep",
+            "format": _FORMAT,
+            **provenance(),
+            "student": student,
+            "teacher": teacher,
+            "points": rows,
+        }
         write_atomically(folder / "sweep.json", json.dumps(document, indent=2) + "\n")
     write_atomically(folder / "sweep.md", markdown(rows))
     plot(rows, folder / "sweep.png")
     return rows
 
 
-def _row(detail: Mapping[str, Any]) -> dict[str, Any]:
-    """Costs, and the validation of the kept step with that before any."""
+def _results_of(detail: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the costs of a training, and its validation metrics at the kept step and before the first step."""
     history = detail["validation"]
     kept = next((row for row in history if row["step"] == detail["kept_step"]), history[-1] if history else {})
-    figures = {name: value for name, value in kept.items() if name not in {"step", "tokens_read", "train_s"}}
+    metrics = {name: value for name, value in kept.items() if name not in {"step", "tokens_read", "train_s"}}
     return {
         **{name: detail[name] for name in ("steps", "tokens_read", "targets", "train_s", "flops", "peak_bytes")},
-        "validation": figures,
-        "validation_before": {name: history[0][name] for name in figures} if history else {},
+        "validation": metrics,
+        "validation_before": {name: history[0][name] for name in metrics} if history else {},
     }
 
 
-def _judged(
-    directory: Path, folder: Path, judge: Callable[[Path], Mapping[str, float]] | None
-) -> dict[str, dict[str, float]]:
-    if judge is None:
-        return {}
-    file = folder / f"{directory.name}.judged.json"
+def _evaluation_of(directory: Path, folder: Path, evaluate: Evaluate) -> dict[str, float]:
+    file = folder / f"{directory.name}.evaluation.json"
     if not file.is_file():
-        write_atomically(file, json.dumps(dict(judge(directory))))
-    return {"judged": json.loads(file.read_text(encoding="utf-8"))}
+        write_atomically(file, json.dumps(dict(evaluate(directory))))
+    metrics: dict[str, float] = json.loads(file.read_text(encoding="utf-8"))
+    return metrics
+
+
+def _metrics_of(row: Mapping[str, Any]) -> dict[str, float]:
+    return {**row["validation"], **row.get("evaluation", {})}
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A table of all points."""
-    figures = list(dict.fromkeys(name for row in rows for name in (*row["validation"], *row.get("judged", {}))))
-    head = ["sections", "window", "span", "steps", "tokens", "minutes", "peak GiB", "TFLOP", *figures]
+    """Return a table of all points."""
+    names = list(dict.fromkeys(name for row in rows for name in _metrics_of(row)))
+    head = ["sections", "window", "span", "steps", "tokens", "minutes", "peak GiB", "TFLOP", *names]
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     for row in rows:
-        known = {**row["validation"], **row.get("judged", {})}
+        metrics = _metrics_of(row)
         cells = [
             row["sections"],
             row["window"] + (", as many tokens" if row["is_control"] else ""),
@@ -144,56 +162,50 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
             f"{row['train_s'] / 60:.1f}",
             f"{row['peak_bytes'] / 2**30:.2f}",
             f"{row['flops'] / 1e12:.0f}",
-            *(f"{known[name]:.4g}" if name in known else "" for name in figures),
+            *(f"{metrics[name]:.4g}" if name in metrics else "" for name in names),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
 def plot(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
-    """Quality and costs over the lead span; costs as shares of the whole sequences'."""
+    """Plot quality, and costs as fractions of those of full sequences, over the lead span."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot
 
-    first = rows[0]["sections"]
-    quality = [name for name in ("cross_entropy", "divergence") if name in rows[0]["validation"]]
-    quality += list(rows[0].get("judged", {}))
-    costs = {"train_s": "time", "peak_bytes": "memory", "flops": "FLOPs"}
+    def series(window: str, is_control: bool) -> list[Mapping[str, Any]]:
+        kind = (rows[0]["sections"], window, is_control)
+        return [row for row in rows if (row["sections"], row["window"], row["is_control"]) == kind]
+
+    quality = [name for name in _TITLES if name in rows[0]["validation"]]
+    quality += list(rows[0].get("evaluation", {}))
     figure, axes = pyplot.subplots(1, len(quality) + 1, figsize=(4.2 * (len(quality) + 1), 3.6), layout="constrained")
-    markers = {("left", False): ("o", "left"), ("left", True): ("s", "left, as many tokens")}
-    markers |= {("right", False): ("^", "right"), ("right", True): ("v", "right, as many tokens")}
-    markers |= {("middle", False): ("D", "middle"), ("middle", True): ("d", "middle, as many tokens")}
     for axis, name in zip(axes, quality, strict=False):
-        for (window, is_control), (marker, label) in markers.items():
-            chosen = [
-                row
-                for row in rows
-                if (row["sections"], row["window"], row["is_control"]) == (first, window, is_control)
-            ]
-            values = [{**row["validation"], **row.get("judged", {})}.get(name) for row in chosen]
-            if chosen:
-                spans = [row["lead_span"] for row in chosen]
-                axis.plot(spans, values, marker=marker, label=label, linestyle="-" if window == "left" else "")
-        axis.set(xlabel="lead span (share of each sequence)", title=_title(name))
-    whole = next((row for row in rows if row["lead_span"] == 1 and not row["is_control"]), rows[0])
-    for key, label in costs.items():
-        chosen = [row for row in rows if row["window"] == "left" and not row["is_control"] and row["sections"] == first]
-        axes[-1].plot(
-            [row["lead_span"] for row in chosen], [row[key] / whole[key] for row in chosen], marker="o", label=label
-        )
-    axes[-1].set(xlabel="lead span (share of each sequence)", title="cost over that of whole sequences", ylim=(0, None))
+        for window, markers in _MARKERS.items():
+            for is_control, marker in zip((False, True), markers, strict=True):
+                chosen = series(window, is_control)
+                if chosen:
+                    axis.plot(
+                        [row["lead_span"] for row in chosen],
+                        [_metrics_of(row).get(name) for row in chosen],
+                        marker=marker,
+                        label=f"{window}, as many tokens" if is_control else window,
+                        linestyle="-" if window == "left" else "",
+                    )
+        axis.set(title=_TITLES.get(name, name.replace("_", " ")))
+    full = next((row for row in rows if row["lead_span"] == 1 and not row["is_control"]), rows[0])
+    chosen = series("left", False)
+    for key, label in {"train_s": "time", "peak_bytes": "memory", "flops": "FLOPs"}.items():
+        spans, costs = [row["lead_span"] for row in chosen], [row[key] / full[key] for row in chosen]
+        axes[-1].plot(spans, costs, marker="o", label=label)
+    axes[-1].set(title="cost relative to full sequences", ylim=(0, None))
     for axis in axes:
+        axis.set(xlabel="lead span (fraction of each sequence)")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     partial = file.with_name(f".{file.name}")
     figure.savefig(partial, dpi=140, format=file.suffix.removeprefix("."))
     partial.replace(file)
     pyplot.close(figure)
-
-
-def _title(name: str) -> str:
-    return {"cross_entropy": "cross-entropy, nats/token", "divergence": "divergence to the teacher, nats/token"}.get(
-        name, name.replace("_", " ")
-    )

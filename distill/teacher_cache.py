@@ -1,7 +1,7 @@
-"""A teacher's likeliest tokens at every target, computed once and read from disk afterwards.
+"""A teacher's likeliest tokens at every target, computed once and then read from disk.
 
-Worth it where the same sequences are read many times: the teacher's forward pass then costs once. A cache holds
-`num_kept` tokens of a vocabulary, so it comes with an error, which is measured when it is made.
+A cache pays off if the same sequences are read in several epochs, because the teacher runs only once. It holds K tokens
+of the vocabulary; the error that this causes is measured when the cache is made.
 """
 
 from __future__ import annotations
@@ -22,26 +22,28 @@ from slimserve.core.progress import progress
 from slimserve.core.storage import write_remedy
 from slimserve.distill.batches import Batch, make_batches
 from slimserve.distill.chunked import CHUNK, TeacherStates
-from slimserve.distill.losses import LossSettings, TopK, divergence_from_top, divergence_per_token, top_of
-from slimserve.distill.student import Guidance, OnlineTeacher
-from slimserve.distill.supervision import Supervised
+from slimserve.distill.losses import TopK, divergence_from_top_k, divergence_per_token, top_k_of
+from slimserve.distill.recipe import LossSettings
+from slimserve.distill.student import OnlineTeacher, TeacherOutput
+from slimserve.distill.supervision import SupervisedSequence
 
-_JUDGED_TARGETS = 512
+_NUM_MEASURED_TARGETS = 512
+"""Minimum number of targets on which the error of a cache is measured."""
 
 
 @dataclass(frozen=True)
 class CacheError:
-    """What a cache leaves out."""
+    """The error of a cache."""
 
     missing_mass: float
-    """Mean probability of the tokens that are not kept."""
+    """Mean probability of the tokens that are not cached."""
     divergence_frac: float
-    """Of the divergence to another distribution, the share that kept tokens and one bucket for the rest do not see."""
+    """Fraction of the divergence that is lost by merging all tokens that are not cached."""
     num_bytes: int
 
 
 class CachedTeacher:
-    """A teacher as its cache remembers it."""
+    """A teacher that is read from its cache."""
 
     def __init__(self, file: Path) -> None:
         with safe_open(file, framework="pt") as tensors:
@@ -50,60 +52,60 @@ class CachedTeacher:
             self._begins = tensors.get_tensor("begins").tolist()
             self.error = CacheError(**json.loads(tensors.metadata()["error"]))
 
-    def guide(self, batch: Batch) -> Guidance:
-        rows = torch.cat([torch.arange(self._begins[number], self._begins[number + 1]) for number in batch.numbers])
+    def predict(self, batch: Batch) -> TeacherOutput:
+        rows = _rows_of(batch, self._begins)
         device = batch.tokens_BT.device
-        return Guidance(TopK(self._tokens[rows].to(device), self._logprobs[rows].to(device)))
+        return TeacherOutput(TopK(self._tokens[rows].to(device), self._logprobs[rows].to(device)))
 
 
 @torch.no_grad()
 def make_cache(
     teacher: OnlineTeacher,
-    sequences: Sequence[Supervised],
-    settings: LossSettings,
-    num_kept: int,
+    sequences: Sequence[SupervisedSequence],
+    loss: LossSettings,
     folder: Path,
     teacher_sha256: str,
-    most_tokens: int,
+    max_tokens: int,
 ) -> CachedTeacher:
-    """The cache of these sequences, made in `folder` unless it lies there already.
+    """Return the teacher's cache for these sequences, made in `folder` unless it is there already.
 
-    Its name depends on the teacher, the sequences, the temperature and `num_kept`. Log-probabilities are float32 at the
-    temperature of the loss, since the mass of the rest at another one could not be told. The error is judged on some
-    targets against the uniform distribution mixed with the teacher's own, half and half.
+    The cache holds the `loss.top_k` likeliest tokens. Its name depends on the teacher, the sequences, the temperature
+    and K. Log-probabilities are float32 at the temperature of the loss, because the mass of the other tokens is unknown
+    at any other. The error is measured on some targets, for the divergence from the teacher to an equal mixture of its
+    distribution and the uniform one.
     """
-    told = (teacher_sha256, settings.temperature, num_kept, [(one.tokens, one.targets) for one in sequences])
-    key = hashlib.sha256(repr(told).encode()).hexdigest()[:16]
-    file = folder / f"teacher-top{num_kept}-{key}.safetensors"
+    identity = (teacher_sha256, loss.temperature, loss.top_k, [(one.tokens, one.targets) for one in sequences])
+    key = hashlib.sha256(repr(identity).encode()).hexdigest()[:16]
+    file = folder / f"teacher-top{loss.top_k}-{key}.safetensors"
     if file.is_file():
         return CachedTeacher(file)
     begins = [0]
     for sequence in sequences:
         begins.append(begins[-1] + len(sequence.targets))
-    tokens = torch.empty(begins[-1], num_kept, dtype=torch.int32)
-    logprobs = torch.empty(begins[-1], num_kept)
-    missing, whole, seen, judged = 0.0, 0.0, 0.0, 0
+    tokens = torch.empty(begins[-1], loss.top_k, dtype=torch.int32)
+    logprobs = torch.empty(begins[-1], loss.top_k)
+    missing, full, merged, num_measured = 0.0, 0.0, 0.0, 0
     device = next(teacher.model.parameters()).device
-    with progress(f"teacher's {num_kept} likeliest tokens", begins[-1], "targets") as tick:
+    with progress(f"teacher's {loss.top_k} likeliest tokens", begins[-1], "targets") as tick:
         done = 0
-        for batch in make_batches(sequences, range(len(sequences)), most_tokens):
-            states = teacher.guide(batch.to(device)).teacher
+        for batch in make_batches(sequences, range(len(sequences)), max_tokens):
+            states = teacher.predict(batch.to(device)).prediction
             assert isinstance(states, TeacherStates)
-            rows = torch.cat([torch.arange(begins[number], begins[number + 1]) for number in batch.numbers])
+            rows = _rows_of(batch, begins)
             for begin in range(0, len(rows), CHUNK):
                 part = slice(begin, begin + CHUNK)
                 logits = (states.hidden_ND[part] @ states.head_VD.T).float()
-                kept = top_of(logits, num_kept, settings.temperature)
-                tokens[rows[part]], logprobs[rows[part]] = kept.tokens_NK.cpu(), kept.logprobs_NK.cpu()
-                missing += float((1 - kept.logprobs_NK.exp().sum(-1)).clamp_min(0).sum())
-                if judged < _JUDGED_TARGETS:
-                    other = _half_uniform(logits)
-                    whole += float(divergence_per_token(other, logits, settings).sum())
-                    seen += float(divergence_from_top(other, kept, settings).sum())
-                    judged += len(logits)
+                top = top_k_of(logits, loss.top_k, loss.temperature)
+                tokens[rows[part]], logprobs[rows[part]] = top.tokens_NK.cpu(), top.logprobs_NK.cpu()
+                missing += float((1 - top.logprobs_NK.exp().sum(-1)).clamp_min(0).sum())
+                if num_measured < _NUM_MEASURED_TARGETS:
+                    other = _mixed_with_uniform(logits)
+                    full += float(divergence_per_token(other, logits, loss).sum())
+                    merged += float(divergence_from_top_k(other, top, loss).sum())
+                    num_measured += len(logits)
             done += len(rows)
             tick(done)
-    error = CacheError(missing / begins[-1], 1 - seen / whole if whole else 0.0, tokens.nbytes + logprobs.nbytes)
+    error = CacheError(missing / begins[-1], 1 - merged / full if full else 0.0, tokens.nbytes + logprobs.nbytes)
     partial = file.with_suffix(".partial")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -121,7 +123,12 @@ def make_cache(
     return CachedTeacher(file)
 
 
-def _half_uniform(logits_NV: Tensor) -> Tensor:
-    """Logits of the distribution halfway to the uniform one."""
+def _rows_of(batch: Batch, begins: Sequence[int]) -> Tensor:
+    """Return the rows of a batch's targets in the cache; sequence i has the rows `begins[i]` to `begins[i + 1]`."""
+    return torch.cat([torch.arange(begins[index], begins[index + 1]) for index in batch.indices])
+
+
+def _mixed_with_uniform(logits_NV: Tensor) -> Tensor:
+    """Return the logits of an equal mixture of the distribution and the uniform one."""
     shares = torch.softmax(logits_NV, dim=-1)
     return ((shares + 1 / logits_NV.shape[-1]) / 2).log()

@@ -1,142 +1,114 @@
-"""A served teacher's own replies as training data, kept only where the workload's verifier finds them right.
+"""Training data from a served teacher: its own replies, kept only if the workload's verifier accepts them.
 
-Rejection sampling: each problem is asked up to `num_tries` times at a temperature, and the first right reply that ended
-by itself is kept. Replies are appended to the file as they come, so the same command goes on where it was interrupted.
+This is rejection sampling: each problem is asked up to `num_tries` times, and the first correct reply that ended by
+itself is kept. Replies are appended to the file as they arrive, so the same command resumes an interrupted run.
 """
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import httpx
-
 from slimserve.core.errors import UserError
-from slimserve.core.openai_client import Target, auth_headers
-from slimserve.core.progress import progress
+from slimserve.core.openai_client import OpenAIClient, Target, ask_all
+from slimserve.core.text import read_jsonl
+from slimserve.distill.settings import TracesSettings
 from slimserve.workloads import load_workload
-from slimserve.workloads.interface import ChatPrompt, Workload, hash_number
+from slimserve.workloads.interface import ChatPrompt, hash_number, join_reply
 
 _CONCURRENCY = 16
-_TIMEOUT_S = 600.0
+_PATH = "/v1/chat/completions"
 
 
 @dataclass(frozen=True)
-class Traces:
-    """What came of it."""
+class TraceCounts:
+    """The counts of a run of `write_traces`."""
 
-    num_asked: int
-    """Problems, those of earlier calls included."""
-    num_kept: int
+    num_problems: int
+    """Number of problems, including those that earlier runs solved."""
+    num_solved: int
     num_replies: int
-    """Of this call, right or wrong."""
+    """Number of replies in this run, correct or not."""
 
 
-def write_traces(
-    target: Target,
-    workload: str,
-    num_problems: int,
-    file: Path,
-    *,
-    temperature: float = 0.8,
-    num_tries: int = 4,
-    max_tokens: int = 512,
-    seed: int = 0,
-) -> Traces:
-    """Ask the teacher `target` for replies to a workload's training problems; the right ones go to `file` as JSONL.
+def write_traces(target: Target, settings: TracesSettings) -> TraceCounts:
+    """Ask the teacher `target` the workload's training problems and append correct replies to `settings.output`.
 
-    A line without `messages` notes a problem that no try solved. Raises UserError where the workload has no verifier,
-    or the server does not answer.
+    A JSONL line without `messages` marks a problem that no try solved. Raises UserError if the workload has no
+    verifier, the server fails, or the file does not hold traces.
     """
-    task = load_workload(workload)
-    prompts = task.make_prompts("calibration", num_problems, seed)
+    workload, file = load_workload(settings.workload), settings.output
+    prompts = workload.make_prompts("calibration", settings.num_problems, settings.seed)
     if not prompts or not isinstance(prompts[0], ChatPrompt):
-        raise UserError("workload", workload, "has no replies to verify", "choose one of conversations, as reasoning")
+        raise UserError(
+            "--workload", settings.workload, "has no replies to verify", "choose a workload of chat prompts"
+        )
     problems = cast("Sequence[ChatPrompt]", prompts)
-    known = _known(file)
-    left = [problem for problem in problems if problem.messages[-1]["content"] not in known]
-    request = {"model": target.model, "temperature": temperature, "max_tokens": max_tokens}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    asker = _Asker(target.url, request, num_tries, seed, file, task)
-    asyncio.run(asker.ask_all(left, f"replies of {target.model} to {workload}"))
-    known = _known(file)
-    kept = sum(known.get(problem.messages[-1]["content"], False) for problem in problems)
-    return Traces(len(problems), kept, asker.num_replies)
+    known = _read_known(file)
+    num_replies = 0
 
-
-class _Asker:
-    def __init__(
-        self, url: str, request: dict[str, Any], tries: int, seed: int, file: Path, workload: Workload
-    ) -> None:
-        self._workload = workload
-        self.num_replies = 0
-        self._url = f"{url}/v1/chat/completions"
-        self._request = request
-        self._tries = tries
-        self._seed = seed
-        self._file = file
-
-    async def ask_all(self, problems: Sequence[ChatPrompt], title: str) -> None:
-        limit = asyncio.Semaphore(_CONCURRENCY)
-        done = 0
-        with progress(title, len(problems), "problems") as tick, self._file.open("a", encoding="utf-8") as out:
-            async with httpx.AsyncClient(headers=auth_headers(), timeout=_TIMEOUT_S) as client:
-
-                async def ask(problem: ChatPrompt) -> None:
-                    nonlocal done
-                    async with limit:
-                        reply = await self._right_reply(client, problem)
-                    row: dict[str, Any] = {"question": problem.messages[-1]["content"]}
-                    if reply is not None:
-                        row["messages"] = [*problem.messages, {"role": "assistant", "content": reply}]
-                    out.write(json.dumps(row, ensure_ascii=False) + "\n")
-                    out.flush()
-                    done += 1
-                    tick(done)
-
-                try:
-                    async with asyncio.TaskGroup() as group:
-                        for problem in problems:
-                            group.create_task(ask(problem))
-                except ExceptionGroup as errors:
-                    raise errors.exceptions[0] from errors
-
-    async def _right_reply(self, client: httpx.AsyncClient, problem: ChatPrompt) -> str | None:
-        for attempt in range(self._tries):
-            seed = hash_number(f"{self._seed} {attempt} {problem.messages[-1]['content']}") % 2**31
-            body = {**self._request, "messages": problem.messages, "seed": seed}
+    async def ask(client: OpenAIClient, problem: ChatPrompt) -> str | None:
+        nonlocal num_replies
+        for attempt in range(settings.num_tries):
+            answer = await client.post(
+                _PATH,
+                {
+                    "messages": problem.messages,
+                    "temperature": settings.temperature,
+                    "max_tokens": settings.max_tokens,
+                    "seed": hash_number(f"{settings.seed} {attempt} {_question(problem)}") % 2**31,
+                },
+            )
             try:
-                response = await client.post(self._url, json=body)
-                response.raise_for_status()
-                choice = response.json()["choices"][0]
-            except (httpx.HTTPError, ValueError, KeyError) as error:
-                raise UserError(
-                    "teacher", self._url, f"did not answer ({error!r})", "check the server; the same command goes on"
-                ) from error
-            self.num_replies += 1
-            message = choice["message"]
-            reply = message.get("content") or ""
-            if message.get("reasoning_content"):
-                reply = f"<think>\n{message['reasoning_content']}\n</think>\n{reply}"
-            if choice["finish_reason"] == "stop" and self._workload.is_correct(problem, reply):
+                choice = answer["choices"][0]
+                message, ended = choice["message"], choice["finish_reason"] == "stop"
+            except (LookupError, TypeError) as error:
+                raise UserError("request", _PATH, "was answered without a choice", "read the server's log") from error
+            num_replies += 1
+            reply = join_reply(message.get("reasoning_content") or "", message.get("content") or "")
+            if ended and workload.is_correct(problem, reply):
                 return reply
         return None
 
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a", encoding="utf-8") as out:
 
-def _known(file: Path) -> dict[str, bool]:
-    """By question, whether a right reply was kept; a line cut short by a kill is taken off the file."""
+        def write(problem: ChatPrompt, reply: str | None) -> None:
+            row: dict[str, Any] = {"question": _question(problem)}
+            if reply is not None:
+                row["messages"] = [*problem.messages, {"role": "assistant", "content": reply}]
+            out.write(json.dumps(row, ensure_ascii=False) + "\n")
+            out.flush()
+
+        ask_all(
+            target,
+            f"replies of {target.model} to {workload.name}",
+            [problem for problem in problems if _question(problem) not in known],
+            ask,
+            unit="problems",
+            concurrency=_CONCURRENCY,
+            on_result=write,
+        )
+    known = _read_known(file)
+    return TraceCounts(len(problems), sum(known.get(_question(problem), False) for problem in problems), num_replies)
+
+
+def _question(problem: ChatPrompt) -> str:
+    return problem.messages[-1]["content"]
+
+
+def _read_known(file: Path) -> dict[str, bool]:
+    """Map the questions in the file to whether they were solved; delete a last line that a kill cut short."""
     if not file.is_file():
         return {}
-    text = file.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        file.write_text(whole, encoding="utf-8")
-    try:
-        rows = [json.loads(line) for line in whole.splitlines()]
-        return {row["question"]: "messages" in row for row in rows}
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError("output", file, f"is no file of traces ({error!r})", "name another one") from error
+    content = file.read_bytes()
+    complete = content[: content.rfind(b"\n") + 1]
+    if complete != content:
+        file.write_bytes(complete)
+    rows = [row for _, row in read_jsonl(file, "--output", "name another file")]
+    if not all("question" in row for row in rows):
+        raise UserError("--output", file, "does not hold traces", "name another file")
+    return {row["question"]: "messages" in row for row in rows}

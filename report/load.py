@@ -51,13 +51,13 @@ def _tables(part: Part) -> Iterator[RenderableType]:
         latencies.add_row(label, *("\n".join(filter(None, cell)) for cell in cells))
     if part.latencies:
         yield latencies
-    figures = Table(box=SIMPLE, show_header=False)
+    values = Table(box=SIMPLE, show_header=False)
     for title, lines in part.sections:
-        figures.add_section()
-        figures.add_row(Text(title, style="bold"), "")
+        values.add_section()
+        values.add_row(Text(title, style="bold"), "")
         for line in lines:
-            figures.add_row(Text(f"  {line.label}"), Text(line.text))
-    yield figures
+            values.add_row(Text(f"  {line.label}"), Text(line.text))
+    yield values
 
 
 def print_curve(points: Sequence[CurvePoint]) -> None:
@@ -179,7 +179,7 @@ def _answered_text(document: Mapping[str, Any], summary: LoadSummary) -> str:
 def _plots(rows: Sequence[Row], window: plots.Window, summary: LoadSummary) -> list[Plot]:
     if not rows:
         return []
-    found = []
+    page_plots = []
     metrics: dict[str, Metric] = {"between tokens": "itl", "first token": "ttft", "end to end": "e2e"}
     due = [row for row in rows if window.begin_s <= row.scheduled_s < window.end_s and row.error is None]
     for kind in summary.by_kind or [""]:
@@ -192,15 +192,15 @@ def _plots(rows: Sequence[Row], window: plots.Window, summary: LoadSummary) -> l
         if known:
             hint = "Further left is better. Measured window only, logarithmic axis."
             title = f"Distribution of latency{', ' + kind if kind else ''}"
-            found.append(Plot(title, hint, plots.plot_distribution(known, "latency (ms)", log=True)))
+            page_plots.append(Plot(title, hint, plots.plot_distribution(known, "latency (ms)", log=True)))
     hint = "Latency of each request over its scheduled time. Rising latencies mean that the server falls behind."
-    found.append(Plot("Latency of each request", hint, plots.plot_requests(rows, window)))
+    page_plots.append(Plot("Latency of each request", hint, plots.plot_requests(rows, window)))
     hint = "Requests that are sent and not yet answered; below, the arrivals."
-    found.append(Plot("Requests in flight, and arrivals", hint, plots.plot_flow(rows, window)))
+    page_plots.append(Plot("Requests in flight, and arrivals", hint, plots.plot_flow(rows, window)))
     output = plots.plot_output(rows, window)
     if output is not None:
-        found.append(Plot("Output over time", "Output in each second.", output))
-    return found
+        page_plots.append(Plot("Output over time", "Output in each second.", output))
+    return page_plots
 
 
 _CURVE_HEADINGS = (
@@ -241,12 +241,12 @@ def _curve_conclusion(document: Mapping[str, Any], points: Sequence[CurvePoint],
 
 
 def _curve_plots(points: Sequence[CurvePoint], found_rate: float | None) -> list[Plot]:
-    found = []
+    page_plots = []
     for metric, label in (("ttft_s", "time to first token"), ("e2e_s", "end-to-end latency")):
         if any(getattr(summary, metric).n for _, summary, _ in points):
             hint = "Lower is better. The bend is where the server reaches its capacity."
             svg = plots.plot_curve(points, metric, label, found_rate)
-            found.append(Plot(f"{label.capitalize()} against request rate", hint, svg))
+            page_plots.append(Plot(f"{label.capitalize()} against request rate", hint, svg))
     hint = "On the grey line every offered request is answered."
-    found.append(Plot("Answered requests and goodput against rate", hint, plots.plot_answered(points, found_rate)))
-    return found
+    page_plots.append(Plot("Answered requests and goodput against rate", hint, plots.plot_answered(points, found_rate)))
+    return page_plots

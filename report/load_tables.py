@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from slimserve.loadtest.summary import LoadSummary, ObjectiveOutcome, Percentiles
+from slimserve.loadtest.summary import LoadSummary, ObjectiveResult, Percentiles
 from slimserve.report.page import NOT_KNOWN, Line, estimate_text, ms_text, number_text, percent_text, words
 
 LATENCY_HEADINGS = ("latency, ms", "p50", "p90", "p95", "p99", "mean", "n")
@@ -93,7 +93,7 @@ def objective_lines(summary: LoadSummary) -> list[Line]:
     return [Line(outcome.text, _outcome_text(outcome)) for outcome in summary.objectives]
 
 
-def _outcome_text(outcome: ObjectiveOutcome) -> str:
+def _outcome_text(outcome: ObjectiveResult) -> str:
     is_error_rate = outcome.text.strip().startswith("errors")
     if outcome.value is None:
         return "MISSED: requests failed, or there is no sample"

@@ -289,7 +289,7 @@ def _rate_axis(axes: Axes, points: Sequence[tuple[float, LoadSummary, bool]], ma
             color="black",
             linestyle=":",
             linewidth=1.5,
-            label=f"highest rate within the objectives: {max_rate:.3g}/s",
+            label=f"maximum rate: {max_rate:.3g}/s",
         )
     axes.set_xlabel("offered rate (requests/s)")
     axes.set_xlim(0, max(rate for rate, _, _ in points) * 1.05 or 1)

@@ -99,9 +99,9 @@ def test_a_chain_goes_from_a_model_to_a_comparison_and_is_not_done_twice(
     ("old", "new", "message"),
     [
         ('teacher = "teacher"\nrecipe.data', 'tutor = "teacher"\nrecipe.data', "tutor"),
-        ('name = "pruned"', 'name = "teacher"', "stands twice"),
-        ('variants = ["teacher", "student"]', 'variants = ["nobody"]', "'nobody' is no step"),
-        ('name = "student"', 'name = "student"\nof = "later"', "is no earlier step"),
+        ('name = "pruned"', 'name = "teacher"', "is used twice"),
+        ('variants = ["teacher", "student"]', 'variants = ["nobody"]', "'nobody' is not a step"),
+        ('name = "student"', 'name = "student"\nof = "later"', "is not an earlier step"),
         ("steps = 1", "steps = 0", "recipe.stages"),
         ("[[steps]]", "[[steps]", "cannot be read"),
     ],

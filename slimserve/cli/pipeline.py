@@ -7,13 +7,18 @@ from typing import Annotated
 
 import typer
 
+from slimserve.core.config import takes_settings
+from slimserve.pipeline import PipelineSettings, load_pipeline, run_pipeline
 
+
+@takes_settings(PipelineSettings)
 def pipeline(
-    file: Annotated[Path, typer.Argument(metavar="FILE.toml", help="The steps; see docs/distill.md")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for every step's model and the comparison")],
+    file: Annotated[Path, typer.Argument(metavar="FILE.toml", help="TOML file of the steps (docs/distill.md).")],
+    settings: PipelineSettings,
 ) -> None:
-    """A chain of distilling and compressing, then a comparison of what came of it; goes on where it was interrupted."""
-    from slimserve.pipeline import load_pipeline, run_pipeline
+    """Distill and compress a model in steps, then compare the results.
 
-    for name, directory in run_pipeline(load_pipeline(file), output).items():
+    The same command resumes an interrupted pipeline.
+    """
+    for name, directory in run_pipeline(load_pipeline(file), settings.output).items():
         typer.echo(f"{name}: {directory}")

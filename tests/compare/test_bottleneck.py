@@ -12,7 +12,7 @@ SUMMARY = replace(
 )
 
 
-def test_the_larger_share_of_its_roof_is_what_binds() -> None:
+def test_the_phase_with_the_larger_fraction_of_its_roofline_is_the_bottleneck() -> None:
     # Half a second for 2 requests of 250 computed tokens at 1,000/s, a quarter for 100 tokens at 8 streams × 50/s.
     bottleneck = find_bottleneck(SUMMARY, 8, Rooflines(prefill=1000.0, decode=50.0))
     assert bottleneck.limited_by == "prefill"
@@ -27,7 +27,7 @@ def test_the_servers_count_of_cached_tokens_stands_in_for_the_answers() -> None:
     assert find_bottleneck(summary, 8, Rooflines()).prefill_tokens_per_s == 1000
 
 
-def test_without_roofs_no_bound_is_claimed(fake_url: str) -> None:
+def test_without_rooflines_there_is_no_bottleneck(fake_url: str) -> None:
     assert read_rooflines(Target(fake_url, "good")) == Rooflines()
     bottleneck = find_bottleneck(SUMMARY, 8, Rooflines(prefill=1000.0))
     assert (bottleneck.limited_by, bottleneck.roofline_frac) == (None, None)

@@ -2,7 +2,7 @@ from dataclasses import replace
 
 from slimserve.compare.plan import describe_plan, load_seed, make_preset, round_rates, slo_rate
 from slimserve.workloads.interface import Estimate
-from tests.compare.made_up import comparison, variant
+from tests.compare.invented import comparison, variant
 
 FULL = make_preset("full", ["recommendation", "reasoning"])
 

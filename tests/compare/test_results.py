@@ -8,10 +8,10 @@ from slimserve.compare.results import BaselineOutcome, Bottleneck, Difference, L
 from slimserve.compare.verdict import make_verdict
 from slimserve.core.errors import UserError
 from slimserve.workloads.interface import Estimate
-from tests.compare.made_up import RATE, comparison, kept, variant
+from tests.compare.invented import RATE, comparison, kept, variant
 
 
-def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+def test_a_comparison_survives_a_round_trip(tmp_path: Path) -> None:
     variants = [variant(name, [50.0, 60.0], Estimate(0.7, 0.6, 0.8, 9), [0.5, math.inf]) for name in ("dense", "w8a8")]
     written = comparison(variants)
     written.verdict = make_verdict(written, {"dense": kept(1, 1), "w8a8": kept(1, 0.5)})
@@ -47,8 +47,8 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         load_comparison(tmp_path)
 
 
-def test_a_spread_leaves_out_what_is_not_known() -> None:
-    found = spread([3.0, None, 1.0, math.nan, 2.0])
-    assert found is not None
-    assert (found.median, found.min, found.max, found.n) == (2.0, 1.0, 3.0, 3)
+def test_a_spread_leaves_out_unknown_values() -> None:
+    values = spread([3.0, None, 1.0, math.nan, 2.0])
+    assert values is not None
+    assert (values.median, values.min, values.max, values.n) == (2.0, 1.0, 3.0, 3)
     assert spread([None]) is None

@@ -1,6 +1,6 @@
-"""A comparison's course without an engine: order, rates, what is kept when it is killed, endpoints, a baseline.
+"""Comparisons without an engine: order, rates, resuming, endpoints and baselines.
 
-The engine is a stand-in whose speed is made up; quality is really asked of the server with a known clock.
+A fake backend has an invented speed. Quality is really measured on the mock server.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from slimserve.compare.run import compare as run_comparison
 from slimserve.compare.settings import CompareSettings, Endpoint, ExistingModel
 from slimserve.core.errors import UserError
 from slimserve.core.openai_client import Target
-from slimserve.loadtest.rows import Row, row_line
+from slimserve.loadtest.rows import Row, encode_row
 from slimserve.loadtest.settings import LoadSettings
 from slimserve.loadtest.summary import LoadSummary, summarize
 from slimserve.workloads import metrics
@@ -42,7 +42,7 @@ Compare = Callable[..., Comparison]
 
 
 class Killed(BaseException):
-    """What a kill looks like from inside."""
+    """Stands for SIGKILL."""
 
 
 @dataclass
@@ -62,7 +62,7 @@ class FakeMachine:
 
 
 class FakeBackend(Backend):
-    """Serves invented models with an invented speed; quality is really asked of the mock server."""
+    """Serves invented models with an invented speed; quality is really measured on the mock server."""
 
     def __init__(self, machine: FakeMachine, folder: Path) -> None:
         self._machine = machine
@@ -107,7 +107,7 @@ class FakeBackend(Backend):
             for at in range(int(10 * rate))
         ]
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{workload}.rows.jsonl").write_bytes(b"".join(map(row_line, rows)))
+        (folder / f"{workload}.rows.jsonl").write_bytes(b"".join(map(encode_row, rows)))
         return summarize(rows, 0.0, 10.0)
 
 
@@ -128,14 +128,14 @@ def compare(machine: FakeMachine, tmp_path: Path) -> Callable[..., Comparison]:
     return run
 
 
-def test_rounds_turn_around_and_rates_are_the_references(
+def test_rounds_alternate_their_order_and_rates_are_the_references(
     machine: FakeMachine, compare: Compare, tmp_path: Path
 ) -> None:
     comparison = compare(tmp_path / "out", slos=["recommendation:e2e_p90=1s"])
     loads = machine.loads()
     order = list(dict.fromkeys((name, int(seed) // 100) for name, _, seed in loads))
     assert order == [("dense", 1), ("w8a8", 1), ("nf4", 1), ("nf4", 2), ("w8a8", 2), ("dense", 2)]
-    # Half and four fifths of what dense got through; far above what nf4 does, so not run with it.
+    # 50% and 80% of dense's capacity, which far exceeds nf4's.
     assert [rate for name, rate, _ in loads if name == "w8a8"] == ["capacity", "2", "3.2", "capacity", "2"]
     assert [rate for name, rate, _ in loads if name == "nf4"] == ["capacity"] * 2
     nf4 = comparison.variant("nf4")
@@ -148,17 +148,15 @@ def test_rounds_turn_around_and_rates_are_the_references(
     assert comparison.verdict.winner == "w8a8"
     w8a8 = comparison.variant("w8a8")
     assert w8a8.costs["recommendation"]["per_million_items"].median == pytest.approx(1e6 / (8 * 16))
-    drift = w8a8.rank_agreement["recommendation"]
-    assert drift["kendall_tau"].value == drift["top10_overlap"].value == 1
+    agreement = w8a8.rank_agreement["recommendation"]
+    assert agreement["kendall_tau"].value == agreement["top10_overlap"].value == 1
     assert w8a8.differences["recommendation"]["auc"].value == 0
     goodputs = [one.goodput_per_s for one in w8a8.at_rate("recommendation", 2.0)]
     assert goodputs == [2.0, 2.0]
 
 
 @pytest.mark.parametrize("num_loads", [1, 4, 9, 11])
-def test_a_killed_run_goes_on_where_it_was(
-    machine: FakeMachine, compare: Compare, tmp_path: Path, num_loads: int
-) -> None:
+def test_a_killed_run_resumes(machine: FakeMachine, compare: Compare, tmp_path: Path, num_loads: int) -> None:
     machine.loads_until_killed = num_loads
     with pytest.raises(Killed):
         compare(tmp_path / "out")
@@ -167,11 +165,11 @@ def test_a_killed_run_goes_on_where_it_was(
     resumed = compare(tmp_path / "out")
     assert len(machine.loads()) == 12
     assert [one.number for one in resumed.variant("nf4").rounds] == [1, 2]
-    whole = compare(tmp_path / "whole")
-    assert [variant.rounds for variant in resumed.variants] == [variant.rounds for variant in whole.variants]
+    complete = compare(tmp_path / "complete")
+    assert [variant.rounds for variant in resumed.variants] == [variant.rounds for variant in complete.variants]
 
 
-def test_a_finished_comparison_is_only_reported_anew(
+def test_a_finished_comparison_is_only_reported_again(
     machine: FakeMachine, compare: Compare, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first = compare(tmp_path / "out")
@@ -184,7 +182,7 @@ def test_a_finished_comparison_is_only_reported_anew(
     assert (first.verdict.winner, stricter.verdict.winner) == ("w8a8", None)
 
 
-def test_only_a_changed_variant_is_measured_anew(machine: FakeMachine, compare: Compare, tmp_path: Path) -> None:
+def test_only_a_changed_variant_is_measured_again(machine: FakeMachine, compare: Compare, tmp_path: Path) -> None:
     compare(tmp_path / "out")
     machine.events.clear()
     machine.versions["w8a8"] = "-new"
@@ -200,7 +198,7 @@ def test_only_a_changed_variant_is_measured_anew(machine: FakeMachine, compare: 
     ("options", "what"),
     [({"preset": replace(PRESET, duration_s=11.0)}, "preset"), ({"recipes": ["dense", "w8a8"]}, "variants")],
 )
-def test_other_settings_in_the_same_folder_are_refused(
+def test_other_settings_in_the_same_folder_are_rejected(
     machine: FakeMachine, compare: Compare, tmp_path: Path, options: dict[str, Any], what: str
 ) -> None:
     compare(tmp_path / "out")
@@ -255,7 +253,7 @@ def test_a_baseline_within_its_limits_passes(machine: FakeMachine, compare: Comp
     assert {loss.kind for loss in after.baseline.losses} == {"quality", "goodput"}
 
 
-def test_a_baseline_of_other_prompts_is_refused(machine: FakeMachine, compare: Compare, tmp_path: Path) -> None:
+def test_a_baseline_of_other_prompts_is_rejected(machine: FakeMachine, compare: Compare, tmp_path: Path) -> None:
     compare(tmp_path / "before")
     preset = replace(PRESET, quality_prompts={"recommendation": 5})
     with pytest.raises(UserError, match="quality prompts of recommendation' were 4 and are 5"):

@@ -9,7 +9,7 @@ import pytest
 from slimserve.compare.results import VariantResult, Verdict, load_comparison
 from slimserve.compare.verdict import confidence_words, make_verdict
 from slimserve.workloads.interface import Estimate
-from tests.compare.made_up import comparison, kept, variant
+from tests.compare.invented import comparison, kept, variant
 
 AUC = Estimate(0.75, 0.70, 0.80, 80)
 WORSE = Estimate(0.60, 0.55, 0.65, 80)

@@ -1,7 +1,7 @@
 """An engine's server without vLLM: the real middleware and metrics around an application that knows the answers.
 
-Started in place of `python -m slimserve.serve.engine.entry ARGS`. Ends at once where the file that STAND_IN_BROKEN names holds the
-variant's name.
+It replaces `python -m slimserve.serve.engine.entry ARGS`. It exits at once if the file named by STAND_IN_BROKEN
+contains the variant's name.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from slimserve.serve.policy.exposition import label_series
 from slimserve.serve.policy.metrics import score_metrics
 
 VARIANT = os.environ.get("SLIMSERVE_VARIANT", "")
-GENERATED = Counter("vllm:generation_tokens", "As vLLM counts them", ["model_name", "engine"])
+GENERATED = Counter("vllm:generation_tokens", "Generated tokens, as vLLM counts them", ["model_name", "engine"])
 
 
 async def score(request: Request) -> Response:
@@ -44,7 +44,7 @@ def main() -> None:
     if "slimserve.serve.engine.entry" not in sys.argv or VARIANT in Path(os.environ["STAND_IN_BROKEN"]).read_text(
         encoding="utf-8"
     ):
-        sys.exit("broken, as asked for")
+        sys.exit("broken, as requested")
     routes = [
         Route("/v1/score", score, methods=["POST"]),
         Route("/metrics", metrics),

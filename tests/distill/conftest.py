@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from slimserve.distill.recipe import DistillRecipe, parse_distill_recipe
+from slimserve.core.config import validated
+from slimserve.distill.recipe import DistillRecipe
 
 VOCABULARY = 49_152
 
@@ -21,7 +22,7 @@ def tokenizer(smollm2: Path) -> Any:
 
 
 def save_tiny(smollm2: Path, directory: Path, seed: int, **sizes: Any) -> Path:
-    """A random Llama of odd sizes, grouped-query and tied unless told otherwise, with SmolLM2's tokenizer."""
+    """Save a random Llama of odd sizes with SmolLM2's tokenizer; by default grouped-query and tied."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         **{
@@ -56,10 +57,10 @@ def tiny_teacher(smollm2: Path, tmp_path: Path) -> Path:
 
 
 def make_recipe(**tables: Any) -> DistillRecipe:
-    """A recipe of few short steps in float32; tables are merged into it."""
+    """Return a recipe of a few short steps in float32, with `tables` merged into it."""
     raw: dict[str, Any] = {
         "data": {"source": "reasoning", "num_examples": 12, "num_validation": 1, "max_tokens": 512},
-        # A vocabulary of 49,152 makes every target dear.
+        # A vocabulary of 49,152 makes every target expensive.
         "supervision": {"sections": "cot+answer"},
         "training": {
             "batch_size": 4,
@@ -73,4 +74,4 @@ def make_recipe(**tables: Any) -> DistillRecipe:
     }
     for name, table in tables.items():
         raw[name] = {**raw.get(name, {}), **table} if isinstance(table, dict) else table
-    return parse_distill_recipe(raw, "test")
+    return validated(DistillRecipe, raw, "recipe", "test")

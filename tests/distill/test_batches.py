@@ -8,14 +8,14 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from slimserve.distill.batches import make_batches, step_numbers
-from slimserve.distill.supervision import Supervised
+from slimserve.distill.batches import make_batches, step_indices
+from slimserve.distill.supervision import SupervisedSequence
 
 SEQUENCES = [
-    Supervised("a", (11, 12, 13), (1, 2)),
-    Supervised("b", (21, 22, 23, 24, 25), (3,)),
-    Supervised("c", (31, 32), (1,)),
-    Supervised("d", (41, 42, 43), (2,)),
+    SupervisedSequence("a", (11, 12, 13), (1, 2)),
+    SupervisedSequence("b", (21, 22, 23, 24, 25), (3,)),
+    SupervisedSequence("c", (31, 32), (1,)),
+    SupervisedSequence("d", (41, 42, 43), (2,)),
 ]
 
 
@@ -24,7 +24,7 @@ def test_padding_is_on_the_right_and_targets_know_where_they_are_predicted() -> 
     assert batch.names == ("b", "a", "c")
     assert batch.tokens_BT.tolist() == [[21, 22, 23, 24, 25], [11, 12, 13, 0, 0], [31, 32, 0, 0, 0]]
     assert batch.labels_N.tolist() == [24, 12, 13, 32]
-    assert batch.tokens_BT.flatten()[batch.before_N].tolist() == [23, 11, 12, 31]
+    assert batch.tokens_BT.flatten()[batch.source_N].tolist() == [23, 11, 12, 31]
     assert batch.positions_BT is None
 
 
@@ -33,7 +33,7 @@ def test_packing_lays_sequences_end_to_end() -> None:
     assert batch.tokens_BT.tolist() == [[21, 22, 23, 24, 25, 11, 12, 13, 31, 32]]
     assert batch.positions_BT is not None
     assert batch.positions_BT.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 0, 1]]
-    assert batch.tokens_BT.flatten()[batch.before_N].tolist() == [23, 11, 12, 31]
+    assert batch.tokens_BT.flatten()[batch.source_N].tolist() == [23, 11, 12, 31]
     assert batch.labels_N.tolist() == [24, 12, 13, 32]
 
 
@@ -48,21 +48,23 @@ def test_no_batch_is_larger_than_asked_but_for_one_sequence() -> None:
 def test_every_sequence_comes_once_an_epoch_beside_others_of_its_length() -> None:
     lengths = [(7 * number) % 101 for number in range(101)]
     per_epoch = -(-101 // 4)
-    steps = list(islice(step_numbers(lengths, 4, seed=3), 3 * per_epoch))
+    steps = list(islice(step_indices(lengths, 4, seed=3), 3 * per_epoch))
     for epoch in range(3):
         numbers = [number for step in steps[epoch * per_epoch : (epoch + 1) * per_epoch] for number in step]
         assert sorted(numbers) == list(range(101))
     assert steps[:per_epoch] != steps[per_epoch : 2 * per_epoch]
     spreads = [max(lengths[n] for n in step) - min(lengths[n] for n in step) for step in steps]
     assert sum(spreads) / len(spreads) < 15, "random steps of four spread over 60"
-    assert list(islice(step_numbers(lengths, 4, seed=3), 5, 9)) == steps[5:9]
+    assert list(islice(step_indices(lengths, 4, seed=3), 5, 9)) == steps[5:9]
 
 
 def test_packed_padded_and_single_sequences_have_the_same_hidden_states(tiny_student: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_student, dtype=torch.float32).get_decoder()
     numbers = torch.Generator().manual_seed(5)
     sequences = [
-        Supervised(str(length), tuple(torch.randint(0, 1000, (length,), generator=numbers).tolist()), (length - 1,))
+        SupervisedSequence(
+            str(length), tuple(torch.randint(0, 1000, (length,), generator=numbers).tolist()), (length - 1,)
+        )
         for length in (9, 2, 17, 5)
     ]
 
@@ -70,7 +72,7 @@ def test_packed_padded_and_single_sequences_have_the_same_hidden_states(tiny_stu
         (batch,) = make_batches(sequences, range(4), 1000, **options)
         with torch.no_grad():
             found = model(input_ids=batch.tokens_BT, position_ids=batch.positions_BT, use_cache=False)
-        return found.last_hidden_state.flatten(0, 1)[batch.before_N]
+        return found.last_hidden_state.flatten(0, 1)[batch.source_N]
 
     singly = []
     for sequence in sorted(sequences, key=lambda one: -len(one.tokens)):

@@ -10,7 +10,8 @@ from torch import Tensor
 
 import slimserve.distill.chunked
 from slimserve.distill.chunked import TeacherStates, chunked_loss, plain_losses
-from slimserve.distill.losses import LossSettings, TopK, top_of
+from slimserve.distill.losses import TopK, top_k_of
+from slimserve.distill.recipe import LossSettings
 
 N, D, WIDER, V, PADDED = 23, 12, 20, 57, 64
 
@@ -30,9 +31,9 @@ def inputs() -> tuple[Tensor, Tensor, Tensor, TeacherStates]:
 @pytest.mark.parametrize("chunk", [1, 7, 23, 100])
 def test_a_chunked_loss_is_the_plain_one(chunk: int, name: Any, kind: str) -> None:
     hidden, head, labels, states = inputs()
-    settings = LossSettings(name, kd_weight=0.0 if kind == "none" else 0.7, temperature=1.5)
+    settings = LossSettings(divergence=name, kd_weight=0.0 if kind == "none" else 0.7, temperature=1.5)
     theirs = states.hidden_ND @ states.head_VD.T
-    top = top_of(theirs[:, :V], 5, 1.5)
+    top = top_k_of(theirs[:, :V], 5, 1.5)
     teacher: Any = {"none": None, "states": states, "top": top}[kind]
     plain_teacher: Any = {"none": None, "states": theirs, "top": top}[kind]
 

@@ -59,12 +59,12 @@ def test_a_file_of_conversations_is_read_in_all_its_forms(tokenizer: Any, smollm
 def test_a_line_that_is_no_conversation_is_named(tokenizer: Any, smollm2: Path, tmp_path: Path, line: str) -> None:
     file = tmp_path / "chats.jsonl"
     file.write_bytes(b'{"prompt": "p", "completion": "c"}\n' + line.encode("latin-1") + b"\n")
-    with pytest.raises(UserError, match=r"is no conversation|is not UTF-8"):
+    with pytest.raises(UserError, match=r"is not a conversation|is not JSON|is not a JSON object|cannot be read"):
         load_examples(tokenizer, smollm2, str(file), 10, 0, 64, 0)
 
 
 def test_unknown_sources_and_too_long_prompts_are_refused(tokenizer: Any, smollm2: Path) -> None:
-    with pytest.raises(UserError, match="is neither a workload nor a file"):
+    with pytest.raises(UserError, match="is neither a workload nor a JSONL file"):
         load_examples(tokenizer, smollm2, "poetry", 10, 0, 64, 0)
     with pytest.raises(UserError, match=r"leaves no training example \(\d+ prompts alone have more than 8 tokens\)"):
         load_examples(tokenizer, smollm2, "reasoning", 10, 0, 8, 0)

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from slimserve.distill.losses import (
-    LossSettings,
     TopK,
-    divergence_from_top,
+    divergence_from_top_k,
     divergence_per_token,
     hidden_distance,
-    top_of,
+    top_k_of,
 )
+from slimserve.distill.recipe import LossSettings
 
 NAMES = ("forward_kl", "reverse_kl", "skewed_forward_kl", "skewed_reverse_kl", "js")
 
@@ -51,7 +51,7 @@ def _of_token(q_V: Tensor, p_V: Tensor, settings: LossSettings) -> Tensor:
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 3.0])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_divergence_is_its_definition(name: Any, temperature: float) -> None:
-    settings = LossSettings(name, temperature=temperature, skew=0.3, beta=0.2)
+    settings = LossSettings(divergence=name, temperature=temperature, skew=0.3, beta=0.2)
     student, teacher = logits(5, 13, seed=1), logits(5, 13, seed=2)
     torch.testing.assert_close(
         divergence_per_token(student, teacher, settings).double(),
@@ -63,7 +63,7 @@ def test_a_divergence_is_its_definition(name: Any, temperature: float) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_padding_of_either_vocabulary_counts_for_nothing(name: Any) -> None:
-    settings = LossSettings(name)
+    settings = LossSettings(divergence=name)
     student, teacher = logits(3, 11, seed=3), logits(3, 17, seed=4)
     expected = by_hand(student, teacher[:, :11], settings)
     torch.testing.assert_close(
@@ -76,7 +76,7 @@ def test_padding_of_either_vocabulary_counts_for_nothing(name: Any) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_student_and_teacher_that_agree_are_at_zero_and_stay_there(name: Any) -> None:
     student = logits(4, 9, seed=5).requires_grad_()
-    loss = divergence_per_token(student, student.detach() + 2.5, LossSettings(name, temperature=1.7)).sum()
+    loss = divergence_per_token(student, student.detach() + 2.5, LossSettings(divergence=name, temperature=1.7)).sum()
     (gradient,) = torch.autograd.grad(loss, student)
     assert abs(float(loss.detach())) < 1e-5
     assert float(gradient.abs().max()) < 1e-6
@@ -84,7 +84,7 @@ def test_student_and_teacher_that_agree_are_at_zero_and_stay_there(name: Any) ->
 
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_are_those_of_the_definition(name: Any) -> None:
-    settings = LossSettings(name, temperature=1.3)
+    settings = LossSettings(divergence=name, temperature=1.3)
     teacher = logits(2, 7, seed=7)
     ours = logits(2, 7, seed=6).requires_grad_()
     reference = ours.detach().clone().requires_grad_()
@@ -97,7 +97,7 @@ def test_gradients_are_those_of_the_definition(name: Any) -> None:
 def test_logits_far_apart_give_finite_losses_and_gradients(name: Any) -> None:
     student = torch.tensor([[300.0, -300.0, 0.0]], requires_grad=True)
     teacher = torch.tensor([[-300.0, 300.0, 0.0]])
-    loss = divergence_per_token(student, teacher, LossSettings(name)).sum()
+    loss = divergence_per_token(student, teacher, LossSettings(divergence=name)).sum()
     (gradient,) = torch.autograd.grad(loss, student)
     assert torch.isfinite(loss)
     assert torch.isfinite(gradient).all()
@@ -105,17 +105,17 @@ def test_logits_far_apart_give_finite_losses_and_gradients(name: Any) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_kept_tokens_bound_the_whole_divergence_from_below_and_reach_it(name: Any) -> None:
-    settings = LossSettings(name, temperature=1.2)
+    settings = LossSettings(divergence=name, temperature=1.2)
     student, teacher = logits(6, 31, seed=8, scale=1.0), logits(6, 31, seed=9, scale=1.0)
     whole = divergence_per_token(student, teacher, settings)
     before = torch.zeros(6)
     for kept in (1, 4, 12, 30):
-        found = divergence_from_top(student, top_of(teacher, kept, 1.2), settings)
+        found = divergence_from_top_k(student, top_k_of(teacher, kept, 1.2), settings)
         assert (found <= whole + 1e-4).all()
         assert (found >= before - 1e-4).all(), "more tokens see no less"
         before = found
     torch.testing.assert_close(before, whole, rtol=1e-3, atol=1e-4)
-    same = divergence_from_top(teacher, top_of(teacher, 4, 1.2), settings)
+    same = divergence_from_top_k(teacher, top_k_of(teacher, 4, 1.2), settings)
     assert float(same.abs().max()) < 1e-5
 
 
@@ -123,7 +123,7 @@ def test_a_student_is_drawn_to_the_kept_mass() -> None:
     teacher = TopK(torch.tensor([[2]], dtype=torch.int32), torch.tensor([[0.9]]).log())
     student = torch.zeros(1, 4, requires_grad=True)
     for _ in range(3000):
-        loss = divergence_from_top(student, teacher, LossSettings()).sum()
+        loss = divergence_from_top_k(student, teacher, LossSettings()).sum()
         (gradient,) = torch.autograd.grad(loss, student)
         student = (student - gradient).detach().requires_grad_()
     shares = student.softmax(-1)[0]

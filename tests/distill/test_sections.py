@@ -116,7 +116,7 @@ def test_no_template_and_a_template_that_rewrites_earlier_turns(tokenizer: Any) 
     swallowing.chat_template = (
         "{% for m in messages %}{{ m.role }}{% endfor %}{% if add_generation_prompt %}!{% endif %}"
     )
-    with pytest.raises(UserError, match="does not show the reply as it is"):
+    with pytest.raises(UserError, match="changes the reply"):
         chat_example(swallowing, messages, "x", 500, {2})
 
 

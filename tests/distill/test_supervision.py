@@ -26,7 +26,7 @@ EXAMPLE = Example("x", tuple(range(10, 19)), (P, P, P, C, C, C, C, A, A), 3)
     ],
 )
 def test_a_mask_chooses_targets_and_keeps_every_token(text: str, targets: tuple[int, ...]) -> None:
-    supervised = Supervision(parse_sections(text)).apply(EXAMPLE)
+    supervised = Supervision(sections=text).apply(EXAMPLE)
     assert supervised.targets == targets
     assert supervised.tokens == EXAMPLE.tokens
 
@@ -49,24 +49,24 @@ def test_a_window_is_the_papers(length: int, share: float, window: str, expected
 
 
 def test_a_window_is_cut_before_sections_are_chosen() -> None:
-    left = Supervision(frozenset({A}), 0.5, "left")
+    left = Supervision(sections="answer", lead_span=0.5, window="left")
     assert left.apply(EXAMPLE).targets == (), "the answer was cut off"
-    right = Supervision(frozenset({A}), 0.5, "right").apply(EXAMPLE)
+    right = Supervision(sections="answer", lead_span=0.5, window="right").apply(EXAMPLE)
     assert (right.tokens, right.targets) == ((15, 16, 17, 18), (2, 3))
     # The first token of a window has nothing before it.
-    assert Supervision(frozenset({C}), 0.5, "right").apply(EXAMPLE).targets == (1,)
+    assert Supervision(sections="cot", lead_span=0.5, window="right").apply(EXAMPLE).targets == (1,)
 
 
 def test_examples_without_a_target_are_left_out_and_it_is_an_error_if_none_is_left() -> None:
     longer = Example("y", tuple(range(4)), (P, A, A, A), 1)
-    supervision = Supervision(frozenset({A}), 0.5, "left")
+    supervision = Supervision(sections="answer", lead_span=0.5, window="left")
     assert [one.name for one in supervision.apply_all([EXAMPLE, longer])] == ["y"]
-    with pytest.raises(UserError, match=r"'answer of the left 50%' leaves no token to learn in any of 1 examples"):
+    with pytest.raises(UserError, match=r"'answer in the left 50%' leaves no target in 1 examples"):
         supervision.apply_all([EXAMPLE])
 
 
 def test_sections_are_read_and_written() -> None:
     assert sections_text(parse_sections("answer + cot")) == "cot+answer"
     for bad in ("", "cot+", "cot+cot", "thought", "all+cot"):
-        with pytest.raises(UserError, match="names no sections"):
+        with pytest.raises(ValueError, match="join some of prompt, cot, answer"):
             parse_sections(bad)

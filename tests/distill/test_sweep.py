@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from slimserve.core.errors import UserError
-from slimserve.distill.sweep import Point, make_points, sweep
+from slimserve.distill.sweep import SweepPoint, make_points, sweep
 from tests.distill.conftest import make_recipe
 
 
@@ -24,8 +24,8 @@ def test_points_are_spans_windows_sections_and_controls() -> None:
     for spans, windows, message in (
         ("half", "", "--lead-spans"),
         ("0.5", "right", "--windows"),
-        ("0.5", "top@0.5", "is unknown"),
-        ("0", "", "is no share"),
+        ("0.5", "top@0.5", "--windows"),
+        ("0", "", "greater than 0"),
     ):
         with pytest.raises(UserError, match=message):
             make_points(spans, windows, "all", False)
@@ -33,27 +33,27 @@ def test_points_are_spans_windows_sections_and_controls() -> None:
 
 def test_a_control_reads_as_many_tokens_by_more_examples() -> None:
     recipe = make_recipe(stages=[{"steps": 6}])
-    control = Point("cot", 0.25, "left", True).apply(recipe)
+    control = SweepPoint(sections="cot", lead_span=0.25, is_control=True).apply_to(recipe)
     assert control.data.num_examples == 4 * recipe.data.num_examples
     assert control.stages[0].steps == 24
     assert (control.supervision.sections, control.supervision.lead_span) == ("cot", 0.25)
-    assert Point("cot", 0.25).apply(recipe).stages == recipe.stages
+    assert SweepPoint(sections="cot", lead_span=0.25).apply_to(recipe).stages == recipe.stages
 
 
-def test_a_sweep_is_a_table_a_plot_and_figures_and_goes_on_where_it_was(
+def test_a_sweep_is_a_table_a_plot_and_metrics_and_resumes(
     tiny_student: Path, tiny_teacher: Path, tmp_path: Path
 ) -> None:
     points = make_points("0.8,1", "", "all", True)
-    judged: list[str] = []
+    evaluated: list[str] = []
 
-    def judge(directory: Path) -> dict[str, float]:
-        judged.append(directory.name)
+    def evaluate(directory: Path) -> dict[str, float]:
+        evaluated.append(directory.name)
         return {"accuracy": 0.25}
 
     recipe = make_recipe(stages=[{"steps": 2}], data={"num_examples": 8})
-    rows = sweep(str(tiny_student), str(tiny_teacher), recipe, points[:2], tmp_path, judge)
-    rows = sweep(str(tiny_student), str(tiny_teacher), recipe, points, tmp_path, judge)
-    assert judged == [point.name for point in points], "each student once"
+    rows = sweep(str(tiny_student), str(tiny_teacher), recipe, points[:2], tmp_path, evaluate)
+    rows = sweep(str(tiny_student), str(tiny_teacher), recipe, points, tmp_path, evaluate)
+    assert evaluated == [point.name for point in points], "each student once"
     short, whole, control = rows
     assert short["tokens_read"] < 0.85 * whole["tokens_read"]
     assert short["flops"] < 0.85 * whole["flops"]

@@ -14,7 +14,8 @@ import pytest
 
 from slimserve.core.errors import UserError
 from slimserve.core.openai_client import Target
-from slimserve.distill.traces import write_traces
+from slimserve.distill.settings import TracesSettings
+from slimserve.distill.traces import TraceCounts, write_traces
 from slimserve.workloads import load_workload
 
 TRUTH = {
@@ -58,10 +59,15 @@ def url() -> Iterator[str]:
     server.shutdown()
 
 
+def ask(url: str, file: Path, num_problems: int, workload: str = "reasoning") -> TraceCounts:
+    settings = TracesSettings(url=url, output=file, num_problems=num_problems, workload=workload)
+    return write_traces(Target(url, "m"), settings)
+
+
 def test_only_right_replies_that_ended_by_themselves_are_kept(url: str, tmp_path: Path) -> None:
     file = tmp_path / "traces.jsonl"
-    found = write_traces(Target(url, "m"), "reasoning", 8, file)
-    assert (found.num_asked, found.num_kept, found.num_replies) == (8, 7, 7 * 3 + 4)
+    found = ask(url, file, 8)
+    assert (found.num_problems, found.num_solved, found.num_replies) == (8, 7, 7 * 3 + 4)
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert len(rows) == 8
     for row in rows:
@@ -73,19 +79,19 @@ def test_only_right_replies_that_ended_by_themselves_are_kept(url: str, tmp_path
 
 def test_the_same_command_asks_only_what_is_not_known(url: str, tmp_path: Path) -> None:
     file = tmp_path / "traces.jsonl"
-    write_traces(Target(url, "m"), "reasoning", 4, file)
+    ask(url, file, 4)
     text = file.read_text()
     file.write_text(text + '{"question": "cut sho')
     Teacher.asked.clear()
-    again = write_traces(Target(url, "m"), "reasoning", 8, file)
+    again = ask(url, file, 8)
     assert len(Teacher.asked) == 4
-    assert (again.num_asked, again.num_kept) == (8, 7)
+    assert (again.num_problems, again.num_solved) == (8, 7)
     assert len(file.read_text().splitlines()) == 8
 
 
 def test_a_server_that_fails_ends_it_in_one_error_and_keeps_what_came(url: str, tmp_path: Path) -> None:
     Teacher.status = 500
-    with pytest.raises(UserError, match="did not answer"):
-        write_traces(Target(url, "m"), "reasoning", 4, tmp_path / "traces.jsonl")
+    with pytest.raises(UserError, match="failed with 500"):
+        ask(url, tmp_path / "traces.jsonl", 4)
     with pytest.raises(UserError, match="has no replies to verify"):
-        write_traces(Target(url, "m"), "recommendation", 4, tmp_path / "other.jsonl")
+        ask(url, tmp_path / "other.jsonl", 4, workload="recommendation")

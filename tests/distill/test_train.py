@@ -16,20 +16,23 @@ import torch
 from safetensors.torch import load_file
 
 from slimserve.core.errors import UserError
+from slimserve.distill.components import rate_frac
 from slimserve.distill.recipe import DistillRecipe
 from slimserve.distill.run import LOG_FILE, distill
-from slimserve.distill.train import _Loop, rate_frac
+from slimserve.distill.train import Trainer
 from tests.distill.conftest import make_recipe
 
 STUDENT_AND_TEACHER = """
 import json, sys
 from pathlib import Path
-from slimserve.distill.recipe import parse_distill_recipe
+from slimserve.core.config import validated
+from slimserve.distill.components import rate_frac
+from slimserve.distill.recipe import DistillRecipe
 from slimserve.distill.run import distill
 from slimserve.core.errors import UserError
 student, teacher, target, recipe = sys.argv[1:]
 try:
-    distill(student, teacher or None, parse_distill_recipe(json.loads(recipe), "test"), Path(target))
+    distill(student, teacher or None, validated(DistillRecipe, json.loads(recipe), "recipe", "test"), Path(target))
 except UserError as error:
     sys.exit(f"error: {error}")
 """
@@ -153,15 +156,15 @@ class Killed(BaseException):
 
 def kill_after(num_steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The next run ends when so many of its steps are done, before it can save anything of the last one."""
-    real, left = _Loop.note, [num_steps]
+    real, left = Trainer.record, [num_steps]
 
-    def note(loop: _Loop, *arguments: Any) -> None:
-        real(loop, *arguments)
+    def record(trainer: Trainer, *arguments: Any) -> None:
+        real(trainer, *arguments)
         left[0] -= 1
         if left[0] == 0:
             raise Killed
 
-    monkeypatch.setattr(_Loop, "note", note)
+    monkeypatch.setattr(Trainer, "record", record)
 
 
 def test_a_run_that_ends_anywhere_goes_on_as_if_nothing_had_happened(
@@ -255,7 +258,7 @@ def test_fsdp_goes_on_where_it_was_killed_and_refuses_to_write_replies(
     process = in_processes("fsdp", tiny_student, tiny_teacher, tmp_path / "three", recipe)
     told, _ = process.communicate(timeout=300)
     assert process.returncode != 0
-    assert "cannot be run under FSDP" in told
+    assert "cannot run under FSDP" in told
     assert not list(tmp_path.glob("*three*/*"))
 
 

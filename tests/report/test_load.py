@@ -52,7 +52,12 @@ def summary_of(rows: Sequence[Row], **values: Any) -> LoadSummary:
 
 def document_of(suite: str, summary: LoadSummary, **more: Any) -> dict[str, Any]:
     """Return the content of SUITE.json."""
-    request = {"command": "loadtest", "suite": suite, "target": asdict(TARGET), "settings": SETTINGS.model_dump(mode="json")}
+    request = {
+        "command": "loadtest",
+        "suite": suite,
+        "target": asdict(TARGET),
+        "settings": SETTINGS.model_dump(mode="json"),
+    }
     read: dict[str, Any] = json.loads(json.dumps({**request, **provenance(), "summary": summary.as_dict(), **more}))
     return read
 

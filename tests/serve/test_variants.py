@@ -169,9 +169,7 @@ def test_an_engine_killed_under_load_restarts_and_does_not_affect_the_other(runn
             assert rejected.status_code == 503
             assert 1 <= int(rejected.headers["Retry-After"]) <= 60
             assert rejected.json()["error"]["code"] == "model_unavailable"
-            assert (await asyncio.to_thread(running_server.ask, "chat")).status_code == 200, (
-                "the other variant answers"
-            )
+            assert (await asyncio.to_thread(running_server.ask, "chat")).status_code == 200, "the other variant answers"
             for seen in await asyncio.gather(*kept):
                 assert seen == Stream(300, None, is_finished=True, is_ended=True)
 

@@ -1,4 +1,4 @@
-"""Comparisons with invented figures, for tests of what is made of them."""
+"""Comparisons with invented values, for tests of the verdict and the results file."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from slimserve.compare.results import Comparison, LoadRun, Preset, QualityOutcome, Requirements, Round, VariantResult
-from slimserve.loadtest.summary import LoadSummary, ObjectiveOutcome, percentiles, summarize
+from slimserve.loadtest.summary import LoadSummary, ObjectiveResult, percentiles, summarize
 from slimserve.workloads.interface import Estimate
 
 PRESET = Preset({"recommendation": 5, "reasoning": 6}, {"recommendation": 2, "reasoning": 8}, 4.0, 1.0)
@@ -22,14 +22,14 @@ def summary(items_per_s: float = 0.0, e2e_s: float = 0.5, output_tokens_per_s: f
         items_per_s=items_per_s,
         output_tokens_per_s=output_tokens_per_s,
         e2e_s=percentiles([e2e_s]),
-        objectives=[ObjectiveOutcome(SLO, e2e_s, 1.0, e2e_s <= 1.0)],
+        objectives=[ObjectiveResult(SLO, e2e_s, 1.0, e2e_s <= 1.0)],
     )
 
 
 def variant(
     name: str, items_per_s: Sequence[float], auc: Estimate, e2e_s: Sequence[float] = (0.5, 0.5)
 ) -> VariantResult:
-    """A variant of the recommendation workload, one speed and one latency per round; infinite: not run."""
+    """Return a variant with one speed and one latency per round; an infinite latency marks an overloaded rate."""
     rounds = []
     for number, (speed, latency) in enumerate(zip(items_per_s, e2e_s, strict=True), start=1):
         one = Round(number, ready_s=30.0, capacity={"recommendation": LoadRun(None, 2, summary(speed), "capacity")})
@@ -44,7 +44,7 @@ def variant(
 
 
 def comparison(variants: Sequence[VariantResult], slos: Mapping[str, tuple[str, ...]] | None = None) -> Comparison:
-    """Of variants as `variant` makes them, the first of which is the reference."""
+    """Return a comparison of variants; the first one is the reference."""
     return Comparison(
         model="a-model",
         workloads={"recommendation": "auc"},
