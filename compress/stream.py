@@ -81,7 +81,7 @@ class Stream:
         return hessian
 
     def run(self, sublayer: Sublayer, block: Mapping[str, Tensor]) -> Iterator[tuple[int, Tensor]]:
-        """Compute the consumer's inputs, keep them for `advance`, and yield each batch's index and inputs `[B, T, I]`."""
+        """Compute the consumer's inputs, keep them for `advance`, and yield the inputs `[B, T, I]` of each batch."""
         linear = dense_linear(block)
         width = block[f"{self.decoder.roles.consumer(sublayer)}.weight"].shape[1]
         path = self._folder / f"{self._name}-inner.bin"

@@ -102,9 +102,8 @@ class ParallelStudent:
 
     def trained_weights(self) -> dict[str, Any]:
         """Return the trained weights on the CPU, complete on the first process."""
-        return get_model_state_dict(
-            self.module, options=StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-        )
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+        return cast("dict[str, Any]", get_model_state_dict(self.module, options=options))
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Load weights as `trained_weights` returned them."""
