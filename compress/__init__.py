@@ -1,7 +1,8 @@
-"""Make a model smaller: structured pruning and quantization by recipe, block by block.
+"""Makes a model smaller: structured pruning and quantization by recipe, block by block.
 
-`build.build_variant` walks the decoder blocks of a checkpoint once per step of a recipe, with the calibration samples
-beside it (`stream.py`); `steps/` says what a step does to a block. The mathematics is in `prune.py`, `osscar.py`,
-`quantize.py` and `rounding.py` as pure functions, the file formats in `formats.py` and `bnb.py`, the names of a
-family's layers in `families.py`. `reference.py` computes in plain torch what an engine should.
+`build.build_variant` builds a variant, `runner.py` walks over the decoder blocks of a checkpoint once per step, and
+`stream.py` moves the calibration samples along. `steps/` says what a step does to a block, `formats/` has one object
+per quantization format, `families.py` the layer names of each model family. The mathematics is in `prune.py`,
+`osscar.py`, `quantize.py` and `rounding.py` as pure functions. `reference.py` computes in plain PyTorch what an engine
+should compute.
 """

@@ -143,7 +143,7 @@ def _workload_documents(directory: Path, source: str, seed: int) -> Iterator[lis
 
 
 def _prompts(name: str, seed: int) -> Iterator[Prompt]:
-    """Yield a workload's calibration prompts; it is asked for more and more of them, because making prompts is slow."""
+    """Yield a workload's calibration prompts, requested in growing batches because making prompts is slow."""
     workload, num_given, num_wanted = load_workload(name), 0, _FIRST_PROMPTS
     while True:
         prompts = workload.make_prompts("calibration", num_wanted, seed)

@@ -70,7 +70,7 @@ class QuantFormat(ABC):
     def choose_group_size(self, requested: int | None, input_sizes: Sequence[int]) -> tuple[int | None, str]:
         """Return the largest group, at most `requested`, that divides the inputs of all layers, and a note.
 
-        None stands for one scale per output feature. The note is empty if the result is what was requested.
+        None stands for one scale per output feature. The note is empty if the result equals `requested`.
         """
         if requested is None:
             return None, ""

@@ -1,4 +1,4 @@
-"""Tiny random models of every family, with odd sizes, saved as their users would save them."""
+"""Tiny random models of every family, with odd sizes, saved with transformers."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ INPUT_IDS = torch.tensor([[5, 41, 0, 66, 23, 8, 8]])
 
 @dataclass(frozen=True)
 class TinyModel:
-    """A saved model and what it is in memory."""
+    """A saved model, and the same model in memory."""
 
     directory: Path
     model: Any

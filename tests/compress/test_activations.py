@@ -10,7 +10,7 @@ from slimserve.core.errors import UserError
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_what_is_written_is_read_back_whatever_the_batches(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_a_file_reads_back_the_same_for_any_batch_size(tmp_path: Path, dtype: torch.dtype) -> None:
     x = torch.randn(7, 5, 3).to(dtype)
     file = ActivationFile(tmp_path / "x.bin", 7, 5, 3, dtype)
     for first in range(0, 7, 2):

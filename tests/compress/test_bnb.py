@@ -1,4 +1,4 @@
-"""bitsandbytes layers on disk: what transformers writes, what both engines read, and where the library errs."""
+"""bitsandbytes layers on disk, compared with the library, with transformers, and where the library is wrong."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ def weight(outputs: int, inputs: int) -> Tensor:
 
 
 def nf4_by_hand(tensors: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:
-    """Two codes a byte, high half first; 64 codes a scale, the scales themselves in blocks of 256."""
+    """Decode by the definition: two codes per byte, high nibble first; 64 codes per scale; 256 scales per block."""
     text = bytes(tensors["weight.quant_state.bitsandbytes__nf4"].tolist())
     absmax = tensors["weight.nested_quant_map"][tensors["weight.absmax"].long()]
     absmax = absmax * tensors["weight.nested_absmax"].repeat_interleave(256)[: len(absmax)]
@@ -63,7 +63,7 @@ def test_the_tensors_are_those_that_the_librarys_layers_save() -> None:
 
 
 @pytest.mark.parametrize("inputs", [48, 80, 96, 1520])
-def test_nf4_widths_that_bitsandbytes_decodes_wrongly_are_refused(inputs: int) -> None:
+def test_nf4_widths_that_bitsandbytes_decodes_wrongly_are_rejected(inputs: int) -> None:
     with pytest.raises(UserError, match="no multiple of 64"):
         NF4.pack_layer(weight(4, inputs))
     assert INT8_BNB.pack_layer(weight(4, inputs))
@@ -78,7 +78,7 @@ def test_another_writers_nf4_is_read_right_where_bitsandbytes_reads_it_wrongly()
     assert not torch.allclose(functional.dequantize_4bit(codes, state).float(), expected, atol=0.1)
 
 
-def test_int8_refuses_what_float16_cannot_hold() -> None:
+def test_int8_rejects_weights_beyond_float16() -> None:
     with pytest.raises(UserError, match="beyond float16"):
         INT8_BNB.pack_layer(torch.full((2, 64), 1e5))
 
@@ -115,7 +115,7 @@ def test_fused_names_are_ignored_too_when_all_their_parts_are() -> None:
 
 
 @pytest.mark.parametrize("quant_format", [NF4, INT8_BNB], ids=lambda one: one.name)
-def test_transformers_loads_it_and_computes_what_was_meant(quant_format: Any, tmp_path: Path) -> None:
+def test_transformers_loads_it_and_computes_the_intended_weights(quant_format: Any, tmp_path: Path) -> None:
     sizes = {"vocab_size": 67, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
     dense = make_tiny(LlamaConfig(**sizes, **heads, tie_word_embeddings=True), tmp_path / "dense")

@@ -1,4 +1,4 @@
-"""Pruning to a budget: shapes that fit, the finalist that is taken, and what interrupts it."""
+"""Pruning to a budget: shapes that fit, the finalist that is chosen, and resuming after an interruption."""
 
 import json
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from .conftest import INPUT_IDS, QUANTIZE, TinyModel, build_on_data, weight_byte
 
 
 def known_seconds(self: budget.BlockTimer, shapes: Sequence[budget.Shape]) -> list[float]:
-    """A clock for blocks that are too small to be timed: what their neurons and heads would take."""
+    """Fake timer for blocks that are too small to be timed: seconds proportional to neurons and heads."""
     return [shape.width + 10.0 * shape.kv_groups for shape in shapes]
 
 
@@ -70,7 +70,7 @@ def test_the_dense_block_is_the_measure_of_the_others(monkeypatch: pytest.Monkey
         assert timer.relative_seconds(budget.Shape(width, kv_groups, depth)) == pytest.approx(expected)
 
 
-def test_an_interrupted_budget_goes_on_with_the_shapes_that_it_had_chosen(
+def test_an_interrupted_budget_continues_with_the_shapes_that_it_had_chosen(
     tiny_llama: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(budget.BlockTimer, "seconds", known_seconds)
@@ -85,7 +85,7 @@ def test_an_interrupted_budget_goes_on_with_the_shapes_that_it_had_chosen(
             build_on_data(tiny_llama, prune, target=tmp_path / "variant")
     (chosen,) = tmp_path.glob(".variant.building/step-budget/finalists.json")
     shapes = [one["shape"] for one in json.loads(chosen.read_text())["finalists"]]
-    monkeypatch.setattr(budget.Budget, "shapes", stop)  # a speed measured anew might rank others
+    monkeypatch.setattr(budget.Budget, "shapes", stop)  # new timings might rank others first
     manifest = read_manifest(build_on_data(tiny_llama, prune, target=tmp_path / "variant"))
     assert manifest is not None
     assert [{key: one[key] for key in shapes[0]} for one in manifest.steps[0].detail["finalists"]] == shapes

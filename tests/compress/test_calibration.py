@@ -1,4 +1,4 @@
-"""Calibration samples: from workloads, text and JSONL; by seed; and what is refused."""
+"""Calibration samples from workloads, text and JSONL, by seed, and the sources that are rejected."""
 
 import json
 from pathlib import Path
@@ -37,7 +37,7 @@ def test_text_and_ids_from_files(smollm2: Path, tmp_path: Path) -> None:
     assert sorted(load_calibration(smollm2, str(ids), 5, 8).tokens_NT[:, 0].tolist()) == [0, 1, 2, 3, 4]
 
 
-def test_fewer_samples_than_asked_are_counted(smollm2: Path, tmp_path: Path) -> None:
+def test_fewer_samples_than_requested_are_counted(smollm2: Path, tmp_path: Path) -> None:
     ids = tmp_path / "ids.jsonl"
     ids.write_text(json.dumps({"input_ids": list(range(25))}))
     found = load_calibration(smollm2, str(ids), 9, 10)

@@ -1,4 +1,4 @@
-"""Bad luck: killed ten times at random blocks, a disk that fills up, two builds of one target."""
+"""Faults: kills at random blocks, a full disk, two builds of one target, dead inputs."""
 
 import fcntl
 import json
@@ -47,7 +47,7 @@ step = "quantize"
 format = "w8a8"
 method = "gptq"
 """
-# Forks one child per number of blocks to survive: a child starts with torch imported, and dies by SIGKILL.
+# Forks one child per number of blocks to survive. Each child starts with torch imported and is killed by SIGKILL.
 FORKING = """
 import os, signal, sys
 from pathlib import Path
@@ -93,7 +93,7 @@ def recipe_file(tmp_path: Path) -> Path:
     return recipe
 
 
-def test_killed_ten_times_it_ends_with_the_bytes_of_one_run(deep: TinyModel, recipe_file: Path, tmp_path: Path) -> None:
+def test_ten_kills_do_not_change_the_bytes(deep: TinyModel, recipe_file: Path, tmp_path: Path) -> None:
     draw = random.Random(5)
     lives = [str(draw.randint(0, 2)) for _ in range(10)]
     targets = {name: tmp_path / name for name in ("killed", "whole")}
@@ -110,7 +110,7 @@ def test_killed_ten_times_it_ends_with_the_bytes_of_one_run(deep: TinyModel, rec
 
 
 def test_a_disk_that_fills_up_is_one_clear_line_and_no_variant(run_cli: RunCli, smollm2: Path, tmp_path: Path) -> None:
-    """A limit on file sizes stands for the disk: the write fails in the same place with an OSError."""
+    """A limit on file sizes simulates a full disk: the write fails in the same place with an OSError."""
 
     def limit() -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -126,7 +126,7 @@ def test_a_disk_that_fills_up_is_one_clear_line_and_no_variant(run_cli: RunCli, 
     assert not target.exists()
 
 
-def test_a_full_file_system_gives_one_error_and_goes_on_when_there_is_room(
+def test_a_full_file_system_gives_one_error_and_the_build_resumes_when_there_is_room(
     deep: TinyModel, recipe_file: Path, tmp_path: Path
 ) -> None:
     disk = tmp_path / "disk"

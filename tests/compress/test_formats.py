@@ -1,4 +1,4 @@
-"""Quantized layers on disk, held to what compressed-tensors itself writes and reads."""
+"""Quantized layers on disk, compared with what compressed-tensors itself writes and reads."""
 
 import copy
 from typing import Any
@@ -34,7 +34,7 @@ def of(name: str) -> CompressedTensorsFormat:
 
 
 def weight(shape: tuple[int, int]) -> Tensor:
-    """Rows of different size, off centre, so that zero points matter."""
+    """Return rows of different magnitude and nonzero mean, so that zero points matter."""
     draw = torch.Generator().manual_seed(3)
     return torch.randn(shape, generator=draw) * torch.linspace(0.1, 4, shape[0])[:, None] + 0.3
 
@@ -62,7 +62,7 @@ PRESETS = {"w8a8": "W8A8", "w4a16": "W4A16", "fp8": "FP8_DYNAMIC"}
 
 
 def preset(name: str, targets: list[str], **changes: Any) -> QuantizationScheme:
-    """The library's own scheme, with other weights where they are named."""
+    """Return the library's own scheme with changed keys of its weights."""
     scheme = preset_name_to_scheme(PRESETS[name], targets)
     scheme.weights = type(scheme.weights).model_validate({**scheme.weights.model_dump(), **changes})
     scheme.format = of(name).layout
@@ -70,16 +70,16 @@ def preset(name: str, targets: list[str], **changes: Any) -> QuantizationScheme:
 
 
 def described_alike(ours: QuantizationScheme, theirs: QuantizationScheme) -> bool:
-    """Whether two schemes say the same of the numbers in a file; how a scale was observed is not in it."""
+    """Tell whether two schemes describe the same tensors; the observer of the scales does not matter."""
 
-    def said(scheme: QuantizationScheme) -> dict[str, Any]:
+    def essentials(scheme: QuantizationScheme) -> dict[str, Any]:
         plain: dict[str, Any] = scheme.model_dump(mode="json")
         for part in ("weights", "input_activations"):
             if plain[part]:
                 plain[part] = {key: value for key, value in plain[part].items() if not key.startswith("observer")}
         return plain
 
-    return said(ours) == said(theirs)
+    return essentials(ours) == essentials(theirs)
 
 
 @pytest.mark.parametrize(("name", "symmetric", "group"), sorted({case[:3] for case in CASES}, key=str))
@@ -122,7 +122,7 @@ def test_a_layer_is_read_back_as_it_was_and_as_the_library_reads_it(
     assert torch.allclose(compressor.decompress(packed, scheme)["weight"], again.dequantize(), rtol=1e-6)
 
 
-def test_scales_are_kept_in_what_vllm_holds_them_in() -> None:
+def test_scales_have_the_dtype_that_vllm_holds_them_in() -> None:
     scales = {
         name: pack_codes(round_to_nearest(weight((4, 8)), None, of(name).make_grid()))["weight_scale"]
         for name in PRESETS
@@ -134,7 +134,7 @@ def test_scales_are_kept_in_what_vllm_holds_them_in() -> None:
     }
 
 
-def test_another_writers_scale_per_tensor_stands_for_every_row() -> None:
+def test_a_scale_per_tensor_of_another_writer_applies_to_every_row() -> None:
     described = of("fp8").quantization_config(of("fp8").make_grid(), [])
     described["config_groups"]["group_0"]["weights"]["strategy"] = "tensor"
     grid = of("fp8").read_grid(described)
@@ -165,13 +165,13 @@ def changed(name: str, *path: str, value: Any) -> dict[str, Any]:
         (changed("w8a8", "config_groups", "group_0", "format", value="nvfp4-pack-quantized"), "not a format"),
     ],
 )
-def test_what_would_be_read_wrongly_is_refused(config: dict[str, Any], problem: str) -> None:
+def test_configs_that_would_be_read_wrongly_are_rejected(config: dict[str, Any], problem: str) -> None:
     with pytest.raises(UserError, match=problem):
         find_format(config).unpack({}, config)
 
 
 @pytest.mark.parametrize("order", ["weight", "static"])
-def test_static_activation_ordering_needs_nothing_special(order: str) -> None:
+def test_static_activation_ordering_is_read(order: str) -> None:
     config = changed("w4a16", "config_groups", "group_0", "weights", "actorder", value=order)
     grid = of("w4a16").read_grid(config)
     assert grid == of("w4a16").make_grid()
@@ -181,7 +181,7 @@ def test_static_activation_ordering_needs_nothing_special(order: str) -> None:
     ("name", "symmetric", "group", "field"),
     [("w8a8", False, None, "symmetric"), ("fp8", True, 64, "group_size"), ("w4a16", True, 48, "group_size")],
 )
-def test_a_format_refuses_what_it_cannot_hold(name: str, symmetric: bool, group: int | None, field: str) -> None:
+def test_a_format_rejects_foreign_settings(name: str, symmetric: bool, group: int | None, field: str) -> None:
     with pytest.raises(UserError, match=field):
         of(name).make_grid(symmetric, group)
 
@@ -198,7 +198,7 @@ def test_a_format_refuses_what_it_cannot_hold(name: str, symmetric: bool, group:
         (None, [256], None),
     ],
 )
-def test_the_largest_group_that_fits_is_chosen_and_said(
+def test_the_largest_group_that_fits_is_chosen_and_noted(
     requested: int | None, inputs: list[int], chosen: int | None
 ) -> None:
     size, note = of("w4a16").choose_group_size(requested, inputs)

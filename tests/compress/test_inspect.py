@@ -1,4 +1,4 @@
-"""`slimserve inspect`: the facts of a manifest as lines and as a plot."""
+"""`slimserve inspect`: the content of a manifest as lines and as a plot."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ def variant(tiny_llama: TinyModel, tmp_path: Path) -> Path:
     return build_variant("tiny", tiny_llama.directory, "own", Recipe(summary="", steps=steps), tmp_path / "variant")
 
 
-def test_it_says_what_was_done_and_how_well(variant: Path) -> None:
+def test_it_describes_steps_and_errors(variant: Path) -> None:
     text = "\n".join(describe_variant(variant))
     assert "neurons before 44, neurons after 32" in text
     assert "format w8a8, method rtn" in text

@@ -1,4 +1,4 @@
-"""The rules about kernels, held to the classes that vLLM itself chooses on this CPU."""
+"""Kernel rules, compared with the classes that vLLM itself chooses on this CPU."""
 
 import json
 import subprocess
