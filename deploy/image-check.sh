@@ -1,12 +1,12 @@
 #!/bin/sh
-# image-check.sh: build the CPU image of the Dockerfile without Docker, start it, and ask it one chat and one score.
+# image-check.sh: build the CPU image of the Dockerfile without Docker, start it, and send one chat and one score request.
 #
-# `make image-check` runs it as root on Debian; no daemon is needed. buildah builds in a chroot, on a base that mmdebstrap
-# makes from Debian bookworm with Python 3.11, the distribution and the Python of the real base image. The build sees this
-# machine's apt sources and pip configuration. The image then starts as its unprivileged user with no capabilities, on a
-# read-only root, with a writable cache volume and without a network. Needs about 12 GB of disk and, on two cores, a quarter of an hour.
+# `make image-check` runs it as root on Debian; it needs no daemon. mmdebstrap makes a base image of Debian bookworm with
+# Python 3.11, as in the real base image. buildah builds on it in a chroot, with this machine's apt sources and pip
+# configuration. The image then starts as its unprivileged user with no capabilities, on a read-only root, with a writable
+# cache volume and without a network. The check needs about 12 GB of disk and takes 15 minutes on two cores.
 #
-# IMAGE_CHECK_DIR=DIR keeps the work folder, so that a second run reuses the base and the logs stay.
+# IMAGE_CHECK_DIR=DIR keeps the work folder: a second run reuses the base image, and the logs remain.
 set -eu
 python=${PYTHON:-python3}
 image=localhost/slimserve:image-check
@@ -20,7 +20,7 @@ fail() {
     exit 1
 }
 
-# --- The container: `image-check.sh --inside ROOT CACHE WORK`, called below in namespaces of its own. ---
+# --- The container. The script calls itself below with `--inside ROOT CACHE WORK` in separate namespaces. ---
 
 inside() {
     root=$1 cache=$2 work=$3
@@ -113,7 +113,7 @@ clean_up() {
 trap clean_up EXIT
 trap 'exit 130' INT TERM
 
-# The base is tagged with the name that the Dockerfile asks for.
+# The base image gets the name that the Dockerfile expects.
 base=$(sed -n 's/^ARG BASE_IMAGE=//p' Dockerfile)
 if ! in_storage images "docker.io/library/$base" >/dev/null 2>&1; then
     print_status "making the base image $base from Debian bookworm"
