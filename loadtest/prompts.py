@@ -46,6 +46,6 @@ def _in_order(suite: str, options: SuiteOptions, num_prompts: int) -> list[tuple
     one, other = workload_names()[:2]
     numbers = random.Random(f"mixed {options.prompt_seed}")
     kinds = [one if numbers.random() < options.share else other for _ in range(num_prompts)]
-    left = {kind: iter(load_workload(kind).load_prompts(options, kinds.count(kind))) for kind in (one, other)}
+    left = {kind: iter(load_workload(kind).load_prompts(options, kinds.count(kind))) for kind in set(kinds)}
     drawn = ((kind, next(left[kind], None)) for kind in kinds)
     return [(kind, prompt) for kind, prompt in drawn if prompt is not None]

@@ -242,7 +242,7 @@ def _locust_arguments(
     num_workers = cluster.expect_workers if cluster else settings.processes
     return [
         *("--headless", "--only-summary", "--skip-log-setup", *distributed),
-        *("--locustfile", str(Path(__file__).parent / "suites" / "workload.py")),
+        *("--locustfile", str(_locustfile(suite))),
         *("--suite", workload_argument(suite)),
         *("--host", target.url, "--model", target.model),
         *("--users", str(max(users, num_workers)), "--spawn-rate", str(max(users, num_workers))),
@@ -252,6 +252,13 @@ def _locust_arguments(
         *(f"--rate={settings.rate}", f"--arrival={settings.arrival}", f"--burstiness={settings.burstiness}"),
         *(f"--trace={settings.trace}", *suite_arguments(settings.suite)),
     ]
+
+
+def _locustfile(suite: str) -> Path:
+    """Return the suite's own locustfile, because Locust's workers must have the same user class as their master."""
+    folder = Path(__file__).parent / "suites"
+    file = folder / f"{suite}.py"
+    return file if file.is_file() else folder / "workload.py"
 
 
 def _run_locust(

@@ -27,8 +27,8 @@ def loadtest(
 ) -> None:
     """Load a running OpenAI-compatible server through Locust and report latency, throughput and objectives.
 
-    VLLM_API_KEY is sent as the key. Start a worker of --master N with: locust -f loadtest/suites/SUITE.py --worker
-    --master-host HOST.
+    VLLM_API_KEY is sent as the key. Start each worker of --master N on its machine with the suite's locustfile:
+    `locust -f loadtest/suites/SUITE.py --worker --master-host HOST` (workload.py for a .py file).
     """
     from slimserve.core.openai_client import find_target
     from slimserve.loadtest.rates import find_rate, sweep_rates
