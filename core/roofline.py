@@ -16,12 +16,16 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from slimserve.core.hardware import Hardware, openmp_library, probe_hardware
 from slimserve.core.progress import print_status
 from slimserve.core.storage import cache_dir, write_atomically
 
 _MEASURE_TIMEOUT_S = 60
+_SMALLEST_MATRIX, _LARGEST_MATRIX = 128, 2048
+_LONG_PRODUCT_S = 0.05
+"""Duration of a product from which larger matrices bring no better estimate."""
 
 
 @dataclass(frozen=True)
@@ -89,22 +93,33 @@ def _measure() -> Roofline:
 
     torch.set_num_threads(len(probe_hardware().cores))
     memory, vector = torch.ones(8192, 16384), torch.ones(16384)  # 512 MiB, above any cache
-    size = 2048
-    a, b = torch.ones(size, size, dtype=torch.bfloat16), torch.ones(size, size, dtype=torch.bfloat16)
     bandwidth = memory.numel() * 4 / _best_s(lambda: memory @ vector)
-    bf16 = 2 * size**3 / _best_s(lambda: a @ b)
+    bf16 = _matrix_flops(lambda size: torch.ones(size, size, dtype=torch.bfloat16), torch.matmul)
     try:
-        a8, b8 = a.to(torch.int8), b.to(torch.int8)
-        int8 = 2 * size**3 / _best_s(lambda: torch._int_mm(a8, b8))
+        int8 = _matrix_flops(lambda size: torch.ones(size, size, dtype=torch.int8), torch._int_mm)
     except RuntimeError:
         int8 = 0.0
     return Roofline(bandwidth, bf16, int8, "measured")
 
 
+def _matrix_flops(make: Callable[[int], Any], multiply: Callable[[Any, Any], object]) -> float:
+    """Return the FLOP/s of a product of square matrices that is large enough, yet takes less than a second.
+
+    A CPU without bfloat16 instructions needs minutes for a size that others multiply in milliseconds.
+    """
+    size, seconds = _SMALLEST_MATRIX, 0.0
+    while True:
+        matrix = make(size)
+        seconds = _best_s(lambda: multiply(matrix, matrix), 0.0 if size < _LARGEST_MATRIX else 0.5)  # noqa: B023
+        if size >= _LARGEST_MATRIX or seconds > _LONG_PRODUCT_S:
+            return float(2 * size**3 / seconds)
+        size *= 2
+
+
 def _best_s(run: Callable[[], object], budget_s: float = 0.5) -> float:
     run()
     best, end = math.inf, time.monotonic() + budget_s
-    while time.monotonic() < end:
+    while best == math.inf or time.monotonic() < end:
         begin = time.perf_counter()
         run()
         best = min(best, time.perf_counter() - begin)

@@ -17,6 +17,7 @@ from slimserve.loadtest.rows import read_rows
 from slimserve.loadtest.run import run_suite
 from slimserve.loadtest.settings import LoadSettings
 from slimserve.loadtest.summary import load_summary
+from slimserve.report.load import write_html
 from slimserve.serve.launch.process import free_port
 from tests.loadtest.faulty_server import ANSWERS
 from tests.loadtest.test_http_client import faulty_server
@@ -28,7 +29,8 @@ _SETTINGS = LoadSettings(
 
 def test_each_fault_is_counted_under_its_own_name_and_none_ends_the_run(tmp_path: Path) -> None:
     with faulty_server() as port:
-        summary, rows = run_suite("reasoning", Target(f"http://127.0.0.1:{port}", "in-turn"), _SETTINGS, tmp_path)
+        target = Target(f"http://127.0.0.1:{port}", "in-turn")
+        summary, rows = run_suite("reasoning", target, _SETTINGS, tmp_path, on_result=write_html)
     assert len(rows) == 2 * len(ANSWERS) == summary.num_requests
     assert summary.errors == Counter(2 * [error for _, error in ANSWERS.values() if error])
     assert Counter(row.error for row in rows)[None] == 2 * 2, "a server without a usage field is none of them"
