@@ -1,7 +1,7 @@
-"""A stand-in for vLLM's server with a known clock and faults on demand; the model's name asks for the fault.
+"""A fake vLLM server with fixed latencies; the model's name selects a fault.
 
-Streams `_TOKENS` chunks, the first after TTFT_S, then one each GAP_S, of two tokens every
-fourth time; scores every item 0.25. Takes vLLM's command line, so that an Engine can start it.
+It streams one chunk per entry of CHUNKS, the first after TTFT_S and the others GAP_S apart, and scores every item 0.25.
+It accepts vLLM's command line, so that an Engine can start it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ TTFT_S = 0.050
 GAP_S = 0.020
 SCORE_S = 0.040
 CHUNKS = (1, 1, 1, 2, 1, 1, 1, 2, 1, 1)
-"""Tokens per streamed chunk."""
+"""Number of tokens of each streamed chunk."""
 MODELS = ("good", "http-500", "broken-json", "cut", "empty", "error-event", "no-usage", "few-scores", "split-label")
 
 
@@ -47,7 +47,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if body["model"] == "http-500":
-            return self._answer(500, {"error": {"message": "as asked"}})
+            return self._answer(500, {"error": {"message": "requested by the test"}})
         if self.path == "/tokenize":
             return self._answer(200, {"tokens": [1, 2] if body["model"] == "split-label" else [len(body["prompt"])]})
         if self.path == "/generative_scoring":
@@ -76,32 +76,32 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(text)
 
     def _stream(self, model: str) -> None:
-        due = time.perf_counter()
+        next_s = time.perf_counter()
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
         self._event({"choices": [{"delta": {"role": "assistant", "content": ""}}], "usage": self._usage(model, 0)})
-        told = 0
+        num_sent = 0
         for index, count in enumerate(() if model == "empty" else CHUNKS):
-            due += GAP_S if index else TTFT_S
-            time.sleep(max(0.0, due - time.perf_counter()))
-            told += count
+            next_s += GAP_S if index else TTFT_S
+            time.sleep(max(0.0, next_s - time.perf_counter()))
+            num_sent += count
             if model == "broken-json" and index == 3:
                 self._chunk(b"data: {not json\n\n")
             elif model == "error-event" and index == 3:
-                self._event({"error": {"message": "as asked"}})
+                self._event({"error": {"message": "requested by the test"}})
             elif model == "cut" and index == 3:
                 self.close_connection = True
                 self.connection.shutdown(socket.SHUT_RDWR)
                 return
             else:
-                self._event({"choices": [{"delta": {"content": "x"}}], "usage": self._usage(model, told)})
+                self._event({"choices": [{"delta": {"content": "x"}}], "usage": self._usage(model, num_sent)})
         self._chunk(b"data: [DONE]\n\n")
         self.wfile.write(b"0\r\n\r\n")
 
-    def _usage(self, model: str, told: int) -> dict[str, int] | None:
-        return None if model == "no-usage" else {"prompt_tokens": 11, "completion_tokens": told}
+    def _usage(self, model: str, num_sent: int) -> dict[str, int] | None:
+        return None if model == "no-usage" else {"prompt_tokens": 11, "completion_tokens": num_sent}
 
     def _event(self, document: dict[str, Any]) -> None:
         self._chunk(b"data: " + json.dumps(document).encode() + b"\n\n")

@@ -1,4 +1,4 @@
-"""A server of broken answers, byte by byte: the model's name asks for the fault, `in-turn` for one after the other.
+"""A server that sends broken responses; the model's name selects the fault, and `in-turn` goes through all of them.
 
 python faulty_server.py --port 9000 [--self-signed FILE]
 """
@@ -28,12 +28,12 @@ _NEVER_S = 60.0
 
 
 def chunk(data: bytes) -> bytes:
-    """One chunk of a chunked HTTP body."""
+    """Return one chunk of a chunked HTTP body."""
     return b"%x\r\n%b\r\n" % (len(data), data)
 
 
 def token(text: str = " a", usage: int | None = None) -> bytes:
-    """One event of a chat."""
+    """Return one event of a streamed chat."""
     body: dict[str, object] = {"choices": [{"index": 0, "delta": {"content": text}}]}
     if usage is not None:
         body["usage"] = {"prompt_tokens": 5, "completion_tokens": usage}
@@ -41,7 +41,7 @@ def token(text: str = " a", usage: int | None = None) -> bytes:
 
 
 def stream(*parts: bytes) -> bytes:
-    """A whole streamed answer."""
+    """Return a complete streamed response."""
     return _SSE_HEAD + b"".join(map(chunk, parts)) + b"0\r\n\r\n"
 
 
@@ -74,12 +74,12 @@ ANSWERS: dict[str, tuple[bytes, str | None]] = {
     "never-answers": (b"", "timeout"),
     "stops-in-stream": (_SSE_HEAD + chunk(TOKENS), "timeout"),
 }
-"""By the model's name: what is sent, and the name under which the fault is to be counted (None: a good answer)."""
+"""Response and expected kind of failure by model name; None for a good response."""
 _KEPT_OPEN = {name for name, (_, error) in ANSWERS.items() if error is None or error.startswith("http")}
 
 
 class FaultyServer:
-    """Each connection in a thread."""
+    """Serves each connection in its own thread."""
 
     def __init__(self) -> None:
         self._turns = itertools.cycle(ANSWERS)
@@ -96,20 +96,20 @@ class FaultyServer:
                 while self._answer(connection):
                     pass
         except OSError:
-            pass  # a client that leaves is no fault of ours
+            pass  # the client disconnected
 
     def _answer(self, connection: socket.socket) -> bool:
-        """Answer one request; whether the connection stays open."""
-        asked = b""
-        while b"\r\n\r\n" not in asked:
+        """Answer one request; return whether the connection stays open."""
+        received = b""
+        while b"\r\n\r\n" not in received:
             data = connection.recv(65536)
             if not data:
                 return False
-            asked += data
-            if asked[:1] not in {b"G", b"P"}:
+            received += data
+            if received[:1] not in {b"G", b"P"}:
                 connection.sendall(status(400))
                 return False
-        head, _, body = asked.partition(b"\r\n\r\n")
+        head, _, body = received.partition(b"\r\n\r\n")
         fields = dict(line.lower().split(b": ", 1) for line in head.split(b"\r\n")[1:])
         length = int(fields.get(b"content-length", 0))
         while len(body) < length:
@@ -124,13 +124,13 @@ class FaultyServer:
         if ANSWERS[name][1] == "timeout":
             time.sleep(_NEVER_S)
         if name == "resets":
-            time.sleep(0.05)  # the client is to read what was sent before
+            time.sleep(0.05)  # lets the client read the bytes before the reset
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         return name in _KEPT_OPEN
 
 
 def make_certificate(file: Path) -> None:
-    """Write a key and a certificate for 127.0.0.1 that nobody but itself has signed."""
+    """Write a key and a self-signed certificate for 127.0.0.1."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "127.0.0.1")])
     now = datetime.now(UTC)
@@ -144,9 +144,9 @@ def make_certificate(file: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="a server of broken answers")
+    parser = argparse.ArgumentParser(description="Server that sends broken responses.")
     parser.add_argument("--port", type=int, required=True)
-    parser.add_argument("--self-signed", type=Path, help="speak TLS, with a certificate that is written to this file")
+    parser.add_argument("--self-signed", type=Path, help="use TLS with a new certificate in this file")
     given = parser.parse_args()
     if given.self_signed:
         make_certificate(given.self_signed)

@@ -78,7 +78,7 @@ def test_ctrl_c_writes_the_report_of_what_was_measured(tmp_path: Path, processes
                 time.sleep(0.1)
             offspring = psutil.Process(run.pid).children(recursive=True)
             assert offspring
-            os.killpg(run.pid, signal.SIGINT)  # as a terminal does, to the whole foreground group
+            os.killpg(run.pid, signal.SIGINT)  # like Ctrl-C in a terminal
             _, said = run.communicate(timeout=30)
         finally:
             run.kill()
@@ -91,7 +91,7 @@ def test_ctrl_c_writes_the_report_of_what_was_measured(tmp_path: Path, processes
     summary = load_summary(document["summary"])
     assert 15 <= summary.num_requests <= len(rows)
     assert summary.errors == {}
-    assert summary.window_s < 60, "rates are over what was measured, not over what was asked for"
+    assert summary.window_s < 60, "rates refer to the measured time"
     assert summary.requests_per_s == pytest.approx(20, rel=0.5)
     assert any(reason.startswith("interrupted") for reason in summary.invalid)
     assert "interrupted" in (tmp_path / "reasoning.html").read_text()
@@ -101,8 +101,8 @@ def test_a_wrong_url_a_wrong_key_and_a_wrong_model_end_before_the_load_with_what
     with faulty_server() as port:
         url = f"http://127.0.0.1:{port}"
         for given, said in (
-            (["--url", f"http://127.0.0.1:{free_port()}"], "is not answered"),
-            (["--url", url.replace("http", "https"), "--model", "good"], "is not answered"),
+            (["--url", f"http://127.0.0.1:{free_port()}"], "does not answer"),
+            (["--url", url.replace("http", "https"), "--model", "good"], "does not answer"),
             (["--url", url, "--model", "unknown"], "is not served"),
         ):
             command = [sys.executable, "-m", "slimserve", "loadtest", "reasoning", "--rate", "5", *given]

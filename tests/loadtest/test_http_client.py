@@ -65,12 +65,12 @@ def scripted(*turns: Callable[[socket], None]) -> Iterator[str]:
 
 def read_request(connection: socket) -> bytes:
     """One request whose body is two bytes."""
-    asked = b""
-    while b"\r\n\r\n" not in asked or len(asked.partition(b"\r\n\r\n")[2]) < 2:
+    received = b""
+    while b"\r\n\r\n" not in received or len(received.partition(b"\r\n\r\n")[2]) < 2:
         data = connection.recv(65536)
         assert data
-        asked += data
-    return asked
+        received += data
+    return received
 
 
 def ask(url: str, model: str, timeout_s: float = 0.5) -> Exchange:
@@ -94,17 +94,17 @@ def test_a_timeout_takes_as_long_as_it_says(faulty_url: str) -> None:
 
 
 def test_one_stream_does_not_wait_for_another(faulty_url: str) -> None:
-    wire = HttpClient(faulty_url, {}, 0.5)
+    client = HttpClient(faulty_url, {}, 0.5)
     bodies = [json.dumps({"model": model}).encode() for model in ["never-answers"] * 20 + ["good"] * 20]
     begin = time.perf_counter()
-    jobs = [gevent.spawn(wire.post, "/v1/chat/completions", body) for body in bodies]
+    jobs = [gevent.spawn(client.post, "/v1/chat/completions", body) for body in bodies]
     gevent.joinall(jobs)
     assert time.perf_counter() - begin < 2
     assert [job.value.error for job in jobs] == ["timeout"] * 20 + [None] * 20
-    wire.close()
+    client.close()
 
 
-def test_nobody_there_and_no_such_host_are_told_apart() -> None:
+def test_a_refused_connection_and_an_unknown_host_are_different_errors() -> None:
     assert ask(f"http://127.0.0.1:{free_port()}", "good").error == "connection refused"
     assert ask("http://no-such-host.invalid", "good", timeout_s=20).error == "unknown host"
     assert ask(f"http://{'x' * 70}.invalid", "good", timeout_s=20).error == "unknown host"
@@ -119,9 +119,9 @@ def test_a_server_without_tls_and_one_with_a_certificate_of_its_own_making(fault
 def test_a_certificate_that_is_trusted_is_read_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "own.pem"))
     with faulty_server("--self-signed", str(tmp_path / "own.pem")) as port:
-        wire = HttpClient(f"https://127.0.0.1:{port}", {}, 5)
+        client = HttpClient(f"https://127.0.0.1:{port}", {}, 5)
         for _ in range(2):
-            exchange = wire.post("/v1/chat/completions", b'{"model": "good"}')
+            exchange = client.post("/v1/chat/completions", b'{"model": "good"}')
             assert (exchange.error, read_stream(exchange.pieces).output_tokens) == (None, 2)
 
 
@@ -130,33 +130,33 @@ def answer_ok(connection: socket) -> None:
 
 
 def test_a_connection_is_used_again_and_a_stale_one_replaced_without_an_error() -> None:
-    asked: list[bytes] = []
+    received: list[bytes] = []
 
     def answer_two(connection: socket) -> None:
         for _ in range(2):
-            asked.append(read_request(connection))
+            received.append(read_request(connection))
             answer_ok(connection)
 
     def answer_one(connection: socket) -> None:
-        asked.append(read_request(connection))
+        received.append(read_request(connection))
         answer_ok(connection)
 
     with scripted(answer_two, answer_one) as url:
-        wire = HttpClient(f"{url}/base/", {"Authorization": "Bearer k"}, 5)
+        client = HttpClient(f"{url}/base/", {"Authorization": "Bearer k"}, 5)
         for _ in range(3):
-            exchange = wire.post("/v1/x", b"{}")
+            exchange = client.post("/v1/x", b"{}")
             assert (exchange.error, exchange.status, exchange.body) == (None, 200, b"ok")
             gevent.sleep(0.05)  # the server's close arrives
-        wire.close()
-    assert len(asked) == 3
-    assert asked[0].startswith(b"POST /base/v1/x HTTP/1.1\r\nHost: 127.0.0.1:")
-    assert b"\r\nAuthorization: Bearer k\r\n" in asked[0]
+        client.close()
+    assert len(received) == 3
+    assert received[0].startswith(b"POST /base/v1/x HTTP/1.1\r\nHost: 127.0.0.1:")
+    assert b"\r\nAuthorization: Bearer k\r\n" in received[0]
 
 
 def test_a_connection_that_failed_is_not_used_again(faulty_url: str) -> None:
-    wire = HttpClient(faulty_url, {}, 0.3)
+    client = HttpClient(faulty_url, {}, 0.3)
     for model in ("stops-in-stream", "good", "broken-http", "good", "http-500", "good"):
-        exchange = wire.post("/v1/chat/completions", json.dumps({"model": model}).encode())
+        exchange = client.post("/v1/chat/completions", json.dumps({"model": model}).encode())
     assert exchange.error is None
 
 

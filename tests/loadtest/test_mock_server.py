@@ -103,7 +103,7 @@ def test_it_says_what_it_serves(url: str) -> None:
     assert httpx.get(f"{url}/health").status_code == 200
 
 
-def test_it_says_how_late_it_was_itself_and_counts_anew_when_asked() -> None:
+def test_it_reports_its_own_delays_and_clears_them_on_request() -> None:
     with running_mock_server(SCHEDULE) as server:
         stream(server.url, {"max_tokens": 7})
         lateness = server.lateness()
@@ -165,7 +165,7 @@ def test_a_queue_serves_one_after_the_other_in_order_of_arrival() -> None:
     assert ends[4] >= 0.5
 
 
-def test_an_idle_queue_begins_anew() -> None:
+def test_an_idle_queue_serves_the_next_request_at_once() -> None:
     course = ResponseTimes(MockSchedule(service_s=1.0))
     assert [course.begin_of(arrived_s) for arrived_s in (0.0, 0.5, 10.0)] == [1.0, 2.0, 11.0]
 
@@ -191,7 +191,7 @@ def test_a_freeze_holds_a_stream_back_and_then_sends_all_at_once() -> None:
         times, _ = stream(server.url, {})
     gaps = [later - before for before, later in itertools.pairwise(times)]
     frozen = max(range(len(gaps)), key=gaps.__getitem__)
-    # The token before the freeze was due at 190 ms at the latest; at 700 ms all that were due come together.
+    # The last token before the freeze is scheduled at 190 ms at the latest; the overdue ones arrive together at 700 ms.
     assert gaps[frozen] == pytest.approx(0.51, abs=0.05)
     assert times[frozen + 1] == pytest.approx(0.7, abs=0.05)
     assert times[-1] - times[frozen + 1] < 0.05

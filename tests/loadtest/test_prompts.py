@@ -11,32 +11,32 @@ from slimserve.workloads.interface import ChatPrompt, ScoringPrompt, SizeDistrib
 from slimserve.workloads.recommendation import Recommendation
 
 
-def slates(options: SuiteOptions, count: int = 120) -> list[ScoringPrompt]:
+def candidate_lists(options: SuiteOptions, count: int = 120) -> list[ScoringPrompt]:
     return [cast("ScoringPrompt", prompt) for _, prompt in make_prompts("recommendation", options, count)]
 
 
 def test_slates_are_the_workloads_own_where_nothing_else_is_asked() -> None:
-    assert slates(SuiteOptions()) == Recommendation().make_prompts("load", 120)
+    assert candidate_lists(SuiteOptions()) == Recommendation().make_prompts("load", 120)
 
 
 def test_sizes_follow_their_distributions() -> None:
-    drawn = slates(SuiteOptions(history="4..8", candidates="2,6"))
-    assert {slate.query.count("\n") for slate in drawn} == set(range(4, 9))
-    assert {len(slate.items) for slate in drawn} == {2, 6}
-    assert all(len(slate.truth) == len(slate.items) for slate in drawn)
-    assert drawn == slates(SuiteOptions(history="4..8", candidates="2,6"), 200)[:120], (
+    drawn = candidate_lists(SuiteOptions(history="4..8", candidates="2,6"))
+    assert {prompt.query.count("\n") for prompt in drawn} == set(range(4, 9))
+    assert {len(prompt.items) for prompt in drawn} == {2, 6}
+    assert all(len(prompt.truth) == len(prompt.items) for prompt in drawn)
+    assert drawn == candidate_lists(SuiteOptions(history="4..8", candidates="2,6"), 200)[:120], (
         "more prompts change no earlier one"
     )
 
 
 def test_repeat_visits_send_a_members_earlier_history_with_other_candidates() -> None:
-    plain, repeated = slates(SuiteOptions()), slates(SuiteOptions(repeat_visits=0.9))
-    assert len({slate.query for slate in plain}) == len(plain)
-    assert len({slate.query for slate in repeated}) < len(repeated)
-    assert [slate.items for slate in repeated] == [slate.items for slate in plain]
+    plain, repeated = candidate_lists(SuiteOptions()), candidate_lists(SuiteOptions(repeat_visits=0.9))
+    assert len({prompt.query for prompt in plain}) == len(plain)
+    assert len({prompt.query for prompt in repeated}) < len(repeated)
+    assert [prompt.items for prompt in repeated] == [prompt.items for prompt in plain]
     by_query: dict[str, set[int]] = {}
-    for slate in repeated:
-        by_query.setdefault(slate.query, set()).add(slate.group)
+    for prompt in repeated:
+        by_query.setdefault(prompt.query, set()).add(prompt.group)
     assert all(len(members) == 1 for members in by_query.values())
 
 
@@ -77,15 +77,15 @@ def test_data_that_holds_no_chats_is_refused(tmp_path: Path, text: str | None, m
 
 
 def test_a_run_begins_where_an_earlier_one_ended_and_goes_round() -> None:
-    everything = slates(SuiteOptions(), 2000)
-    assert slates(SuiteOptions(first_prompt=100), 50) == everything[100:150]
-    assert slates(SuiteOptions(first_prompt=len(everything) - 10), 30) == everything[-10:] + everything[:20]
-    assert slates(SuiteOptions(prompt_seed=1), 50) != everything[:50]
+    everything = candidate_lists(SuiteOptions(), 2000)
+    assert candidate_lists(SuiteOptions(first_prompt=100), 50) == everything[100:150]
+    assert candidate_lists(SuiteOptions(first_prompt=len(everything) - 10), 30) == everything[-10:] + everything[:20]
+    assert candidate_lists(SuiteOptions(prompt_seed=1), 50) != everything[:50]
 
 
 def test_histories_longer_than_any_members_are_refused() -> None:
     with pytest.raises(UserError, match="is longer than the history of every user"):
-        slates(SuiteOptions(history="5000"))
+        candidate_lists(SuiteOptions(history="5000"))
 
 
 @pytest.mark.parametrize("text", ["", "0", "5..2", "a", "1,,2", "-3"])

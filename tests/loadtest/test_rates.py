@@ -19,7 +19,7 @@ _LIMIT = 6.0
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[LoadSettings]:
+def runs_made(monkeypatch: pytest.MonkeyPatch) -> list[LoadSettings]:
     """Settings of every run, none of which is made: a server that is slow from _LIMIT requests/s on answers."""
     settings_seen: list[LoadSettings] = []
 
@@ -36,36 +36,38 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[LoadSettings]:
     return settings_seen
 
 
-def test_the_highest_rate_is_found_and_left_with_its_curve(asked: list[LoadSettings], tmp_path: Path) -> None:
+def test_the_highest_rate_is_found_and_left_with_its_curve(runs_made: list[LoadSettings], tmp_path: Path) -> None:
     curves: list[Any] = []
     settings = LoadSettings(slos=("e2e_p90=500ms",), seed=5)
     found = find_rate("reasoning", _TARGET, settings, tmp_path, on_curve=lambda *given: curves.append(given))
     assert found.rate == pytest.approx(_LIMIT, rel=0.03)
-    assert len({settings.seed for settings in asked}) == len(asked)
-    ends = [settings.suite.first_prompt + len(settings.scheduled_s()) for settings in asked]
-    assert [settings.suite.first_prompt for settings in asked[1:]] == ends[:-1], "no run asks the prompts of another"
+    assert len({settings.seed for settings in runs_made}) == len(runs_made)
+    ends = [settings.suite.first_prompt + len(settings.scheduled_s()) for settings in runs_made]
+    assert [settings.suite.first_prompt for settings in runs_made[1:]] == ends[:-1], (
+        "no run asks the prompts of another"
+    )
     document = json.loads((tmp_path / "reasoning.curve.json").read_text())
     assert document["max_rate"]["rate"] == found.rate
-    assert len(document["runs"]) == len(asked)
+    assert len(document["runs"]) == len(runs_made)
     ((reported, points, folder, rate),) = curves
-    assert (reported, len(points), folder, rate) == (document, len(asked), tmp_path, found.rate)
+    assert (reported, len(points), folder, rate) == (document, len(runs_made), tmp_path, found.rate)
 
 
-def test_a_sweep_measures_each_rate_once(asked: list[LoadSettings], tmp_path: Path) -> None:
+def test_a_sweep_measures_each_rate_once(runs_made: list[LoadSettings], tmp_path: Path) -> None:
     points = sweep_rates("reasoning", _TARGET, LoadSettings(slos=("e2e_p90=500ms",)), "8,2,4", tmp_path)
     assert [(point.rate, point.met) for point in points] == [(2.0, True), (4.0, True), (8.0, False)]
     assert json.loads((tmp_path / "reasoning.curve.json").read_text())["max_rate"] is None
 
 
 @pytest.mark.parametrize("text", ["", "a", "1,,2", "0", "-1"])
-def test_what_is_no_list_of_rates_is_refused(asked: list[LoadSettings], tmp_path: Path, text: str) -> None:
+def test_an_invalid_list_of_rates_is_rejected(runs_made: list[LoadSettings], tmp_path: Path, text: str) -> None:
     with pytest.raises(UserError, match="--sweep: .* is not a list of rates"):
         sweep_rates("reasoning", _TARGET, LoadSettings(), text, tmp_path)
 
 
-def test_a_search_needs_an_objective_and_one_rate(asked: list[LoadSettings], tmp_path: Path) -> None:
+def test_a_search_needs_an_objective_and_one_rate(runs_made: list[LoadSettings], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--slo"):
         find_rate("reasoning", _TARGET, LoadSettings(), tmp_path)
     with pytest.raises(UserError, match=r"--rate: '1\.\.5' is not a rate"):
         find_rate("reasoning", _TARGET, LoadSettings(rate="1..5", slos=("e2e_p90=1s",)), tmp_path)
-    assert not asked
+    assert not runs_made

@@ -62,14 +62,14 @@ def test_a_closed_loop_waits_for_its_answers(fake_url: str, tmp_path: Path) -> N
     assert len(rows) > summary.num_requests, "the warm-up's rows are kept but not counted"
 
 
-def test_a_mixed_run_is_told_apart_by_kind(fake_url: str, tmp_path: Path) -> None:
+def test_a_mixed_run_has_a_summary_of_each_kind(fake_url: str, tmp_path: Path) -> None:
     settings = LoadSettings(rate="20", duration_s=3, warmup_s=0, suite=SuiteOptions(share=0.4))
     summary, _ = run_suite("mixed", Target(fake_url, "good"), settings, tmp_path)
-    slates, chats = summary.by_kind["recommendation"], summary.by_kind["reasoning"]
-    assert slates.num_requests + chats.num_requests == summary.num_requests
-    assert slates.e2e_s.p50 == pytest.approx(SCORE_S, abs=0.025)
+    scoring, chats = summary.by_kind["recommendation"], summary.by_kind["reasoning"]
+    assert scoring.num_requests + chats.num_requests == summary.num_requests
+    assert scoring.e2e_s.p50 == pytest.approx(SCORE_S, abs=0.025)
     assert chats.ttft_s.n == chats.num_requests
-    assert slates.quality
+    assert scoring.quality
     assert chats.num_correct == 0
 
 

@@ -44,20 +44,20 @@ def analytic_max_rate(service_s: float, latency_s: float, frac: float) -> float:
 
 
 def waits_s(scheduled_s: np.ndarray, service_s: float) -> np.ndarray:
-    """How long each arrival waits for its service (Lindley 1952, unrolled: work brought less idle time)."""
+    """Return the waiting time of each arrival (Lindley 1952, unrolled: work that arrived minus idle time)."""
     backlog = np.concatenate([[0.0], np.cumsum(service_s - np.diff(scheduled_s))])
     return np.asarray(backlog - np.minimum.accumulate(backlog))
 
 
 def queue(objective: str) -> Callable[[float, int], RatePoint]:
     """A minute's measurement of the queue, with this project's arrivals, rows and objectives."""
-    asked = parse_objective(objective)
+    parsed = parse_objective(objective)
 
     def measure(rate: float, seed: int) -> RatePoint:
         scheduled_s = np.array(scheduled_times(parse_rate(f"{rate:f}", _WARMUP_S + _WINDOW_S), "poisson", seed=seed))
         ends_s = scheduled_s + waits_s(scheduled_s, _SERVICE_S) + _SERVICE_S
         rows = [Row(due, due, end) for due, end in zip(scheduled_s, ends_s, strict=True) if due >= _WARMUP_S]
-        return RatePoint(rate, seed, asked.evaluate(rows).is_met, _EMPTY)
+        return RatePoint(rate, seed, parsed.evaluate(rows).is_met, _EMPTY)
 
     return measure
 

@@ -36,7 +36,7 @@ def test_counts_are_of_what_came_between() -> None:
 
 
 @pytest.mark.parametrize(
-    ("counts", "said"),
+    ("counts", "expected"),
     [
         (ServerCounts(requests=100, output_tokens=1000, ttft_p50_bracket_s=(0.1, 0.25)), []),
         (ServerCounts(requests=160, output_tokens=1000), ["100 requests, the server 160"]),
@@ -44,8 +44,8 @@ def test_counts_are_of_what_came_between() -> None:
         (ServerCounts(ttft_p50_bracket_s=(0.01, 0.02)), ["median first token is 200.0 ms"]),
     ],
 )
-def test_client_and_server_are_held_together(counts: ServerCounts, said: list[str]) -> None:
+def test_client_and_server_are_held_together(counts: ServerCounts, expected: list[str]) -> None:
     rows = [Row(0.0, 0.0, 1.0, ((0.2, 10),), output_tokens=10) for _ in range(100)]
-    told = disagreements(rows, counts, percentiles([0.2] * 100), percentiles([]))
-    assert len(told) == len(said)
-    assert all(part in line for part, line in zip(said, told, strict=True))
+    messages = disagreements(rows, counts, percentiles([0.2] * 100), percentiles([]))
+    assert len(messages) == len(expected)
+    assert all(part in line for part, line in zip(expected, messages, strict=True))

@@ -11,10 +11,10 @@ def row(
     error: str | None = None,
     answer_s: float | None = None,
 ) -> Row:
-    """A request that was due at second 10 and sent late."""
-    told = tuple((10.0 + at_s, count) for at_s, count in arrivals)
+    """Return the row of a request that was scheduled at second 10 and sent late."""
+    chunks = tuple((10.0 + at_s, count) for at_s, count in arrivals)
     first = None if answer_s is None else 10.0 + answer_s
-    return Row(10.0, 10.25, 10.0 + e2e_s, told, error=error, first_answer_s=first)
+    return Row(10.0, 10.25, 10.0 + e2e_s, chunks, error=error, first_answer_s=first)
 
 
 @pytest.mark.parametrize(

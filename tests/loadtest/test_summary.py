@@ -14,11 +14,11 @@ from slimserve.loadtest.summary import load_summary, percentiles, steady_state_w
 @pytest.mark.parametrize("n", [1, 2, 3, 10, 99, 100, 101, 1237])
 def test_percentiles_are_the_nearest_ranks(n: int) -> None:
     samples = [random.Random(n).expovariate(1) for _ in range(n)]
-    figure = percentiles(samples)
+    result = percentiles(samples)
     expected = np.quantile(samples, [0.5, 0.9, 0.95, 0.99], method="inverted_cdf")
-    assert [figure.p50, figure.p90, figure.p95, figure.p99] == expected.tolist()
-    assert figure.n == n
-    assert figure.mean == pytest.approx(np.mean(samples))
+    assert [result.p50, result.p90, result.p95, result.p99] == expected.tolist()
+    assert result.n == n
+    assert result.mean == pytest.approx(np.mean(samples))
 
 
 def test_no_sample_gives_no_percentile() -> None:
@@ -63,11 +63,11 @@ def test_rows_come_back_as_they_were_written(tmp_path: Path) -> None:
 
 def test_the_window_decides_what_counts() -> None:
     rows = [
-        Row(4.0, 4.0, 6.0, ((5.5, 1), (5.75, 1))),  # due in the warm-up: no latency, but its tokens arrive in time
+        Row(4.0, 4.0, 6.0, ((5.5, 1), (5.75, 1))),  # scheduled in the warm-up: no latency sample, but its tokens count
         Row(5.0, 5.0, 7.0, ((6.0, 1), (6.5, 2)), prompt_tokens=10, num_items=3, cached_tokens=4, finish_reason="stop"),
         Row(14.0, 14.0, 16.0, ((14.5, 1), (15.5, 1)), prompt_tokens=20, num_items=5),  # ends after the window
         Row(9.0, 9.0, 9.1, error="http 429"),
-        Row(15.0, 15.0, 15.2, ((15.1, 1),)),  # due after the window
+        Row(15.0, 15.0, 15.2, ((15.1, 1),)),  # scheduled after the window
     ]
     summary = summarize(rows, 5.0, 15.0)
     assert summary.num_requests == 3
@@ -89,8 +89,8 @@ def test_the_window_decides_what_counts() -> None:
 def test_a_latency_that_moves_is_no_steady_state(slope: float, word: str | None) -> None:
     draw = random.Random(3)
     rows = [Row(at, at, at + 1 + slope * at + draw.gauss(0, 0.05)) for at in range(300)]
-    told = steady_state_warning(rows)
-    assert (told is None) if word is None else (told is not None and word in told)
+    warning = steady_state_warning(rows)
+    assert (warning is None) if word is None else (warning is not None and word in warning)
 
 
 def test_repeated_prompts_are_counted() -> None:
