@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from slimserve.compress.formats.bnb import INT8_BNB, NF4
 from slimserve.core.errors import UserError
+from slimserve.core.hardware import probe_hardware
 
 from .conftest import make_tiny
 
@@ -75,7 +76,8 @@ def test_another_writers_nf4_is_read_right_where_bitsandbytes_reads_it_wrongly()
     tensors = {"weight": codes} | {f"weight.{key}": value for key, value in state.as_dict(packed=True).items()}
     expected = nf4_by_hand(tensors, (6, 96))
     assert torch.allclose(NF4.unpack_layer(tensors), expected, atol=0.02)
-    assert not torch.allclose(functional.dequantize_4bit(codes, state).float(), expected, atol=0.1)
+    if "avx512f" in probe_hardware().isa:  # the fault is in the code for AVX-512; other CPUs decode rightly
+        assert not torch.allclose(functional.dequantize_4bit(codes, state).float(), expected, atol=0.1)
 
 
 def test_int8_rejects_weights_beyond_float16() -> None:
