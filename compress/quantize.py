@@ -26,7 +26,7 @@ _CHUNK_ROWS = 128
 class Grid:
     """The values that a quantized layer can hold: integer or FP8 codes times a scale."""
 
-    kind: Literal["int", "fp8"]
+    kind: Literal["int", "float"]
     """Type of the codes: integers or float8_e4m3fn."""
     num_bits: int
     """4 or 8 for integers, 8 for fp8."""
@@ -101,7 +101,7 @@ class Grid:
     def encode(self, values: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
         """Return the codes of the grid points nearest to `values`, as float32. The arguments broadcast."""
         codes = values / scale
-        if self.kind == "fp8":
+        if self.kind == "float":
             return codes.clamp_(self.lowest, self.highest).to(_FP8).float()
         if zero is not None:
             codes += zero

@@ -30,7 +30,7 @@ class CompressedTensorsFormat(QuantFormat):
 
     layout: str
     """The library's name for the layout of the tensors, such as `int-quantized`."""
-    kind: Literal["int", "fp8"] = "int"
+    kind: Literal["int", "float"] = "int"
     """Type of the codes: integers or float8_e4m3fn."""
     scale_dtype: torch.dtype = torch.float32
     """Dtype in which vLLM holds scales; it would round finer ones while loading."""
@@ -87,7 +87,7 @@ class CompressedTensorsFormat(QuantFormat):
 
     def scheme(self, grid: Grid, target: str) -> dict[str, Any]:
         """Return the entry of `config_groups` for the layers that `target` names."""
-        numbers = {"num_bits": self.num_bits, "type": "int" if self.kind == "int" else "float"}
+        numbers = {"num_bits": self.num_bits, "type": self.kind}
         weights = numbers | {"symmetric": grid.symmetric, "strategy": "channel", "dynamic": False}
         if grid.group_size is not None:
             weights |= {"strategy": "group", "group_size": grid.group_size}

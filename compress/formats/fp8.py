@@ -18,7 +18,7 @@ class _FP8(CompressedTensorsFormat):
 
     name = "fp8"
     layout = "float-quantized"
-    kind = "fp8"
+    kind = "float"
     num_bits = 8
     rounds_activations = True
     gpu_reason = "fp8 needs a GPU of capability 8.9 or newer to be fast; a CPU emulates it"

@@ -17,7 +17,7 @@ from slimserve.core.errors import UserError
 
 GRIDS = {
     "int8": Grid("int", 8),
-    "fp8": Grid("fp8", 8),
+    "fp8": Grid("float", 8),
     "int4 by rows": Grid("int", 4),
     "int4 g32": Grid("int", 4, group_size=32, scale_dtype=torch.bfloat16),
     "int4 g64": Grid("int", 4, group_size=64, scale_dtype=torch.bfloat16),
@@ -138,7 +138,7 @@ def test_a_group_too_small_for_the_scales_dtype_still_has_a_positive_scale() -> 
     ("grid", "codes", "scale"),
     [
         (Grid("int", 8), [[127.0, -5.0, 0.0], [-127.0, 3.0, 88.0]], [[0.5], [0.25]]),
-        (Grid("fp8", 8), [[448.0, -0.875, 0.0], [-448.0, 26.0, 1.125]], [[0.5], [2.0]]),
+        (Grid("float", 8), [[448.0, -0.875, 0.0], [-448.0, 26.0, 1.125]], [[0.5], [2.0]]),
         (Grid("int", 4, symmetric=False), [[15.0, 0.0, 3.0], [-4.0, 11.0, 1.0]], [[0.5], [0.25]]),
     ],
 )

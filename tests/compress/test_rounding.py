@@ -10,7 +10,7 @@ from slimserve.core.errors import UserError
 
 GRIDS = {
     "int8": Grid("int", 8),
-    "fp8": Grid("fp8", 8),
+    "fp8": Grid("float", 8),
     "int4 by rows": Grid("int", 4),
     "int4 g32": Grid("int", 4, group_size=32, scale_dtype=torch.bfloat16),
     "int4 g64": Grid("int", 4, group_size=64, scale_dtype=torch.bfloat16),
@@ -138,7 +138,9 @@ def test_no_sweep_raises_the_objective_of_any_row(name: str, scales: str) -> Non
 
 
 @pytest.mark.parametrize(
-    "grid", [Grid("int", 4), Grid("int", 4, symmetric=False, group_size=7), Grid("fp8", 8)], ids=["sym", "asym", "fp8"]
+    "grid",
+    [Grid("int", 4), Grid("int", 4, symmetric=False, group_size=7), Grid("float", 8)],
+    ids=["sym", "asym", "fp8"],
 )
 def test_no_single_code_can_be_improved_after_the_sweeps(grid: Grid) -> None:
     weight_OI, hessian_II = make_layer(3, 35)
@@ -146,7 +148,7 @@ def test_no_single_code_can_be_improved_after_the_sweeps(grid: Grid) -> None:
     swept = ROUNDINGS["quantease"](weight_OI, hessian_II, grid, RoundingOptions(sweeps=100))
     reached_O = row_objectives(weight_OI, swept, damped_hessian_II)
     codes = torch.arange(-8, 8).to(torch.int8)
-    if grid.kind == "fp8":
+    if grid.kind == "float":
         codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
         codes = codes[~codes.float().isnan()]
     for index in range(35):

@@ -11,7 +11,7 @@ from slimserve.workloads.interface import ChatPrompt, Prompt, ScoringPrompt
 from tests.fake_server import CHUNKS, GAP_S, SCORE_S, TTFT_S
 
 _TOLERANCE_S = 0.015
-"""Scheduling noise of a test machine, of the best of five tries."""
+"""Tolerance for the scheduling noise of a test machine, for the best of five tries."""
 _CHAT = ChatPrompt(({"role": "user", "content": "?"},), 20, "", "", "", {})
 _SLATE = ScoringPrompt("history", ("a", "b"), (" yes", " no"), (True, False), 0)
 

@@ -1,4 +1,4 @@
-"""Whole runs against servers that are broken, and a person who has seen enough: what was measured is reported."""
+"""Complete runs against faulty servers, and runs that a user interrupts: the results so far are reported."""
 
 import json
 import os

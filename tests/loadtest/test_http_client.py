@@ -1,4 +1,4 @@
-"""Exchanges against a server whose every byte is known, and against a plain socket that the test holds itself."""
+"""Exchanges with a server that sends known bytes, and with a plain socket of the test."""
 
 import json
 import subprocess
@@ -23,7 +23,7 @@ _FAULTY_SERVER = Path(__file__).parent / "faulty_server.py"
 
 @contextmanager
 def faulty_server(*options: str) -> Iterator[int]:
-    """The port of a faulty_server in a process of its own."""
+    """Port of a faulty_server in its own process."""
     port = free_port()
     server = subprocess.Popen([sys.executable, str(_FAULTY_SERVER), "--port", str(port), *options])
     try:
@@ -47,7 +47,7 @@ def faulty_url() -> Iterator[str]:
 
 @contextmanager
 def scripted(*turns: Callable[[socket], None]) -> Iterator[str]:
-    """The URL of a server that treats its i-th connection as the i-th turn says."""
+    """URL of a server that handles its i-th connection with the i-th function."""
     with create_server(("127.0.0.1", 0)) as listener:
 
         def serve() -> None:
@@ -64,7 +64,7 @@ def scripted(*turns: Callable[[socket], None]) -> Iterator[str]:
 
 
 def read_request(connection: socket) -> bytes:
-    """One request whose body is two bytes."""
+    """Read one request whose body has two bytes."""
     received = b""
     while b"\r\n\r\n" not in received or len(received.partition(b"\r\n\r\n")[2]) < 2:
         data = connection.recv(65536)

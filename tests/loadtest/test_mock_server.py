@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from slimserve.loadtest.mock_server import MODEL, PROMPT_TOKENS, SCORE, MockSchedule, ResponseTimes, running_mock_server
 
 _TOLERANCE_S = 0.015
-"""Scheduling noise of a test machine, of the best of five tries."""
+"""Tolerance for the scheduling noise of a test machine, for the best of five tries."""
 SCHEDULE = MockSchedule(ttft_s=0.05, gap_s=0.02, num_tokens=10)
 
 
@@ -32,7 +32,7 @@ def post(url: str, path: str, body: object) -> tuple[float, dict[str, object]]:
 
 
 def stream(url: str, body: dict[str, object], path: str = "/v1/chat/completions") -> tuple[list[float], list[str]]:
-    """Seconds from the request until each event, and the events."""
+    """Return the seconds from the request to each event, and the events."""
     parts = urlsplit(url)
     connection = http.client.HTTPConnection(parts.hostname or "", parts.port)
     times, events = [], []

@@ -20,7 +20,7 @@ _LIMIT = 6.0
 
 @pytest.fixture
 def runs_made(monkeypatch: pytest.MonkeyPatch) -> list[LoadSettings]:
-    """Settings of every run, none of which is made: a server that is slow from _LIMIT requests/s on answers."""
+    """Settings of all runs against a simulated server that is slow from _LIMIT requests/s."""
     settings_seen: list[LoadSettings] = []
 
     def answer(

@@ -20,7 +20,7 @@ _EMPTY = summarize([], 0.0, 1.0)
 
 
 def wait_cdf(rate: float, service_s: float, wait_s: float) -> float:
-    """P(wait <= wait_s) in an M/D/1 queue (Erlang 1909); its terms alternate and are large, so in 100 digits."""
+    """Return P(wait <= wait_s) in an M/D/1 queue (Erlang 1909), in 100 digits because large terms cancel."""
     with localcontext() as context:
         context.prec = 100
         exact_rate, exact_service, exact_wait = Decimal(rate), Decimal(service_s), Decimal(wait_s)
@@ -32,7 +32,7 @@ def wait_cdf(rate: float, service_s: float, wait_s: float) -> float:
 
 
 def analytic_max_rate(service_s: float, latency_s: float, frac: float) -> float:
-    """The rate at which the percentile of wait and service together is `latency_s`."""
+    """Return the rate at which the percentile of waiting plus service time is `latency_s`."""
     low, high = 0.0, 1 / service_s
     for _ in range(50):
         middle = (low + high) / 2
@@ -50,7 +50,7 @@ def waits_s(scheduled_s: np.ndarray, service_s: float) -> np.ndarray:
 
 
 def queue(objective: str) -> Callable[[float, int], RatePoint]:
-    """A minute's measurement of the queue, with this project's arrivals, rows and objectives."""
+    """Simulate one minute of the queue with this project's arrivals, rows and objectives."""
     parsed = parse_objective(objective)
 
     def measure(rate: float, seed: int) -> RatePoint:
@@ -63,7 +63,7 @@ def queue(objective: str) -> Callable[[float, int], RatePoint]:
 
 
 def step(limit: float, invalid_from: float = math.inf) -> Callable[[float, int], RatePoint]:
-    """A server without luck: it keeps its objectives up to `limit`."""
+    """A deterministic server that meets its objectives up to `limit`."""
     faulty = LoadSummary(**{**_EMPTY.__dict__, "invalid": ["the client was late"]})
     return lambda rate, seed: RatePoint(rate, seed, rate <= limit, faulty if rate >= invalid_from else _EMPTY)
 

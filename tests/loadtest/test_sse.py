@@ -22,7 +22,7 @@ def final_usage(num_tokens: int) -> bytes:
 
 
 def read(*parts: bytes) -> StreamedReply:
-    """The parts as pieces of which the i-th came at second i."""
+    """Read the parts as pieces; piece i arrives at second i."""
     return read_stream(list(enumerate(parts)))
 
 
