@@ -132,7 +132,7 @@ def test_a_locustfile_says_in_one_line_what_it_lacks(fake_url: str) -> None:
     command = [sys.executable, "-m", "locust", "-f", str(_SUITES / "reasoning.py"), "--headless", "--rate", "4"]
     done = subprocess.run([*command, "--host", fake_url, "--model", "good"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
-    assert "--load-seconds: '' is missing; say how long" in done.stderr
+    assert "--load-seconds: '' is missing; give the length of the open loop" in done.stderr
     assert "Traceback" not in done.stderr
 
 
