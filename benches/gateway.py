@@ -74,7 +74,7 @@ _NUM_TOKENS = re.compile(rb'"max_tokens": (\d+)')
 
 @dataclass(frozen=True)
 class Burst:
-    """What a client measured of streams that it opened at once."""
+    """Measurements of a client whose streams start at the same time."""
 
     seconds: float
     num_chunks: int

@@ -23,7 +23,7 @@ from slimserve.core.progress import print_status
 from slimserve.core.storage import cache_dir, write_atomically
 
 _MEASURE_TIMEOUT_S = 60
-_SMALLEST_MATRIX, _LARGEST_MATRIX = 128, 2048
+_MATRIX_SIZES = (128, 256, 512, 1024, 2048)
 _LONG_PRODUCT_S = 0.05
 """Duration of a product from which larger matrices bring no better estimate."""
 
@@ -103,23 +103,25 @@ def _measure() -> Roofline:
 
 
 def _matrix_flops(make: Callable[[int], Any], multiply: Callable[[Any, Any], object]) -> float:
-    """Return the FLOP/s of a product of square matrices that is large enough, yet takes less than a second.
+    """Return the FLOP/s of a product of square matrices, the largest that does not take long.
 
     A CPU without bfloat16 instructions needs minutes for a size that others multiply in milliseconds.
     """
-    size, seconds = _SMALLEST_MATRIX, 0.0
-    while True:
+    matrix = make(_MATRIX_SIZES[0])
+    multiply(matrix, matrix)  # the first product of a type also loads its kernel
+    for size in _MATRIX_SIZES:
         matrix = make(size)
-        seconds = _best_s(lambda: multiply(matrix, matrix), 0.0 if size < _LARGEST_MATRIX else 0.5)  # noqa: B023
-        if size >= _LARGEST_MATRIX or seconds > _LONG_PRODUCT_S:
-            return float(2 * size**3 / seconds)
-        size *= 2
+        begin = time.perf_counter()
+        multiply(matrix, matrix)
+        if time.perf_counter() - begin > _LONG_PRODUCT_S:
+            break
+    return float(2 * size**3 / _best_s(lambda: multiply(matrix, matrix)))
 
 
 def _best_s(run: Callable[[], object], budget_s: float = 0.5) -> float:
     run()
     best, end = math.inf, time.monotonic() + budget_s
-    while best == math.inf or time.monotonic() < end:
+    while time.monotonic() < end:
         begin = time.perf_counter()
         run()
         best = min(best, time.perf_counter() - begin)

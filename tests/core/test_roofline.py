@@ -49,5 +49,5 @@ def test_measuring_finds_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("slimserve.core.roofline._best_s", lambda run: real(run, 0.05))
     machine = slimserve.core.roofline._measure()
     assert 1e8 < machine.bandwidth < 1e13
-    assert 1e9 < machine.bf16_flops < 1e16
+    assert 1e8 < machine.bf16_flops < 1e16, "0.6 GFLOP/s were measured on a CPU with AVX2 only"
     assert machine.source == "measured"
