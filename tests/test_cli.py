@@ -99,7 +99,7 @@ def test_a_port_in_use(run_cli: RunCli) -> None:
 
 def test_a_target_that_is_not_running(run_cli: RunCli) -> None:
     done = run_cli("loadtest", "reasoning", "--url", f"http://127.0.0.1:{free_port()}")
-    assert_one_clear_line(done, "url:", "not answered", "slimserve serve MODEL")
+    assert_one_clear_line(done, "url:", "does not answer", "slimserve serve MODEL")
 
 
 def test_an_unknown_suite(run_cli: RunCli, fake_url: str) -> None:

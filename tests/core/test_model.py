@@ -92,7 +92,7 @@ def test_garbage_in_place_of_weights_is_refused(copied: Path) -> None:
 def test_a_missing_shard_is_named(copied: Path) -> None:
     index = {"weight_map": {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}}
     (copied / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match="lacks model-00002-of-00002.safetensors"):
+    with pytest.raises(UserError, match="has no model-00002-of-00002.safetensors"):
         resolve_model(str(copied))
 
 

@@ -39,7 +39,7 @@ def test_a_model_that_is_not_served_is_refused_with_those_that_are(fake_url: str
 
 
 def test_nobody_there_is_said_with_what_to_do() -> None:
-    with pytest.raises(UserError, match="is not answered .*slimserve serve MODEL"):
+    with pytest.raises(UserError, match="does not answer .*slimserve serve MODEL"):
         find_target(f"http://127.0.0.1:{free_port()}", None)
 
 
