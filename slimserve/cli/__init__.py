@@ -1,39 +1,88 @@
-"""The command line. Each module here holds one command; a part of the project is imported when its command runs."""
+"""The command line. Each module here holds one command, which is imported only when it is called or asked for help."""
 
 from __future__ import annotations
 
+import importlib
 import signal
 import sys
+from typing import Any, NamedTuple
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
-from slimserve.cli.compare import compare
-from slimserve.cli.compress import check, compress, inspect
-from slimserve.cli.distill import app as distill_app
-from slimserve.cli.loadtest import loadtest
-from slimserve.cli.pipeline import pipeline
-from slimserve.cli.serve import WithVllmArguments, serve
 from slimserve.core.errors import UserError
 
+
+class _Entry(NamedTuple):
+    """A command: its module in this package, and the line that the list of commands shows."""
+
+    module: str
+    summary: str
+
+
+_COMMANDS = {
+    "distill": _Entry("distill", "Train a small model to imitate a teacher, or fine-tune it."),
+    "compress": _Entry("compress", "Prune and quantize a model by a recipe."),
+    "inspect": _Entry("compress", "Show the steps, sizes, errors and kernels of a variant."),
+    "check": _Entry("compress", "Check that transformers and vLLM load a variant and compute the same logits."),
+    "serve": _Entry("serve", "Serve one model, or several variants behind one address, on vLLM."),
+    "loadtest": _Entry("loadtest", "Load a running server through Locust and report latency and throughput."),
+    "compare": _Entry("compare", "Build, serve, evaluate and load variants, and report which one to ship."),
+    "pipeline": _Entry("pipeline", "Distill and compress a model in steps, then compare the results."),
+}
+
+
+class _LazyCommands(TyperGroup):
+    """A group that imports a command when it is used; listing all of them imports none."""
+
+    is_listing = False
+
+    def list_commands(self, ctx: Any) -> list[str]:  # noqa: ARG002
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:  # noqa: ARG002
+        if cmd_name not in _COMMANDS:
+            return None
+        entry = _COMMANDS[cmd_name]
+        return TyperCommand(cmd_name, help=entry.summary) if self.is_listing else _load(entry.module, cmd_name)
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        self.is_listing = True
+        try:
+            super().format_help(ctx, formatter)
+        finally:
+            self.is_listing = False
+
+
+def _load(module: str, name: str) -> Any:
+    """Import a command: a group from a module's `app`, or a function of the command's name."""
+    namespace = vars(importlib.import_module(f"slimserve.cli.{module}"))
+    group = namespace.get("app")
+    if group is None:
+        group = typer.Typer(add_completion=False)
+        group.command(cls=namespace.get("COMMAND_CLASS", TyperCommand))(namespace[name])
+    command = typer.main.get_command(group)
+    command.name = name
+    return command
+
+
 app = typer.Typer(
+    cls=_LazyCommands,
     help="Make a small language model smaller, serve it on vLLM, load it with real traffic, and compare the variants.",
     epilog="MODEL is a Hugging Face directory or id, a .gguf file, or the built-in smollm2-135m-instruct.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.add_typer(distill_app, name="distill")
-app.command()(compress)
-app.command()(inspect)
-app.command()(check)
-app.command(cls=WithVllmArguments)(serve)
-app.command()(loadtest)
-app.command()(compare)
-app.command()(pipeline)
+
+
+@app.callback()
+def _group() -> None:
+    """Typer needs a callback where no command is registered."""
 
 
 def main() -> None:
-    """Run the command line; a user's mistake is one line and exit status 2, Ctrl-C 130, SIGTERM 143."""
+    """Run the command line; a user error is one line and exit code 2, Ctrl-C exits with 130 and SIGTERM with 143."""
     signal.signal(signal.SIGINT, _leave)
     signal.signal(signal.SIGTERM, _leave)
     try:
@@ -44,6 +93,6 @@ def main() -> None:
 
 
 def _leave(number: int, _frame: object) -> None:
-    """End through SystemExit, so that every context manager on the way out cleans up."""
+    """Exit through SystemExit, so that every context manager cleans up."""
     sys.stderr.write(f"\nending on {signal.Signals(number).name} …\n")
     sys.exit(128 + number)

@@ -74,3 +74,6 @@ def serve(
         run_app(resolved, plans, typer.echo)
     except SystemExit:
         typer.echo("stopped")
+
+
+COMMAND_CLASS = WithVllmArguments

@@ -119,7 +119,7 @@ def test_files_that_the_docs_name_are_there() -> None:
 def test_options_of_serve_in_the_docs_are_those_of_the_command() -> None:
     import slimserve.cli
 
-    command = typer.main.get_command(slimserve.cli.app).commands["serve"]  # type: ignore[attr-defined]
+    command = typer.main.get_command(slimserve.cli.app).get_command(None, "serve")  # type: ignore[attr-defined]
     known = {name for parameter in command.params for name in parameter.opts}
     lines = [line for block in blocks("") for line in block.splitlines() if line.startswith("slimserve serve")]
     used = {word for line in lines for word in re.findall(r"(?<!\S)--[a-z-]+", line.split(" -- ")[0])}
