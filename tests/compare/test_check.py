@@ -14,6 +14,7 @@ from slimserve.compress.build import build_variant
 from slimserve.compress.recipe import Calibrate, list_recipes, load_recipe
 from slimserve.core.errors import UserError
 from slimserve.serve.engine.offline import ask_vllm
+from tests.conftest import needs_avx512
 
 _SIZES = {
     "vocab_size": 331,
@@ -75,6 +76,7 @@ def built(tmp_path_factory: pytest.TempPathFactory, smollm2: Path) -> dict[tuple
 
 
 @pytest.mark.engine
+@needs_avx512
 def test_every_recipe_on_every_family_computes_in_stock_vllm_what_it_should(
     built: dict[tuple[str, str], Path], tmp_path: Path
 ) -> None:
@@ -93,6 +95,7 @@ def test_every_recipe_on_every_family_computes_in_stock_vllm_what_it_should(
 
 
 @pytest.mark.engine
+@needs_avx512
 def test_a_good_variant_passes(built: dict[tuple[str, str], Path]) -> None:
     findings = list(check_variant(built["llama-tied-gqa", "prune25-w8a8"]))
     assert [finding.name for finding in findings] == ["shapes", "plain torch", "transformers", "vLLM", "greedy text"]

@@ -11,6 +11,7 @@ import pytest
 from slimserve.compress.formats import find_format, format_names, get_format
 from slimserve.compress.kernels import explain_variant
 from slimserve.core.hardware import Hardware, probe_hardware
+from tests.conftest import needs_avx512
 
 HARDWARE = Hardware(cpu="some CPU", cores=(0,), memory_gib=8.0, isa=("avx2", "avx512f", "avx512_vnni"), gpus=())
 SIZES = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
@@ -65,9 +66,7 @@ def ask(script: str) -> str:
     return lines[0].removeprefix("FOUND").strip()
 
 
-@pytest.mark.skipif(
-    not {"avx512f", "asimd"} & set(probe_hardware().isa), reason="vLLM's 4-bit kernel needs AVX-512; see the next test"
-)
+@needs_avx512
 def test_vllm_chooses_the_kernels_that_the_rules_name() -> None:
     pytest.importorskip("vllm")
     here = replace(probe_hardware(), gpus=())
