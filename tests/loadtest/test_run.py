@@ -115,12 +115,21 @@ def test_a_worker_that_dies_makes_the_run_invalid_and_not_endless(fake_url: str,
     command = [sys.executable, "-m", "locust", "-f", str(_SUITES / "reasoning.py"), "--worker"]
     command += ["--master-port", str(cluster.bind_port)]
     workers = [subprocess.Popen(command, stderr=subprocess.DEVNULL) for _ in range(2)]
-    killer = threading.Timer(10, workers[0].kill)
+    rows_file, is_over = tmp_path / "reasoning.rows.jsonl", threading.Event()
+
+    def kill_one_under_load() -> None:
+        while not is_over.wait(0.1):
+            if rows_file.exists() and rows_file.stat().st_size:
+                workers[0].kill()
+                return
+
+    killer = threading.Thread(target=kill_one_under_load)
     killer.start()
     try:
         summary, rows = run_suite("reasoning", Target(fake_url, "good"), settings, tmp_path, cluster=cluster)
     finally:
-        killer.cancel()
+        is_over.set()
+        killer.join()
         for worker in workers:
             worker.kill()
             worker.wait()
