@@ -29,7 +29,7 @@ TINY = Preset(
     num_rounds=1,
     num_texts=1,
     text_tokens=64,
-    rates={"recommendation": (1.0,)},
+    rates={"recommendation": (0.3,)},  # a CPU with AVX2 alone has a capacity of 0.35 requests/s
     rate_fracs=(),
 )
 
@@ -68,7 +68,7 @@ def test_a_variant_is_built_served_evaluated_loaded_and_reported(tmp_path: Path)
     assert 0 < recommendation["server"]["prefix_cache_hit_frac"] < 1
     assert variant["bottlenecks"]["recommendation"]["limited_by"] == "prefill"
     assert variant["costs"]["reasoning"]["per_million_output_tokens"]["median"] > 0
-    assert [run["rate_rps"] for run in one["at_rate"]["recommendation"]] == [1.0]
+    assert [run["rate_rps"] for run in one["at_rate"]["recommendation"]] == [0.3]
     assert document["verdict"]["winner"] == "w8a8"
     assert "<svg" in (tmp_path / "report.html").read_text()
 
