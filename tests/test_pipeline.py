@@ -1,4 +1,4 @@
-"""A chain of tiny models: each step's input, distillation between pruning's rounds, what is reused, what is refused."""
+"""Tests of a pipeline with tiny models: each step's input, distillation between pruning rounds, reuse and errors."""
 
 from __future__ import annotations
 
@@ -68,26 +68,26 @@ def write(folder: Path, model: Path, between_steps: int = 1) -> Path:
     return file
 
 
-def test_a_chain_goes_from_a_model_to_a_comparison_and_is_not_done_twice(
+def test_a_pipeline_runs_from_a_model_to_a_comparison_and_reuses_finished_steps(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    asked: list[tuple[Any, ...]] = []
+    comparisons: list[tuple[Any, ...]] = []
     monkeypatch.setattr(slimserve.report.comparison, "reported", lambda folder: contextlib.nullcontext())
-    monkeypatch.setattr(slimserve.compare.run, "compare", lambda *given, **named: asked.append((*given, named)))
+    monkeypatch.setattr(slimserve.compare.run, "compare", lambda *given, **named: comparisons.append((*given, named)))
     output = tmp_path / "out"
-    made = run_pipeline(load_pipeline(write(tmp_path, model)), output)
-    assert made == {name: output / name for name in ("teacher", "pruned", "student")}
-    widths = [json.loads((made[name] / "config.json").read_text())["intermediate_size"] for name in made]
+    directories = run_pipeline(load_pipeline(write(tmp_path, model)), output)
+    assert directories == {name: output / name for name in ("teacher", "pruned", "student")}
+    widths = [json.loads((directories[name] / "config.json").read_text())["intermediate_size"] for name in directories]
     assert widths == [48, 36, 36]
     (between,) = [path for path in output.glob("pruned-between-*") if path.is_dir()]
     assert json.loads((between / "config.json").read_text())["intermediate_size"] == 40, "after the first round"
-    bases = [json.loads((made[name] / "slimserve.json").read_text())["base"]["model"] for name in made]
-    assert bases == [str(model), str(made["teacher"]), str(made["pruned"])]
-    given = asked[0]
+    bases = [json.loads((directories[name] / "slimserve.json").read_text())["base"]["model"] for name in directories]
+    assert bases == [str(model), str(directories["teacher"]), str(directories["pruned"])]
+    given = comparisons[0]
     settings = given[1]
     assert (given[0], given[2]) == (str(model), output / "compare")
     assert (settings.recipes, settings.workloads, settings.quick) == ((), ("reasoning",), True)
-    assert list(settings.variants) == [ExistingModel(name, str(made[name])) for name in ("teacher", "student")]
+    assert list(settings.variants) == [ExistingModel(name, str(directories[name])) for name in ("teacher", "student")]
     capfd.readouterr()
     run_pipeline(load_pipeline(write(tmp_path, model)), output)
     assert capfd.readouterr().err.count("reused") == 3
@@ -106,7 +106,9 @@ def test_a_chain_goes_from_a_model_to_a_comparison_and_is_not_done_twice(
         ("[[steps]]", "[[steps]", "cannot be read"),
     ],
 )
-def test_what_is_wrong_is_named_before_any_work(model: Path, tmp_path: Path, old: str, new: str, message: str) -> None:
+def test_an_invalid_pipeline_is_rejected_before_any_work(
+    model: Path, tmp_path: Path, old: str, new: str, message: str
+) -> None:
     file = write(tmp_path, model)
     file.write_text(file.read_text("utf-8").replace(old, new), "utf-8")
     with pytest.raises(UserError) as caught:

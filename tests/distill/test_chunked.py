@@ -1,4 +1,4 @@
-"""The chunked loss against the plain one: values, and gradients of hidden states and output layer."""
+"""Tests of the chunked loss against the plain one: values, and gradients of hidden states and output layer."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def inputs() -> tuple[Tensor, Tensor, Tensor, TeacherStates]:
 @pytest.mark.parametrize("kind", ["none", "states", "top"])
 @pytest.mark.parametrize("name", ["forward_kl", "js"])
 @pytest.mark.parametrize("chunk", [1, 7, 23, 100])
-def test_a_chunked_loss_is_the_plain_one(chunk: int, name: Any, kind: str) -> None:
+def test_the_chunked_loss_equals_the_plain_loss(chunk: int, name: Any, kind: str) -> None:
     hidden, head, labels, states = inputs()
     settings = LossSettings(divergence=name, kd_weight=0.0 if kind == "none" else 0.7, temperature=1.5)
     theirs = states.hidden_ND @ states.head_VD.T
@@ -37,28 +37,28 @@ def test_a_chunked_loss_is_the_plain_one(chunk: int, name: Any, kind: str) -> No
     teacher: Any = {"none": None, "states": states, "top": top}[kind]
     plain_teacher: Any = {"none": None, "states": theirs, "top": top}[kind]
 
-    found = chunked_loss(hidden, head, labels, teacher, settings, chunk)
-    gradients = torch.autograd.grad(3 * found.total, (hidden, head))
+    chunked = chunked_loss(hidden, head, labels, teacher, settings, chunk)
+    gradients = torch.autograd.grad(3 * chunked.total, (hidden, head))
 
     losses = plain_losses(hidden @ head.T, labels, plain_teacher, settings)
     expected = torch.autograd.grad(3 * losses[0].sum(), (hidden, head))
-    for ours, its in zip(found, losses, strict=True):
-        torch.testing.assert_close(ours, its.sum(), rtol=1e-5, atol=1e-5)
-    for ours, its in zip(gradients, expected, strict=True):
-        assert float((ours - its).norm() / its.norm()) < 1e-5
+    for ours, plain in zip(chunked, losses, strict=True):
+        torch.testing.assert_close(ours, plain.sum(), rtol=1e-5, atol=1e-5)
+    for ours, plain in zip(gradients, expected, strict=True):
+        assert float((ours - plain).norm() / plain.norm()) < 1e-5
 
 
-def test_no_matrix_of_all_tokens_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_are_computed_for_one_chunk_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, head, labels, states = inputs()
-    seen: list[int] = []
+    chunk_sizes: list[int] = []
 
     def watch(logits: Tensor, *rest: Any) -> Tensor:
-        seen.append(len(logits))
+        chunk_sizes.append(len(logits))
         return plain_losses(logits, *rest)
 
     monkeypatch.setattr(slimserve.distill.chunked, "plain_losses", watch)
     chunked_loss(hidden, head, labels, states, LossSettings(), 5).total.backward()
-    assert seen == [5, 5, 5, 5, 3]
+    assert chunk_sizes == [5, 5, 5, 5, 3]
     assert hidden.grad is not None
     assert head.grad is not None
 
@@ -74,21 +74,21 @@ def test_a_frozen_output_layer_gets_no_gradient_and_a_frozen_student_none_at_all
 def test_bfloat16_states_keep_a_float32_output_layer_and_loss() -> None:
     hidden, head, labels, _ = inputs()
     narrow = hidden.detach().bfloat16().requires_grad_()
-    found = chunked_loss(narrow, head, labels, None, LossSettings(kd_weight=0.0), 7)
-    found.total.backward()
+    chunked = chunked_loss(narrow, head, labels, None, LossSettings(kd_weight=0.0), 7)
+    chunked.total.backward()
     exact = torch.nn.functional.cross_entropy(hidden @ head.T, labels, reduction="sum")
-    assert found.total.dtype == torch.float32
-    torch.testing.assert_close(found.total, exact, rtol=0.02, atol=0.1)
+    assert chunked.total.dtype == torch.float32
+    torch.testing.assert_close(chunked.total, exact, rtol=0.02, atol=0.1)
     assert narrow.grad is not None
     assert narrow.grad.dtype == torch.bfloat16
     assert head.grad is not None
     assert head.grad.dtype == torch.float32
 
 
-def test_no_target_at_all_is_a_loss_of_nothing() -> None:
+def test_a_loss_without_targets_is_zero() -> None:
     hidden, head, labels, _ = inputs()
-    found = chunked_loss(hidden[:0], head, labels[:0], None, LossSettings(kd_weight=0.0))
-    found.total.backward()
-    assert float(found.total.detach()) == 0
+    chunked = chunked_loss(hidden[:0], head, labels[:0], None, LossSettings(kd_weight=0.0))
+    chunked.total.backward()
+    assert float(chunked.total.detach()) == 0
     top = TopK(torch.zeros(0, 3, dtype=torch.int32), torch.zeros(0, 3))
     assert float(chunked_loss(hidden[:0], head, labels[:0], top, LossSettings()).total) == 0

@@ -1,4 +1,4 @@
-"""FLOPs against torch's own counter and against counting by hand; peak memory against a known allocation."""
+"""Tests of FLOPs against torch's counter and a count by hand, and of peak memory against a known allocation."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ def test_linear_layers_are_counted_as_torch_counts_them(tiny_student: Path) -> N
     tokens = torch.arange(2 * 15).view(2, 15)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(tokens, use_cache=False)
-    # Torch counts all of the attention matrix, where the causal half is needed.
-    looks = 4 * SHAPE.num_layers * SHAPE.num_heads * SHAPE.head_dim
-    attention_all, attention_half = looks * 2 * 15 * 15, looks * 2 * 15 * 16 / 2
+    # Torch counts the full attention matrix; we count only the causal half.
+    flops_per_pair = 4 * SHAPE.num_layers * SHAPE.num_heads * SHAPE.head_dim
+    attention_all, attention_half = flops_per_pair * 2 * 15 * 15, flops_per_pair * 2 * 15 * 16 / 2
     ours = SHAPE.block_flops([15, 15]) + SHAPE.head_flops(30)
-    # The rotary embedding's frequencies are a small product that is left out.
+    # We leave out the small product that computes the rotary embedding's frequencies.
     assert ours - attention_half + attention_all == pytest.approx(counter.get_total_flops(), rel=1e-3)
 
 
-def test_a_step_is_three_forward_passes_and_the_teachers() -> None:
+def test_a_step_costs_three_forward_passes_plus_the_teachers() -> None:
     teacher = ModelShape(36, 3, 6, 2, 6, 44, 100)
     alone = training_flops(SHAPE, None, [7, 9], 5)
     assert alone == 3 * (SHAPE.block_flops([7, 9]) + SHAPE.head_flops(5))
@@ -47,14 +47,14 @@ def test_a_step_is_three_forward_passes_and_the_teachers() -> None:
     assert again - alone == SHAPE.block_flops([7, 9])
 
 
-def test_half_the_tokens_are_less_than_half_the_flops() -> None:
+def test_half_the_tokens_cost_less_than_half_the_flops() -> None:
     assert training_flops(SHAPE, SHAPE, [1024], 512) < 0.5 * training_flops(SHAPE, SHAPE, [2048], 1024)
 
 
-def test_a_peak_is_seen_after_it_is_gone() -> None:
+def test_peak_memory_includes_memory_that_was_freed() -> None:
     memory = PeakMemory()
     memory.reset()
     before = memory.now_bytes()
-    with mmap.mmap(-1, 64 * 2**20) as block:  # not from the heap, which may have as much to give without growing
+    with mmap.mmap(-1, 64 * 2**20) as block:  # the heap may have this much free memory and not grow
         block.write(bytes(64 * 2**20))
     assert memory.peak_bytes() - before > 60 * 2**20

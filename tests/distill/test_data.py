@@ -1,4 +1,4 @@
-"""Examples from workloads and from files: who is in training and who in validation, and which lines are refused."""
+"""Tests of examples from workloads and files: the split into training and validation, and rejected lines."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ def test_reasoning_examples_have_all_sections_and_end_with_the_stop_token(tokeni
         assert example.tokens[-1] == tokenizer.eos_token_id
     questions = [tokenizer.decode(one.tokens[: one.num_prompt]) for one in examples.training]
     assert not {tokenizer.decode(one.tokens[: one.num_prompt]) for one in examples.validation} & set(questions)
-    judged = {prompt.messages[-1]["content"] for prompt in load_workload("reasoning").make_prompts("quality", 300)}  # type: ignore[union-attr]
-    assert not [question for question in questions if question.rsplit("user\n", 1)[1].split("<|im_end|>")[0] in judged]
+    quality = {prompt.messages[-1]["content"] for prompt in load_workload("reasoning").make_prompts("quality", 300)}  # type: ignore[union-attr]
+    assert not [question for question in questions if question.rsplit("user\n", 1)[1].split("<|im_end|>")[0] in quality]
 
 
-def test_members_of_validation_are_not_in_training(tokenizer: Any, smollm2: Path) -> None:
+def test_users_in_validation_are_not_in_training(tokenizer: Any, smollm2: Path) -> None:
     examples = load_examples(tokenizer, smollm2, "recommendation", 10_000, 10_000, 2048, 0)
     prompts = load_workload("recommendation").make_prompts("calibration", 10_000)
-    members = {prompt.group for prompt in prompts}  # type: ignore[union-attr]
-    assert set(examples.groups) < members
+    users = {prompt.group for prompt in prompts}  # type: ignore[union-attr]
+    assert set(examples.groups) < users
     assert len(examples.training) + len(examples.validation) == len(prompts)
     assert 0.03 < len(examples.validation) / len(prompts) < 0.2
     assert [tokenizer.decode([label]) for label in examples.labels] == [" yes", " no"]
     assert examples.training[0].sections.count(Section.ANSWER) == 40
 
 
-def test_a_file_of_conversations_is_read_in_all_its_forms(tokenizer: Any, smollm2: Path, tmp_path: Path) -> None:
+def test_a_file_may_mix_all_forms_of_conversations(tokenizer: Any, smollm2: Path, tmp_path: Path) -> None:
     file = tmp_path / "chats.jsonl"
     rows: list[dict[str, Any]] = [{"prompt": f"p{number}", "completion": "c"} for number in range(40)]
     rows.append({"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]})
     reasoned = {"role": "assistant", "content": "5", "reasoning_content": "hm"}
     rows.append({"messages": [{"role": "user", "content": "v"}, reasoned]})
-    rows.append({"question": "of which no reply was right"})
+    rows.append({"question": "a question without a correct reply"})
     file.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
     examples = load_examples(tokenizer, smollm2, str(file), 100, 2, 64, 0)
     texts = [tokenizer.decode(one.tokens) for one in (*examples.training, *examples.validation)]
@@ -56,7 +56,7 @@ def test_a_file_of_conversations_is_read_in_all_its_forms(tokenizer: Any, smollm
     "line",
     ["{", "[]", "{}", '{"prompt": 1, "completion": "c"}', '{"messages": [{"role": "user", "content": "u"}]}', "\xff"],
 )
-def test_a_line_that_is_no_conversation_is_named(tokenizer: Any, smollm2: Path, tmp_path: Path, line: str) -> None:
+def test_an_invalid_line_is_named_in_the_error(tokenizer: Any, smollm2: Path, tmp_path: Path, line: str) -> None:
     file = tmp_path / "chats.jsonl"
     file.write_bytes(b'{"prompt": "p", "completion": "c"}\n' + line.encode("latin-1") + b"\n")
     with pytest.raises(UserError, match=r"is not a conversation|is not JSON|is not a JSON object|cannot be read"):

@@ -1,4 +1,4 @@
-"""Every divergence against float64 sums written out, at odd shapes, temperatures and paddings; zero at equality."""
+"""Tests of every divergence against sums in float64, for odd shapes, temperatures and padded vocabularies."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def logits(*shape: int, seed: int, scale: float = 3.0) -> Tensor:
 
 
 def by_hand(q_NV: Tensor, p_NV: Tensor, settings: LossSettings) -> Tensor:
-    """The definitions, outcome by outcome in float64."""
+    """Return the divergence of each token by its definition, as a sum over the vocabulary in float64."""
     return torch.stack([_of_token(q, p, settings) for q, p in zip(q_NV.double(), p_NV.double(), strict=True)])
 
 
@@ -38,19 +38,19 @@ def _of_token(q_V: Tensor, p_V: Tensor, settings: LossSettings) -> Tensor:
         return sum((x * (x / y).log() for x, y in zip(a, b, strict=True)), torch.tensor(0.0))
 
     middle = beta * p + (1 - beta) * q
-    found = {
+    definitions = {
         "forward_kl": lambda: kl(p, q),
         "reverse_kl": lambda: kl(q, p),
         "skewed_forward_kl": lambda: kl(p, alpha * p + (1 - alpha) * q),
         "skewed_reverse_kl": lambda: kl(q, (1 - alpha) * p + alpha * q),
         "js": lambda: beta * kl(p, middle) + (1 - beta) * kl(q, middle),
     }
-    return found[settings.divergence]() * settings.temperature**2
+    return definitions[settings.divergence]() * settings.temperature**2
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 3.0])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_divergence_is_its_definition(name: Any, temperature: float) -> None:
+def test_every_divergence_equals_its_definition(name: Any, temperature: float) -> None:
     settings = LossSettings(divergence=name, temperature=temperature, skew=0.3, beta=0.2)
     student, teacher = logits(5, 13, seed=1), logits(5, 13, seed=2)
     torch.testing.assert_close(
@@ -62,7 +62,7 @@ def test_a_divergence_is_its_definition(name: Any, temperature: float) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_padding_of_either_vocabulary_counts_for_nothing(name: Any) -> None:
+def test_padding_of_either_vocabulary_is_ignored(name: Any) -> None:
     settings = LossSettings(divergence=name)
     student, teacher = logits(3, 11, seed=3), logits(3, 17, seed=4)
     expected = by_hand(student, teacher[:, :11], settings)
@@ -74,7 +74,7 @@ def test_padding_of_either_vocabulary_counts_for_nothing(name: Any) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_student_and_teacher_that_agree_are_at_zero_and_stay_there(name: Any) -> None:
+def test_equal_student_and_teacher_have_zero_divergence_and_zero_gradient(name: Any) -> None:
     student = logits(4, 9, seed=5).requires_grad_()
     loss = divergence_per_token(student, student.detach() + 2.5, LossSettings(divergence=name, temperature=1.7)).sum()
     (gradient,) = torch.autograd.grad(loss, student)
@@ -83,7 +83,7 @@ def test_student_and_teacher_that_agree_are_at_zero_and_stay_there(name: Any) ->
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_gradients_are_those_of_the_definition(name: Any) -> None:
+def test_gradients_equal_those_of_the_definition(name: Any) -> None:
     settings = LossSettings(divergence=name, temperature=1.3)
     teacher = logits(2, 7, seed=7)
     ours = logits(2, 7, seed=6).requires_grad_()
@@ -104,22 +104,22 @@ def test_logits_far_apart_give_finite_losses_and_gradients(name: Any) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_kept_tokens_bound_the_whole_divergence_from_below_and_reach_it(name: Any) -> None:
+def test_the_divergence_over_the_top_tokens_is_a_lower_bound_and_reaches_the_full_value(name: Any) -> None:
     settings = LossSettings(divergence=name, temperature=1.2)
     student, teacher = logits(6, 31, seed=8, scale=1.0), logits(6, 31, seed=9, scale=1.0)
-    whole = divergence_per_token(student, teacher, settings)
+    full = divergence_per_token(student, teacher, settings)
     before = torch.zeros(6)
     for kept in (1, 4, 12, 30):
-        found = divergence_from_top_k(student, top_k_of(teacher, kept, 1.2), settings)
-        assert (found <= whole + 1e-4).all()
-        assert (found >= before - 1e-4).all(), "more tokens see no less"
-        before = found
-    torch.testing.assert_close(before, whole, rtol=1e-3, atol=1e-4)
+        bound = divergence_from_top_k(student, top_k_of(teacher, kept, 1.2), settings)
+        assert (bound <= full + 1e-4).all()
+        assert (bound >= before - 1e-4).all(), "more tokens never lower the bound"
+        before = bound
+    torch.testing.assert_close(before, full, rtol=1e-3, atol=1e-4)
     same = divergence_from_top_k(teacher, top_k_of(teacher, 4, 1.2), settings)
     assert float(same.abs().max()) < 1e-5
 
 
-def test_a_student_is_drawn_to_the_kept_mass() -> None:
+def test_training_on_the_top_tokens_reaches_the_teachers_probability() -> None:
     teacher = TopK(torch.tensor([[2]], dtype=torch.int32), torch.tensor([[0.9]]).log())
     student = torch.zeros(1, 4, requires_grad=True)
     for _ in range(3000):
@@ -131,7 +131,7 @@ def test_a_student_is_drawn_to_the_kept_mass() -> None:
     torch.testing.assert_close(shares[[0, 1, 3]], torch.full((3,), 0.1 / 3), rtol=1e-3, atol=1e-3)
 
 
-def test_hidden_distances_are_their_definitions() -> None:
+def test_hidden_distances_equal_their_definitions() -> None:
     ours, theirs = logits(4, 5, seed=10), logits(4, 5, seed=11)
     cosine = [1 - float(a @ b / (a.norm() * b.norm())) for a, b in zip(ours.double(), theirs.double(), strict=True)]
     torch.testing.assert_close(hidden_distance(ours, theirs, "cosine").double(), torch.tensor(cosine).double())

@@ -1,4 +1,4 @@
-"""Sections of replies written out by hand, on odd tags, templates, multi-byte text and cuts."""
+"""Tests of sections against results written by hand, for odd tags, templates, multi-byte text and truncation."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def parts(reply: str, is_open: bool = False) -> list[tuple[str, Section]]:
     ("reply", "expected"),
     [
         ("<think>a</think>5", [("<think>a</think>", C), ("5", A)]),
-        ("a</think>5", [("a</think>", C), ("5", A)]),  # the template opened it
-        ("<think>a", [("<think>a", C)]),  # never closed
+        ("a</think>5", [("a</think>", C), ("5", A)]),  # the template wrote the opening tag
+        ("<think>a", [("<think>a", C)]),  # the tag is never closed
         ("so: <think>a", [("so: <think>a", C)]),
         ("5", [("5", A)]),
         ("<think>a</think>b<think>c</think>5", [("<think>a</think>b<think>c</think>", C), ("5", A)]),
@@ -38,37 +38,37 @@ def test_a_reply_is_divided_at_its_last_closing_tag(reply: str, expected: list[t
     assert parts(reply) == expected
 
 
-def test_a_chain_that_the_prompt_opened_and_nothing_closed_is_all_chain() -> None:
+def test_a_chain_of_thought_that_is_never_closed_covers_the_reply() -> None:
     assert parts("still at it", is_open=True) == [("still at it", C)]
     assert parts("done</think>5", is_open=True) == [("done</think>", C), ("5", A)]
 
 
 def texts(tokenizer: Any, example: Any) -> dict[Section, str]:
-    """The text of each section's tokens."""
+    """Return the text of each section's tokens."""
     return {
         section: tokenizer.decode(
-            [token for token, its in zip(example.tokens, example.sections, strict=True) if its is section]
+            [token for token, label in zip(example.tokens, example.sections, strict=True) if label is section]
         )
         for section in Section
     }
 
 
-def test_a_conversation_is_prompt_chain_and_answer_with_its_stop_token(tokenizer: Any) -> None:
+def test_a_conversation_has_prompt_chain_and_answer_with_its_stop_token(tokenizer: Any) -> None:
     reply = "<think>\n2 + 3 = 5. Né 💡\n</think>\n5"
     example = chat_example(tokenizer, [QUESTION, {"role": "assistant", "content": reply}], "x", 500, {2})
     assert example is not None
-    found = texts(tokenizer, example)
-    assert found[P].endswith("<|im_start|>assistant\n")
-    assert "What is 2 + 3?" in found[P]
-    # The newline after the tag is one token with its ">", which the chain's first character decides.
-    assert found[C].startswith("<think>")
-    assert found[C].rstrip("\n") == "<think>\n2 + 3 = 5. Né 💡\n</think>"
-    assert found[A].lstrip("\n") == "5<|im_end|>"
-    assert example.tokens[-1] == 2, "what the template puts after the stop token is never written by a model"
+    text_of = texts(tokenizer, example)
+    assert text_of[P].endswith("<|im_start|>assistant\n")
+    assert "What is 2 + 3?" in text_of[P]
+    # The ">" of the tag and the newline after it are one token; its first character decides its section.
+    assert text_of[C].startswith("<think>")
+    assert text_of[C].rstrip("\n") == "<think>\n2 + 3 = 5. Né 💡\n</think>"
+    assert text_of[A].lstrip("\n") == "5<|im_end|>"
+    assert example.tokens[-1] == 2, "the template's text after the stop token is left out"
     assert example.sections[example.num_prompt - 1] is P
     assert example.sections[example.num_prompt] is not P
     prompt = tokenizer.apply_chat_template([QUESTION], add_generation_prompt=True, return_dict=True)["input_ids"]
-    assert list(example.tokens[: example.num_prompt]) == prompt, "what a server would be given"
+    assert list(example.tokens[: example.num_prompt]) == prompt, "a server would get the same prompt"
 
 
 def test_a_stop_token_after_a_chain_that_never_ends_is_part_of_the_chain(tokenizer: Any) -> None:
@@ -85,18 +85,18 @@ def test_an_empty_reply_is_an_empty_answer(tokenizer: Any) -> None:
     assert example.tokens[example.num_prompt :] == (2,)
 
 
-def test_a_cut_leaves_what_is_left_of_each_section(tokenizer: Any) -> None:
+def test_truncation_keeps_the_sections_of_the_remaining_tokens(tokenizer: Any) -> None:
     messages = [QUESTION, {"role": "assistant", "content": "<think>one two three</think>5"}]
-    whole = chat_example(tokenizer, messages, "x", 500, {2})
-    assert whole is not None
-    for length in range(whole.num_prompt + 1, len(whole.tokens)):
+    full = chat_example(tokenizer, messages, "x", 500, {2})
+    assert full is not None
+    for length in range(full.num_prompt + 1, len(full.tokens)):
         cut = chat_example(tokenizer, messages, "x", length, {2})
         assert cut is not None
-        assert (cut.tokens, cut.sections) == (whole.tokens[:length], whole.sections[:length])
-    assert chat_example(tokenizer, messages, "x", whole.num_prompt, {2}) is None
+        assert (cut.tokens, cut.sections) == (full.tokens[:length], full.sections[:length])
+    assert chat_example(tokenizer, messages, "x", full.num_prompt, {2}) is None
 
 
-def test_no_template_and_a_template_that_rewrites_earlier_turns(tokenizer: Any) -> None:
+def test_a_missing_template_and_templates_that_rewrite_turns_are_handled(tokenizer: Any) -> None:
     messages = [QUESTION, {"role": "assistant", "content": "<think>a</think>5"}]
     plain = copy.deepcopy(tokenizer)
     plain.chat_template = None
@@ -135,13 +135,13 @@ def test_every_label_of_a_history_is_an_answer(tokenizer: Any) -> None:
     assert label_example(tokenizer, prompt, "x", 5).tokens == example.tokens[:5]
 
 
-def test_a_written_reply_keeps_its_own_tokens(tokenizer: Any) -> None:
+def test_a_sampled_reply_keeps_its_own_tokens(tokenizer: Any) -> None:
     prompt = tokenizer("What is 2 + 3?")["input_ids"]
-    # Not how the tokenizer would divide it.
+    # The tokenizer would divide this text differently.
     reply = [token for letter in "<think>né</think>5" for token in tokenizer(letter)["input_ids"]] + [2]
     example = sampled_example(tokenizer, "x", prompt, reply)
     assert example.tokens == (*prompt, *reply)
-    found = texts(tokenizer, example)
-    assert found[C] == "<think>né</think>"
-    assert found[A] == "5<|im_end|>"
+    text_of = texts(tokenizer, example)
+    assert text_of[C] == "<think>né</think>"
+    assert text_of[A] == "5<|im_end|>"
     assert sampled_example(tokenizer, "x", prompt, []).tokens == tuple(prompt)

@@ -1,4 +1,4 @@
-"""All masks and windows against tables written by hand."""
+"""Tests of all masks and windows against tables written by hand."""
 
 from __future__ import annotations
 
@@ -44,7 +44,9 @@ def test_a_mask_chooses_targets_and_keeps_every_token(text: str, targets: tuple[
         (1, 0.3, "middle", (0, 1)),
     ],
 )
-def test_a_window_is_the_papers(length: int, share: float, window: str, expected: tuple[int, int]) -> None:
+def test_windows_follow_the_papers_definition(
+    length: int, share: float, window: str, expected: tuple[int, int]
+) -> None:
     assert window_of(length, share, window) == expected  # type: ignore[arg-type]
 
 
@@ -57,7 +59,7 @@ def test_a_window_is_cut_before_sections_are_chosen() -> None:
     assert Supervision(sections="cot", lead_span=0.5, window="right").apply(EXAMPLE).targets == (1,)
 
 
-def test_examples_without_a_target_are_left_out_and_it_is_an_error_if_none_is_left() -> None:
+def test_examples_without_a_target_are_left_out_and_having_no_example_is_an_error() -> None:
     longer = Example("y", tuple(range(4)), (P, A, A, A), 1)
     supervision = Supervision(sections="answer", lead_span=0.5, window="left")
     assert [one.name for one in supervision.apply_all([EXAMPLE, longer])] == ["y"]
@@ -65,7 +67,7 @@ def test_examples_without_a_target_are_left_out_and_it_is_an_error_if_none_is_le
         supervision.apply_all([EXAMPLE])
 
 
-def test_sections_are_read_and_written() -> None:
+def test_sections_are_parsed_and_printed() -> None:
     assert sections_text(parse_sections("answer + cot")) == "cot+answer"
     for bad in ("", "cot+", "cot+cot", "thought", "all+cot"):
         with pytest.raises(ValueError, match="join some of prompt, cot, answer"):

@@ -1,4 +1,4 @@
-"""Points of a sweep, controls of equal tokens, and what a sweep of tiny students leaves behind."""
+"""Tests of a sweep's points, of controls that read equally many tokens, and of a sweep's files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from slimserve.distill.sweep import SweepPoint, make_points, sweep
 from tests.distill.conftest import make_recipe
 
 
-def test_points_are_spans_windows_sections_and_controls() -> None:
+def test_points_combine_spans_windows_sections_and_controls() -> None:
     assert [point.name for point in make_points("0.5,1", "right@0.5", "all,cot", True)] == [
         "prompt-cot-answer-left-0.5",
         "prompt-cot-answer-left-1",
@@ -31,7 +31,7 @@ def test_points_are_spans_windows_sections_and_controls() -> None:
             make_points(spans, windows, "all", False)
 
 
-def test_a_control_reads_as_many_tokens_by_more_examples() -> None:
+def test_a_control_reads_equally_many_tokens_from_more_examples() -> None:
     recipe = make_recipe(stages=[{"steps": 6}])
     control = SweepPoint(sections="cot", lead_span=0.25, is_control=True).apply_to(recipe)
     assert control.data.num_examples == 4 * recipe.data.num_examples
@@ -40,7 +40,7 @@ def test_a_control_reads_as_many_tokens_by_more_examples() -> None:
     assert SweepPoint(sections="cot", lead_span=0.25).apply_to(recipe).stages == recipe.stages
 
 
-def test_a_sweep_is_a_table_a_plot_and_metrics_and_resumes(
+def test_a_sweep_writes_a_table_a_plot_and_metrics_and_resumes(
     tiny_student: Path, tiny_teacher: Path, tmp_path: Path
 ) -> None:
     points = make_points("0.8,1", "", "all", True)
@@ -53,12 +53,14 @@ def test_a_sweep_is_a_table_a_plot_and_metrics_and_resumes(
     recipe = make_recipe(stages=[{"steps": 2}], data={"num_examples": 8})
     rows = sweep(str(tiny_student), str(tiny_teacher), recipe, points[:2], tmp_path, evaluate)
     rows = sweep(str(tiny_student), str(tiny_teacher), recipe, points, tmp_path, evaluate)
-    assert evaluated == [point.name for point in points], "each student once"
-    short, whole, control = rows
-    assert short["tokens_read"] < 0.85 * whole["tokens_read"]
-    assert short["flops"] < 0.85 * whole["flops"]
+    assert evaluated == [point.name for point in points], "each student is evaluated once"
+    short, full, control = rows
+    assert short["tokens_read"] < 0.85 * full["tokens_read"]
+    assert short["flops"] < 0.85 * full["flops"]
     assert control["steps"] == 2  # round(2 / 0.8)
-    assert all(row["validation_before"] == rows[0]["validation_before"] for row in rows), "the same whole sequences"
+    assert all(row["validation_before"] == rows[0]["validation_before"] for row in rows), (
+        "validation always uses the same full sequences"
+    )
     document = json.loads((tmp_path / "sweep.json").read_text())
     assert document["points"] == json.loads(json.dumps(rows))
     table = (tmp_path / "sweep.md").read_text().splitlines()

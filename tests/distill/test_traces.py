@@ -1,4 +1,4 @@
-"""Rejection sampling from a server that is right at its third try, wrong, cut short, or gone."""
+"""Tests of rejection sampling from a server that gives wrong, incomplete and correct answers, or fails."""
 
 from __future__ import annotations
 
@@ -25,20 +25,23 @@ TRUTH = {
 
 
 class Teacher(BaseHTTPRequestHandler):
-    """Wrong, cut short, then right; never right about one problem."""
+    """A teacher whose first answer is wrong, whose second is cut short and whose third is correct.
 
-    asked: ClassVar[Counter[str]] = Counter()
+    It never gives a correct answer to the first problem.
+    """
+
+    num_requests: ClassVar[Counter[str]] = Counter()
     seeds: ClassVar[list[int]] = []
     status = 200
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         question = body["messages"][-1]["content"]
-        Teacher.asked[question] += 1
+        Teacher.num_requests[question] += 1
         Teacher.seeds.append(body["seed"])
-        tries = Teacher.asked[question]
-        right = tries >= 3 and question != next(iter(TRUTH))
-        reply = f"<think>hm</think>{TRUTH[question]}" if right or tries == 2 else "<think>hm</think>-1.5"
+        tries = Teacher.num_requests[question]
+        is_correct = tries >= 3 and question != next(iter(TRUTH))
+        reply = f"<think>hm</think>{TRUTH[question]}" if is_correct or tries == 2 else "<think>hm</think>-1.5"
         choice = {"message": {"content": reply}, "finish_reason": "length" if tries == 2 else "stop"}
         text = json.dumps({"choices": [choice]}).encode()
         self.send_response(Teacher.status)
@@ -52,7 +55,7 @@ class Teacher(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def url() -> Iterator[str]:
-    Teacher.asked, Teacher.seeds, Teacher.status = Counter(), [], 200
+    Teacher.num_requests, Teacher.seeds, Teacher.status = Counter(), [], 200
     server = ThreadingHTTPServer(("127.0.0.1", 0), Teacher)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
@@ -64,10 +67,10 @@ def ask(url: str, file: Path, num_problems: int, workload: str = "reasoning") ->
     return write_traces(Target(url, "m"), settings)
 
 
-def test_only_right_replies_that_ended_by_themselves_are_kept(url: str, tmp_path: Path) -> None:
+def test_only_correct_replies_that_ended_by_themselves_are_kept(url: str, tmp_path: Path) -> None:
     file = tmp_path / "traces.jsonl"
-    found = ask(url, file, 8)
-    assert (found.num_problems, found.num_solved, found.num_replies) == (8, 7, 7 * 3 + 4)
+    counts = ask(url, file, 8)
+    assert (counts.num_problems, counts.num_solved, counts.num_replies) == (8, 7, 7 * 3 + 4)
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert len(rows) == 8
     for row in rows:
@@ -77,19 +80,19 @@ def test_only_right_replies_that_ended_by_themselves_are_kept(url: str, tmp_path
     assert len(set(Teacher.seeds)) == len(Teacher.seeds)
 
 
-def test_the_same_command_asks_only_what_is_not_known(url: str, tmp_path: Path) -> None:
+def test_a_repeated_command_requests_only_the_missing_problems(url: str, tmp_path: Path) -> None:
     file = tmp_path / "traces.jsonl"
     ask(url, file, 4)
     text = file.read_text()
     file.write_text(text + '{"question": "cut sho')
-    Teacher.asked.clear()
+    Teacher.num_requests.clear()
     again = ask(url, file, 8)
-    assert len(Teacher.asked) == 4
+    assert len(Teacher.num_requests) == 4
     assert (again.num_problems, again.num_solved) == (8, 7)
     assert len(file.read_text().splitlines()) == 8
 
 
-def test_a_server_that_fails_ends_it_in_one_error_and_keeps_what_came(url: str, tmp_path: Path) -> None:
+def test_a_failing_server_and_a_workload_without_verifier_are_errors(url: str, tmp_path: Path) -> None:
     Teacher.status = 500
     with pytest.raises(UserError, match="failed with 500"):
         ask(url, tmp_path / "traces.jsonl", 4)

@@ -1,4 +1,4 @@
-"""The loop: accumulation, packing, resuming and several processes change nothing; a student like its teacher stays."""
+"""Tests of the training loop: accumulation, packing, resuming and several processes do not change the result."""
 
 from __future__ import annotations
 
@@ -75,10 +75,10 @@ def prepare(_, module, optimizer):
 
 accelerate.Accelerator.prepare = prepare
 """
-"""What accelerate does with fsdp_version 2, but only on GPUs."""
+"""Replacement for `Accelerator.prepare` with fsdp_version 2, which accelerate supports on GPUs only."""
 
 
-def in_process(
+def start_distill(
     student: Path,
     teacher: Path | str,
     target: Path,
@@ -86,19 +86,22 @@ def in_process(
     *launcher: str,
     before: str = "",
 ) -> subprocess.Popen[str]:
+    """Start a distillation in its own process; `before` is code that runs first."""
     script = target.with_suffix(".py")
     script.write_text(before + STUDENT_AND_TEACHER)
-    told = json.dumps(recipe.model_dump(mode="json"))
-    command = [sys.executable, *launcher, str(script), str(student), str(teacher), str(target), told]
+    recipe_json = json.dumps(recipe.model_dump(mode="json"))
+    command = [sys.executable, *launcher, str(script), str(student), str(teacher), str(target), recipe_json]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def in_processes(kind: str, student: Path, teacher: Path, target: Path, recipe: DistillRecipe) -> subprocess.Popen[str]:
-    """Two of them, under DDP or FSDP."""
+def start_two_processes(
+    kind: str, student: Path, teacher: Path, target: Path, recipe: DistillRecipe
+) -> subprocess.Popen[str]:
+    """Start a distillation in two processes, under DDP or FSDP."""
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     before = FULLY_SHARDED if kind == "fsdp" else ""
-    return in_process(student, teacher, target, recipe, *launcher, before=before)
+    return start_distill(student, teacher, target, recipe, *launcher, before=before)
 
 
 def test_a_student_learns_from_its_teacher(tiny_student: Path, tiny_teacher: Path, tmp_path: Path) -> None:
@@ -117,27 +120,31 @@ def test_a_student_learns_from_its_teacher(tiny_student: Path, tiny_teacher: Pat
     from transformers import AutoModelForCausalLM
 
     assert AutoModelForCausalLM.from_pretrained(target).dtype == torch.bfloat16
-    assert not list(tmp_path.glob(".out*")), "nothing is left of the work"
+    assert not list(tmp_path.glob(".out*")), "no working files remain"
 
 
-def test_dividing_a_step_or_packing_it_changes_nothing(tiny_student: Path, tiny_teacher: Path, tmp_path: Path) -> None:
-    def made(name: str, **training: Any) -> Path:
+def test_micro_batches_packing_and_checkpointing_do_not_change_the_result(
+    tiny_student: Path, tiny_teacher: Path, tmp_path: Path
+) -> None:
+    def train(name: str, **training: Any) -> Path:
         recipe = make_recipe(training={"keep": "last", **training})
         return distill(str(tiny_student), str(tiny_teacher), recipe, tmp_path / name)
 
-    whole = made("whole", micro_batch_tokens=10_000)
+    reference = train("reference", micro_batch_tokens=10_000)
     for name, options in {
         "single": {"micro_batch_tokens": 1},
         "divided": {"micro_batch_tokens": 1000},
         "packed": {"micro_batch_tokens": 10_000, "packed": True},
         "checkpointed": {"micro_batch_tokens": 10_000, "checkpointing": True},
     }.items():
-        other = made(name, **options)
-        assert losses_of(other) == pytest.approx(losses_of(whole), rel=1e-5), name
-        assert_same_weights(other, whole, rtol=2e-2, atol=1e-3)
+        other = train(name, **options)
+        assert losses_of(other) == pytest.approx(losses_of(reference), rel=1e-5), name
+        assert_same_weights(other, reference, rtol=2e-2, atol=1e-3)
 
 
-def test_a_student_equal_to_its_teacher_has_no_divergence_and_stays_put(tiny_student: Path, tmp_path: Path) -> None:
+def test_a_student_equal_to_its_teacher_has_no_divergence_and_does_not_change(
+    tiny_student: Path, tmp_path: Path
+) -> None:
     recipe = make_recipe(loss={"kd_weight": 1.0}, training={"weight_decay": 0.0, "keep": "last", "learning_rate": 1e-6})
     target = distill(str(tiny_student), str(tiny_student), recipe, tmp_path / "out")
     assert max(map(abs, losses_of(target))) < 1e-5
@@ -151,11 +158,11 @@ TWO_STAGES = make_recipe(stages=[{"steps": 4}, {"kind": "on_policy", "steps": 3,
 
 
 class Killed(BaseException):
-    """What a kill looks like from inside."""
+    """Stands for a kill; a BaseException, so that no handler for errors catches it."""
 
 
 def kill_after(num_steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The next run ends when so many of its steps are done, before it can save anything of the last one."""
+    """Make the next run end after `num_steps` steps, before it can save the last one."""
     real, left = Trainer.record, [num_steps]
 
     def record(trainer: Trainer, *arguments: Any) -> None:
@@ -167,25 +174,27 @@ def kill_after(num_steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Trainer, "record", record)
 
 
-def test_a_run_that_ends_anywhere_goes_on_as_if_nothing_had_happened(
+def test_a_run_interrupted_at_any_step_resumes_with_the_same_result(
     tiny_student: Path, tiny_teacher: Path, tmp_path: Path
 ) -> None:
-    straight = distill(str(tiny_student), str(tiny_teacher), TWO_STAGES, tmp_path / "straight")
+    uninterrupted = distill(str(tiny_student), str(tiny_teacher), TWO_STAGES, tmp_path / "uninterrupted")
     target = tmp_path / "killed"
     for num_steps in (1, 3, 2, 2):
         with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
             kill_after(num_steps, patch)
             distill(str(tiny_student), str(tiny_teacher), TWO_STAGES, target)
     distill(str(tiny_student), str(tiny_teacher), TWO_STAGES, target)
-    assert losses_of(target) == losses_of(straight)
-    assert_same_weights(target, straight, rtol=0, atol=0)
+    assert losses_of(target) == losses_of(uninterrupted)
+    assert_same_weights(target, uninterrupted, rtol=0, atol=0)
     assert not list(tmp_path.glob(".killed*"))
 
 
-def test_a_process_killed_by_force_is_gone_on_from(tiny_student: Path, tiny_teacher: Path, tmp_path: Path) -> None:
+def test_a_killed_process_is_resumed_with_the_same_losses(
+    tiny_student: Path, tiny_teacher: Path, tmp_path: Path
+) -> None:
     target = tmp_path / "killed"
     recipe = make_recipe(stages=[{"steps": 30}], training={"validate_every": 30})
-    process = in_process(tiny_student, tiny_teacher, target, recipe)
+    process = start_distill(tiny_student, tiny_teacher, target, recipe)
     log = tmp_path / ".killed.building" / "steps.jsonl"
     while not (log.exists() and len(log.read_text().splitlines()) >= 5):
         assert process.poll() is None, process.communicate()[0]
@@ -195,12 +204,12 @@ def test_a_process_killed_by_force_is_gone_on_from(tiny_student: Path, tiny_teac
     num_done = len(log.read_text().splitlines())
     assert num_done < 30
     distill(str(tiny_student), str(tiny_teacher), recipe, target)
-    straight = distill(str(tiny_student), str(tiny_teacher), recipe, tmp_path / "straight")
-    assert losses_of(target) == losses_of(straight)
+    uninterrupted = distill(str(tiny_student), str(tiny_teacher), recipe, tmp_path / "uninterrupted")
+    assert losses_of(target) == losses_of(uninterrupted)
     assert len(losses_of(target)) == 30
 
 
-def test_another_recipe_does_not_go_on_from_a_run_that_ended(
+def test_an_interrupted_run_is_not_resumed_with_another_recipe(
     tiny_student: Path,
     tiny_teacher: Path,
     tmp_path: Path,
@@ -228,37 +237,37 @@ def test_another_recipe_does_not_go_on_from_a_run_that_ended(
         },
         {"loss": {"kd_weight": 1.0, "top_k": 50}, "training": {"keep": "best", "learning_rate": 1e-2}},
     ],
-    ids=["whole", "lora", "cached"],
+    ids=["full", "lora", "cached"],
 )
-def test_two_processes_do_what_one_does(
+def test_two_processes_give_the_same_result_as_one(
     tables: dict[str, Any], kind: str, tiny_student: Path, tiny_teacher: Path, tmp_path: Path
 ) -> None:
     recipe = make_recipe(**tables)
     alone = distill(str(tiny_student), str(tiny_teacher), recipe, tmp_path / "alone")
-    process = in_processes(kind, tiny_student, tiny_teacher, tmp_path / "two", recipe)
-    told, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, told
-    assert told.count("distilled two") == 1, "one process speaks"
+    process = start_two_processes(kind, tiny_student, tiny_teacher, tmp_path / "two", recipe)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert output.count("distilled two") == 1, "only one process prints"
     assert losses_of(tmp_path / "two") == pytest.approx(losses_of(alone), rel=1e-4)
     assert_same_weights(tmp_path / "two", alone, rtol=2e-2, atol=1e-3)
 
 
-def test_fsdp_goes_on_where_it_was_killed_and_refuses_to_write_replies(
+def test_fsdp_resumes_after_a_kill_and_rejects_on_policy_steps(
     tiny_student: Path, tiny_teacher: Path, tmp_path: Path
 ) -> None:
-    whole = distill(str(tiny_student), str(tiny_teacher), make_recipe(), tmp_path / "whole")
+    uninterrupted = distill(str(tiny_student), str(tiny_teacher), make_recipe(), tmp_path / "uninterrupted")
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         kill_after(2, patch)
         distill(str(tiny_student), str(tiny_teacher), make_recipe(), tmp_path / "two")
-    process = in_processes("fsdp", tiny_student, tiny_teacher, tmp_path / "two", make_recipe())
-    told, _ = process.communicate(timeout=300)
-    assert "resumed at step" in told
-    assert losses_of(tmp_path / "two") == pytest.approx(losses_of(whole), rel=1e-4)
+    process = start_two_processes("fsdp", tiny_student, tiny_teacher, tmp_path / "two", make_recipe())
+    output, _ = process.communicate(timeout=300)
+    assert "resumed at step" in output
+    assert losses_of(tmp_path / "two") == pytest.approx(losses_of(uninterrupted), rel=1e-4)
     recipe = make_recipe(stages=[{"kind": "on_policy", "steps": 1, "max_new_tokens": 8}])
-    process = in_processes("fsdp", tiny_student, tiny_teacher, tmp_path / "three", recipe)
-    told, _ = process.communicate(timeout=300)
+    process = start_two_processes("fsdp", tiny_student, tiny_teacher, tmp_path / "three", recipe)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode != 0
-    assert "cannot run under FSDP" in told
+    assert "cannot run under FSDP" in output
     assert not list(tmp_path.glob("*three*/*"))
 
 
@@ -269,22 +278,24 @@ def test_plain_fine_tuning_needs_no_teacher_and_no_validation(tiny_student: Path
     assert all(row["loss"] == row["cross_entropy"] and row["divergence"] == 0 for row in rows)
 
 
-def test_a_cached_teacher_says_what_it_leaves_out_and_teaches_the_same_way(
+def test_a_cached_teacher_reports_its_error_and_still_lowers_the_loss(
     tiny_teacher: Path, tiny_student: Path, tmp_path: Path
 ) -> None:
-    def made(name: str, top_k: int) -> Path:
+    def train(name: str, top_k: int) -> Path:
         loss = {"kd_weight": 1.0, "top_k": top_k}
         return distill(str(tiny_student), str(tiny_teacher), make_recipe(loss=loss), tmp_path / name)
 
-    online, cached = made("online", 0), made("cached", 2000)
+    online, cached = train("online", 0), train("cached", 2000)
     error = json.loads((cached / "slimserve.json").read_text())["steps"][0]["detail"]["cache_error"]
     assert 0 < error["missing_mass"] < 1
     assert 0 < error["divergence_frac"] < 1
     num_targets = sum(row["targets"] for row in steps_of(cached))
-    assert error["num_bytes"] == num_targets * 2000 * 8, "each example once, at four bytes a token and four a number"
-    # What is left out lowers the divergence, and only that.
-    seen = losses_of(cached)[0] / losses_of(online)[0]
-    assert 1 - error["missing_mass"] - 0.3 < seen < 1
+    assert error["num_bytes"] == num_targets * 2000 * 8, (
+        "each example is stored once, with four bytes per token id and four per probability"
+    )
+    # The missing tokens lower the divergence and change nothing else.
+    ratio = losses_of(cached)[0] / losses_of(online)[0]
+    assert 1 - error["missing_mass"] - 0.3 < ratio < 1
     assert losses_of(cached)[-1] < losses_of(cached)[0]
 
 
@@ -304,7 +315,7 @@ def test_hidden_states_are_matched_through_a_width_map(tiny_student: Path, tiny_
     assert abs(losses_of(same)[0]) < 1e-4
 
 
-def test_low_rank_training_is_merged_when_saved(tiny_student: Path, tiny_teacher: Path, tmp_path: Path) -> None:
+def test_lora_weights_are_merged_when_saved(tiny_student: Path, tiny_teacher: Path, tmp_path: Path) -> None:
     recipe = make_recipe(training={"lora_rank": 3, "learning_rate": 1e-2, "keep": "last"})
     target = distill(str(tiny_student), str(tiny_teacher), recipe, tmp_path / "out")
     before, after = weights_of(tiny_student), weights_of(target)
@@ -314,7 +325,7 @@ def test_low_rank_training_is_merged_when_saved(tiny_student: Path, tiny_teacher
     assert float((after[layer].float() - before[layer]).abs().max()) > 1e-3
 
 
-def test_on_policy_steps_learn_the_divergence_of_what_the_student_wrote(
+def test_on_policy_steps_train_on_text_that_the_student_wrote(
     tiny_student: Path, tiny_teacher: Path, tmp_path: Path
 ) -> None:
     def sampler(student: Any, prompts: Any, settings: Any, seed: int) -> list[list[int]]:
@@ -342,7 +353,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_sequences(tiny_st
     assert not (tmp_path / ".out.building").exists()
 
 
-def test_a_learning_rate_rises_and_falls() -> None:
+def test_the_learning_rate_rises_and_then_falls() -> None:
     fractions = [rate_frac(step, 100, 0.1) for step in range(100)]
     assert fractions[0] == pytest.approx(0.1)
     assert max(fractions) == pytest.approx(1.0)
