@@ -52,7 +52,7 @@ def real_requests(model: str) -> list[tuple[str, dict[str, Any]]]:
     form = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
     words = {"model": model, "prompt": "hello", "max_tokens": 4, "temperature": 0, "logprobs": 2, "echo": True}
     ids = {"model": model, "prompt": [[1, 2, 3], [4, 5]], "max_tokens": 4, "stream": True, "prompt_logprobs": 1}
-    said = [{"role": "user", "content": [{"type": "input_text", "text": "hi"}]}]
+    message_input = [{"role": "user", "content": [{"type": "input_text", "text": "hi"}]}]
     items = {"model": model, "query": "is it good?", "items": ["yes", "no"], "label_token_ids": [5, 6]}
     documents = {"model": model, "query": "cats", "documents": ["a cat", "a dog", {"text": "x"}], "top_n": 1}
     return [
@@ -64,7 +64,7 @@ def real_requests(model: str) -> list[tuple[str, dict[str, Any]]]:
         ("/v1/completions", {**words, "logit_bias": {"5": 1.0}, "top_k": 5, "min_p": 0.1, "suffix": None}),
         ("/v1/completions", {**ids, "stop_token_ids": [3], "min_tokens": 1, "structured_outputs": {"choice": ["a"]}}),
         ("/v1/responses", {"model": model, "input": "hi", "max_output_tokens": 4}),
-        ("/v1/responses", {"model": model, "input": said, "max_output_tokens": 4, "stream": True}),
+        ("/v1/responses", {"model": model, "input": message_input, "max_output_tokens": 4, "stream": True}),
         ("/v1/messages", {"model": model, "max_tokens": 4, "messages": hello}),
         ("/v1/messages/count_tokens", {"model": model, "messages": hello}),
         ("/v1/score", {**items, "apply_softmax": True, "item_first": False}),

@@ -1,4 +1,4 @@
-"""One real engine with wrong keys, garbage, overload, clients that disconnect or do not read, and SIGTERM.
+"""Tests of one real engine with wrong keys, garbage, overload, clients that disconnect or do not read, and SIGTERM.
 
 The tests run in the order of the file: SIGTERM ends the engine, then its complete log is read. Overload lasts 8 s by
 default; set `SLIMSERVE_OVERLOAD_S=60` for the full test.
@@ -257,7 +257,7 @@ def test_the_right_key_opens_our_routes_and_vllms(server: Server) -> None:
     assert f'slimserve_requests_total{{variant="{NAME}",' in requests.get(f"{server.url}/metrics", timeout=10).text
 
 
-def test_one_request_id_on_many_requests_at_once_harms_none(server: Server) -> None:
+def test_simultaneous_requests_with_the_same_id_all_succeed(server: Server) -> None:
     async def send() -> list[Answer]:
         encoded = long_request(20, stream=False).encode(KEY).replace(b"Host: a", b"Host: a\r\nX-Request-Id: same")
 
@@ -309,7 +309,7 @@ def test_a_schema_driven_fuzzer_finds_no_server_error_on_our_routes(server: Serv
 
 
 def test_requests_are_aborted_within_two_seconds_after_their_client_disconnects(server: Server) -> None:
-    async def go() -> None:
+    async def disconnect() -> None:
         streams = [long_request().encode(KEY)] * 3 + [long_request(n=3).encode(KEY)]
         async with open_streams(server, streams):
             plain = [await connect(server, long_request(stream=False).encode(KEY)) for _ in range(3)]
@@ -319,13 +319,13 @@ def test_requests_are_aborted_within_two_seconds_after_their_client_disconnects(
             for _, writer in (*plain, half):
                 writer.transport.abort()
 
-    asyncio.run(go())
+    asyncio.run(disconnect())
     begin = time.monotonic()
     eventually(lambda: server.series("slimserve_requests_in_flight") == 0 and server.num_running() == 0, seconds=2)
     print(f"nothing was running {time.monotonic() - begin:.2f} s after the clients had gone")
 
 
-def test_clients_that_do_not_read_delay_nobody_and_slow_ones_get_everything(server: Server) -> None:
+def test_clients_that_do_not_read_delay_no_others_and_slow_ones_get_everything(server: Server) -> None:
     async def streams() -> None:
         async with open_streams(server, [long_request(200, logprobs=5).encode(KEY)] * 6) as readers:
             before = server.rss_bytes()

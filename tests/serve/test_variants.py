@@ -1,4 +1,4 @@
-"""Two real engines behind the real command: OpenAI's client, an engine killed under load, SIGTERM under load.
+"""Tests of two real engines behind the real command: OpenAI's client, a killed engine and SIGTERM under load.
 
 The tests run in the order of the file; the last one ends the server. Three engine starts take most of their time.
 """

@@ -1,4 +1,4 @@
-"""Real vLLM engines with SmolLM2: the command `slimserve serve`, and variants on stock vLLM."""
+"""Tests of real vLLM engines with SmolLM2: the command `slimserve serve`, and variants on stock vLLM."""
 
 import re
 import signal
@@ -60,7 +60,7 @@ def test_the_official_client_works_unchanged(served: tuple[str, subprocess.Popen
         client.completions.create(model="another", prompt="x", max_tokens=1)
 
 
-def test_metrics_parse_and_count(served: tuple[str, subprocess.Popen[str]]) -> None:
+def test_metrics_are_valid_and_count_tokens(served: tuple[str, subprocess.Popen[str]]) -> None:
     url, _ = served
     text = urllib.request.urlopen(f"{url}/metrics").read().decode()
     samples = {sample.name: sample for family in text_string_to_metric_families(text) for sample in family.samples}

@@ -1,4 +1,4 @@
-"""The matrix product that vLLM chooses for a layer after the plugin was registered."""
+"""Tests of the matrix product that vLLM chooses for a layer after the plugin was registered."""
 
 from collections.abc import Callable
 
@@ -23,7 +23,7 @@ def before(monkeypatch: pytest.MonkeyPatch) -> Chooser:
 
 def test_narrow_bf16_layers_of_any_size_get_the_packed_kernel(before: Chooser, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(PACKED_GEMM_VARIABLE, "1024")
-    assert not before(576, 1536, torch.bfloat16), "else vLLM has changed its rule, and serve/engine/gemm.py can go"
+    assert not before(576, 1536, torch.bfloat16), "vLLM has changed its rule; serve/engine/gemm.py is no longer needed"
     register()
     assert utils.check_cpu_sgl_kernel(576, 1536, torch.bfloat16)
     assert utils.check_cpu_sgl_kernel(1008, 8192, torch.bfloat16)
@@ -38,7 +38,7 @@ def test_narrow_bf16_layers_of_any_size_get_the_packed_kernel(before: Chooser, m
         assert utils.check_cpu_sgl_kernel(n, k, dtype) == before(n, k, dtype)
 
 
-def test_nothing_is_changed_unless_asked_for_nor_without_amx(before: Chooser, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_changes_without_the_setting_or_without_amx(before: Chooser, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(PACKED_GEMM_VARIABLE, raising=False)
     register()
     assert utils.check_cpu_sgl_kernel is before

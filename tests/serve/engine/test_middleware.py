@@ -1,4 +1,4 @@
-"""RequestMiddleware around small ASGI apps, called directly and behind a real uvicorn."""
+"""Tests of RequestMiddleware around small ASGI apps, called directly and behind a real uvicorn."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ def test_open_routes_need_no_key_and_a_root_path_opens_no_other() -> None:
     run(test)
 
 
-def test_administration_is_closed_even_with_a_key() -> None:
+def test_administration_routes_are_closed_even_with_a_key() -> None:
     async def test() -> None:
         app = App()
         async with client(protected(app, keys=frozenset({KEY}))) as http:
@@ -408,7 +408,7 @@ def test_an_exception_in_validation_gets_400_and_any_other_500() -> None:
     run(test)
 
 
-def test_a_body_over_the_limit_is_413_announced_or_streamed() -> None:
+def test_a_body_over_the_limit_gets_413_by_its_length_or_while_it_arrives() -> None:
     async def test() -> None:
         app = App()
         target = protected(app, limits={"max_body_bytes": 1000})
@@ -445,7 +445,7 @@ def test_a_body_that_never_ends_gets_408_and_holds_no_slot() -> None:
 # Slots and time
 
 
-def test_over_the_limits_is_429_with_the_time_to_retry() -> None:
+def test_requests_over_the_limits_get_429_with_retry_after() -> None:
     async def test() -> None:
         app = App(until_released)
         target = protected(app, limits={"max_running": 2, "max_queued": 1})
@@ -512,7 +512,7 @@ def test_a_deadline_ends_a_stream_with_an_error_event() -> None:
     run(test)
 
 
-def test_an_engine_that_does_not_notice_is_cancelled() -> None:
+def test_a_handler_that_ignores_the_disconnect_is_cancelled() -> None:
     async def sleep(scope: Scope, receive: Receive, send: Send, app: App) -> None:
         await asyncio.sleep(60)
 
@@ -619,7 +619,7 @@ async def startup(target: RequestMiddleware) -> asyncio.Task[None]:
     return task
 
 
-def test_ready_follows_the_start_the_engine_and_the_drain() -> None:
+def test_ready_reports_the_start_the_engine_and_the_drain() -> None:
     async def test() -> None:
         status = 503
 

@@ -1,4 +1,4 @@
-"""The connector that shares the last block of a prefix: its decisions for fake requests, and real scores."""
+"""Tests of the connector that shares the last block of a prefix: its decisions for fake requests, and real scores."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ class Scheduler:
 
     def schedule(self, request: Request, blocks: list[int], external: int = 0) -> None:
         self.blocks[request.request_id] = blocks
-        held = SimpleNamespace(blocks=([SimpleNamespace(block_id=block) for block in blocks],))
-        self.connector.update_state_after_alloc(request, held, external)
+        allocated = SimpleNamespace(blocks=([SimpleNamespace(block_id=block) for block in blocks],))
+        self.connector.update_state_after_alloc(request, allocated, external)
 
     def step(self, **num_tokens: int) -> Any:
         return self.connector.build_connector_meta(SimpleNamespace(num_scheduled_tokens=num_tokens))
@@ -97,7 +97,9 @@ def item(name: str, *tokens: int, prefix: list[int] = PREFIX) -> Request:
     return Request(name, [*prefix, *tokens], shared=len(prefix))
 
 
-def test_the_first_computes_the_others_wait_then_load_the_block_in_which_the_prefix_ends(scheduler: Scheduler) -> None:
+def test_the_first_request_computes_the_prefix_and_the_others_wait_and_load_its_last_block(
+    scheduler: Scheduler,
+) -> None:
     first, second = item("a", 7, 8), item("b", 9)
     assert scheduler.ask(first) == 0
     scheduler.schedule(first, [3, 4])
@@ -139,7 +141,7 @@ def test_no_request_reads_the_block_of_another_prefix(scheduler: Scheduler) -> N
     salted = item("d", 9)
     assert scheduler.ask(other_tail, cached=32) == 0
     assert scheduler.ask(other_start, cached=32) == 0
-    assert scheduler.ask(salted, cached=32) == 8, "the same content is found"
+    assert scheduler.ask(salted, cached=32) == 8, "a prefix with the same content is reused"
 
 
 def test_short_prefixes_are_distinguished_by_cache_salt(scheduler: Scheduler) -> None:
@@ -236,7 +238,7 @@ def test_scores_are_those_of_prompts_computed_alone(scoring_url: str, prefix_tok
     before = hits(url)
     body = {"query": query, "items": items, "label_token_ids": labels, "apply_softmax": True}
     scores = httpx.post(f"{url}/v1/score", json=body, timeout=60).raise_for_status().json()["scores"]
-    assert hits(url) - before == 11 * (prefix_tokens % BLOCK), "all but the first take the tail from the copy"
+    assert hits(url) - before == 11 * (prefix_tokens % BLOCK), "all but the first load the last block from the copy"
     alone = []
     for item_tokens in items:
         one = body | {"items": [item_tokens], "cache_salt": str(rng.random())}

@@ -168,7 +168,7 @@ def test_the_shared_prefix_is_computed_once_and_duplicates_too(url: str) -> None
     computed = "slimserve_score_computed_items_total"
     assert after[computed] - before.get(computed, 0) == 16
     cached = answer["usage"]["prompt_tokens_details"]["cached_tokens"]
-    assert cached == 15 * 1000, "its last block, which is not full, included"
+    assert cached == 15 * 1000, "including the last block, which is not full"
     full_blocks = after["vllm:prefix_cache_hits_total"] - before["vllm:prefix_cache_hits_total"]
     partial = after["vllm:external_prefix_cache_hits_total"] - before["vllm:external_prefix_cache_hits_total"]
     assert (full_blocks, partial) == (15 * (1000 // BLOCK * BLOCK), 15 * (1000 % BLOCK))
@@ -207,9 +207,9 @@ def test_a_client_that_disconnects_leaves_nothing_running(url: str) -> None:
     wait_until(lambda: busy(url) == 0, 2)
 
 
-def wait_until(holds: Callable[[], bool], seconds: float) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float) -> None:
     deadline = time.monotonic() + seconds
-    while not holds():
+    while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
@@ -295,7 +295,7 @@ def test_a_jina_request_is_answered_with_its_documents(url: str) -> None:
         ("/v2/rerank", {"query": "a", "documents": ["b" * 10000]}, 400, "documents[0]"),
     ],
 )
-def test_errors_are_openais(url: str, path: str, body: dict[str, Any], status: int, param: str) -> None:
+def test_errors_have_openais_form(url: str, path: str, body: dict[str, Any], status: int, param: str) -> None:
     client = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
     with pytest.raises(openai.APIStatusError) as caught:
         client.post(path, cast_to=object, body=body)

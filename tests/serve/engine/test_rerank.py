@@ -1,4 +1,4 @@
-"""Reranking without an engine: templates, documents, order, and both vendors' answers."""
+"""Tests of reranking without an engine: templates, documents, order, and both vendors' answers."""
 
 import json
 import math
@@ -69,7 +69,7 @@ def answer(request: RerankRequest, api_version: int = 1) -> dict[str, object]:
     return rerank_response(request, PLAN, logprobs, model="m", request_id="r", api_version=api_version, cached_tokens=0)
 
 
-def test_the_best_come_first_and_ties_in_the_order_given() -> None:
+def test_the_best_results_come_first_and_ties_keep_their_order() -> None:
     body = json.loads(json.dumps(answer(RerankRequest(query="q", documents=["a", "b", "c", "b"]))))
     assert [result["index"] for result in body["results"]] == [2, 1, 3, 0]
     assert [result["relevance_score"] for result in body["results"]] == pytest.approx([0.75, 0.5, 0.5, 0.25])

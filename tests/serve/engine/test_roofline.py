@@ -1,4 +1,4 @@
-"""Rates from known counters, and the metrics of a model and its engine's log."""
+"""Tests of rates from known counters, and of the metrics of a model and its engine's log."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scoring without an engine: tokens equal to those of the joined text, labels in context, closed-form probabilities."""
+"""Tests of scoring without an engine: tokens of the joined text, labels in context, closed-form probabilities."""
 
 import json
 import math
@@ -110,8 +110,8 @@ def test_tokens_are_those_of_the_joined_text(family: str, smol: Tokenizer) -> No
         apart = [token for part in (head, item, tail) for token in backend.encode(part, add_special_tokens=False).ids]
         merged += apart != joined[0]
         cut += bool(re.search("[A-Za-z] [A-Za-z]", head))
-    assert merged > 150, "the texts must be such that joining the tokens would be wrong"
-    assert cut > 150, "and such that work is shared"
+    assert merged > 150, "many texts must be such that joining the tokens of their parts is wrong"
+    assert cut > 150, "many texts must be such that tokens are shared"
 
 
 def test_the_shared_query_is_tokenized_once(smol: Tokenizer) -> None:
@@ -203,7 +203,7 @@ def test_a_label_of_several_tokens_is_rejected_by_name_or_scored_in_steps(tokeni
     assert len(task.labels[0]) > 1
 
 
-def test_reads_share_label_prefixes_and_their_sum_is_the_sequence() -> None:
+def test_reads_share_label_prefixes_and_their_sum_is_the_logprob_of_the_sequence() -> None:
     task = ScoringTask((1, 2), ((7, 8), (7, 9), (5,)))
     assert label_reads(task) == [LabelRead([1, 2], (7, 5)), LabelRead([1, 2, 7], (8, 9))]
     values = label_logprobs(task, [{7: -1.0, 5: -2.0}, {8: -0.25, 9: -0.5}])

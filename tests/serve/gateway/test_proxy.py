@@ -1,4 +1,4 @@
-"""The proxy on the wire: bytes pass as they came, and nothing that a client or an engine sends does harm."""
+"""Tests of the proxy over real connections: bytes pass unchanged, and broken requests and answers do no harm."""
 
 import asyncio
 import json
@@ -20,11 +20,11 @@ def test_a_stream_reaches_the_client_byte_for_byte_and_chunk_by_chunk() -> None:
 
     async def scenario() -> None:
         async with served("a") as gateway:
-            go_on = asyncio.Event()
+            first_was_read = asyncio.Event()
 
             async def script(request: Message, writer: asyncio.StreamWriter) -> None:
                 writer.write(STREAM_HEAD + chunks[0])
-                await go_on.wait()
+                await first_was_read.wait()
                 for part in chunks[1:]:
                     writer.write(part)
                     await writer.drain()
@@ -36,16 +36,16 @@ def test_a_stream_reaches_the_client_byte_for_byte_and_chunk_by_chunk() -> None:
                 head = await client.reader.readuntil(b"\r\n\r\n")
                 assert b"transfer-encoding: chunked" in head
                 assert await client.reader.readexactly(len(chunks[0])) == chunks[0], "before the second is sent"
-                go_on.set()
+                first_was_read.set()
                 rest = b"".join(chunks[1:]) + b"0\r\n\r\n"
                 assert await client.reader.readexactly(len(rest)) == rest
                 gateway.engines["a"].script = gateway.engines["a"]._echo
-                assert (await client.ask("/v1/completions", COMPLETE)).status == 200, "the connection lives on"
+                assert (await client.ask("/v1/completions", COMPLETE)).status == 200, "the connection is still usable"
 
     run(scenario())
 
 
-def test_the_engine_sees_the_request_as_sent_but_for_the_headers_that_end_at_a_proxy() -> None:
+def test_the_engine_gets_the_request_unchanged_except_for_hop_by_hop_headers() -> None:
     async def scenario() -> None:
         async with served("a") as gateway:
             body = b'{"model" : "a",\n "prompt": "\xc3\xa9"}'
@@ -53,11 +53,11 @@ def test_the_engine_sees_the_request_as_sent_but_for_the_headers_that_end_at_a_p
                 "Authorization: Bearer k\r\nX-Thing: 1\r\nX-Thing: 2\r\nTE: trailers\r\nKeep-Alive: 5\r\n"
                 "X-Forwarded-For: 6.6.6.6\r\nX-Request-Id: mine-1\r\n"
             )
-            seen = await gateway.ask("/v1/completions?x=%20y", body, headers)
-            (asked,) = gateway.engines["a"].requests
-            assert asked.body == body
-            assert asked.target == "/v1/completions?x=%20y"
-            assert sorted(asked.headers) == [
+            response = await gateway.ask("/v1/completions?x=%20y", body, headers)
+            (received,) = gateway.engines["a"].requests
+            assert received.body == body
+            assert received.target == "/v1/completions?x=%20y"
+            assert sorted(received.headers) == [
                 ("authorization", "Bearer k"),
                 ("content-length", str(len(body))),
                 ("host", "test"),
@@ -65,25 +65,25 @@ def test_the_engine_sees_the_request_as_sent_but_for_the_headers_that_end_at_a_p
                 ("x-thing", "1"),
                 ("x-thing", "2"),
             ]
-            assert seen.header("x-request-id") == "mine-1"
+            assert response.header("x-request-id") == "mine-1"
 
     run(scenario())
 
 
-@pytest.mark.parametrize("shown", ["", "X-Request-Id: a b\r\n", f"X-Request-Id: {'x' * 200}\r\n"])
-def test_a_request_without_a_usable_id_gets_one(shown: str) -> None:
+@pytest.mark.parametrize("header", ["", "X-Request-Id: a b\r\n", f"X-Request-Id: {'x' * 200}\r\n"])
+def test_a_request_without_a_usable_id_gets_one(header: str) -> None:
     async def scenario() -> None:
         async with served("a") as gateway:
-            seen = await gateway.ask("/v1/completions", COMPLETE, shown)
-            made = seen.header("x-request-id")
-            assert made is not None
-            assert len(made) == 32
-            assert gateway.engines["a"].requests[0].header("x-request-id") == made
+            response = await gateway.ask("/v1/completions", COMPLETE, header)
+            request_id = response.header("x-request-id")
+            assert request_id is not None
+            assert len(request_id) == 32
+            assert gateway.engines["a"].requests[0].header("x-request-id") == request_id
 
     run(scenario())
 
 
-def test_a_body_in_chunks_reaches_the_engine_whole_with_its_length() -> None:
+def test_a_chunked_body_reaches_the_engine_with_a_content_length() -> None:
     async def scenario() -> None:
         async with served("a") as gateway, await gateway.connect() as client:
             client.writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: t\r\nTransfer-Encoding: chunked\r\n\r\n")
@@ -94,7 +94,7 @@ def test_a_body_in_chunks_reaches_the_engine_whole_with_its_length() -> None:
     run(scenario())
 
 
-def test_connections_to_the_engine_are_used_again() -> None:
+def test_connections_to_the_engine_are_reused() -> None:
     async def scenario() -> None:
         async with served("a") as gateway, await gateway.connect() as client:
             for _ in range(20):
@@ -104,7 +104,7 @@ def test_connections_to_the_engine_are_used_again() -> None:
     run(scenario())
 
 
-def test_a_connection_that_the_engine_closed_meanwhile_costs_a_second_try_not_an_error() -> None:
+def test_a_request_on_a_connection_that_the_engine_closed_is_sent_again() -> None:
     async def scenario() -> None:
         async with served("a") as gateway, await gateway.connect() as client:
             engine = gateway.engines["a"]
@@ -136,19 +136,19 @@ def test_a_request_that_kills_its_engine_is_sent_twice_at_most() -> None:
                 writer.transport.abort()
 
             engine.script = die
-            seen = await client.ask("/v1/completions", COMPLETE)
-            assert (seen.status, seen.json()["error"]["code"]) == (502, "engine_lost")
+            response = await client.ask("/v1/completions", COMPLETE)
+            assert (response.status, response.json()["error"]["code"]) == (502, "engine_lost")
             assert len(engine.requests) == 3
 
     run(scenario())
 
 
-def test_a_slow_reader_stops_its_engine_and_the_gateway_keeps_little() -> None:
+def test_a_client_that_does_not_read_pauses_its_engine_and_the_gateway_buffers_little() -> None:
     async def scenario() -> None:
         async with served("a") as gateway, await gateway.connect() as client:
             sent = 0
 
-            async def pour(request: Message, writer: asyncio.StreamWriter) -> None:
+            async def flood(request: Message, writer: asyncio.StreamWriter) -> None:
                 nonlocal sent
                 writer.write(STREAM_HEAD)
                 for _ in range(2000):
@@ -157,31 +157,31 @@ def test_a_slow_reader_stops_its_engine_and_the_gateway_keeps_little() -> None:
                     sent += 32_768
                 writer.write(b"0\r\n\r\n")
 
-            gateway.engines["a"].script = pour
+            gateway.engines["a"].script = flood
             client.send("/v1/completions", COMPLETE)
             await asyncio.sleep(0.5)
             stuck_at = sent
             await asyncio.sleep(0.5)
-            assert sent == stuck_at, "nobody reads, so nothing moves"
+            assert sent == stuck_at, "nothing is sent while the client does not read"
             (connection,) = gateway.server.connections
             assert connection._transport.get_write_buffer_size() < 1_000_000  # type: ignore[attr-defined]
-            assert stuck_at < 20_000_000, "what the sockets' own buffers hold"
+            assert stuck_at < 20_000_000, "only the buffers of the sockets are filled"
             assert len((await client.answer()).body) == 2000 * 32_768
 
     run(scenario())
 
 
-def test_a_client_that_reads_nothing_for_too_long_is_dropped() -> None:
+def test_a_client_that_reads_nothing_for_too_long_is_disconnected() -> None:
     async def scenario() -> None:
         async with served("a", timeouts=Timeouts(stall_s=0.3)) as gateway, await gateway.connect() as client:
 
-            async def pour(request: Message, writer: asyncio.StreamWriter) -> None:
+            async def flood(request: Message, writer: asyncio.StreamWriter) -> None:
                 writer.write(STREAM_HEAD)
                 while True:
                     writer.write(chunk(b"x" * 32_768))
                     await writer.drain()
 
-            gateway.engines["a"].script = pour
+            gateway.engines["a"].script = flood
             client.send("/v1/completions", COMPLETE)
             await asyncio.wait_for(gateway.engines["a"].disconnected.wait(), 5)
             assert not gateway.server.connections
@@ -190,7 +190,7 @@ def test_a_client_that_reads_nothing_for_too_long_is_dropped() -> None:
 
 
 @pytest.mark.parametrize("has_begun", [False, True])
-def test_a_client_that_leaves_takes_its_request_from_the_engine_at_once(has_begun: bool) -> None:
+def test_a_request_is_cancelled_at_once_when_its_client_disconnects(has_begun: bool) -> None:
     async def scenario() -> None:
         async with served("a") as gateway:
             engine = gateway.engines["a"]
@@ -216,7 +216,7 @@ def test_a_client_that_leaves_takes_its_request_from_the_engine_at_once(has_begu
     run(scenario())
 
 
-def test_an_engine_that_dies_within_a_stream_leaves_an_error_event_and_a_proper_end() -> None:
+def test_a_stream_whose_engine_dies_ends_with_an_error_event() -> None:
     async def scenario() -> None:
         async with served("a") as gateway, await gateway.connect() as client:
 
@@ -227,8 +227,8 @@ def test_an_engine_that_dies_within_a_stream_leaves_an_error_event_and_a_proper_
                 writer.transport.abort()
 
             gateway.engines["a"].script = die
-            seen = await client.ask("/v1/completions", COMPLETE)
-            events = [line for line in seen.body.decode().split("\n\n") if line]
+            response = await client.ask("/v1/completions", COMPLETE)
+            events = [line for line in response.body.decode().split("\n\n") if line]
             assert events[0] == "data: 1"
             assert json.loads(events[1].removeprefix("data: "))["error"]["code"] == "engine_lost"
             assert events[2:] == ["data: [DONE]"]
@@ -244,7 +244,7 @@ def test_an_engine_that_dies_within_a_stream_leaves_an_error_event_and_a_proper_
         b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 100\r\n\r\n{",
     ],
 )
-def test_an_answer_cut_where_nothing_may_follow_ends_the_connection(sent: bytes) -> None:
+def test_an_answer_cut_within_a_chunk_or_body_closes_the_connection(sent: bytes) -> None:
     async def scenario() -> None:
         async with served("a") as gateway, await gateway.connect() as client:
 
@@ -287,7 +287,7 @@ def test_an_engine_that_does_not_speak_http_is_a_bad_gateway(nonsense: bytes) ->
     run(scenario())
 
 
-def test_an_engine_that_hangs_up_on_every_connection_is_a_bad_gateway_at_once() -> None:
+def test_an_engine_that_closes_every_connection_is_a_bad_gateway_at_once() -> None:
     async def scenario() -> None:
         async with served("a") as gateway:
 
@@ -299,42 +299,42 @@ def test_an_engine_that_hangs_up_on_every_connection_is_a_bad_gateway_at_once() 
             server = await loop.create_server(HangUp, "127.0.0.1", 0)
             gateway.supervised["a"].backend = Backend("127.0.0.1", server.sockets[0].getsockname()[1])
             answers = await asyncio.gather(*(gateway.ask("/v1/completions", COMPLETE) for _ in range(64)))
-            assert {seen.status for seen in answers} == {502}
+            assert {response.status for response in answers} == {502}
             server.close()
 
     run(scenario())
 
 
-def test_an_answer_that_we_fail_to_make_is_an_error_at_once_and_not_a_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_exception_in_the_gateway_is_answered_with_500(monkeypatch: pytest.MonkeyPatch) -> None:
     async def fail() -> Answer:
-        raise RuntimeError("a mistake of ours")
+        raise RuntimeError("a mistake in the gateway")
 
     async def scenario() -> None:
         async with served("a") as gateway:
             monkeypatch.setattr(gateway.gateway, "route", lambda request: fail())
-            seen = await gateway.ask("/v1/models")
-            assert (seen.status, seen.json()["error"]["code"]) == (500, "internal_error")
+            response = await gateway.ask("/v1/models")
+            assert (response.status, response.json()["error"]["code"]) == (500, "internal_error")
             assert not any(connection.is_busy for connection in gateway.server.connections)
 
     run(scenario())
 
 
 @pytest.mark.parametrize("num_bytes", [1, 3, 30])
-def test_sixty_four_streams_at_once_end_however_their_bytes_are_cut(num_bytes: int) -> None:
-    whole = STREAM_HEAD + b"".join(chunk(b"data: %d\n\n" % i) for i in range(20)) + b"0\r\n\r\n"
+def test_sixty_four_simultaneous_streams_are_complete_however_their_bytes_are_split(num_bytes: int) -> None:
+    raw_answer = STREAM_HEAD + b"".join(chunk(b"data: %d\n\n" % i) for i in range(20)) + b"0\r\n\r\n"
 
     async def scenario() -> None:
         async with served("a") as gateway:
 
             async def drip(request: Message, writer: asyncio.StreamWriter) -> None:
-                for start in range(0, len(whole), num_bytes):
-                    writer.write(whole[start : start + num_bytes])
+                for start in range(0, len(raw_answer), num_bytes):
+                    writer.write(raw_answer[start : start + num_bytes])
                     await asyncio.sleep(0)
 
             gateway.engines["a"].script = drip
-            for _ in range(2):  # the second time over kept connections
+            for _ in range(2):  # the second time over reused connections
                 answers = await asyncio.gather(*(gateway.ask("/v1/completions", COMPLETE) for _ in range(64)))
-                assert {seen.body for seen in answers} == {b"".join(b"data: %d\n\n" % i for i in range(20))}
+                assert {response.body for response in answers} == {b"".join(b"data: %d\n\n" % i for i in range(20))}
             assert gateway.engines["a"].num_connections <= 64
 
     run(scenario())
@@ -360,13 +360,13 @@ SMUGGLED = {
 
 
 @pytest.mark.parametrize("framing", SMUGGLED.values(), ids=SMUGGLED.keys())
-def test_a_request_with_doubtful_framing_is_refused_and_its_connection_closed(framing: bytes) -> None:
+def test_a_request_with_ambiguous_framing_is_rejected_and_its_connection_closed(framing: bytes) -> None:
     async def scenario() -> None:
         async with served("a") as gateway, await gateway.connect() as client:
             client.writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: t\r\n" + framing)
-            seen = await client.answer()
-            assert seen.status == 400
-            assert seen.json()["error"]["type"] == "invalid_request_error"
+            response = await client.answer()
+            assert response.status == 400
+            assert response.json()["error"]["type"] == "invalid_request_error"
             assert await client.is_closed()
             assert not gateway.engines["a"].requests, "the engine never saw it"
 
@@ -389,7 +389,7 @@ def test_a_request_with_doubtful_framing_is_refused_and_its_connection_closed(fr
         ("HEAD /version HTTP/1.1", 405),
     ],
 )
-def test_a_request_line_beyond_plain_http_1_1_is_answered_by_its_problem(request_line: str, status: int) -> None:
+def test_an_unusual_request_line_gets_the_matching_status(request_line: str, status: int) -> None:
     async def scenario() -> None:
         async with served("a") as gateway, await gateway.connect() as client:
             client.writer.write(f"{request_line}\r\nHost: t\r\n\r\n".encode())
@@ -400,7 +400,7 @@ def test_a_request_line_beyond_plain_http_1_1_is_answered_by_its_problem(request
     run(scenario())
 
 
-def test_heads_and_bodies_have_a_largest_size() -> None:
+def test_heads_and_bodies_above_the_limit_are_rejected() -> None:
     async def scenario() -> None:
         async with served("a") as gateway:
             many = "".join(f"X-{i}: {'y' * 1000}\r\n" for i in range(80))
@@ -409,10 +409,10 @@ def test_heads_and_bodies_have_a_largest_size() -> None:
                 client.writer.write(b"POST /" + b"x" * 70_000)
                 assert (await client.answer()).status == 431
             async with await gateway.connect() as client:
-                # Refused by its length alone, while nothing of the body is there.
+                # The announced length is enough to reject it, before any byte of the body arrives.
                 client.writer.write(f"POST /x HTTP/1.1\r\nHost: t\r\nContent-Length: {MAX_BODY + 1}\r\n\r\n".encode())
-                seen = await client.answer()
-                assert (seen.status, seen.json()["error"]["code"]) == (413, "body_too_large")
+                response = await client.answer()
+                assert (response.status, response.json()["error"]["code"]) == (413, "body_too_large")
             async with await gateway.connect() as client:
                 client.writer.write(b"POST /x HTTP/1.1\r\nHost: t\r\nTransfer-Encoding: chunked\r\n\r\n")
                 for _ in range(MAX_BODY // 1000 + 1):
@@ -424,7 +424,7 @@ def test_heads_and_bodies_have_a_largest_size() -> None:
     run(scenario())
 
 
-def test_a_request_that_arrives_too_slowly_is_refused() -> None:
+def test_a_request_that_arrives_too_slowly_is_rejected() -> None:
     async def scenario() -> None:
         timeouts = Timeouts(idle_s=0.3, head_s=0.3, body_s=0.3)
         async with served("a", timeouts=timeouts) as gateway:
@@ -433,12 +433,12 @@ def test_a_request_that_arrives_too_slowly_is_refused() -> None:
                     client.writer.write(begin)
                     assert (await client.answer()).status == 408
             async with await gateway.connect() as client:
-                assert await client.is_closed(), "one that sends nothing is closed without a word"
+                assert await client.is_closed(), "a connection that sends nothing is closed without an answer"
 
     run(scenario())
 
 
-def test_an_engine_that_never_answers_is_overdue() -> None:
+def test_an_engine_that_never_answers_is_a_gateway_timeout() -> None:
     async def scenario() -> None:
         async with served("a", timeouts=Timeouts(answer_s=0.3)) as gateway:
 
@@ -458,13 +458,13 @@ def test_pipelined_requests_are_not_mixed_up() -> None:
             client.send("/v1/completions", COMPLETE)
             client.send("/v1/other", COMPLETE)
             assert (await client.answer()).json()["target"] == "/v1/completions"
-            assert await client.is_closed(), "the second is the client's to send again"
+            assert await client.is_closed(), "the client must send the second request again"
             assert len(gateway.engines["a"].requests) == 1
 
     run(scenario())
 
 
-def test_a_client_that_asks_before_it_sends_its_body_is_told_to_go_on() -> None:
+def test_a_client_that_expects_100_continue_gets_it() -> None:
     async def scenario() -> None:
         async with served("a") as gateway, await gateway.connect() as client:
             client.writer.write(b"POST /x HTTP/1.1\r\nHost: t\r\nExpect: 100-continue\r\nContent-Length: 13\r\n\r\n")
@@ -514,7 +514,7 @@ def test_ten_thousand_pieces_of_garbage_leave_nothing_behind() -> None:
     run(scenario())
 
 
-def test_a_drain_lets_streams_finish_and_refuses_new_requests() -> None:
+def test_a_drain_lets_streams_finish_and_rejects_new_requests() -> None:
     async def scenario() -> None:
         async with served("a") as gateway:
             finish = asyncio.Event()
@@ -590,7 +590,7 @@ def test_a_chunk_that_has_begun_is_read_to_its_end_before_the_error(rest: bytes)
             await until(lambda: bool(gateway.engines["a"].requests))
             asyncio.get_running_loop().call_later(0.2, late.set)
             await gateway.server.drain(0.2)
-            if len(rest) < len(b"unk\n\n\r\n"):  # it never ends
+            if len(rest) < len(b"unk\n\n\r\n"):  # the chunk never ends
                 with pytest.raises(ConnectionError):
                     await client.answer()
                 return

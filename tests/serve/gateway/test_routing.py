@@ -1,4 +1,4 @@
-"""Which engine a request reaches and what the gateway answers out of all engines, over the wire before fake engines."""
+"""Tests of routing to fake engines, and of answers that the gateway combines from all engines."""
 
 import asyncio
 import json
@@ -21,8 +21,8 @@ def test_a_request_reaches_the_variant_that_its_body_names() -> None:
     async def scenario() -> None:
         async with served("a", "b") as gateway, await gateway.connect() as client:
             for name in ("a", "b", "b", "a"):
-                seen = await client.ask("/v1/completions", {"prompt": "x" * 1000, "model": name, "user": None})
-                assert seen.json()["engine"] == name
+                response = await client.ask("/v1/completions", {"prompt": "x" * 1000, "model": name, "user": None})
+                assert response.json()["engine"] == name
 
     run(scenario())
 
@@ -44,42 +44,42 @@ def test_a_request_reaches_the_variant_that_its_body_names() -> None:
         (b"", 400, "model_missing"),
     ],
 )
-def test_a_body_that_names_no_variant_is_refused_as_openai_words_it(body: object, status: int, code: object) -> None:
+def test_a_body_that_names_no_variant_gets_an_error_in_openais_form(body: object, status: int, code: object) -> None:
     async def scenario() -> None:
         async with served("a", "b") as gateway:
-            seen = await gateway.ask("/v1/completions", body, method="POST")
-            error = seen.json()["error"]
-            assert (seen.status, error["code"]) == (status, code)
+            response = await gateway.ask("/v1/completions", body, method="POST")
+            error = response.json()["error"]
+            assert (response.status, error["code"]) == (status, code)
             assert error.keys() == {"message", "type", "param", "code"}
             if code == "model_missing":
-                assert "a, b" in error["message"], "it says what there is"
+                assert "a, b" in error["message"], "the message lists the variants"
             assert not any(engine.requests for engine in gateway.engines.values())
 
     run(scenario())
 
 
-def test_the_default_takes_requests_that_name_no_model_and_any_engine_answers_a_get() -> None:
+def test_the_default_variant_gets_requests_without_model_and_a_ready_engine_answers_a_get() -> None:
     async def scenario() -> None:
         async with served("a", "b", default="b") as gateway:
             assert (await gateway.ask("/v1/completions", {"prompt": "x"})).json()["engine"] == "b"
         async with served("a", "b") as gateway:
             gateway.supervised["a"].state = State.RESTARTING
-            assert (await gateway.ask("/version")).json()["engine"] == "b", "the first that is ready"
+            assert (await gateway.ask("/version")).json()["engine"] == "b", "the first ready engine answers"
 
     run(scenario())
 
 
-def test_an_alias_splits_by_weight_and_keeps_each_user_at_one_variant() -> None:
+def test_an_alias_splits_by_weight_and_keeps_each_user_on_one_variant() -> None:
     async def scenario() -> None:
         async with served("a", "b", aliases=(CANARY,)) as gateway, await gateway.connect() as client:
             engine_of = {}
             for index in range(400):
-                seen = await client.ask("/v1/completions", {"model": "chat", "user": f"user {index}"})
-                engine_of[index] = seen.json()["engine"]
-            assert 70 <= sum(name == "b" for name in engine_of.values()) <= 130, "a quarter, give or take"
+                response = await client.ask("/v1/completions", {"model": "chat", "user": f"user {index}"})
+                engine_of[index] = response.json()["engine"]
+            assert 70 <= sum(name == "b" for name in engine_of.values()) <= 130, "about a quarter"
             for index in range(0, 400, 10):
-                seen = await client.ask("/v1/completions", {"model": "chat", "user": f"user {index}"})
-                assert seen.json()["engine"] == engine_of[index]
+                response = await client.ask("/v1/completions", {"model": "chat", "user": f"user {index}"})
+                assert response.json()["engine"] == engine_of[index]
             anonymous = [(await client.ask("/v1/completions", {"model": "chat"})).json()["engine"] for _ in range(100)]
             assert {"a", "b"} == set(anonymous)
 
@@ -91,8 +91,8 @@ def test_an_alias_avoids_a_variant_that_is_down() -> None:
         async with served("a", "b", aliases=(CANARY,)) as gateway, await gateway.connect() as client:
             gateway.supervised["a"].state = State.RESTARTING
             for index in range(20):
-                seen = await client.ask("/v1/completions", {"model": "chat", "user": f"user {index}"})
-                assert seen.json()["engine"] == "b"
+                response = await client.ask("/v1/completions", {"model": "chat", "user": f"user {index}"})
+                assert response.json()["engine"] == "b"
             gateway.supervised["b"].state = State.STOPPED
             assert (await client.ask("/v1/completions", {"model": "chat"})).status == 503
 
@@ -100,28 +100,28 @@ def test_an_alias_avoids_a_variant_that_is_down() -> None:
 
 
 @pytest.mark.parametrize("state", [State.STARTING, State.RESTARTING, State.STOPPED])
-def test_a_variant_that_is_down_is_503_with_a_time_to_retry_and_the_other_goes_on(state: State) -> None:
+def test_a_variant_that_is_down_gives_503_with_retry_after_and_the_other_still_answers(state: State) -> None:
     async def scenario() -> None:
         async with served("a", "b") as gateway:
             gateway.supervised["a"].state = state
-            seen = await gateway.ask("/v1/completions", {"model": "a"})
-            assert (seen.status, seen.json()["error"]["code"]) == (503, "model_unavailable")
-            assert 1 <= int(seen.header("retry-after") or 0) <= 60
+            response = await gateway.ask("/v1/completions", {"model": "a"})
+            assert (response.status, response.json()["error"]["code"]) == (503, "model_unavailable")
+            assert 1 <= int(response.header("retry-after") or 0) <= 60
             assert (await gateway.ask("/v1/completions", {"model": "b"})).status == 200
             ready = await gateway.ask("/ready")
             assert (ready.status, ready.json()["variants"]["a"]["state"]) == (503, state.value)
-            assert (await gateway.ask("/health")).status == 200, "one variant answers"
+            assert (await gateway.ask("/health")).status == 200, "one variant is enough"
             assert (await gateway.ask("/live")).status == 200
 
     run(scenario())
 
 
-def test_an_engine_that_takes_no_connection_is_503_too() -> None:
+def test_an_engine_that_refuses_connections_gives_503() -> None:
     async def scenario() -> None:
         async with served("a") as gateway:
             gateway.engines["a"].stop()
-            seen = await gateway.ask("/v1/completions", {"model": "a"})
-            assert (seen.status, seen.json()["error"]["code"]) == (503, "model_unavailable")
+            response = await gateway.ask("/v1/completions", {"model": "a"})
+            assert (response.status, response.json()["error"]["code"]) == (503, "model_unavailable")
 
     run(scenario())
 
@@ -142,11 +142,11 @@ def test_models_are_the_engines_own_entries_with_size_base_and_recipe(tmp_path: 
 
             gateway.engines["a"].script = models
             gateway.supervised["b"].state = State.RESTARTING
-            seen = (await gateway.ask("/v1/models", headers="Authorization: Bearer k\r\n")).json()
-            (asked,) = gateway.engines["a"].requests
-            assert asked.header("authorization") == "Bearer k", "engines ask for the key, too"
-            assert [entry["id"] for entry in seen["data"]] == ["a", "b", "chat"], "an alias once"
-            first, second, alias = seen["data"]
+            response = (await gateway.ask("/v1/models", headers="Authorization: Bearer k\r\n")).json()
+            (received,) = gateway.engines["a"].requests
+            assert received.header("authorization") == "Bearer k", "engines need the key, too"
+            assert [entry["id"] for entry in response["data"]] == ["a", "b", "chat"], "the alias is listed once"
+            first, second, alias = response["data"]
             assert first["max_model_len"] == 99
             size = sum(file.stat().st_size for file in tmp_path.iterdir())
             facts = {"size_bytes": size, "num_parameters": 7, "base": "smol", "recipe": "prune25"}
@@ -159,7 +159,7 @@ def test_models_are_the_engines_own_entries_with_size_base_and_recipe(tmp_path: 
     run(scenario())
 
 
-def test_metrics_of_all_engines_are_one_page_that_prometheus_reads_with_a_label_for_each_variant() -> None:
+def test_metrics_of_all_engines_are_one_page_with_a_variant_label() -> None:
     page = (
         "# HELP vllm:num_requests_running Number.\n# TYPE vllm:num_requests_running gauge\n"
         'vllm:num_requests_running{engine="0"} 3.0\n'
@@ -176,57 +176,61 @@ def test_metrics_of_all_engines_are_one_page_that_prometheus_reads_with_a_label_
 
             for name in ("a", "b"):
                 gateway.engines[name].script = metrics
-            gateway.engines["c"].stop()  # one that is not there costs its own series only
+            gateway.engines["c"].stop()  # a stopped engine only loses its own series
             await gateway.ask("/v1/completions", {"model": "a"})
-            seen = await gateway.ask("/metrics")
-            assert seen.status == 200
-            assert (seen.header("content-type") or "").startswith("text/plain")
-            text = seen.body.decode()
+            response = await gateway.ask("/metrics")
+            assert response.status == 200
+            assert (response.header("content-type") or "").startswith("text/plain")
+            text = response.body.decode()
             families = {family.name: family for family in text_string_to_metric_families(text)}
             running = families["vllm:num_requests_running"].samples
             assert {(sample.labels["variant"], sample.value) for sample in running} == {("a", 3.0), ("b", 3.0)}
             assert {s.labels["variant"] for s in families["slimserve_score_items"].samples} == {"a", "b"}
-            asked = {
+            num_requests = {
                 (sample.labels["variant"], sample.labels["status"]): sample.value
                 for sample in families["slimserve_gateway_requests"].samples
                 if sample.name.endswith("_total")
             }
-            assert asked["a", "200"] == 1
+            assert num_requests["a", "200"] == 1
             assert {s.labels["variant"] for s in families["slimserve_variant_up"].samples} == {"a", "b", "c"}
             types = [line for line in text.splitlines() if line.startswith("# TYPE")]
-            assert len(types) == len(set(types)), "each family once"
+            assert len(types) == len(set(types)), "each family has one header"
 
     run(scenario())
 
 
-@pytest.mark.parametrize("shown", ["", "Authorization: Bearer wrong\r\n", "Authorization: Basic right\r\n"])
+@pytest.mark.parametrize("header", ["", "Authorization: Bearer wrong\r\n", "Authorization: Basic right\r\n"])
 @pytest.mark.parametrize(
     "path",
     ["/v1/completions", "/v1/score", "/v1/models", "/v1/models/a", "/version", "/docs", "/nonsense", "//metrics"],
 )
-def test_without_a_right_key_every_route_but_the_open_ones_is_401(path: str, shown: str) -> None:
+def test_every_route_except_the_open_ones_requires_a_valid_key(path: str, header: str) -> None:
     async def scenario() -> None:
         async with served("a", keys=frozenset({"right", "other"})) as gateway:
             for method in ("GET", "POST"):
-                seen = await gateway.ask(path, {"model": "a"}, shown, method)
-                assert (seen.status, seen.json()["error"]["code"]) == (401, "invalid_api_key")
+                response = await gateway.ask(path, {"model": "a"}, header, method)
+                assert (response.status, response.json()["error"]["code"]) == (401, "invalid_api_key")
             assert not gateway.engines["a"].requests
 
     run(scenario())
 
 
-def test_any_of_the_keys_opens_and_the_open_routes_need_none() -> None:
+def test_every_valid_key_is_accepted_and_the_open_routes_need_none() -> None:
     async def scenario() -> None:
         async with served("a", keys=frozenset({"right", "other"})) as gateway:
-            for shown in ("Authorization: Bearer right\r\n", "authorization: bearer other\r\n", "X-Api-Key: right\r\n"):
-                assert (await gateway.ask("/v1/completions", {"model": "a"}, shown)).status == 200
+            for header in (
+                "Authorization: Bearer right\r\n",
+                "authorization: bearer other\r\n",
+                "X-Api-Key: right\r\n",
+            ):
+                assert (await gateway.ask("/v1/completions", {"model": "a"}, header)).status == 200
             for path in ("/health", "/live", "/ready", "/ping", "/metrics"):
                 assert (await gateway.ask(path)).status == 200
 
     run(scenario())
 
 
-def test_a_refused_key_is_answered_before_the_body_is_sent() -> None:
+def test_an_invalid_key_is_rejected_before_the_body_is_sent() -> None:
     async def scenario() -> None:
         async with served("a", keys=frozenset({"right"})) as gateway, await gateway.connect() as client:
             client.writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: t\r\nContent-Length: 50000\r\n\r\n")
@@ -235,7 +239,7 @@ def test_a_refused_key_is_answered_before_the_body_is_sent() -> None:
     run(scenario())
 
 
-def test_ready_and_metrics_answer_within_a_moment_while_an_engine_is_busy_or_silent() -> None:
+def test_ready_and_other_variants_answer_at_once_while_an_engine_is_silent() -> None:
     async def scenario() -> None:
         async with served("a", "b") as gateway:
 
@@ -274,14 +278,14 @@ def test_the_access_log_holds_the_id_and_the_variant_but_no_key_and_no_prompt(
     assert "secret" not in caplog.text
 
 
-def test_what_comes_while_draining_is_refused_with_a_time_to_retry() -> None:
+def test_requests_during_a_drain_are_rejected_with_retry_after() -> None:
     async def scenario() -> None:
         async with served("a", default="a") as gateway:
             gateway.gateway.is_draining = True
             for path, body in (("/v1/completions", {"model": "a"}), ("/v1/models", None)):
-                seen = await gateway.ask(path, body)
-                assert (seen.status, seen.json()["error"]["code"]) == (503, "draining")
-                assert (seen.header("retry-after"), seen.header("connection")) == ("5", "close")
+                response = await gateway.ask(path, body)
+                assert (response.status, response.json()["error"]["code"]) == (503, "draining")
+                assert (response.header("retry-after"), response.header("connection")) == ("5", "close")
             assert json.loads((await gateway.ask("/ready")).body)["status"] == "draining"
             assert (await gateway.ask("/live")).status == 200
             assert (await gateway.ask("/metrics")).status == 200

@@ -28,18 +28,18 @@ ENGINE = """
 import pathlib, signal, subprocess, sys, time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import os
-told = lambda: pathlib.Path(os.environ["TOLD"]).read_text()
-if told() == "die":
-    sys.exit("ValueError: as told")
-if told() == "never ready":
+order = lambda: pathlib.Path(os.environ["ENGINE_ORDER"]).read_text()
+if order() == "die":
+    sys.exit("ValueError: as ordered")
+if order() == "never ready":
     time.sleep(600)
-if told() == "stubborn":
+if order() == "stubborn":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 class Handler(BaseHTTPRequestHandler):
     def log_message(self, *_): pass
     def do_GET(self):
-        if told() == "silent":
+        if order() == "silent":
             time.sleep(600)
         self.send_response(200)
         self.send_header("Content-Length", "0")
@@ -60,13 +60,13 @@ QUICK = SupervisorTimeouts(
 
 @dataclass(frozen=True)
 class Supervised:
-    """One engine under supervision."""
+    """One engine under supervision, the file that orders what it does, and the supervisor's messages."""
 
     engine: SupervisedEngine
     task: asyncio.Task[None]
-    told: Path
+    order_file: Path
     registry: CollectorRegistry
-    said: list[str]
+    messages: list[str]
 
     @property
     def process(self) -> psutil.Process:
@@ -77,7 +77,7 @@ class Supervised:
         return self.registry.get_sample_value(name, {"variant": "a"})
 
     def delays(self) -> list[str]:
-        return [line.rpartition(" in ")[2] for line in self.said if "starting again" in line]
+        return [line.rpartition(" in ")[2] for line in self.messages if "starting again" in line]
 
     async def until_ready(self) -> None:
         await until(lambda: self.engine.state is State.READY)
@@ -85,20 +85,20 @@ class Supervised:
 
 @asynccontextmanager
 async def supervised(
-    folder: Path, told: str = "serve", timeouts: SupervisorTimeouts = QUICK, name: str = "a"
+    folder: Path, order: str = "serve", timeouts: SupervisorTimeouts = QUICK, name: str = "a"
 ) -> AsyncIterator[Supervised]:
     (folder / "engine.py").write_text(ENGINE)
-    orders = folder / f"{name}.told"
-    orders.write_text(told)
-    plan = LaunchPlan(environment=(Choice("TOLD", str(orders), "the test's orders"),))
+    order_file = folder / f"{name}.order"
+    order_file.write_text(order)
+    plan = LaunchPlan(environment=(Choice("ENGINE_ORDER", str(order_file), "the test's order"),))
     command = (sys.executable, str(folder / "engine.py"))
     registry = CollectorRegistry()
-    said: list[str] = []
+    messages: list[str] = []
     spec = EngineSpec(folder, name, plan, folder / f"{name}.log", 0, command=command)
-    engine = SupervisedEngine(spec, GatewayMetrics(registry), said.append, timeouts)
+    engine = SupervisedEngine(spec, GatewayMetrics(registry), messages.append, timeouts)
     task = asyncio.create_task(engine.run())
     try:
-        yield Supervised(engine, task, orders, registry, said)
+        yield Supervised(engine, task, order_file, registry, messages)
     finally:
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
@@ -123,13 +123,13 @@ def test_an_engine_becomes_ready_and_is_counted(tmp_path: Path) -> None:
             assert 0 < (one.value("slimserve_ready_seconds") or 0) < 10
             assert one.value("slimserve_restarts_total") == 0
             process = one.process
-        assert is_gone(process), "cancelling ends it"
+        assert is_gone(process), "cancelling ends the process"
         assert one.value("slimserve_variant_up") == 0
 
     run(scenario())
 
 
-def test_an_engine_that_is_killed_comes_back_by_itself_on_another_port(tmp_path: Path) -> None:
+def test_a_killed_engine_is_restarted_on_another_port(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with supervised(tmp_path) as one:
             await one.until_ready()
@@ -143,13 +143,13 @@ def test_an_engine_that_is_killed_comes_back_by_itself_on_another_port(tmp_path:
             assert one.value("slimserve_restarts_total") == 1
             assert one.engine.backend.port != port
             assert "problem" not in one.engine.describe()
-            assert (tmp_path / "a.previous.log").exists(), "the log of the end is kept"
-            assert any("starting again in 0.1 s" in line for line in one.said)
+            assert (tmp_path / "a.previous.log").exists(), "the log of the killed engine is kept"
+            assert any("starting again in 0.1 s" in line for line in one.messages)
 
     run(scenario())
 
 
-def test_the_delay_doubles_up_to_its_longest_and_a_time_of_health_starts_it_anew(tmp_path: Path) -> None:
+def test_the_restart_delay_doubles_up_to_its_maximum_and_resets_after_healthy_time(tmp_path: Path) -> None:
     async def scenario(healthy_s: float, expected: list[str]) -> None:
         async with supervised(tmp_path, timeouts=replace(QUICK, healthy_s=healthy_s)) as one:
             for _ in expected:
@@ -164,45 +164,45 @@ def test_the_delay_doubles_up_to_its_longest_and_a_time_of_health_starts_it_anew
     run(scenario(0.05, ["0.1 s", "0.1 s", "0.1 s"]))
 
 
-def test_an_engine_that_ends_before_it_is_ready_again_and_again_is_stopped_and_says_why(tmp_path: Path) -> None:
+def test_an_engine_with_repeated_failed_starts_is_stopped_and_its_error_is_reported(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with supervised(tmp_path, "die") as one:
             await asyncio.wait_for(one.task, 10)
             assert one.engine.state is State.STOPPED
             assert one.value("slimserve_restarts_total") == 2
-            assert "ValueError: as told" in one.said[-1]
-            assert "stopped after 3 failed starts, read" in one.said[-1]
+            assert "ValueError: as ordered" in one.messages[-1]
+            assert "stopped after 3 failed starts, read" in one.messages[-1]
             assert one.engine.retry_after_s() == 60
-            assert "ValueError: as told" in str(one.engine.describe()["problem"])
+            assert "ValueError: as ordered" in str(one.engine.describe()["problem"])
 
     run(scenario())
 
 
-def test_one_good_start_forgives_the_bad_ones_before_it(tmp_path: Path) -> None:
+def test_a_successful_start_resets_the_count_of_failed_starts(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with supervised(tmp_path, "die") as one:
             for _ in range(2):
-                one.told.write_text("die")
+                one.order_file.write_text("die")
                 await until(lambda: len(one.engine._failed_starts_s) == 2)
-                one.told.write_text("serve")
+                one.order_file.write_text("serve")
                 await one.until_ready()
                 assert not one.engine._failed_starts_s
-                one.told.write_text("die")
+                one.order_file.write_text("die")
                 one.process.kill()
             assert one.engine.state is not State.STOPPED
 
     run(scenario())
 
 
-def test_an_engine_that_falls_silent_is_ended_and_started_again(tmp_path: Path) -> None:
+def test_an_engine_that_stops_answering_is_restarted(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with supervised(tmp_path) as one:
             await one.until_ready()
             process = one.process
-            one.told.write_text("silent")
+            one.order_file.write_text("silent")
             await until(lambda: one.engine.state is State.RESTARTING)
             assert "did not answer /health" in one.engine.problem
-            one.told.write_text("serve")
+            one.order_file.write_text("serve")
             await one.until_ready()
             assert is_gone(process)
 
@@ -243,7 +243,7 @@ def test_children_of_a_killed_engine_do_not_outlive_it(tmp_path: Path) -> None:
     run(scenario())
 
 
-def test_one_variant_in_a_crash_loop_leaves_the_other_alone_and_all_of_them_end_the_server(tmp_path: Path) -> None:
+def test_a_crash_loop_does_not_affect_other_variants_and_the_server_ends_when_all_have_stopped(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with supervised(tmp_path, "die", name="bad") as bad, supervised(tmp_path, name="good") as good:
             bad.task.cancel()
@@ -253,7 +253,7 @@ def test_one_variant_in_a_crash_loop_leaves_the_other_alone_and_all_of_them_end_
             await until(lambda: bad.engine.state is State.STOPPED)
             await good.until_ready()
             assert not both.done()
-            good.told.write_text("die")
+            good.order_file.write_text("die")
             good.process.kill()
             with pytest.raises(
                 UserError, match=r"'bad, good' all stopped \(bad exited .*; good exited .*read .*bad.log"

@@ -15,7 +15,7 @@ from slimserve.serve.launch.config import Alias, load_serve_config
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory that looks like a model."""
+    """Return a directory that looks like a model."""
     directory = tmp_path_factory.mktemp("models") / "tiny"
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"], "model_type": "llama"}))
@@ -31,14 +31,14 @@ def write(folder: Path, text: str, model: Path) -> Path:
     return file
 
 
-def test_a_single_model_is_a_stack_of_one_which_answers_to_no_name_too(model: Path) -> None:
+def test_a_single_model_is_the_only_variant_and_the_default(model: Path) -> None:
     config = load_serve_config([str(model)])
     assert [(variant.name, variant.directory) for variant in config.variants] == [("tiny", model)]
     assert config.default == "tiny"
     assert (config.host, config.port) == ("127.0.0.1", 8000)
 
 
-def test_names_aliases_and_options_of_the_command_line(model: Path) -> None:
+def test_the_command_line_sets_names_aliases_and_options(model: Path) -> None:
     config = load_serve_config(
         [f"a={model}", f"b={model}"],
         aliases=["chat=a:3,b:1", "both=a,b"],
@@ -57,7 +57,7 @@ def test_names_aliases_and_options_of_the_command_line(model: Path) -> None:
     assert config.aliases_of("b") == ("chat", "both")
 
 
-def test_a_file_holds_the_same_and_the_arguments_closest_to_the_variant_come_last(tmp_path: Path, model: Path) -> None:
+def test_a_file_sets_the_same_and_more_specific_vllm_arguments_come_later(tmp_path: Path, model: Path) -> None:
     text = """
         port = 9001
         default = "chat"
@@ -111,7 +111,7 @@ BAD_LINES: dict[str, tuple[list[str], dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize(("models", "options", "message"), BAD_LINES.values(), ids=BAD_LINES.keys())
-def test_a_mistake_on_the_command_line_is_told_in_one_line(
+def test_a_mistake_on_the_command_line_is_reported_in_one_line(
     models: list[str], options: dict[str, Any], message: str, model: Path
 ) -> None:
     with pytest.raises(UserError) as caught:
@@ -141,16 +141,14 @@ BAD_FILES = {
 
 
 @pytest.mark.parametrize(("text", "message"), BAD_FILES.values(), ids=BAD_FILES.keys())
-def test_a_mistake_in_the_file_is_told_in_one_line(text: str, message: str, tmp_path: Path, model: Path) -> None:
+def test_a_mistake_in_the_file_is_reported_in_one_line(text: str, message: str, tmp_path: Path, model: Path) -> None:
     with pytest.raises(UserError) as caught:
         load_serve_config([], write(tmp_path, text, model))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_what_the_file_and_the_command_line_set_differently_is_refused_and_the_same_is_not(
-    tmp_path: Path, model: Path
-) -> None:
+def test_conflicts_between_the_file_and_the_command_line_are_rejected(tmp_path: Path, model: Path) -> None:
     file = write(tmp_path, f"port = 9\n{ONE}[limits]\nmax_running = 3\n", model)
     assert load_serve_config([], file, port=9, limits={"max_running": 3, "max_queued": 1}).limits.max_queued == 1
     with pytest.raises(UserError, match="port: '10' is 9 in .*leave one of the two out"):
@@ -161,7 +159,7 @@ def test_what_the_file_and_the_command_line_set_differently_is_refused_and_the_s
         load_serve_config([f"b={model}"], file)
 
 
-def test_a_users_mistake_ends_the_command_with_one_line_and_no_traceback(
+def test_an_invalid_file_ends_the_command_with_one_line_and_no_traceback(
     run_cli: Any, tmp_path: Path, model: Path
 ) -> None:
     done = run_cli("serve", "--config", str(write(tmp_path, f"ports = 1\n{ONE}", model)))
@@ -170,7 +168,7 @@ def test_a_users_mistake_ends_the_command_with_one_line_and_no_traceback(
     assert "Traceback" not in done.stderr
 
 
-def test_changing_the_weights_moves_only_as_many_users_as_they_change() -> None:
+def test_changed_weights_move_only_the_share_of_users_that_changes() -> None:
     usable = frozenset({"a", "b"})
     users = [f"user {index}" for index in range(2000)]
     few = Alias("chat", (("a", 0.95), ("b", 0.05)))
@@ -178,13 +176,13 @@ def test_changing_the_weights_moves_only_as_many_users_as_they_change() -> None:
     before = [few.pick(user, usable) for user in users]
     after = [more.pick(user, usable) for user in users]
     assert 60 <= Counter(before)["b"] <= 145
-    assert all(now == "b" for was, now in zip(before, after, strict=True) if was == "b"), "nobody goes back"
+    assert all(now == "b" for was, now in zip(before, after, strict=True) if was == "b"), "no user moves back"
     assert 60 <= sum(was != now for was, now in zip(before, after, strict=True)) <= 145
     other = Alias("other", few.shares)
-    assert [other.pick(user, usable) for user in users] != before, "another alias draws others for its canary"
+    assert [other.pick(user, usable) for user in users] != before, "another alias selects other users for its canary"
 
 
-def test_who_loses_their_variant_is_spread_over_the_others_and_the_rest_stay() -> None:
+def test_users_of_a_lost_variant_are_spread_over_the_others_and_the_rest_stay() -> None:
     alias = Alias("chat", (("a", 0.5), ("b", 0.25), ("c", 0.25)))
     users = [f"user {index}" for index in range(1000)]
     for user in users:
@@ -192,4 +190,6 @@ def test_who_loses_their_variant_is_spread_over_the_others_and_the_rest_stay() -
         assert alias.pick(user, frozenset("bc")) == usual or usual == "a"
     moved = Counter(alias.pick(user, frozenset("bc")) for user in users)
     assert 400 <= moved["b"] <= 600
-    assert alias.pick("x", frozenset()) in {"a", "b", "c"}, "with none usable it still names one, for its 503"
+    assert alias.pick("x", frozenset()) in {"a", "b", "c"}, (
+        "without a usable variant it still picks one, whose 503 is returned"
+    )

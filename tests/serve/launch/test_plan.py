@@ -50,7 +50,7 @@ def test_only_a_cpu_with_amx_has_a_packed_kernel_to_choose(tmp_path: Path) -> No
     assert planned(tmp_path, replace(CPU, isa=("avx512f", "amx_tile")))[PACKED_GEMM_VARIABLE] == "1024"
 
 
-def test_a_gpu_keeps_vllms_own_choices_but_for_what_its_documentation_advises(tmp_path: Path) -> None:
+def test_a_gpu_keeps_vllms_defaults_except_where_its_documentation_advises_otherwise(tmp_path: Path) -> None:
     gpu = Hardware(cpu="x", cores=(0,), memory_gib=64.0, isa=(), gpus=("NVIDIA H100, 81559 MiB",))
     assert set(planned(tmp_path, gpu)) == {"VLLM_NO_USAGE_STATS", "HF_HUB_OFFLINE", "VLLM_PLUGINS"}
     for profile, num_variants, expected in (
@@ -83,7 +83,7 @@ def test_on_several_numa_nodes_vllm_keeps_its_own_worker_process(tmp_path: Path)
     assert not {"SLIMSERVE_FORK_ENGINE", "VLLM_ENABLE_V1_MULTIPROCESSING"} & planned(tmp_path, two_nodes).keys()
 
 
-def test_candidates_share_partial_blocks_but_for_pure_reasoning(tmp_path: Path) -> None:
+def test_candidates_share_partial_blocks_except_in_the_decode_profile(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     profiles: dict[TrafficProfile, bool] = {"balanced": True, "prefill": True, "decode": False}
     for profile, shared in profiles.items():
@@ -101,7 +101,7 @@ def test_variants_on_one_machine_divide_the_kv_cache(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("extra", [["--block-size", "64"], ["--block-size=64"]])
-def test_the_users_flags_win(extra: list[str]) -> None:
+def test_the_users_flags_override_the_plan(extra: list[str]) -> None:
     plan = LaunchPlan((Choice("--block-size", "32", "why"), Choice("--max-model-len", "4096", "why")))
     assert plan.command_line(extra) == ["--max-model-len", "4096", *extra]
 

@@ -1,4 +1,4 @@
-"""The engine's life with a fake server in vLLM's place: what must hold however vLLM behaves."""
+"""Tests of starting and stopping an engine, with a fake server in place of vLLM."""
 
 import os
 import signal
@@ -23,17 +23,19 @@ def fake_spec(directory: Path, port: int | None = None) -> EngineSpec:
     return EngineSpec(directory, "good", LaunchPlan(), directory / "engine.log", port or free_port(), command=command)
 
 
-def test_an_engine_is_ready_when_it_answers_and_gone_when_it_is_left(tmp_path: Path) -> None:
+def test_an_engine_is_ready_when_it_answers_and_ends_with_its_context(tmp_path: Path) -> None:
     with Engine(fake_spec(tmp_path)) as engine:
         assert answers(f"{engine.spec.url}/health")
         assert 0 < engine.ready_s < 30
         own = psutil.Process(engine.pid).memory_info().rss
         assert 0.8 * own <= engine.peak_rss_bytes() <= 3 * own
     assert not psutil.pid_exists(engine.pid)
-    assert engine.peak_rss_bytes() > 0, "the peak is still known after the end"
+    assert engine.peak_rss_bytes() > 0, "the peak is still known after the engine has ended"
 
 
-def test_a_child_that_the_server_leaves_behind_is_ended_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_child_process_that_the_server_leaves_behind_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("FAKE_CHILD", "1")
     with Engine(fake_spec(tmp_path)) as engine:
         child = int(engine.spec.log.read_text().split()[1])
@@ -51,7 +53,7 @@ def test_a_server_that_ignores_sigterm_is_killed(tmp_path: Path, monkeypatch: py
     assert not psutil.pid_exists(engine.pid)
 
 
-def test_a_server_that_dies_at_start_is_told_by_its_first_error(
+def test_a_server_that_dies_at_start_is_reported_with_its_first_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FAKE_DIES", "1")
@@ -103,13 +105,13 @@ def test_the_environment_of_the_plan_reaches_the_engine(tmp_path: Path) -> None:
     assert "FAKE_DIES" not in os.environ
     from slimserve.serve.launch.plan import Choice
 
-    plan = LaunchPlan(environment=(Choice("FAKE_DIES", "1", "to see it"),))
+    plan = LaunchPlan(environment=(Choice("FAKE_DIES", "1", "for the test"),))
     spec = fake_spec(tmp_path)
     with pytest.raises(UserError, match="exit status 3"):
         Engine(EngineSpec(tmp_path, "good", plan, spec.log, spec.port, command=spec.command)).__enter__()
 
 
-def test_our_server_is_told_its_own_log_in_which_vllm_names_the_kernels_and_stock_vllm_is_not(tmp_path: Path) -> None:
+def test_our_server_gets_the_path_of_its_log_and_stock_vllm_does_not(tmp_path: Path) -> None:
     ours = EngineSpec(tmp_path, "good", LaunchPlan(), tmp_path / "engine.log", free_port())
     assert ours.environment()["SLIMSERVE_ENGINE_LOG"] == str(tmp_path / "engine.log")
     stock = EngineSpec(tmp_path, "good", LaunchPlan(), tmp_path / "engine.log", free_port(), command=STOCK_COMMAND)

@@ -1,4 +1,4 @@
-"""The lines about a start and a roofline."""
+"""Tests of the printed lines about a start and a roofline."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_the_lines_name_kernels_and_rooflines() -> None:
     assert "unknown" in describe_roofline(COST, None, {})[-1]
 
 
-def test_a_start_lists_its_phases_and_an_unreadable_model_causes_no_failure(tmp_path: Path) -> None:
+def test_a_start_lists_its_phases_and_an_unreadable_model_is_no_error(tmp_path: Path) -> None:
     log = tmp_path / "engine.log"
     log.write_text("x\nslimserve.start: imported after 6.2 s\nINFO y\nslimserve.start: engine ready after 20.1 s\n")
     phases, roofline = describe_start(tmp_path, log)

@@ -24,7 +24,7 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def rates_by_steps(fast: float) -> object:
-    """A measurement in which steps of 8,192 tokens run at `fast` and everything else at 100."""
+    """Return a measurement in which steps of 8,192 tokens run at a rate of `fast` and everything else at 100."""
 
     def measure(directory: Path, plan: LaunchPlan, profile: TrafficProfile) -> float:
         return fast if ("--max-num-batched-tokens", "8192") in named(plan.arguments) else 100.0
@@ -36,7 +36,9 @@ def named(choices: tuple[Choice, ...]) -> set[tuple[str, str]]:
     return {(choice.name, choice.value) for choice in choices}
 
 
-def test_the_fastest_is_used_at_once_and_at_later_starts(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fastest_candidate_is_used_at_once_and_at_later_starts(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "_measure", rates_by_steps(130.0))
     before = kept_launch(model, CPU, "balanced")
     tuned = tune_launch(model, CPU, "balanced")
@@ -45,17 +47,17 @@ def test_the_fastest_is_used_at_once_and_at_later_starts(model: Path, monkeypatc
     assert kept_launch(model, CPU, "balanced") == tuned
     assert kept_launch(model, CPU, "decode") != tuned, "another profile was not measured"
     other = Hardware(cpu="y", cores=(0, 1), memory_gib=24.0, isa=(), gpus=())
-    assert kept_launch(model, other, "balanced") == before, "nor another machine"
+    assert kept_launch(model, other, "balanced") == before, "another machine was not measured"
 
 
-def test_what_is_within_the_spread_changes_nothing(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gain_within_the_spread_changes_nothing(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_measure", rates_by_steps(102.0))
     before = kept_launch(model, CPU, "balanced")
     assert tune_launch(model, CPU, "balanced") == before == kept_launch(model, CPU, "balanced")
 
 
 @pytest.mark.parametrize(("rates", "is_kept"), [((130.0, 90.0), False), ((130.0, 120.0), True)])
-def test_what_was_fast_once_must_be_so_again(
+def test_a_candidate_must_be_fast_in_both_measurements(
     rates: tuple[float, float], is_kept: bool, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     left = list(rates)
@@ -69,7 +71,7 @@ def test_what_was_fast_once_must_be_so_again(
     assert not left
 
 
-def test_a_candidate_that_does_not_start_is_left_out_but_the_plan_must(
+def test_a_candidate_that_does_not_start_is_skipped_but_the_plan_itself_must_start(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def measure(directory: Path, plan: LaunchPlan, profile: TrafficProfile) -> float:
@@ -88,7 +90,7 @@ def test_a_candidate_that_does_not_start_is_left_out_but_the_plan_must(
         tune_launch(model, CPU, "balanced")
 
 
-def test_a_broken_cache_file_is_as_good_as_none(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_cache_file_is_ignored(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_measure", rates_by_steps(130.0))
     before = kept_launch(model, CPU, "balanced")
     tune_launch(model, CPU, "balanced")
@@ -98,7 +100,7 @@ def test_a_broken_cache_file_is_as_good_as_none(model: Path, monkeypatch: pytest
         assert kept_launch(model, CPU, "balanced") == before
 
 
-def test_one_core_is_never_given_away() -> None:
+def test_a_single_core_is_never_left_to_the_server() -> None:
     single = Hardware(cpu="x", cores=(0,), memory_gib=24.0, isa=(), gpus=())
     assert "a core left to the server" not in {candidate.name for candidate in candidates(single)}
     assert best_candidate(single, {"as planned": 1.0, FAST: 2.0}).name == FAST

@@ -1,4 +1,4 @@
-"""Slots, the queue, rejections and the order of admission."""
+"""Tests of admission: slots, the queue, rejections and the order."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_a_slot_given_to_a_cancelled_request_is_not_lost() -> None:
     run(test)
 
 
-def test_closing_rejects_queued_and_new_requests_and_leaves_the_running() -> None:
+def test_closing_rejects_queued_and_new_requests_and_keeps_running_ones() -> None:
     async def test() -> None:
         admission = admission_of(max_running=1)
         await admission.acquire(never)
@@ -110,7 +110,7 @@ def test_closing_rejects_queued_and_new_requests_and_leaves_the_running() -> Non
     run(test)
 
 
-def test_the_time_to_retry_is_the_queue_ahead_at_the_present_pace() -> None:
+def test_retry_after_is_the_time_to_serve_the_queue_at_the_current_pace() -> None:
     async def test() -> None:
         admission = admission_of(max_running=2, max_queued=3)
         for _ in range(60):
@@ -155,7 +155,7 @@ async def overload(admission: Admission, service_s: Callable[[], float]) -> tupl
     return sorted(taken), num_rejected
 
 
-def test_ten_times_the_load_leaves_the_accepted_under_twice_the_service_time() -> None:
+def test_at_ten_times_the_load_accepted_requests_take_less_than_twice_the_service_time() -> None:
     async def test() -> None:
         draw = random.Random(3)
         taken, num_rejected = await overload(
@@ -168,7 +168,9 @@ def test_ten_times_the_load_leaves_the_accepted_under_twice_the_service_time() -
     run(test)
 
 
-def test_requests_in_step_do_not_make_a_latecomer_wait_for_a_full_service_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requests_that_end_together_do_not_make_a_new_one_wait_for_a_full_service_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     async def test() -> None:
         admission = admission_of(max_running=8, max_queued=4)
         admission.service_s = 0.1

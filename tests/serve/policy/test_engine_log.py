@@ -1,11 +1,11 @@
-"""Facts read from an engine's log."""
+"""Tests of reading an engine's log."""
 
 from __future__ import annotations
 
 from slimserve.serve.policy.engine_log import chosen_kernels, phase_line, start_phases
 
 
-def test_kernels_are_read_from_the_lines_that_vllm_writes() -> None:
+def test_kernels_are_read_from_the_lines_that_vllm_logs() -> None:
     log = (
         "(EngineCore pid=1) INFO 11-25 09:00:00 [__init__.py:846] Selected CPUInt8ScaledMMLinearKernel for "
         "CompressedTensorsW8A8Int8\n"
@@ -19,6 +19,6 @@ def test_kernels_are_read_from_the_lines_that_vllm_writes() -> None:
     assert chosen_kernels("") == {}
 
 
-def test_phases_are_read_as_they_are_written() -> None:
+def test_start_phases_are_read_back_from_the_lines_that_we_log() -> None:
     log = "x\n" + phase_line("imported", 6.2) + "\nINFO y\n" + phase_line("engine ready", 20.12) + "\n"
     assert start_phases(log) == [("imported", 6.2), ("engine ready", 20.1)]

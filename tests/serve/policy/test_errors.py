@@ -1,11 +1,11 @@
-"""The error object of OpenAI's API."""
+"""Tests of error bodies in the form of OpenAI's API."""
 
 from __future__ import annotations
 
 from slimserve.serve.policy.errors import Rejection, draining, error_body
 
 
-def test_an_error_is_the_object_of_openais_api() -> None:
+def test_an_error_has_the_form_of_openais_api() -> None:
     assert error_body(429, "busy", code="queue_full") == {
         "error": {"message": "busy", "type": "rate_limit_error", "param": None, "code": "queue_full"}
     }

@@ -1,4 +1,4 @@
-"""Labelling and merging of Prometheus text, compared with the library's own parser."""
+"""Tests of labelling and merging Prometheus text, compared with the library's own parser."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_a_series_that_names_its_variant_keeps_it() -> None:
     assert label_series(label_series(text, "z"), "y") == label_series(text, "z")
 
 
-def test_a_quoted_name_is_labelled_behind_the_name() -> None:
+def test_a_quoted_metric_name_stays_in_front_of_the_label() -> None:
     assert label_series('{"http.requests",code="200"} 1\n', "z") == '{"http.requests",variant="z",code="200"} 1\n'
 
 

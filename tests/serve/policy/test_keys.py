@@ -1,4 +1,4 @@
-"""API keys from a file and the environment, and the headers that carry them."""
+"""Tests of API keys from a file and the environment, and of the headers that carry them."""
 
 from __future__ import annotations
 

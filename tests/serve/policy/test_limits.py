@@ -1,4 +1,4 @@
-"""Limits as a process reads them from its environment."""
+"""Tests of limits that a process reads from its environment."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ def test_limits_come_from_the_environment_and_default_where_unset() -> None:
     assert Limits.from_environment({}) == Limits()
 
 
-def test_limits_survive_the_way_into_a_child_process() -> None:
+def test_limits_round_trip_through_the_environment() -> None:
     limits = Limits(max_running=7, queue_timeout_s=0.5)
     assert Limits.from_environment({"SLIMSERVE_LIMITS": limits.model_dump_json()}) == limits
 
 
 @pytest.mark.parametrize("text", ["{", '{"max_runing": 3}', '{"max_running": 0}', '{"max_running": "3"}', "[]"])
-def test_limits_that_cannot_be_are_named(text: str) -> None:
+def test_invalid_limits_are_rejected(text: str) -> None:
     with pytest.raises(UserError, match="SLIMSERVE_LIMITS"):
         Limits.from_environment({"SLIMSERVE_LIMITS": text})
 
 
-def test_the_default_queue_keeps_the_promise_about_the_tail() -> None:
+def test_the_default_queue_adds_at_most_half_a_service_time() -> None:
     limits = Limits()
     assert 1 + limits.max_queued / limits.max_running <= 1.5

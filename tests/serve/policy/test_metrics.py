@@ -1,4 +1,4 @@
-"""The names of our metrics."""
+"""Tests of the names of our metrics."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from slimserve.serve.policy.metrics import GatewayMetrics, RequestMetrics, Roofl
 
 
 @pytest.mark.parametrize("metrics", [RequestMetrics, ScoreMetrics, GatewayMetrics, RooflineMetrics])
-def test_names_carry_our_prefix_and_a_unit_or_total(metrics: Any) -> None:
+def test_metric_names_have_our_prefix_and_histograms_their_unit(metrics: Any) -> None:
     registry = CollectorRegistry()
     metrics(registry)
     for family in text_string_to_metric_families(generate_latest(registry).decode()):

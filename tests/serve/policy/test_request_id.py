@@ -1,4 +1,4 @@
-"""Request ids."""
+"""Tests of request ids."""
 
 from __future__ import annotations
 

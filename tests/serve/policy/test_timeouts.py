@@ -1,4 +1,4 @@
-"""The deadline that a client may set."""
+"""Tests of the deadline that a client may set."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Limits on request bodies while they arrive."""
+"""Tests of limits on request bodies while they arrive."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from slimserve.serve.policy.errors import Rejection
 from slimserve.serve.policy.uploads import MAX_FULL_BODIES, Upload, UploadLimits
 
 
-def test_a_body_within_the_limit_is_joined_and_its_bytes_are_given_back() -> None:
+def test_a_body_within_the_limit_is_joined_and_its_bytes_are_released() -> None:
     limits = UploadLimits(10)
     upload = Upload(limits)
     upload.add(b"12345")
@@ -18,7 +18,7 @@ def test_a_body_within_the_limit_is_joined_and_its_bytes_are_given_back() -> Non
     assert limits.num_bytes == 0
 
 
-def test_a_body_above_the_limit_is_rejected_announced_or_streamed() -> None:
+def test_a_body_above_the_limit_is_rejected_by_its_length_or_while_it_arrives() -> None:
     limits = UploadLimits(10)
     limits.check_content_length(b"10")
     limits.check_content_length(b"")
