@@ -292,8 +292,8 @@ def _stream(is_chat: bool, num_tokens: int, has_usage_each: bool, has_usage_last
     chunks = []
     for number in range(1, num_tokens + 1):
         reason = "length" if number == num_tokens else None
-        said = {"delta": {"role": "assistant", "content": " a"}} if is_chat else {"text": " a"}
-        event = {**fixed, "choices": [{"index": 0, **said, "logprobs": None, "finish_reason": reason}]}
+        content = {"delta": {"role": "assistant", "content": " a"}} if is_chat else {"text": " a"}
+        event = {**fixed, "choices": [{"index": 0, **content, "logprobs": None, "finish_reason": reason}]}
         events: list[dict[str, Any]] = [event | {"usage": _usage(number)} if has_usage_each else event]
         if reason and has_usage_last:
             events.append({**fixed, "choices": [], "usage": _usage(number)})
@@ -306,8 +306,10 @@ def _stream(is_chat: bool, num_tokens: int, has_usage_each: bool, has_usage_last
 
 
 def _completion(is_chat: bool, num_tokens: int) -> bytes:
-    said = {"message": {"role": "assistant", "content": " a" * num_tokens}} if is_chat else {"text": " a" * num_tokens}
-    choice = {"index": 0, **said, "finish_reason": "length"}
+    content = (
+        {"message": {"role": "assistant", "content": " a" * num_tokens}} if is_chat else {"text": " a" * num_tokens}
+    )
+    choice = {"index": 0, **content, "finish_reason": "length"}
     return _response(
         json.dumps({"id": "mock", "model": MODEL, "choices": [choice], "usage": _usage(num_tokens)}).encode()
     )
@@ -381,21 +383,21 @@ def main() -> None:
     parser.add_argument("--stall-at-s", type=float, default=float("inf"), help="start of a freeze")
     parser.add_argument("--stall-s", type=float, default=0.0)
     parser.add_argument("--core", type=int, help="core to run on")
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     die_with_parent()
-    if given.core is not None:
-        os.sched_setaffinity(0, {given.core})
+    if arguments.core is not None:
+        os.sched_setaffinity(0, {arguments.core})
         with contextlib.suppress(OSError):  # only root may raise the priority
             os.setpriority(os.PRIO_PROCESS, 0, _NICENESS)
     schedule = MockSchedule(
-        ttft_s=given.ttft_ms / 1e3,
-        gap_s=given.gap_ms / 1e3,
-        num_tokens=given.tokens,
-        service_s=given.service_ms / 1e3,
-        stall_at_s=given.stall_at_s,
-        stall_s=given.stall_s,
+        ttft_s=arguments.ttft_ms / 1e3,
+        gap_s=arguments.gap_ms / 1e3,
+        num_tokens=arguments.tokens,
+        service_s=arguments.service_ms / 1e3,
+        stall_at_s=arguments.stall_at_s,
+        stall_s=arguments.stall_s,
     )
-    server = MockServer(schedule, given.port)
+    server = MockServer(schedule, arguments.port)
     sys.stdout.write(server.url + "\n")
     sys.stdout.flush()
     # A garbage collection would otherwise walk all imported objects in the middle of a stream.

@@ -109,7 +109,7 @@ def counts_between(before: Samples, after: Samples, waiting: Sequence[float] = (
 
 
 def disagreements(rows: Sequence[Row], counts: ServerCounts, ttft: Percentiles, itl: Percentiles) -> list[str]:
-    """Return a sentence for each value on which client and server disagree; `rows` are those of the whole run.
+    """Return a sentence for each value on which client and server disagree; `rows` are those of the complete run.
 
     Returns nothing if a request failed or scored items: the client cannot know how many engine requests those made.
     """

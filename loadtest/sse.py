@@ -89,17 +89,17 @@ def read_stream(pieces: Iterable[tuple[float, bytes]]) -> StreamedReply:
     stream, broken json, invalid utf-8, broken event stream.
     """
     answer = StreamedReply()
-    said: list[tuple[float, str]] = []
+    answer_parts: list[tuple[float, str]] = []
     thoughts: list[str] = []
     try:
-        _read_events(pieces, answer, said, thoughts)
+        _read_events(pieces, answer, answer_parts, thoughts)
         if not answer.chunks:
             raise StreamError("empty answer")
     except StreamError as error:
         answer.error = str(error)
-    answer.text, answer.reasoning = "".join(text for _, text in said), "".join(thoughts)
+    answer.text, answer.reasoning = "".join(text for _, text in answer_parts), "".join(thoughts)
     answer.output_tokens = answer.output_tokens or sum(chunk.num_tokens for chunk in answer.chunks)
-    answer.first_answer_s = _first_answer_s(answer, said)
+    answer.first_answer_s = _first_answer_s(answer, answer_parts)
     return answer
 
 
@@ -133,9 +133,12 @@ def events(pieces: Iterable[tuple[float, bytes]]) -> Iterator[tuple[float, bytes
 
 
 def _read_events(
-    pieces: Iterable[tuple[float, bytes]], answer: StreamedReply, said: list[tuple[float, str]], thoughts: list[str]
+    pieces: Iterable[tuple[float, bytes]],
+    answer: StreamedReply,
+    answer_parts: list[tuple[float, str]],
+    thoughts: list[str],
 ) -> None:
-    """Fill `answer`, `said` and `thoughts` from the events up to [DONE]; StreamError if it is missing."""
+    """Fill `answer`, `answer_parts` and `thoughts` from the events up to [DONE]; StreamError if it is missing."""
     num_counted = 0
     is_counted_by_chunk: bool | None = None  # unknown until the first token
     for at_s, data in events(pieces):
@@ -149,7 +152,7 @@ def _read_events(
             thought += delta.reasoning_content or delta.reasoning or ""
             answer.finish_reason = choice.finish_reason or answer.finish_reason
         if text:
-            said.append((at_s, text))
+            answer_parts.append((at_s, text))
         if thought:
             thoughts.append(thought)
         usage = event.usage
@@ -192,7 +195,7 @@ def _is_not_utf8(data: bytes) -> bool:
     return False
 
 
-def _first_answer_s(answer: StreamedReply, said: list[tuple[float, str]]) -> float | None:
+def _first_answer_s(answer: StreamedReply, answer_parts: list[tuple[float, str]]) -> float | None:
     """The answer starts after the last closing tag, by the same rule as in the verifier."""
     tag_at = answer.text.rfind(THINK_CLOSE)
     if tag_at < 0 and not answer.reasoning:
@@ -202,7 +205,7 @@ def _first_answer_s(answer: StreamedReply, said: list[tuple[float, str]]) -> flo
     begin = tag_at + len(THINK_CLOSE) if tag_at >= 0 else 0
     first = len(answer.text) - len(answer.text[begin:].lstrip())
     end = 0
-    for at_s, text in said:
+    for at_s, text in answer_parts:
         end += len(text)
         if end > first:
             return at_s

@@ -147,13 +147,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Server that sends broken responses.")
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--self-signed", type=Path, help="use TLS with a new certificate in this file")
-    given = parser.parse_args()
-    if given.self_signed:
-        make_certificate(given.self_signed)
+    arguments = parser.parse_args()
+    if arguments.self_signed:
+        make_certificate(arguments.self_signed)
         tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        tls.load_cert_chain(given.self_signed)
-        FaultyServer().serve(given.port, lambda plain: tls.wrap_socket(plain, server_side=True))
-    FaultyServer().serve(given.port, lambda plain: plain)
+        tls.load_cert_chain(arguments.self_signed)
+        FaultyServer().serve(arguments.port, lambda plain: tls.wrap_socket(plain, server_side=True))
+    FaultyServer().serve(arguments.port, lambda plain: plain)
 
 
 if __name__ == "__main__":

@@ -17,26 +17,26 @@ def test_constant_arrivals_are_evenly_spaced_from_the_start() -> None:
 @pytest.mark.parametrize(
     ("arrival", "burstiness", "cv2"), [("poisson", 1.0, 1.0), ("gamma", 4.0, 4.0), ("gamma", 0.25, 0.25)]
 )
-def test_gaps_have_the_mean_and_the_variance_that_were_asked_for(arrival: str, burstiness: float, cv2: float) -> None:
-    due = scheduled_times(parse_rate("50", 2000.0), arrival, burstiness, seed=3)  # type: ignore[arg-type]
-    gaps = [after - before for before, after in pairwise(due)]
+def test_gaps_have_the_requested_mean_and_variance(arrival: str, burstiness: float, cv2: float) -> None:
+    times = scheduled_times(parse_rate("50", 2000.0), arrival, burstiness, seed=3)  # type: ignore[arg-type]
+    gaps = [after - before for before, after in pairwise(times)]
     assert statistics.mean(gaps) == pytest.approx(0.02, rel=0.03)
     assert statistics.variance(gaps) / statistics.mean(gaps) ** 2 == pytest.approx(cv2, rel=0.06)
 
 
 @pytest.mark.parametrize("text", ["1..9", "9..1", "2@0,10@3,4@7", "0@0,5@5"])
-def test_as_many_are_due_by_any_time_as_the_rate_adds_up_to(text: str) -> None:
+def test_the_number_of_scheduled_requests_follows_the_integral_of_the_rate(text: str) -> None:
     segments = parse_rate(text, 10.0)
-    due = scheduled_times(segments, "constant")
+    times = scheduled_times(segments, "constant")
 
     def expected(at_s: float, steps: int = 20000) -> float:  # by brute force
         width = at_s / steps
         return sum(rate(segments, (step + 0.5) * width) * width for step in range(steps))
 
     for at_s in (0.7, 2.9, 3.1, 6.95, 9.99):
-        assert abs(sum(time < at_s for time in due) - expected(at_s)) <= 1.01
-    assert due == sorted(due)
-    assert all(0 <= time < 10 for time in due)
+        assert abs(sum(time < at_s for time in times) - expected(at_s)) <= 1.01
+    assert times == sorted(times)
+    assert all(0 <= time < 10 for time in times)
 
 
 def rate(segments: list[Segment], at_s: float) -> float:
@@ -47,18 +47,18 @@ def rate(segments: list[Segment], at_s: float) -> float:
     return 0.0
 
 
-def test_the_seed_decides() -> None:
+def test_the_seed_determines_the_schedule() -> None:
     segments = parse_rate("5", 20)
     assert scheduled_times(segments, seed=1) == scheduled_times(segments, seed=1) != scheduled_times(segments, seed=2)
 
 
 @pytest.mark.parametrize("text", ["", "x", "-1", "5..", "5@1", "5@0,6@0", "5@0,6@9,7@3", "0", "1e3", "nan"])
-def test_what_is_no_rate_is_refused_with_how_to_write_one(text: str) -> None:
+def test_an_invalid_rate_is_rejected_with_the_syntax(text: str) -> None:
     with pytest.raises(UserError, match="requests/s"):
         parse_rate(text, 10.0)
 
 
-def test_a_trace_is_replayed_from_its_first_moment(tmp_path: Path) -> None:
+def test_a_trace_starts_at_its_first_timestamp(tmp_path: Path) -> None:
     trace = tmp_path / "trace.jsonl"
     trace.write_text('100.5\n{"timestamp": 101, "x": 1}\n\n103.25\n')
     assert read_trace(trace) == [0, 0.5, 2.75]

@@ -13,7 +13,7 @@ from tests.fake_server import CHUNKS, GAP_S, SCORE_S, TTFT_S
 _TOLERANCE_S = 0.015
 """Tolerance for the scheduling noise of a test machine, for the best of five tries."""
 _CHAT = ChatPrompt(({"role": "user", "content": "?"},), 20, "", "", "", {})
-_SLATE = ScoringPrompt("history", ("a", "b"), (" yes", " no"), (True, False), 0)
+_CANDIDATES = ScoringPrompt("history", ("a", "b"), (" yes", " no"), (True, False), 0)
 
 
 def ask(url: str, model: str, prompt: Prompt, endpoint: str = "auto", count: int = 1) -> list[Row]:
@@ -25,7 +25,7 @@ def ask(url: str, model: str, prompt: Prompt, endpoint: str = "auto", count: int
     return [client.send(request, time.perf_counter() - epoch, epoch) for _ in range(count)]
 
 
-def test_times_are_those_of_the_bytes_not_of_full_buffers(fake_url: str) -> None:
+def test_times_are_those_of_the_bytes_and_not_of_full_buffers(fake_url: str) -> None:
     row = min(ask(fake_url, "good", _CHAT, count=5), key=lambda row: row.e2e_s)
     assert (row.error, row.kind, row.prompt) == (None, "reasoning", 3)
     assert row.ttft_s == pytest.approx(TTFT_S, abs=_TOLERANCE_S)
@@ -39,7 +39,7 @@ def test_times_are_those_of_the_bytes_not_of_full_buffers(fake_url: str) -> None
     assert sum(gaps) == pytest.approx(GAP_S * (len(CHUNKS) - 1), abs=_TOLERANCE_S)
 
 
-def test_a_server_that_counts_no_tokens_is_counted_by_chunks(fake_url: str) -> None:
+def test_chunks_count_as_tokens_if_the_server_counts_none(fake_url: str) -> None:
     (row,) = ask(fake_url, "no-usage", _CHAT)
     assert (row.error, row.output_tokens) == (None, len(CHUNKS))
 
@@ -48,7 +48,7 @@ def test_a_server_that_counts_no_tokens_is_counted_by_chunks(fake_url: str) -> N
     ("endpoint", "score"), [("auto", 0.25), ("score", 0.25), ("generative_scoring", 0.25), ("completions", 0.731)]
 )
 def test_scores_are_the_first_labels_share(fake_url: str, endpoint: str, score: float) -> None:
-    rows = ask(fake_url, "good", _SLATE, endpoint, count=3)
+    rows = ask(fake_url, "good", _CANDIDATES, endpoint, count=3)
     assert [row.error for row in rows] == [None] * 3
     assert rows[0].scores == pytest.approx((score, score), abs=1e-3), "1 / (1 + exp(-1)) from the log-probabilities"
     assert rows[0].num_items == 2
@@ -65,29 +65,29 @@ def test_scores_are_the_first_labels_share(fake_url: str, endpoint: str, score: 
         ("good", "rerank", "no scores"),
     ],
 )
-def test_scoring_faults_have_names(fake_url: str, model: str, endpoint: str, error: str) -> None:
-    (row,) = ask(fake_url, model, _SLATE, endpoint)
+def test_each_scoring_fault_has_its_own_error(fake_url: str, model: str, endpoint: str, error: str) -> None:
+    (row,) = ask(fake_url, model, _CANDIDATES, endpoint)
     assert (row.error, row.scores) == (error, ())
 
 
-def test_an_endpoint_that_nobody_knows_is_refused(fake_url: str) -> None:
+def test_an_unknown_endpoint_is_rejected(fake_url: str) -> None:
     with pytest.raises(UserError, match="--endpoint: 'guess' is unknown; choose from auto, score"):
-        ask(fake_url, "good", _SLATE, "guess")
+        ask(fake_url, "good", _CANDIDATES, "guess")
 
 
-def test_an_alarm_goes_off_in_time_and_never_early() -> None:
-    alarm = Timer()
+def test_a_timer_wakes_in_time_and_never_early() -> None:
+    timer = Timer()
     late_s = []
     for delay_s in (0.0005, 0.003, 0.0101, 0.0, -1.0):
         at_s = time.perf_counter() + delay_s
-        alarm.wait_until(at_s)
+        timer.wait_until(at_s)
         late_s.append(time.perf_counter() - max(at_s, at_s - delay_s))
-    alarm.close()
+    timer.close()
     assert min(late_s) >= 0
-    assert sorted(late_s)[2] < 0.001, "gevent's own timers are a millisecond coarse"
+    assert sorted(late_s)[2] < 0.001, "gevent's own timers have a resolution of 1 ms"
 
 
-def test_the_chat_prompt_is_sent_whole(fake_url: str) -> None:
+def test_a_chat_request_has_its_token_limit_and_usage_options(fake_url: str) -> None:
     client = ModelClient(fake_url, "good", {}, 20.0, "auto")
     request = client.make_request(0, "chat", cast("Prompt", _CHAT), exact_tokens=True)
     assert b'"ignore_eos":true' in request.body

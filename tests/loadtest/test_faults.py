@@ -33,7 +33,7 @@ def test_each_fault_is_counted_under_its_own_name_and_none_ends_the_run(tmp_path
         summary, rows = run_suite("reasoning", target, _SETTINGS, tmp_path, on_result=write_html)
     assert len(rows) == 2 * len(ANSWERS) == summary.num_requests
     assert summary.errors == Counter(2 * [error for _, error in ANSWERS.values() if error])
-    assert Counter(row.error for row in rows)[None] == 2 * 2, "a server without a usage field is none of them"
+    assert Counter(row.error for row in rows)[None] == 2 * 2, "a server without a usage field is not an error"
     assert all(
         row.output_tokens == 2 for row in rows if row.error in {None, "closed in mid-stream", "connection reset"}
     )
@@ -45,7 +45,7 @@ def test_each_fault_is_counted_under_its_own_name_and_none_ends_the_run(tmp_path
         assert error in page
 
 
-def test_a_certificate_that_nobody_signed_is_counted(tmp_path: Path) -> None:
+def test_a_self_signed_certificate_is_counted_as_an_error(tmp_path: Path) -> None:
     with faulty_server("--self-signed", str(tmp_path / "own.pem")) as port:
         target = Target(f"https://127.0.0.1:{port}", "good")
         summary, _ = run_suite("reasoning", target, _SETTINGS, tmp_path / "run")
@@ -53,7 +53,7 @@ def test_a_certificate_that_nobody_signed_is_counted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_ctrl_c_writes_the_report_of_what_was_measured(tmp_path: Path, processes: int) -> None:
+def test_ctrl_c_writes_a_report_of_the_results_so_far(tmp_path: Path, processes: int) -> None:
     with faulty_server() as port:
         command = [sys.executable, "-m", "slimserve", "loadtest", "reasoning", "--url", f"http://127.0.0.1:{port}"]
         command += [
@@ -79,12 +79,12 @@ def test_ctrl_c_writes_the_report_of_what_was_measured(tmp_path: Path, processes
             offspring = psutil.Process(run.pid).children(recursive=True)
             assert offspring
             os.killpg(run.pid, signal.SIGINT)  # like Ctrl-C in a terminal
-            _, said = run.communicate(timeout=30)
+            _, stderr = run.communicate(timeout=30)
         finally:
             run.kill()
             run.wait()
-    assert run.returncode == 130, said.decode()
-    assert "Traceback" not in said.decode()
+    assert run.returncode == 130, stderr.decode()
+    assert "Traceback" not in stderr.decode()
     assert not [process for process in offspring if process.is_running()]
     rows = read_rows(rows_file)
     document = json.loads((tmp_path / "reasoning.json").read_text())
@@ -97,17 +97,17 @@ def test_ctrl_c_writes_the_report_of_what_was_measured(tmp_path: Path, processes
     assert "interrupted" in (tmp_path / "reasoning.html").read_text()
 
 
-def test_a_wrong_url_a_wrong_key_and_a_wrong_model_end_before_the_load_with_what_to_do(tmp_path: Path) -> None:
+def test_a_wrong_url_and_a_wrong_model_are_reported_before_the_load(tmp_path: Path) -> None:
     with faulty_server() as port:
         url = f"http://127.0.0.1:{port}"
-        for given, said in (
+        for options, message in (
             (["--url", f"http://127.0.0.1:{free_port()}"], "does not answer"),
             (["--url", url.replace("http", "https"), "--model", "good"], "does not answer"),
             (["--url", url, "--model", "unknown"], "is not served"),
         ):
-            command = [sys.executable, "-m", "slimserve", "loadtest", "reasoning", "--rate", "5", *given]
+            command = [sys.executable, "-m", "slimserve", "loadtest", "reasoning", "--rate", "5", *options]
             done = subprocess.run([*command, "-o", str(tmp_path)], capture_output=True, text=True, timeout=60)
             assert done.returncode == 2
-            assert said in done.stderr
+            assert message in done.stderr
             assert "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""Exchanges with a server that sends known bytes, and with a plain socket of the test."""
+"""Tests of HTTP exchanges with a server that sends known bytes, and with plain sockets."""
 
 import json
 import subprocess
@@ -23,7 +23,7 @@ _FAULTY_SERVER = Path(__file__).parent / "faulty_server.py"
 
 @contextmanager
 def faulty_server(*options: str) -> Iterator[int]:
-    """Port of a faulty_server in its own process."""
+    """Run faulty_server.py in its own process and yield its port."""
     port = free_port()
     server = subprocess.Popen([sys.executable, str(_FAULTY_SERVER), "--port", str(port), *options])
     try:
@@ -47,7 +47,7 @@ def faulty_url() -> Iterator[str]:
 
 @contextmanager
 def scripted(*turns: Callable[[socket], None]) -> Iterator[str]:
-    """URL of a server that handles its i-th connection with the i-th function."""
+    """Yield the URL of a server that handles its i-th connection with the i-th function."""
     with create_server(("127.0.0.1", 0)) as listener:
 
         def serve() -> None:
@@ -78,17 +78,17 @@ def ask(url: str, model: str, timeout_s: float = 0.5) -> Exchange:
 
 
 @pytest.mark.parametrize("model", ANSWERS)
-def test_each_fault_has_its_own_name(faulty_url: str, model: str) -> None:
+def test_each_fault_has_its_own_error(faulty_url: str, model: str) -> None:
     exchange = ask(faulty_url, model)
     error = exchange.error or (f"http {exchange.status}" if exchange.status != 200 else None)
     streamed = read_stream(exchange.pieces)
     assert (error or streamed.error) == ANSWERS[model][1]
     assert exchange.end_s >= exchange.sent_s
     if model in {"closes-in-stream", "resets", "stops-in-stream", "broken-chunk"}:
-        assert streamed.output_tokens == 2, "what came before the fault is kept"
+        assert streamed.output_tokens == 2, "tokens before the fault are kept"
 
 
-def test_a_timeout_takes_as_long_as_it_says(faulty_url: str) -> None:
+def test_a_request_ends_after_its_timeout(faulty_url: str) -> None:
     exchange = ask(faulty_url, "never-answers", timeout_s=0.3)
     assert exchange.end_s - exchange.sent_s == pytest.approx(0.3, abs=0.1)
 
@@ -110,13 +110,13 @@ def test_a_refused_connection_and_an_unknown_host_are_different_errors() -> None
     assert ask(f"http://{'x' * 70}.invalid", "good", timeout_s=20).error == "unknown host"
 
 
-def test_a_server_without_tls_and_one_with_a_certificate_of_its_own_making(faulty_url: str, tmp_path: Path) -> None:
+def test_a_server_without_tls_and_a_self_signed_certificate_are_errors(faulty_url: str, tmp_path: Path) -> None:
     assert ask(faulty_url.replace("http", "https"), "good", timeout_s=5).error == "tls failed"
     with faulty_server("--self-signed", str(tmp_path / "own.pem")) as port:
         assert ask(f"https://127.0.0.1:{port}", "good", timeout_s=5).error == "tls failed"
 
 
-def test_a_certificate_that_is_trusted_is_read_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answers_are_read_over_tls_with_a_trusted_certificate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "own.pem"))
     with faulty_server("--self-signed", str(tmp_path / "own.pem")) as port:
         client = HttpClient(f"https://127.0.0.1:{port}", {}, 5)
@@ -129,7 +129,7 @@ def answer_ok(connection: socket) -> None:
     connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
 
 
-def test_a_connection_is_used_again_and_a_stale_one_replaced_without_an_error() -> None:
+def test_a_connection_is_reused_and_a_stale_one_is_replaced_without_an_error() -> None:
     received: list[bytes] = []
 
     def answer_two(connection: socket) -> None:
@@ -153,14 +153,14 @@ def test_a_connection_is_used_again_and_a_stale_one_replaced_without_an_error() 
     assert b"\r\nAuthorization: Bearer k\r\n" in received[0]
 
 
-def test_a_connection_that_failed_is_not_used_again(faulty_url: str) -> None:
+def test_a_connection_that_failed_is_not_reused(faulty_url: str) -> None:
     client = HttpClient(faulty_url, {}, 0.3)
     for model in ("stops-in-stream", "good", "broken-http", "good", "http-500", "good"):
         exchange = client.post("/v1/chat/completions", json.dumps({"model": model}).encode())
     assert exchange.error is None
 
 
-def test_interim_answers_and_bodies_that_end_with_the_connection_are_http_too() -> None:
+def test_interim_responses_and_bodies_that_end_with_the_connection_are_read() -> None:
     def answer(connection: socket) -> None:
         read_request(connection)
         connection.sendall(b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\nHTTP/1.0 200 OK\r\nX-Name: V\r\n\r\nto the end")
@@ -171,7 +171,7 @@ def test_interim_answers_and_bodies_that_end_with_the_connection_are_http_too() 
     assert exchange.headers["x-name"] == "V"
 
 
-def test_bytes_count_from_when_they_came_not_from_when_the_client_got_round_to_them() -> None:
+def test_bytes_have_the_kernels_receive_time_even_if_the_client_is_busy() -> None:
     sent_s: list[float] = []
 
     def answer(connection: socket) -> None:
@@ -185,7 +185,7 @@ def test_bytes_count_from_when_they_came_not_from_when_the_client_got_round_to_t
 
     def be_busy() -> None:
         gevent.sleep(0.05)
-        time.sleep(0.25)  # holds up the loop: the second chunk comes meanwhile
+        time.sleep(0.25)  # blocks the loop while the second chunk arrives
 
     with scripted(answer) as url:
         busy = gevent.spawn(be_busy)

@@ -15,7 +15,7 @@ def candidate_lists(options: SuiteOptions, count: int = 120) -> list[ScoringProm
     return [cast("ScoringPrompt", prompt) for _, prompt in make_prompts("recommendation", options, count)]
 
 
-def test_slates_are_the_workloads_own_where_nothing_else_is_asked() -> None:
+def test_default_candidate_lists_are_those_of_the_workload() -> None:
     assert candidate_lists(SuiteOptions()) == Recommendation().make_prompts("load", 120)
 
 
@@ -25,11 +25,11 @@ def test_sizes_follow_their_distributions() -> None:
     assert {len(prompt.items) for prompt in drawn} == {2, 6}
     assert all(len(prompt.truth) == len(prompt.items) for prompt in drawn)
     assert drawn == candidate_lists(SuiteOptions(history="4..8", candidates="2,6"), 200)[:120], (
-        "more prompts change no earlier one"
+        "more prompts do not change the earlier ones"
     )
 
 
-def test_repeat_visits_send_a_members_earlier_history_with_other_candidates() -> None:
+def test_repeat_visits_send_a_users_earlier_history_with_other_candidates() -> None:
     plain, repeated = candidate_lists(SuiteOptions()), candidate_lists(SuiteOptions(repeat_visits=0.9))
     assert len({prompt.query for prompt in plain}) == len(plain)
     assert len({prompt.query for prompt in repeated}) < len(repeated)
@@ -37,13 +37,13 @@ def test_repeat_visits_send_a_members_earlier_history_with_other_candidates() ->
     by_query: dict[str, set[int]] = {}
     for prompt in repeated:
         by_query.setdefault(prompt.query, set()).add(prompt.group)
-    assert all(len(members) == 1 for members in by_query.values())
+    assert all(len(users) == 1 for users in by_query.values())
 
 
 def test_mixed_prompts_are_those_of_both_suites_in_their_order() -> None:
     options = SuiteOptions(share=0.25, max_tokens="32..64")
     mixed = make_prompts("mixed", options, 80)
-    of_kind = {kind: [prompt for its, prompt in mixed if its == kind] for kind in ("recommendation", "reasoning")}
+    of_kind = {kind: [prompt for name, prompt in mixed if name == kind] for kind in ("recommendation", "reasoning")}
     assert 8 < len(of_kind["recommendation"]) < 34
     for kind, prompts in of_kind.items():
         assert prompts == [prompt for _, prompt in make_prompts(kind, options, len(prompts))]
@@ -68,7 +68,7 @@ def test_chats_are_read_as_messages_or_prompts(tmp_path: Path) -> None:
         ('{"prompt": "a"}\n[1]', ":2' is not a JSON object"),
     ],
 )
-def test_data_that_holds_no_chats_is_refused(tmp_path: Path, text: str | None, message: str) -> None:
+def test_data_without_conversations_is_rejected(tmp_path: Path, text: str | None, message: str) -> None:
     file = tmp_path / "chats.jsonl"
     if text is not None:
         file.write_text(text)
@@ -76,19 +76,19 @@ def test_data_that_holds_no_chats_is_refused(tmp_path: Path, text: str | None, m
         make_prompts("chat", SuiteOptions(data="" if text is None else str(file)), 9)
 
 
-def test_a_run_begins_where_an_earlier_one_ended_and_goes_round() -> None:
+def test_a_run_starts_at_its_first_prompt_and_wraps_around() -> None:
     everything = candidate_lists(SuiteOptions(), 2000)
     assert candidate_lists(SuiteOptions(first_prompt=100), 50) == everything[100:150]
     assert candidate_lists(SuiteOptions(first_prompt=len(everything) - 10), 30) == everything[-10:] + everything[:20]
     assert candidate_lists(SuiteOptions(prompt_seed=1), 50) != everything[:50]
 
 
-def test_histories_longer_than_any_members_are_refused() -> None:
+def test_histories_longer_than_every_users_are_rejected() -> None:
     with pytest.raises(UserError, match="is longer than the history of every user"):
         candidate_lists(SuiteOptions(history="5000"))
 
 
 @pytest.mark.parametrize("text", ["", "0", "5..2", "a", "1,,2", "-3"])
-def test_what_is_no_size_is_refused(text: str) -> None:
+def test_an_invalid_size_is_rejected(text: str) -> None:
     with pytest.raises(UserError, match="is not a size"):
         SizeDistribution("--candidates", text)

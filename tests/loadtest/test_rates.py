@@ -20,7 +20,7 @@ _LIMIT = 6.0
 
 @pytest.fixture
 def runs_made(monkeypatch: pytest.MonkeyPatch) -> list[LoadSettings]:
-    """Settings of all runs against a simulated server that is slow from _LIMIT requests/s."""
+    """Return the settings of all runs against a simulated server that is slow from _LIMIT requests/s on."""
     settings_seen: list[LoadSettings] = []
 
     def answer(
@@ -36,21 +36,21 @@ def runs_made(monkeypatch: pytest.MonkeyPatch) -> list[LoadSettings]:
     return settings_seen
 
 
-def test_the_highest_rate_is_found_and_left_with_its_curve(runs_made: list[LoadSettings], tmp_path: Path) -> None:
+def test_the_highest_rate_is_found_and_written_with_its_curve(runs_made: list[LoadSettings], tmp_path: Path) -> None:
     curves: list[Any] = []
     settings = LoadSettings(slos=("e2e_p90=500ms",), seed=5)
-    found = find_rate("reasoning", _TARGET, settings, tmp_path, on_curve=lambda *given: curves.append(given))
-    assert found.rate == pytest.approx(_LIMIT, rel=0.03)
+    result = find_rate("reasoning", _TARGET, settings, tmp_path, on_curve=lambda *given: curves.append(given))
+    assert result.rate == pytest.approx(_LIMIT, rel=0.03)
     assert len({settings.seed for settings in runs_made}) == len(runs_made)
     ends = [settings.suite.first_prompt + len(settings.scheduled_s()) for settings in runs_made]
     assert [settings.suite.first_prompt for settings in runs_made[1:]] == ends[:-1], (
-        "no run asks the prompts of another"
+        "no run repeats the prompts of another"
     )
     document = json.loads((tmp_path / "reasoning.curve.json").read_text())
-    assert document["max_rate"]["rate"] == found.rate
+    assert document["max_rate"]["rate"] == result.rate
     assert len(document["runs"]) == len(runs_made)
     ((reported, points, folder, rate),) = curves
-    assert (reported, len(points), folder, rate) == (document, len(runs_made), tmp_path, found.rate)
+    assert (reported, len(points), folder, rate) == (document, len(runs_made), tmp_path, result.rate)
 
 
 def test_a_sweep_measures_each_rate_once(runs_made: list[LoadSettings], tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ _E2E_S = TTFT_S + GAP_S * (len(CHUNKS) - 1)
 _SUITES = Path(__file__).parents[2] / "loadtest" / "suites"
 
 
-def test_an_open_loop_reports_the_latency_that_the_server_has(fake_url: str, tmp_path: Path) -> None:
+def test_an_open_loop_reports_the_latency_of_the_server(fake_url: str, tmp_path: Path) -> None:
     settings = LoadSettings(
         rate="12", duration_s=4, warmup_s=1, cooldown_s=0.5, slos=("ttft_p50=500ms", "e2e_p99=1ms"), price_per_hour=3.6
     )
@@ -73,7 +73,7 @@ def test_a_mixed_run_has_a_summary_of_each_kind(fake_url: str, tmp_path: Path) -
     assert chats.num_correct == 0
 
 
-def test_failures_are_counted_and_do_not_spin(fake_url: str, tmp_path: Path) -> None:
+def test_failures_are_counted_and_cause_no_busy_loop(fake_url: str, tmp_path: Path) -> None:
     settings = LoadSettings(users=1, duration_s=3, warmup_s=0, cooldown_s=0, slos=("errors=1%",))
     summary, _ = run_suite("reasoning", Target(fake_url, "http-500"), settings, tmp_path)
     assert set(summary.errors) == {"http 500"}
@@ -83,7 +83,7 @@ def test_failures_are_counted_and_do_not_spin(fake_url: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("count", ["processes", "workers"])
-def test_workers_send_one_schedule_and_their_rows_come_together(fake_url: str, tmp_path: Path, count: str) -> None:
+def test_workers_share_one_schedule_and_all_their_rows_are_collected(fake_url: str, tmp_path: Path, count: str) -> None:
     settings = LoadSettings(rate="20", duration_s=3, warmup_s=1, cooldown_s=0)
     workers = []
     cluster = None
@@ -109,7 +109,7 @@ def test_workers_send_one_schedule_and_their_rows_come_together(fake_url: str, t
     assert summary.ttft_s.p50 == pytest.approx(TTFT_S, abs=0.020)
 
 
-def test_a_worker_that_dies_makes_the_run_invalid_and_not_endless(fake_url: str, tmp_path: Path) -> None:
+def test_the_death_of_a_worker_makes_the_run_invalid_and_the_run_still_ends(fake_url: str, tmp_path: Path) -> None:
     settings = LoadSettings(rate="20", duration_s=8, warmup_s=0, cooldown_s=0)
     cluster = Cluster(2, bind_port=free_port())
     command = [sys.executable, "-m", "locust", "-f", str(_SUITES / "reasoning.py"), "--worker"]
@@ -137,7 +137,7 @@ def test_a_worker_that_dies_makes_the_run_invalid_and_not_endless(fake_url: str,
     assert len(settings.scheduled_s()) / 2 - 2 <= len(rows) < len(settings.scheduled_s())
 
 
-def test_a_locustfile_says_in_one_line_what_it_lacks(fake_url: str) -> None:
+def test_a_locustfile_reports_a_missing_option_in_one_line(fake_url: str) -> None:
     command = [sys.executable, "-m", "locust", "-f", str(_SUITES / "reasoning.py"), "--headless", "--rate", "4"]
     done = subprocess.run([*command, "--host", fake_url, "--model", "good"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
@@ -146,7 +146,7 @@ def test_a_locustfile_says_in_one_line_what_it_lacks(fake_url: str) -> None:
 
 
 @pytest.mark.parametrize(("field", "value"), [("users", 0), ("duration_s", 0), ("warmup_s", -1), ("processes", 0)])
-def test_numbers_out_of_range_are_refused(field: str, value: int) -> None:
+def test_numbers_out_of_range_are_rejected(field: str, value: int) -> None:
     with pytest.raises(ValidationError, match=field):
         LoadSettings.model_validate({field: value})
 
@@ -160,31 +160,31 @@ def test_numbers_out_of_range_are_refused(field: str, value: int) -> None:
         (LoadSettings(suite=SuiteOptions(candidates="9..3")), "--candidates"),
     ],
 )
-def test_settings_that_make_no_load_are_refused(settings: LoadSettings, field: str, tmp_path: Path) -> None:
+def test_settings_that_describe_no_load_are_rejected(settings: LoadSettings, field: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"^{field}"):
         run_suite("reasoning", Target("http://127.0.0.1:1", "m"), settings, tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("suite", "options", "shown"),
+    ("suite", "options", "request_types"),
     [
         ("reasoning", ["--rate", "4", "--load-seconds", "3"], ("TTFT", "ITL", "POST")),
         ("recommendation", ["--users", "2", "--run-time", "3s"], ("POST",)),
     ],
 )
 def test_a_suite_is_a_plain_locustfile_with_token_statistics(
-    fake_url: str, suite: str, options: list[str], shown: tuple[str, ...]
+    fake_url: str, suite: str, options: list[str], request_types: tuple[str, ...]
 ) -> None:
     command = [sys.executable, "-m", "locust", "-f", str(_SUITES / f"{suite}.py"), "--headless", "--only-summary"]
     done = subprocess.run(
         [*command, "--host", fake_url, "--model", "good", *options], capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, done.stderr
-    for kind in shown:
+    for kind in request_types:
         assert re.search(rf"^{kind} +/", done.stderr, flags=re.MULTILINE), done.stderr
 
 
-def test_the_command_says_by_its_exit_whether_the_objectives_were_kept(
+def test_the_exit_code_says_whether_the_objectives_were_met(
     fake_url: str, tmp_path: Path, run_cli: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
     options = ["--url", fake_url, "--model", "good", "--rate", "5", "--duration", "2s", "--warmup", "0"]
@@ -194,7 +194,7 @@ def test_the_command_says_by_its_exit_whether_the_objectives_were_kept(
     assert (tmp_path / "reasoning.rows.jsonl").exists()
 
 
-def test_a_port_that_nobody_listens_on_is_an_error_of_every_request(tmp_path: Path) -> None:
+def test_every_request_to_a_closed_port_is_an_error(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}"

@@ -1,4 +1,4 @@
-"""The search against an M/D/1 queue in virtual time, whose highest rate is known in closed form."""
+"""Tests of the search against an M/D/1 queue in virtual time, whose highest rate is known in closed form."""
 
 import math
 from collections.abc import Callable
@@ -56,20 +56,20 @@ def queue(objective: str) -> Callable[[float, int], RatePoint]:
     def measure(rate: float, seed: int) -> RatePoint:
         scheduled_s = np.array(scheduled_times(parse_rate(f"{rate:f}", _WARMUP_S + _WINDOW_S), "poisson", seed=seed))
         ends_s = scheduled_s + waits_s(scheduled_s, _SERVICE_S) + _SERVICE_S
-        rows = [Row(due, due, end) for due, end in zip(scheduled_s, ends_s, strict=True) if due >= _WARMUP_S]
+        rows = [Row(at_s, at_s, end) for at_s, end in zip(scheduled_s, ends_s, strict=True) if at_s >= _WARMUP_S]
         return RatePoint(rate, seed, parsed.evaluate(rows).is_met, _EMPTY)
 
     return measure
 
 
 def step(limit: float, invalid_from: float = math.inf) -> Callable[[float, int], RatePoint]:
-    """A deterministic server that meets its objectives up to `limit`."""
+    """Return a deterministic server that meets its objectives up to `limit`."""
     faulty = LoadSummary(**{**_EMPTY.__dict__, "invalid": ["the client was late"]})
     return lambda rate, seed: RatePoint(rate, seed, rate <= limit, faulty if rate >= invalid_from else _EMPTY)
 
 
 @pytest.mark.parametrize("rate", [30.0, 76.0, 90.0])
-def test_the_analytic_distribution_is_that_of_a_long_simulation(rate: float) -> None:
+def test_the_analytic_distribution_equals_that_of_a_long_simulation(rate: float) -> None:
     numbers = np.random.default_rng(5)
     simulated = waits_s(np.cumsum(numbers.exponential(1 / rate, 1_000_000)), _SERVICE_S)
     for wait_s in (0.0, 0.004, 0.015, 0.04, 0.12):
@@ -83,56 +83,56 @@ def test_the_analytic_distribution_is_that_of_a_long_simulation(rate: float) -> 
 def test_the_highest_rate_of_a_queue_is_found_within_5_percent(
     objective: str, latency_s: float, frac: float, seed: int
 ) -> None:
-    found = find_max_rate(queue(objective), start_rate=10.0, first_seed=1000 * seed)
-    assert found.is_found
-    assert found.rate == pytest.approx(analytic_max_rate(_SERVICE_S, latency_s, frac), rel=0.05)
-    assert len(found.points) <= 30, "a person waits a minute for each"
+    result = find_max_rate(queue(objective), start_rate=10.0, first_seed=1000 * seed)
+    assert result.is_found
+    assert result.rate == pytest.approx(analytic_max_rate(_SERVICE_S, latency_s, frac), rel=0.05)
+    assert len(result.points) <= 30, "each run takes a minute"
 
 
 @pytest.mark.parametrize("start_rate", [0.02, 1.0, 36.9, 37.1, 5000.0])
-def test_the_bracket_closes_around_a_sharp_limit_from_wherever_it_begins(start_rate: float) -> None:
-    found = find_max_rate(step(37.0), start_rate, tolerance=0.01)
-    assert found.met_rate is not None
-    assert found.missed_rate is not None
-    assert found.rate is not None
-    assert found.met_rate <= 37.0 < found.missed_rate <= found.met_rate * 1.01
-    assert found.met_rate < found.rate < found.missed_rate
+def test_the_bracket_closes_around_a_sharp_limit_from_any_start_rate(start_rate: float) -> None:
+    result = find_max_rate(step(37.0), start_rate, tolerance=0.01)
+    assert result.met_rate is not None
+    assert result.missed_rate is not None
+    assert result.rate is not None
+    assert result.met_rate <= 37.0 < result.missed_rate <= result.met_rate * 1.01
+    assert result.met_rate < result.rate < result.missed_rate
 
 
-def test_every_run_has_a_seed_of_its_own_and_none_is_made_once_the_verdict_is_certain() -> None:
+def test_every_run_has_its_own_seed_and_no_run_is_made_after_the_majority_is_certain() -> None:
     verdicts = iter([True, False, True] + [False, False] + [True] * 100)
-    found = find_max_rate(
+    result = find_max_rate(
         lambda rate, seed: RatePoint(rate, seed, next(verdicts), _EMPTY), 8.0, tolerance=0.5, first_seed=7
     )
-    assert [(point.rate, point.met) for point in found.points[:6]] == [
+    assert [(point.rate, point.met) for point in result.points[:6]] == [
         *((8.0, True), (8.0, False), (8.0, True)),
         *((16.0, False), (16.0, False)),
         (pytest.approx(8 * 2**0.5), True),
     ]
-    assert [point.seed for point in found.points] == list(range(7, 7 + len(found.points)))
+    assert [point.seed for point in result.points] == list(range(7, 7 + len(result.points)))
 
 
-def test_a_server_beyond_what_may_be_asked_is_said_to_be() -> None:
-    found = find_max_rate(step(1e9), 3.0, highest_rate=20.0)
-    assert (found.rate, found.missed_rate, found.is_found) == (20.0, None, False)
-    assert "highest rate allowed" in found.ended
+def test_a_server_that_meets_the_highest_allowed_rate_is_reported_as_such() -> None:
+    result = find_max_rate(step(1e9), 3.0, highest_rate=20.0)
+    assert (result.rate, result.missed_rate, result.is_found) == (20.0, None, False)
+    assert "highest rate allowed" in result.ended
 
 
-def test_a_server_that_misses_at_any_rate_is_said_to() -> None:
-    found = find_max_rate(step(0.0), 3.0, lowest_rate=0.5)
-    assert (found.rate, found.missed_rate, found.is_found) == (None, 0.5, False)
-    assert "missed even at 0.5/s" in found.ended
-    assert [point.rate for point in found.points] == [3.0, 3.0, 1.5, 1.5, 0.75, 0.75, 0.5, 0.5]
+def test_a_server_that_misses_at_every_rate_is_reported_as_such() -> None:
+    result = find_max_rate(step(0.0), 3.0, lowest_rate=0.5)
+    assert (result.rate, result.missed_rate, result.is_found) == (None, 0.5, False)
+    assert "missed even at 0.5/s" in result.ended
+    assert [point.rate for point in result.points] == [3.0, 3.0, 1.5, 1.5, 0.75, 0.75, 0.5, 0.5]
 
 
-def test_a_run_that_measured_the_client_ends_the_search_with_what_was_found() -> None:
-    found = find_max_rate(step(100.0, invalid_from=30.0), 10.0)
-    assert (found.rate, found.is_found) == (20.0, False)
-    assert found.ended == "the run at 40/s was not valid: the client was late"
-    assert found.points[-1].summary.invalid
+def test_an_invalid_run_ends_the_search_with_the_results_so_far() -> None:
+    result = find_max_rate(step(100.0, invalid_from=30.0), 10.0)
+    assert (result.rate, result.is_found) == (20.0, False)
+    assert result.ended == "the run at 40/s was not valid: the client was late"
+    assert result.points[-1].summary.invalid
 
 
-def test_a_sweep_goes_up_and_keeps_every_run() -> None:
+def test_a_sweep_runs_in_ascending_order_and_returns_every_run() -> None:
     points = sweep(step(3.0), [4.0, 1.0, 2.0], first_seed=5)
     assert [(point.rate, point.seed, point.met) for point in points] == [
         (1.0, 5, True),
@@ -142,6 +142,6 @@ def test_a_sweep_goes_up_and_keeps_every_run() -> None:
 
 
 @pytest.mark.parametrize("settings", [{"start_rate": 0.0}, {"start_rate": 1e6}, {"tolerance": 0.0}, {"repeats": 0}])
-def test_a_search_that_cannot_end_is_not_begun(settings: dict[str, float]) -> None:
+def test_settings_with_which_no_search_can_end_are_rejected(settings: dict[str, float]) -> None:
     with pytest.raises(UserError, match="give a"):
         find_max_rate(step(1.0), **{"start_rate": 1.0, **settings})  # type: ignore[arg-type]

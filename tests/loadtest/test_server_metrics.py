@@ -13,7 +13,7 @@ def test_a_server_without_metrics_has_no_counts(fake_url: str) -> None:
     assert counts_between({}, {}) == ServerCounts()
 
 
-def test_counts_are_of_what_came_between() -> None:
+def test_counts_are_the_growth_between_two_readings() -> None:
     before = {
         "vllm:prefix_cache_queries_total": {"": 100.0},
         "vllm:prefix_cache_hits_total": {"": 90.0},
@@ -31,7 +31,7 @@ def test_counts_are_of_what_came_between() -> None:
     assert counts.prefix_cache_hit_frac == 0.4
     assert counts.queue_mean_s == 0.5
     assert counts.num_waiting_peak == 7
-    assert counts.ttft_p50_bracket_s == (0.1, 0.25), "of the ten that came, not of the fifty before"
+    assert counts.ttft_p50_bracket_s == (0.1, 0.25), "the median of the 10 new requests, not of the 50 earlier ones"
     assert counts.output_tokens is None
 
 
@@ -44,7 +44,7 @@ def test_counts_are_of_what_came_between() -> None:
         (ServerCounts(ttft_p50_bracket_s=(0.01, 0.02)), ["median first token is 200.0 ms"]),
     ],
 )
-def test_client_and_server_are_held_together(counts: ServerCounts, expected: list[str]) -> None:
+def test_disagreements_between_client_and_server_are_reported(counts: ServerCounts, expected: list[str]) -> None:
     rows = [Row(0.0, 0.0, 1.0, ((0.2, 10),), output_tokens=10) for _ in range(100)]
     messages = disagreements(rows, counts, percentiles([0.2] * 100), percentiles([]))
     assert len(messages) == len(expected)

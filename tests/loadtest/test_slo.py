@@ -45,7 +45,7 @@ def test_an_objective_is_written_as_metric_statistic_and_bound(
         *("speed_p99=1s", "errors=1", "errors_p99=1%", "ttft_p99>1s", "ttft_p99=1s,e2e_p99=2s", "TTFT_p99=1s"),
     ],
 )
-def test_what_is_no_objective_is_refused_with_how_to_write_one(text: str) -> None:
+def test_an_invalid_objective_is_rejected_with_the_syntax(text: str) -> None:
     with pytest.raises(UserError, match="is not an objective; write ttft_p99=500ms"):
         parse_objective(text)
 
@@ -62,21 +62,21 @@ def test_what_is_no_objective_is_refused_with_how_to_write_one(text: str) -> Non
         ("answer_p50=1s", 1.5),
     ],
 )
-def test_a_statistic_is_over_the_samples_counted_from_when_requests_were_due(text: str, value: float) -> None:
+def test_latency_statistics_count_from_the_scheduled_time(text: str, value: float) -> None:
     rows = [row(1), row(2, ((0.5, 1), (1.0, 1), (2.0, 2)), answer_s=1.5), row(3), row(4)]
     outcome = parse_objective(text).evaluate(rows)
     assert outcome.value == pytest.approx(value)
     assert outcome.is_met == (value <= outcome.limit)
 
 
-def test_the_bound_itself_is_met_and_no_sample_is_not() -> None:
+def test_a_value_at_the_bound_meets_the_objective_and_a_run_without_samples_misses_it() -> None:
     assert parse_objective("e2e_p50=1s").evaluate([row(1.0)]).is_met
     assert not parse_objective("e2e_p50=1s").evaluate([row(1.0 + 1e-6)]).is_met
     for rows in ([], [row(1.0)]):
         outcome = parse_objective("ttft_p50=1s").evaluate(rows)
         assert (outcome.value, outcome.is_met) == (None, False)
     assert not parse_objective("errors=1%").evaluate([]).is_met
-    assert not parse_objective("e2e_p99=9s").evaluate([row(error="timeout")] * 3).is_met, "of failed requests alone"
+    assert not parse_objective("e2e_p99=9s").evaluate([row(error="timeout")] * 3).is_met, "only failed requests"
 
 
 def test_errors_are_a_share_of_all_requests() -> None:
@@ -86,7 +86,7 @@ def test_errors_are_a_share_of_all_requests() -> None:
     assert (outcome.value, outcome.is_met) == (0.02, False)
 
 
-def test_goodput_counts_what_kept_every_objective_and_failures_as_misses() -> None:
+def test_goodput_counts_only_successful_requests_that_meet_every_objective() -> None:
     objectives = [parse_objective("ttft_p99=500ms"), parse_objective("itl_p99=300ms")]
     quick = row(2, ((0.4, 1), (0.6, 1), (1.2, 2)))
     late = row(2, ((0.6, 1), (0.7, 1)))

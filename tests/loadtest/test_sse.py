@@ -26,7 +26,7 @@ def read(*parts: bytes) -> StreamedReply:
     return read_stream(list(enumerate(parts)))
 
 
-def test_however_the_bytes_are_cut_the_events_are_the_same_and_come_when_they_are_whole() -> None:
+def test_events_do_not_depend_on_how_the_bytes_are_split_and_arrive_with_their_last_byte() -> None:
     parts = [
         event("a", 1),
         b": ping\n\n",
@@ -36,24 +36,26 @@ def test_however_the_bytes_are_cut_the_events_are_the_same_and_come_when_they_ar
         event("e", 6),
         DONE,
     ]
-    whole = b"".join(parts)
+    stream_bytes = b"".join(parts)
     ends = [sum(map(len, parts[: index + 1])) for index in range(len(parts))]
-    expected = list(events([(0.0, whole)]))
+    expected = list(events([(0.0, stream_bytes)]))
     numbers = random.Random(1)
     for _ in range(300):
-        edges = [0, *sorted(numbers.sample(range(1, len(whole)), numbers.randint(0, 40))), len(whole)]
+        edges = [0, *sorted(numbers.sample(range(1, len(stream_bytes)), numbers.randint(0, 40))), len(stream_bytes)]
         cut = list(itertools.pairwise(edges))
-        pieces = [(float(index), whole[begin:end]) for index, (begin, end) in enumerate(cut)]
+        pieces = [(float(index), stream_bytes[begin:end]) for index, (begin, end) in enumerate(cut)]
         assert [data for _, data in events(pieces)] == [data for _, data in expected]
         answer = read_stream(pieces)
         assert (answer.error, answer.text, answer.output_tokens) == (None, "abü中😀de", 6)
-        came = [next(index for index, edge in enumerate(edges[1:]) if edge >= ends[part]) for part in (0, 2, 3, 5)]
-        assert answer.chunks == list(zip(came, (1, 2, 1, 2), strict=True))
+        arrival_pieces = [
+            next(index for index, edge in enumerate(edges[1:]) if edge >= ends[part]) for part in (0, 2, 3, 5)
+        ]
+        assert answer.chunks == list(zip(arrival_pieces, (1, 2, 1, 2), strict=True))
 
 
-def test_byte_by_byte_is_the_same_too() -> None:
-    whole = event("ü", 1) + event("中", 2) + DONE
-    answer = read(*(whole[index : index + 1] for index in range(len(whole))))
+def test_a_stream_may_arrive_byte_by_byte() -> None:
+    stream_bytes = event("ü", 1) + event("中", 2) + DONE
+    answer = read(*(stream_bytes[index : index + 1] for index in range(len(stream_bytes))))
     assert (answer.error, answer.text, answer.output_tokens) == (None, "ü中", 2)
 
 
@@ -78,46 +80,44 @@ def test_byte_by_byte_is_the_same_too() -> None:
         (b'{"choices": []}\n', "broken event stream"),
     ],
 )
-def test_what_is_no_stream_is_counted_under_its_own_name(body: bytes, error: str) -> None:
+def test_each_broken_stream_has_its_own_error(body: bytes, error: str) -> None:
     answer = read(body)
     assert answer.error == error
-    assert answer.text == ("a" if body.startswith(event("a")) else ""), "what came before is kept"
+    assert answer.text == ("a" if body.startswith(event("a")) else ""), "text before the error is kept"
 
 
-def test_comments_other_fields_and_carriage_returns_are_no_tokens() -> None:
+def test_comments_other_fields_and_carriage_returns_are_ignored() -> None:
     answer = read(
         b": hi\r\nevent: x\r\nid: 1\r\nretry: 9\r\n" + event("a").replace(b"\n", b"\r\n") + b"data:[DONE]\r\n\r\n"
     )
     assert (answer.error, answer.text, answer.output_tokens) == (None, "a", 1)
 
 
-def test_a_last_line_without_its_end_ends_the_stream_all_the_same() -> None:
+def test_a_last_line_without_newline_ends_the_stream() -> None:
     assert read(event("a"), b"data: [DONE]\n").error is None
     assert read(event("a"), b"data: [DONE]").error is None
 
 
-def test_without_usage_each_chunk_with_text_is_a_token() -> None:
+def test_without_usage_each_chunk_with_text_counts_as_a_token() -> None:
     answer = read(event(""), event("a"), event("b c"), event(reasoning="d"), DONE)
     assert answer.chunks == [(1, 1), (2, 1), (3, 1)]
     assert (answer.output_tokens, answer.has_usage) == (3, False)
 
 
-def test_a_count_at_the_end_is_the_answers_and_no_late_chunk() -> None:
+def test_a_final_count_sets_the_total_and_adds_no_chunk() -> None:
     for last in ([event("c"), final_usage(9)], [event("c"), event("", 9)], [event("c"), event("", 9), final_usage(9)]):
         answer = read(event(""), event("a"), event("b"), *last, DONE)
         assert answer.chunks == [(1, 1), (2, 1), (3, 1)]
         assert (answer.output_tokens, answer.prompt_tokens, answer.has_usage) == (9, 7, True)
 
 
-def test_a_count_with_each_chunk_tells_how_many_tokens_it_held() -> None:
+def test_a_count_with_each_chunk_gives_its_number_of_tokens() -> None:
     answer = read(event("", 0), event("a", 1), event("", 2), event("bcd", 5), event("", 5), final_usage(5), DONE)
-    assert answer.chunks == [(1, 1), (2, 1), (3, 3)], (
-        "a token without text, such as half a character, came all the same"
-    )
+    assert answer.chunks == [(1, 1), (2, 1), (3, 3)], "a token without text, such as half a character, is counted"
     assert (answer.output_tokens, answer.cached_tokens, answer.error) == (5, 3, None)
 
 
-def test_null_fields_are_absent_ones() -> None:
+def test_null_fields_are_treated_as_absent() -> None:
     body = (
         b'data: {"choices": [{"delta": {"content": null, "reasoning": "x"}, "finish_reason": "stop"}], "usage": null, '
     )

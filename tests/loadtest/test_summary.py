@@ -26,20 +26,22 @@ def test_no_sample_gives_no_percentile() -> None:
 
 
 @pytest.mark.parametrize(("n", "frac"), [(40, 0.5), (100, 0.9), (500, 0.99)])
-def test_intervals_enclose_the_true_percentile_as_often_as_they_say(n: int, frac: float) -> None:
+def test_intervals_enclose_the_true_percentile_with_the_stated_probability(n: int, frac: float) -> None:
     draw = np.random.default_rng(7)
-    truth = norm.ppf(frac)
+    true_percentile = norm.ppf(frac)
     intervals = [percentile_interval(np.sort(draw.normal(size=n)).tolist(), frac) for _ in range(1000)]
-    enclosed = sum(interval is not None and interval[0] <= truth <= interval[1] for interval in intervals) / 1000
+    enclosed = (
+        sum(interval is not None and interval[0] <= true_percentile <= interval[1] for interval in intervals) / 1000
+    )
     assert 0.935 < enclosed <= 0.99
 
 
-@pytest.mark.parametrize(("n", "has_one"), [(300, False), (400, True)])
-def test_too_few_samples_have_no_interval(n: int, has_one: bool) -> None:
-    assert (percentile_interval(list(range(n)), 0.99) is not None) == has_one
+@pytest.mark.parametrize(("n", "has_interval"), [(300, False), (400, True)])
+def test_too_few_samples_have_no_interval(n: int, has_interval: bool) -> None:
+    assert (percentile_interval(list(range(n)), 0.99) is not None) == has_interval
 
 
-def test_a_chunk_of_k_tokens_is_k_gaps() -> None:
+def test_a_chunk_of_k_tokens_counts_as_k_gaps() -> None:
     row = Row(scheduled_s=1.0, sent_s=1.25, end_s=3.0, arrivals=((1.5, 1), (1.75, 1), (2.75, 4)))
     assert row.ttft_s == 0.5
     assert row.e2e_s == 2.0
@@ -48,7 +50,7 @@ def test_a_chunk_of_k_tokens_is_k_gaps() -> None:
     assert list(row.inter_token_gaps_s()) == [0.25] * 5
 
 
-def test_rows_come_back_as_they_were_written(tmp_path: Path) -> None:
+def test_rows_are_read_back_as_they_were_written(tmp_path: Path) -> None:
     rows = [
         Row(0.5, 0.5, 2.0, ((1.0, 2), (1.5, 1)), prompt_tokens=7, output_tokens=3, text="é", first_answer_s=1.5),
         Row(0.7, 0.8, 0.9, num_items=16, error="http 500", kind="recommendation", scores=(0.5, 0.25)),
@@ -61,7 +63,7 @@ def test_rows_come_back_as_they_were_written(tmp_path: Path) -> None:
         read_rows(file)
 
 
-def test_the_window_decides_what_counts() -> None:
+def test_only_requests_and_tokens_in_the_window_count() -> None:
     rows = [
         Row(4.0, 4.0, 6.0, ((5.5, 1), (5.75, 1))),  # scheduled in the warm-up: no latency sample, but its tokens count
         Row(5.0, 5.0, 7.0, ((6.0, 1), (6.5, 2)), prompt_tokens=10, num_items=3, cached_tokens=4, finish_reason="stop"),
@@ -86,7 +88,7 @@ def test_the_window_decides_what_counts() -> None:
 
 
 @pytest.mark.parametrize(("slope", "word"), [(0.0, None), (0.02, "rose"), (-0.002, "fell")])
-def test_a_latency_that_moves_is_no_steady_state(slope: float, word: str | None) -> None:
+def test_a_latency_that_rises_or_falls_gives_a_warning(slope: float, word: str | None) -> None:
     draw = random.Random(3)
     rows = [Row(at, at, at + 1 + slope * at + draw.gauss(0, 0.05)) for at in range(300)]
     warning = steady_state_warning(rows)
