@@ -1,4 +1,4 @@
-"""An engine's server without vLLM: the real middleware and metrics around an application that knows the answers.
+"""An engine's server without vLLM: the real middleware and metrics around an application with fixed answers.
 
 It replaces `python -m slimserve.serve.engine.entry ARGS`. It exits at once if the file named by STAND_IN_BROKEN
 contains the variant's name.

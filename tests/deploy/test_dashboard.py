@@ -1,4 +1,4 @@
-"""The dashboard and the alert rules: every expression parses, and every metric in them is one that is exported."""
+"""Tests of the dashboard and the alert rules: every expression parses and uses only metrics that are exported."""
 
 from __future__ import annotations
 
@@ -37,37 +37,37 @@ def panels() -> Iterator[dict[str, Any]]:
 
 
 def expressions() -> list[str]:
-    """PromQL of every panel and annotation, Grafana's variables filled in."""
-    found = [target["expr"] for panel in panels() for target in panel["targets"]]
-    found += [annotation["expr"] for annotation in DASHBOARD["annotations"]["list"]]
-    return [text.replace("$__rate_interval", "1m").replace("$variant", "dense|w8a8") for text in found]
+    """Return the PromQL of every panel and annotation, with Grafana's variables filled in."""
+    texts = [target["expr"] for panel in panels() for target in panel["targets"]]
+    texts += [annotation["expr"] for annotation in DASHBOARD["annotations"]["list"]]
+    return [text.replace("$__rate_interval", "1m").replace("$variant", "dense|w8a8") for text in texts]
 
 
 def our_metrics() -> dict[str, set[str]]:
-    """The labels of every series that serve/policy/metrics.py exports, by name."""
-    found: dict[str, set[str]] = {}
+    """Return the labels of every series that serve/policy/metrics.py exports, by name."""
+    labels_of: dict[str, set[str]] = {}
     for kind in (RequestMetrics, ScoreMetrics, GatewayMetrics, RooflineMetrics):
         for metric in vars(kind(CollectorRegistry())).values():
             assert isinstance(metric, MetricWrapperBase)
             for suffix in SUFFIXES[str(metric._type)]:
-                found[f"{metric._name}{suffix}"] = set(metric._labelnames)
-    return found
+                labels_of[f"{metric._name}{suffix}"] = set(metric._labelnames)
+    return labels_of
 
 
 def vllm_metrics() -> set[str]:
-    """Names of the series that vLLM's Prometheus logger exports, read from its source: importing vLLM takes seconds."""
+    """Return the names of vLLM's series, read from its source because importing vLLM takes seconds."""
     spec = importlib.util.find_spec("vllm")
     assert spec is not None
     assert spec.origin is not None
     source = (Path(spec.origin).parent / "v1" / "metrics" / "loggers.py").read_text(encoding="utf-8")
-    found = set()
+    names = set()
     for call in (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)):
         kind = call.func.attr if isinstance(call.func, ast.Attribute) else ""
         name = next((word.value for word in call.keywords if word.arg == "name"), None)
         if isinstance(name, ast.Constant) and kind in {"_counter_cls", "_gauge_cls", "_histogram_cls"}:
             suffixes = SUFFIXES[kind.removeprefix("_").removesuffix("_cls")]
-            found |= {str(name.value) + suffix for suffix in suffixes}
-    return found
+            names |= {str(name.value) + suffix for suffix in suffixes}
+    return names
 
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="needs Debian's package prometheus")
@@ -81,7 +81,7 @@ def test_promtool_parses_every_expression_of_the_dashboard(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("where", ["dashboard", "alerts"])
-def test_every_metric_asked_for_is_exported_with_its_labels(where: str) -> None:
+def test_every_queried_metric_is_exported_with_its_labels(where: str) -> None:
     ours, recorded = our_metrics(), {rule["record"] for rule in RULES if "record" in rule}
     known = ours.keys() | vllm_metrics() | recorded
     for text in expressions() if where == "dashboard" else [rule["expr"] for rule in RULES]:
@@ -91,49 +91,49 @@ def test_every_metric_asked_for_is_exported_with_its_labels(where: str) -> None:
         assert labels <= set().union(*(ours.get(name, set()) for name in names)), text
 
 
-def test_every_metric_of_ours_is_shown() -> None:
+def test_the_dashboard_shows_every_metric_of_ours() -> None:
     shown = " ".join(expressions())
     families = {re.sub(r"_(total|bucket|sum|count)$", "", name) for name in our_metrics()}
     assert {family for family in families if family not in shown} == set()
 
 
-def test_the_service_levels_of_the_alerts_are_limits_of_buckets() -> None:
-    # A `le` that no bucket has gives no series, and an alert that never fires.
+def test_the_latency_limits_of_the_alerts_are_bucket_limits() -> None:
+    # A `le` without a bucket selects no series, and an alert on it never fires.
     metrics = RequestMetrics(CollectorRegistry())
     limits = {
         "slimserve_time_to_first_token_seconds_bucket": metrics.first_token_s,
         "slimserve_inter_token_seconds_bucket": metrics.inter_token_s,
     }
-    asked = [match for rule in RULES for match in re.findall(r'(\w+_bucket)\{le="([^"]+)"\}', rule["expr"])]
-    assert {name for name, _ in asked} == limits.keys()
-    for name, limit in asked:
+    used = [match for rule in RULES for match in re.findall(r'(\w+_bucket)\{le="([^"]+)"\}', rule["expr"])]
+    assert {name for name, _ in used} == limits.keys()
+    for name, limit in used:
         samples = next(iter(limits[name].collect())).samples
         assert limit in {sample.labels["le"] for sample in samples if "le" in sample.labels}
 
 
-def test_panels_have_titles_and_words_for_them_and_do_not_overlap() -> None:
+def test_panels_have_titles_and_descriptions_and_do_not_overlap() -> None:
     taken: set[tuple[int, int]] = set()
     for panel in panels():
         assert panel["title"]
         assert panel["description"]
-        place = panel["gridPos"]
+        position = panel["gridPos"]
         cells = {
             (x, y)
-            for x in range(place["x"], place["x"] + place["w"])
-            for y in range(place["y"], place["y"] + place["h"])
+            for x in range(position["x"], position["x"] + position["w"])
+            for y in range(position["y"], position["y"] + position["h"])
         }
         assert not cells & taken, panel["title"]
-        assert place["x"] + place["w"] <= 24
+        assert position["x"] + position["w"] <= 24
         taken |= cells
     identifiers = [panel["id"] for panel in DASHBOARD["panels"]]
     assert len(set(identifiers)) == len(identifiers)
 
 
-def test_the_variants_to_choose_from_are_those_that_prometheus_has() -> None:
+def test_the_variable_variant_offers_the_variants_that_prometheus_knows() -> None:
     variables = {variable["name"]: variable for variable in DASHBOARD["templating"]["list"]}
-    asked = re.fullmatch(r"label_values\((\w+), variant\)", variables["variant"]["definition"])
-    assert asked is not None
-    assert asked[1] in our_metrics()
+    query = re.fullmatch(r"label_values\((\w+), variant\)", variables["variant"]["definition"])
+    assert query is not None
+    assert query[1] in our_metrics()
     assert variables["variant"]["multi"]
     assert all(panel["datasource"]["uid"] == "${datasource}" for panel in panels())
 

@@ -1,4 +1,4 @@
-"""docs/serve.md and docs/deploy.md say what the code does: examples, options, codes, limits, metrics, files, alerts."""
+"""Tests that docs/serve.md, docs/deploy.md and docs/metrics.md agree with the code."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def blocks(language: str) -> list[str]:
 
 
 def rows(heading: str) -> list[list[str]]:
-    """Cells of the table under a heading, without its head."""
+    """Return the cells of the table under a heading, without its header row."""
     section = SERVE.split(f"\n## {heading}")[1].split("\n## ")[0]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line[:1] == "|"][
         2:
     ]
 
 
-def test_the_toml_example_is_a_stack() -> None:
+def test_the_toml_example_is_a_valid_serve_config() -> None:
     for text in blocks("toml"):
         config = ServeConfig.model_validate(tomllib.loads(text))
         Limits.model_validate(config.limits)
@@ -57,7 +57,7 @@ def test_the_score_example_is_a_request_and_its_answer_has_our_keys() -> None:
     assert set(answer) == {"scores", "model", "usage", "object"}
 
 
-def test_the_python_examples_parse_and_send_fields_that_we_take() -> None:
+def test_the_python_examples_parse_and_send_fields_that_we_accept() -> None:
     for text in blocks("python"):
         ast.parse(text)
     call = next(block for block in blocks("python") if "cohere" in block)
@@ -108,7 +108,7 @@ def test_every_metric_of_ours_is_defined_once() -> None:
     assert all(set(labels.split(",")) == ours[name] for name, labels in defined if labels)
 
 
-def test_files_that_the_docs_name_are_there() -> None:
+def test_files_that_the_docs_name_exist() -> None:
     for text in (SERVE, DEPLOY):
         for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
             assert (ROOT / "docs" / link).exists(), link
@@ -116,7 +116,7 @@ def test_files_that_the_docs_name_are_there() -> None:
             assert (ROOT / file).exists(), file
 
 
-def test_options_of_serve_in_the_docs_are_those_of_the_command() -> None:
+def test_options_of_serve_in_the_docs_exist_in_the_command() -> None:
     import slimserve.cli
 
     command = typer.main.get_command(slimserve.cli.app).get_command(None, "serve")  # type: ignore[attr-defined]

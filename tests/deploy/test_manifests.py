@@ -1,4 +1,4 @@
-"""The compose file and the Kubernetes manifests: their schemas, and that they agree with the code and each other."""
+"""Tests of the compose file and the Kubernetes manifests against their schemas, the code and each other."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ KUBERNETES = DEPLOY / "kubernetes"
 COMPOSE: dict[str, Any] = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
 STACKS = sorted(DEPLOY.rglob("stack.toml"))
 CUSTOM = {"ServiceMonitor"}
-"""Kinds of operators, whose schemas Kubernetes does not know."""
+"""Kinds that operators define; Kubernetes has no schemas for them."""
 
 
 def manifests() -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Every Kubernetes object of the base and of monitoring."""
+    """Yield every Kubernetes object of the base and of monitoring, with its file."""
     for file in sorted(KUBERNETES.rglob("*.yaml")):
         for document in yaml.safe_load_all(file.read_text()):
             if "kind" in document and document["kind"] != "Kustomization":
@@ -45,7 +45,7 @@ CONTAINER: dict[str, Any] = POD["containers"][0]
 
 
 def labelled(document: dict[str, Any]) -> dict[str, Any]:
-    """What kustomize makes of a manifest before it is applied, as far as the schema asks for it: the selectors."""
+    """Add the labels and selectors that the schema requires and that kustomize adds before a manifest is applied."""
     labels = {"app.kubernetes.io/name": "slimserve"}
     if document["kind"] == "Deployment":
         document["spec"].setdefault("selector", {"matchLabels": labels})
@@ -54,7 +54,7 @@ def labelled(document: dict[str, Any]) -> dict[str, Any]:
 
 
 def problems(version: str, folder: Path, documents: list[dict[str, Any]]) -> str:
-    """What kubernetes-validate says of the documents against one version's schemas; nothing where all is well."""
+    """Return the errors of kubernetes-validate for one version's schemas; empty if the documents are valid."""
     file = folder / "manifests.yaml"
     file.write_text(yaml.safe_dump_all(documents))
     command = [sys.executable, "-m", "kubernetes_validate", "--kubernetes-version", version, "--strict", "--quiet"]
@@ -71,7 +71,7 @@ def test_kubernetes_schemas_accept_every_manifest_and_no_unknown_field(version: 
     assert "misspelt" in problems(version, tmp_path, documents)
 
 
-def test_kustomize_is_told_of_every_manifest() -> None:
+def test_kustomize_lists_every_manifest() -> None:
     for file, _ in manifests():
         assert file.name in yaml.safe_load((file.parent / "kustomization.yaml").read_text())["resources"]
 
@@ -83,13 +83,13 @@ def test_the_compose_schema_accepts_the_compose_file() -> None:
 
 
 @pytest.mark.parametrize("file", STACKS, ids=lambda file: file.parent.name)
-def test_every_stack_file_is_one_that_serve_takes(file: Path) -> None:
+def test_every_stack_file_is_a_valid_serve_config(file: Path) -> None:
     config = ServeConfig.model_validate(tomllib.loads(file.read_text()))
     Limits.model_validate(config.limits)
     assert all(weights.keys() <= config.variants.keys() for weights in config.aliases.values())
 
 
-def test_what_is_mounted_is_there_and_what_is_published_is_loopback() -> None:
+def test_mounted_files_exist_and_published_ports_are_on_loopback() -> None:
     for service in COMPOSE["services"].values():
         for port in service.get("ports", []):
             assert port.startswith("127.0.0.1:")
@@ -104,7 +104,7 @@ def test_what_is_mounted_is_there_and_what_is_published_is_loopback() -> None:
 
 
 def seconds(text: str) -> int:
-    """Of a duration as compose writes it."""
+    """Return the seconds of a duration such as 30s or 2m."""
     number, unit = re.fullmatch(r"(\d+)(s|m)", text).groups()  # type: ignore[union-attr]
     return int(number) * (60 if unit == "m" else 1)
 
@@ -120,12 +120,12 @@ def test_a_drain_ends_before_the_container_is_killed(file: Path) -> None:
         assert POD["terminationGracePeriodSeconds"] >= pre_stop_s + drain_s + stop_s
 
 
-def test_probes_ask_paths_that_need_no_key_on_the_port_that_is_served() -> None:
+def test_probes_request_paths_that_need_no_key_on_the_served_port() -> None:
     port = CONTAINER["ports"][0]
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
-        asked = CONTAINER[probe]["httpGet"]
-        assert asked["path"] in OPEN_PATHS
-        assert asked["port"] == port["name"]
+        request = CONTAINER[probe]["httpGet"]
+        assert request["path"] in OPEN_PATHS
+        assert request["port"] == port["name"]
     startup = CONTAINER["startupProbe"]
     assert startup["periodSeconds"] * startup["failureThreshold"] >= 600
     assert str(port["containerPort"]) == CONTAINER["args"][CONTAINER["args"].index("--port") + 1]
@@ -133,7 +133,7 @@ def test_probes_ask_paths_that_need_no_key_on_the_port_that_is_served() -> None:
     assert manifest("ServiceMonitor")["spec"]["endpoints"][0]["port"] == manifest("Service")["spec"]["ports"][0]["name"]
 
 
-def test_a_pod_runs_without_root_and_can_write_only_where_a_volume_is() -> None:
+def test_a_pod_runs_without_root_and_can_write_only_to_its_volumes() -> None:
     assert POD["securityContext"]["runAsNonRoot"]
     assert f"USER {POD['securityContext']['runAsUser']}" in (ROOT / "Dockerfile").read_text()
     assert CONTAINER["securityContext"]["readOnlyRootFilesystem"]
@@ -147,7 +147,7 @@ def test_a_pod_runs_without_root_and_can_write_only_where_a_volume_is() -> None:
     assert mounts[str(Path(keys).parent)]["readOnly"]
 
 
-def test_the_autoscaler_and_the_adapter_go_by_a_metric_that_an_engine_exports() -> None:
+def test_the_autoscaler_and_the_adapter_use_a_metric_that_an_engine_exports() -> None:
     name = manifest("HorizontalPodAutoscaler")["spec"]["metrics"][0]["pods"]["metric"]["name"]
     registry = CollectorRegistry()
     RequestMetrics(registry)

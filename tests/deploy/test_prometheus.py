@@ -1,4 +1,4 @@
-"""Prometheus: configuration and rules by promtool, and Debian's own Prometheus on a gateway, its guards and metrics."""
+"""Tests of the Prometheus configuration with promtool, and of a real Prometheus that scrapes a gateway."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ def test_promtool_accepts_the_configuration_and_its_rules() -> None:
     assert "SUCCESS" in promtool("check", "config", PROMETHEUS / "prometheus.yml")
 
 
-def test_each_alert_fires_when_it_should_and_the_others_keep_quiet() -> None:
+def test_each_alert_fires_in_its_own_case_and_in_no_other() -> None:
     assert "SUCCESS" in promtool("test", "rules", ALERT_TESTS)
 
 
-def test_each_alert_has_a_test_in_which_it_fires_and_words_for_who_is_woken() -> None:
+def test_each_alert_has_a_test_in_which_it_fires_a_severity_and_a_description() -> None:
     assert all(f'alertname="{name}"' in ALERT_TESTS.read_text() for name in alert_names())
     groups = yaml.safe_load((PROMETHEUS / "alerts.yml").read_text())["groups"]
     for rule in (rule for group in groups for rule in group["rules"] if "alert" in rule):
@@ -57,8 +57,8 @@ def test_each_alert_has_a_test_in_which_it_fires_and_words_for_who_is_woken() ->
         assert rule["annotations"].keys() == {"summary", "description"}
 
 
-def test_a_pod_becomes_one_target_of_the_job_slimserve_by_its_annotations(tmp_path: Path) -> None:
-    # Debian builds Prometheus without Kubernetes; a file with a pod's labels stands in, and the relabelling is real.
+def test_an_annotated_pod_becomes_one_target_of_the_job_slimserve(tmp_path: Path) -> None:
+    # Debian's Prometheus has no Kubernetes support, so a file provides the pod's labels. The relabelling is ours.
     config = yaml.safe_load((PROMETHEUS / "kubernetes.yml").read_text())
     job = config["scrape_configs"][0]
     assert job.pop("kubernetes_sd_configs") == [{"role": "pod"}]
@@ -82,8 +82,10 @@ def test_a_pod_becomes_one_target_of_the_job_slimserve_by_its_annotations(tmp_pa
     pods = [{"targets": [f"10.0.0.7:{9000 + index}"], "labels": pod | change} for index, change in enumerate(changes)]
     (tmp_path / "pods.yml").write_text(yaml.safe_dump(pods))
     (tmp_path / "prometheus.yml").write_text(yaml.safe_dump(config | {"rule_files": []}))
-    found = json.loads(promtool("check", "service-discovery", "--timeout=2s", tmp_path / "prometheus.yml", "slimserve"))
-    kept = [target["labels"] for target in found if target["labels"]]
+    targets = json.loads(
+        promtool("check", "service-discovery", "--timeout=2s", tmp_path / "prometheus.yml", "slimserve")
+    )
+    kept = [target["labels"] for target in targets if target["labels"]]
     assert len(kept) == 1
     assert kept[0] == {
         "__address__": "10.0.0.7:8000",
@@ -99,7 +101,7 @@ def test_a_pod_becomes_one_target_of_the_job_slimserve_by_its_annotations(tmp_pa
 
 
 def wait_for_answer(url: str, process: subprocess.Popen[bytes]) -> None:
-    """Return when `url` answers 200; where it does not, or its process ends, end that and fail."""
+    """Wait until `url` answers 200; kill the process and fail if it ends or takes longer than 20 s."""
     deadline = time.monotonic() + 20
     while not answers(url):
         if process.poll() is not None or time.monotonic() > deadline:
@@ -109,8 +111,8 @@ def wait_for_answer(url: str, process: subprocess.Popen[bytes]) -> None:
         time.sleep(0.1)
 
 
-class StandInStack:
-    """`slimserve serve` of two variants with a canary and keys: all real but vLLM, which stand_in_engine.py is."""
+class StandInServer:
+    """Runs `slimserve serve` with two variants, an alias and an API key; stand_in_engine.py replaces vLLM."""
 
     def __init__(self, folder: Path, model: Path) -> None:
         self.address = f"127.0.0.1:{free_port()}"
@@ -128,7 +130,7 @@ class StandInStack:
         self._process = subprocess.Popen([sys.executable, "-c", code, "serve", *options], cwd=ROOT, env=environment)
         wait_for_answer(f"http://{self.address}/ready", self._process)
 
-    def __enter__(self) -> StandInStack:
+    def __enter__(self) -> StandInServer:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -136,13 +138,13 @@ class StandInStack:
         self._process.wait(30)
 
     def score(self, model: str, key: str, num_items: int = 1, user: str | None = None) -> int:
-        """Status of a score request."""
+        """Send a score request and return its HTTP status."""
         body = {"model": model, "query": "a", "items": ["b"] * num_items, "label_token_ids": [1], "user": user}
         headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
         return httpx.post(f"http://{self.address}/v1/score", json=body, headers=headers, timeout=30).status_code
 
     def break_variant(self, name: str) -> None:
-        """End the engine of a variant, and every one that is started in its place."""
+        """Kill the engine of a variant, and let every restart of it fail."""
         self._broken.write_text(name)
         for child in psutil.Process(self._process.pid).children(recursive=True):
             with contextlib.suppress(psutil.Error):
@@ -151,7 +153,7 @@ class StandInStack:
 
 
 class Prometheus:
-    """A real Prometheus under deploy/prometheus, every second, that scrapes `target`."""
+    """Runs a real Prometheus with the configuration of deploy/prometheus, which scrapes `target` every second."""
 
     def __init__(self, folder: Path, target: str) -> None:
         shutil.copytree(PROMETHEUS, folder / "config")
@@ -188,37 +190,37 @@ class Prometheus:
         return answer["data"]
 
     def query(self, expression: str) -> dict[str, float]:
-        """Value by variant."""
+        """Return the values of an expression by variant."""
         result = self.get("query", query=expression)["result"]
         return {row["metric"].get("variant", ""): float(row["value"][1]) for row in result}
 
     def wait_for(self, expression: str, expected: dict[str, float]) -> None:
         deadline = time.monotonic() + 20
-        while (found := self.query(expression)) != expected:
-            assert time.monotonic() < deadline, (found, self.get("targets")["activeTargets"])
+        while (values := self.query(expression)) != expected:
+            assert time.monotonic() < deadline, (values, self.get("targets")["activeTargets"])
             time.sleep(0.2)
 
 
 @pytest.fixture(scope="module")
-def stack(tmp_path_factory: pytest.TempPathFactory, smollm2: Path) -> Iterator[StandInStack]:
-    with StandInStack(tmp_path_factory.mktemp("stack"), smollm2) as running:
+def server(tmp_path_factory: pytest.TempPathFactory, smollm2: Path) -> Iterator[StandInServer]:
+    with StandInServer(tmp_path_factory.mktemp("server"), smollm2) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
-def prometheus(tmp_path_factory: pytest.TempPathFactory, stack: StandInStack) -> Iterator[Prometheus]:
-    with Prometheus(tmp_path_factory.mktemp("prometheus"), stack.address) as running:
+def prometheus(tmp_path_factory: pytest.TempPathFactory, server: StandInServer) -> Iterator[Prometheus]:
+    with Prometheus(tmp_path_factory.mktemp("prometheus"), server.address) as running:
         yield running
 
 
-def test_a_real_prometheus_scrapes_a_stack_and_keeps_its_variants_apart(
-    prometheus: Prometheus, stack: StandInStack
+def test_a_real_prometheus_scrapes_a_server_and_distinguishes_its_variants(
+    prometheus: Prometheus, server: StandInServer
 ) -> None:
     for index in range(40):
-        assert stack.score("chat", "secret", user=f"user {index}") == 200
-    assert stack.score("dense", "secret", num_items=32) == 200
-    assert stack.score("dense", "wrong") == 401
-    # Until a scrape holds all of it, in the engines' and in the gateway's books.
+        assert server.score("chat", "secret", user=f"user {index}") == 200
+    assert server.score("dense", "secret", num_items=32) == 200
+    assert server.score("dense", "wrong") == 401
+    # Wait for a scrape after all requests; the engines and the gateway both count them.
     at_engines = 'slimserve_requests_total{route="/v1/score",status="200"}'
     at_gateway = 'slimserve_gateway_requests_total{status="200",variant!=""}'
     prometheus.wait_for(f"sum({at_engines}) + sum({at_gateway})", {"": 2 * 41})
@@ -236,14 +238,14 @@ def test_a_real_prometheus_scrapes_a_stack_and_keeps_its_variants_apart(
 
 
 def test_a_real_prometheus_runs_our_alert_rules_and_sees_a_variant_go_down(
-    prometheus: Prometheus, stack: StandInStack
+    prometheus: Prometheus, server: StandInServer
 ) -> None:
     rules = [rule for group in prometheus.get("rules")["groups"] for rule in group["rules"]]
     assert {rule["name"] for rule in rules if rule["type"] == "alerting"} == alert_names()
-    stack.break_variant("small")
+    server.break_variant("small")
     prometheus.wait_for('ALERTS{alertname="SlimserveVariantDown",alertstate="pending"}', {"small": 1})
     assert prometheus.query("slimserve_variant_up") == {"dense": 1, "small": 0}
-    assert stack.score("dense", "secret") == 200
-    assert stack.score("small", "secret") == 503
+    assert server.score("dense", "secret") == 200
+    assert server.score("small", "secret") == 503
     rules = [rule for group in prometheus.get("rules")["groups"] for rule in group["rules"]]
     assert not [rule for rule in rules if rule["health"] == "err"]
