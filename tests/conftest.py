@@ -1,4 +1,4 @@
-"""Fixtures that several parts' tests share: the real model, the command line, a server with a known clock."""
+"""Fixtures for several folders of tests: the real model, the command line, and a server with fixed latencies."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ needs_avx512 = pytest.mark.skipif(
     not {"avx512f", "asimd"} & set(probe_hardware().isa),
     reason="vLLM 0.32 for AVX2 alone has no 4-bit kernel, and its INT8 product is off by 0.2 nats",
 )
-"""Marks tests of vLLM's quantized CPU kernels; the log of 2026-11-27 has what AVX2 gives."""
+"""Marks tests of vLLM's quantized CPU kernels; the log of 2026-11-27 has the results with AVX2 alone."""
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +34,7 @@ def no_api_key(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
-    """The real SmolLM2-135M, unpacked into the user's cache as the demo would."""
+    """Return the directory of the real SmolLM2-135M, unpacked into the user's cache."""
     from slimserve.core.model import resolve_model
 
     return resolve_model(SMOLLM2)
@@ -42,7 +42,7 @@ def smollm2() -> Path:
 
 @pytest.fixture
 def run_cli() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run `slimserve` as a user would, with its output captured."""
+    """Return a function that runs `slimserve` in its own process and captures its output."""
 
     def run(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
         return subprocess.run(  # type: ignore[call-overload,no-any-return]
@@ -54,7 +54,7 @@ def run_cli() -> Callable[..., subprocess.CompletedProcess[str]]:
 
 @pytest.fixture(scope="session")
 def fake_url() -> Iterator[str]:
-    """Base URL of a fake_server in a process of its own."""
+    """Run fake_server.py in its own process and yield its base URL."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     server = subprocess.Popen([sys.executable, str(FAKE_SERVER), "--port", str(port)])

@@ -1,4 +1,4 @@
-"""The environment is the lock's, and its contradictions are those that we accept."""
+"""Tests that the environment has the locked versions and only the dependency conflicts that we accept."""
 
 import re
 import subprocess
@@ -14,23 +14,23 @@ def lines_of(file: str) -> list[str]:
     return [line for line in lines if line and not line.startswith("#")]
 
 
-def test_installed_versions_are_the_locks() -> None:
+def test_installed_versions_are_those_of_the_lock_file() -> None:
     for line in lines_of("cpu.lock"):
         name, version = line.split(";")[0].strip().split("==")
         assert metadata.version(name) == version
 
 
-def test_pip_check_says_what_we_accept_and_no_more() -> None:
+def test_pip_check_reports_only_the_accepted_conflicts() -> None:
     done = subprocess.run([sys.executable, "-m", "pip", "check"], capture_output=True, text=True)
     assert sorted(done.stdout.splitlines()) == sorted(lines_of("accepted-conflicts.txt"))
 
 
-def test_what_would_break_transformers_is_absent() -> None:
+def test_packages_that_break_transformers_are_absent() -> None:
     for name in ("torchvision", "torchaudio", "torchcodec"):
-        assert name not in {found.metadata["Name"] for found in metadata.distributions()}
+        assert name not in {one.metadata["Name"] for one in metadata.distributions()}
 
 
-def test_each_left_out_package_is_reasoned() -> None:
+def test_each_left_out_package_is_an_accepted_conflict() -> None:
     text = (ROOT / "requirements" / "overrides.txt").read_text()
     left_out = set(re.findall(r"^([\w-]+); ", text, flags=re.MULTILINE))
     missing = {re.search(r"requires ([\w-]+),", line).group(1) for line in lines_of("accepted-conflicts.txt")}  # type: ignore[union-attr]

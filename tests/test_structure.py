@@ -1,4 +1,4 @@
-"""The rules that keep the tree readable: data flows one way, and every fact has one home."""
+"""Tests of the rules for imports: data flows one way, and few files know a library's internals."""
 
 import ast
 import re
@@ -41,13 +41,13 @@ def sources(*folders: str) -> Iterator[Path]:
 
 
 def product() -> Iterator[Path]:
-    """Python files of the package, each under its real folder."""
+    """Yield the Python files of the package, each under its real folder."""
     yield from sources(*ROOMS)
     yield from sorted(file for file in (ROOT / "slimserve").rglob("*.py") if not (ROOT / file.parts[-2]).is_symlink())
 
 
 def name_of(file: Path) -> str:
-    """Import name of a file of the package."""
+    """Return the import name of a file of the package."""
     parts = list(file.relative_to(ROOT).with_suffix("").parts)
     if parts[0] != "slimserve":
         parts.insert(0, "slimserve")
@@ -55,7 +55,7 @@ def name_of(file: Path) -> str:
 
 
 def imports_of(tree: ast.AST) -> Iterator[str]:
-    """Absolute names that an import statement anywhere in the tree brings, submodules included."""
+    """Yield the absolute names that the import statements of a tree import, including submodules."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -69,7 +69,7 @@ def parse(file: Path) -> ast.Module:
 
 
 def module_level(tree: ast.Module) -> ast.Module:
-    """The tree without function bodies: what runs on import, and what only a type checker reads."""
+    """Return the tree without functions: the code that runs on import or that a type checker reads."""
 
     class Strip(ast.NodeTransformer):
         def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
@@ -95,7 +95,7 @@ def test_a_part_of_serve_imports_only_parts_below_it(part: str) -> None:
         assert {parts[2] for parts in names} <= SERVE_ROOMS[part] | {part}, file
 
 
-def test_no_module_imports_itself_in_a_circle() -> None:
+def test_no_modules_import_each_other_in_a_circle() -> None:
     files = {name_of(file): file for file in product()}
     graph = {
         name: {other for other in imports_of(module_level(parse(file))) if other in files and other != name}
@@ -113,7 +113,7 @@ def test_nothing_is_imported_by_a_generic_top_level_name() -> None:
 
 
 @pytest.mark.parametrize("library", ONLY_IN)
-def test_a_librarys_internals_are_touched_in_few_files(library: str) -> None:
+def test_a_librarys_internals_are_imported_in_few_files(library: str) -> None:
     files = {
         str(file.relative_to(ROOT))
         for file in [*product(), *sources("benches")]

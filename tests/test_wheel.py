@@ -1,4 +1,4 @@
-"""The built wheel and the editable install bring one import name, and the command starts from an empty folder."""
+"""Tests that the wheel and the editable install add one import name, and that the commands start from the wheel."""
 
 import os
 import subprocess
@@ -28,7 +28,7 @@ def run(*command: object, cwd: Path, **environment: str) -> str:
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty environment with the wheel alone."""
+    """Return a virtual environment that contains only the wheel."""
     folder = tmp_path_factory.mktemp("wheel")
     pip = (sys.executable, "-m", "pip", "--quiet")
     run(*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, ROOT, cwd=folder)
@@ -38,11 +38,11 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "env"
 
 
-def test_the_wheel_brings_one_import_name(environment: Path, tmp_path: Path) -> None:
+def test_the_wheel_adds_only_the_import_name_slimserve(environment: Path, tmp_path: Path) -> None:
     assert run(environment / "bin" / "python", "-c", CHECK, cwd=tmp_path) == "[] True\n"
 
 
-def test_the_editable_install_brings_one_import_name(tmp_path: Path) -> None:
+def test_the_editable_install_adds_only_the_import_name_slimserve(tmp_path: Path) -> None:
     assert run(sys.executable, "-I", "-c", CHECK, cwd=tmp_path) == "[] True\n"
 
 

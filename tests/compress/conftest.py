@@ -40,7 +40,7 @@ INPUT_IDS = torch.tensor([[5, 41, 0, 66, 23, 8, 8]])
 
 @dataclass(frozen=True)
 class TinyModel:
-    """A saved model, and the same model in memory."""
+    """A saved model and the same model in memory."""
 
     directory: Path
     model: Any
@@ -77,7 +77,7 @@ def tiny_llama(tmp_path: Path) -> TinyModel:
 
 
 def ids_file(folder: Path, num_sequences: int = 6, num_tokens: int = 16) -> str:
-    """Random calibration token ids for the tiny models."""
+    """Return random token ids as calibration data for the tiny models."""
     tokens = torch.randint(0, 67, (num_sequences, num_tokens), generator=torch.Generator().manual_seed(2))
     file = folder / "ids.jsonl"
     file.write_text("\n".join(json.dumps({"input_ids": row}) for row in tokens.tolist()))
@@ -96,5 +96,5 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 
 
 def weight_bytes(directory: Path) -> int:
-    """Bytes of all tensors, without the files' headers."""
+    """Return the bytes of all tensors, without the headers of the files."""
     return sum(tensor.nbytes for file in directory.glob("*.safetensors") for tensor in load_file(file).values())

@@ -1,4 +1,4 @@
-"""Activations on disk and their Hessians."""
+"""Tests of activations on disk and their Hessians."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ def test_a_file_reads_back_the_same_for_any_batch_size(tmp_path: Path, dtype: to
     assert torch.equal(file.read(5, 1), -x[5:6])
 
 
-def test_a_file_truncated_is_an_error_not_zeros(tmp_path: Path) -> None:
+def test_a_truncated_file_is_an_error_and_not_read_as_zeros(tmp_path: Path) -> None:
     file = ActivationFile(tmp_path / "x.bin", 3, 5, 2, torch.float32)
     file.write(0, torch.ones(2, 5, 2))
     with pytest.raises(UserError, match="truncated"):

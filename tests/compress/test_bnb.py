@@ -1,4 +1,4 @@
-"""bitsandbytes layers on disk, compared with the library, with transformers, and where the library is wrong."""
+"""Tests of bitsandbytes layers on disk against the library, transformers and the definitions."""
 
 import json
 from pathlib import Path
@@ -35,14 +35,14 @@ def nf4_by_hand(tensors: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:
 
 
 @pytest.mark.parametrize("shape", [(5, 64), (7, 192), (300, 64)])
-def test_nf4_is_what_its_definition_says(shape: tuple[int, int]) -> None:
+def test_nf4_follows_its_definition(shape: tuple[int, int]) -> None:
     tensors = NF4.pack_layer(weight(*shape))
     expected = nf4_by_hand(tensors, shape)
     assert torch.allclose(NF4.unpack_layer(tensors), expected, atol=0.02)
     assert (expected - weight(*shape).float()).norm() < 0.12 * weight(*shape).float().norm()
 
 
-def test_int8_is_what_its_definition_says() -> None:
+def test_int8_follows_its_definition() -> None:
     tensors = INT8_BNB.pack_layer(weight(5, 13))
     assert torch.equal(tensors["SCB"], weight(5, 13).float().abs().amax(dim=1))
     expected = torch.round(weight(5, 13).float() / tensors["SCB"][:, None] * 127)
@@ -70,8 +70,8 @@ def test_nf4_widths_that_bitsandbytes_decodes_wrongly_are_rejected(inputs: int) 
     assert INT8_BNB.pack_layer(weight(4, inputs))
 
 
-def test_another_writers_nf4_is_read_right_where_bitsandbytes_reads_it_wrongly() -> None:
-    """Fails once bitsandbytes corrects its CPU code: then `pack_layer` need not refuse these widths."""
+def test_nf4_of_another_writer_is_decoded_correctly_where_bitsandbytes_decodes_it_wrongly() -> None:
+    """This fails once bitsandbytes corrects its CPU code; then `pack_layer` can accept these widths."""
     codes, state = functional.quantize_4bit(weight(6, 96), blocksize=64, compress_statistics=True, quant_type="nf4")
     tensors = {"weight": codes} | {f"weight.{key}": value for key, value in state.as_dict(packed=True).items()}
     expected = nf4_by_hand(tensors, (6, 96))
@@ -80,7 +80,7 @@ def test_another_writers_nf4_is_read_right_where_bitsandbytes_reads_it_wrongly()
         assert not torch.allclose(functional.dequantize_4bit(codes, state).float(), expected, atol=0.1)
 
 
-def test_int8_rejects_weights_beyond_float16() -> None:
+def test_int8_rejects_weights_outside_the_range_of_float16() -> None:
     with pytest.raises(UserError, match="beyond float16"):
         INT8_BNB.pack_layer(torch.full((2, 64), 1e5))
 
@@ -96,11 +96,11 @@ def test_inputs_are_rounded_as_llm_int8_rounds_them() -> None:
     dequantized = INT8_BNB.unpack_layer(INT8_BNB.pack_layer(weight(5, 64)))
     ours = torch.nn.functional.linear(INT8_BNB.round_inputs(inputs), dequantized)
     scale = expected.abs().amax(dim=-1)
-    seen = torch.ones(3, 7, dtype=torch.bool)
-    seen[1, 1] = False  # bitsandbytes divides a token of zeros by zero
-    assert float(((ours - expected).abs().amax(dim=-1) / scale)[seen].max()) < 2e-3
+    is_compared = torch.ones(3, 7, dtype=torch.bool)
+    is_compared[1, 1] = False  # bitsandbytes divides a token of zeros by zero
+    assert float(((ours - expected).abs().amax(dim=-1) / scale)[is_compared].max()) < 2e-3
     plain = torch.nn.functional.linear(inputs, dequantized)
-    assert float(((plain - expected).abs().amax(dim=-1) / scale)[seen].max()) > 4e-3
+    assert float(((plain - expected).abs().amax(dim=-1) / scale)[is_compared].max()) > 4e-3
     assert torch.equal(ours[1, 1], torch.zeros(5))
 
 
@@ -117,7 +117,7 @@ def test_fused_names_are_ignored_too_when_all_their_parts_are() -> None:
 
 
 @pytest.mark.parametrize("quant_format", [NF4, INT8_BNB], ids=lambda one: one.name)
-def test_transformers_loads_it_and_computes_the_intended_weights(quant_format: Any, tmp_path: Path) -> None:
+def test_transformers_loads_the_layers_and_computes_the_intended_weights(quant_format: Any, tmp_path: Path) -> None:
     sizes = {"vocab_size": 67, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
     dense = make_tiny(LlamaConfig(**sizes, **heads, tie_word_embeddings=True), tmp_path / "dense")

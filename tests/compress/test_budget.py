@@ -1,4 +1,4 @@
-"""Pruning to a budget: shapes that fit, the finalist that is chosen, and resuming after an interruption."""
+"""Tests of pruning to a budget: shapes that fit, the chosen finalist, and resuming after an interruption."""
 
 import json
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from .conftest import INPUT_IDS, QUANTIZE, TinyModel, build_on_data, weight_byte
 
 
 def known_seconds(self: budget.BlockTimer, shapes: Sequence[budget.Shape]) -> list[float]:
-    """Fake timer for blocks that are too small to be timed: seconds proportional to neurons and heads."""
+    """Return seconds proportional to neurons and heads, because tiny blocks cannot be timed."""
     return [shape.width + 10.0 * shape.kv_groups for shape in shapes]
 
 
@@ -32,7 +32,7 @@ def test_a_budget_is_met_by_the_finalist_nearest_to_the_dense_model(
     quantize: tuple[Quantize, ...] = ()
     if "bytes" in keep:
         quantize = (QUANTIZE.model_copy(update={"head": "int8"}),)
-        keep = {"bytes": 0.8 * weight_bytes(build_on_data(tiny, *quantize, target=tmp_path / "whole"))}
+        keep = {"bytes": 0.8 * weight_bytes(build_on_data(tiny, *quantize, target=tmp_path / "quantized"))}
     prune = Prune(step="prune", keep=Keep(**keep), multiple=4)
     variant = build_on_data(tiny, prune, *quantize, target=tmp_path / "variant")
     manifest = read_manifest(variant)
@@ -53,13 +53,13 @@ def test_a_budget_is_met_by_the_finalist_nearest_to_the_dense_model(
         assert AutoModelForCausalLM.from_pretrained(variant).num_parameters() == manifest.num_parameters
     if "bytes" in keep:
         assert weight_bytes(variant) <= keep["bytes"]
-        # Norms and biases, a file's header among them, are counted with what pruning leaves alone.
+        # The budget counts norms, biases and the file header as bytes that pruning does not change.
         assert weight_bytes(variant) == pytest.approx(best["cost"], rel=0.12)
     own = next(iter(reference_logits(variant, [INPUT_IDS[0]])))
     assert bool(torch.isfinite(own).all())
 
 
-def test_the_dense_block_is_the_measure_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_block_times_are_relative_to_the_dense_block(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(budget.BlockTimer, "seconds", known_seconds)
     sizes = {"hidden_size": 256, "intermediate_size": 2048, "num_hidden_layers": 4, "num_attention_heads": 8}
     config = LlamaConfig(**sizes, num_key_value_heads=4, head_dim=32).to_dict()
@@ -70,7 +70,7 @@ def test_the_dense_block_is_the_measure_of_the_others(monkeypatch: pytest.Monkey
         assert timer.relative_seconds(budget.Shape(width, kv_groups, depth)) == pytest.approx(expected)
 
 
-def test_an_interrupted_budget_continues_with_the_shapes_that_it_had_chosen(
+def test_an_interrupted_budget_search_resumes_with_the_shapes_that_it_had_chosen(
     tiny_llama: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(budget.BlockTimer, "seconds", known_seconds)
@@ -101,7 +101,9 @@ def test_a_budget_leaves_what_the_next_step_needs(tiny_llama: TinyModel, tmp_pat
     assert {one["depth"] for one in manifest.steps[0].detail["finalists"]} == {3}
 
 
-def test_a_budget_out_of_reach_and_one_that_is_met_already_are_refused(tiny_llama: TinyModel, tmp_path: Path) -> None:
+def test_a_budget_that_cannot_be_met_and_one_that_is_met_already_are_rejected(
+    tiny_llama: TinyModel, tmp_path: Path
+) -> None:
     for share, problem in ((0.01, "out of reach"), (1.0, "met by the dense model already")):
         prune = Prune(step="prune", keep=Keep(parameters=share), multiple=4)
         with pytest.raises(UserError, match=f"keep: 'parameters = .*{problem}"):

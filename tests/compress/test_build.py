@@ -41,7 +41,7 @@ def mask_pruned_neurons(model: Any, num_kept: int, sort: bool = False) -> None:
 
 
 def quantize_linears(model: torch.nn.Module) -> None:
-    """Slow reference: fake-quantize each weight by the definition of INT8."""
+    """Fake-quantize each weight by the definition of INT8, as a slow reference."""
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and name != "lm_head":
             scale = module.weight.data.abs().amax(dim=1, keepdim=True) / 127
@@ -64,7 +64,7 @@ def test_a_quantized_model_of_every_family_holds_the_rounded_weights(tiny: TinyM
     loaded = AutoModelForCausalLM.from_pretrained(variant, dtype=torch.float32)
     mask_pruned_neurons(tiny.model, 32)
     quantize_linears(tiny.model)
-    # Activations are rounded too, per token and dynamically, so logits agree but roughly.
+    # Activations are rounded as well, dynamically per token, so the logits agree only roughly.
     difference = (logits(loaded) - logits(tiny.model)).norm() / logits(tiny.model).norm()
     assert float(difference) < 0.1
 
@@ -85,7 +85,7 @@ def test_the_manifest_counts_what_the_files_hold(tiny_llama: TinyModel, tmp_path
 
 
 def test_shards_are_read_and_written(tiny_llama: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = load_file(build(tiny_llama, PRUNE, target=tmp_path / "whole") / "model.safetensors")
+    reference = load_file(build(tiny_llama, PRUNE, target=tmp_path / "reference") / "model.safetensors")
     sharded = TinyModel(tmp_path / "sharded", tiny_llama.model)
     tiny_llama.model.save_pretrained(sharded.directory, max_shard_size="20KB")
     (sharded.directory / "tokenizer.json").write_text("{}")
@@ -94,7 +94,7 @@ def test_shards_are_read_and_written(tiny_llama: TinyModel, tmp_path: Path, monk
     variant = build(sharded, PRUNE, target=tmp_path / "variant")
     assert len(list(variant.glob("model-*-of-*.safetensors"))) > 1
     loaded = AutoModelForCausalLM.from_pretrained(variant).state_dict()
-    assert all(torch.equal(loaded[name], tensor) for name, tensor in whole.items())
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in reference.items())
 
 
 def test_two_builds_give_the_same_bytes(tiny_llama: TinyModel, tmp_path: Path) -> None:
@@ -186,7 +186,7 @@ def test_smollm2_pruned_equals_the_masked_dense_model(smollm2: Path, tmp_path: P
     assert difference[torch.float32] < 1e-3
 
 
-def test_settings_without_influence_do_not_make_another_variant(tiny_llama: TinyModel, tmp_path: Path) -> None:
+def test_settings_without_effect_do_not_make_another_variant(tiny_llama: TinyModel, tmp_path: Path) -> None:
     def build_with(summary: str, seed: int, step: AnyStep) -> Path:
         recipe = Recipe(summary=summary, calibration=Calibrate(seed=seed), steps=(step,))
         return build_variant("tiny", tiny_llama.directory, "own", recipe, tmp_path / step.step)
@@ -212,7 +212,7 @@ def test_a_calibration_file_that_changed_is_not_the_same_build(tiny_llama: TinyM
 
 
 class _KilledError(BaseException):
-    """Simulates a kill: no handler catches it."""
+    """Stands for a kill; no handler for errors catches it."""
 
 
 @pytest.mark.parametrize("die_at", [1, 3, 4])
@@ -223,7 +223,7 @@ def test_an_interrupted_build_resumes_to_the_same_bytes(
     capsys: pytest.CaptureFixture[str],
     die_at: int,
 ) -> None:
-    whole = build_on_data(tiny_llama, KV, GPTQ, target=tmp_path / "whole")
+    reference = build_on_data(tiny_llama, KV, GPTQ, target=tmp_path / "reference")
     saved, calls = safetensors.torch.save_file, iter(range(100))
 
     def save_or_die(*arguments: Any) -> None:
@@ -240,7 +240,7 @@ def test_an_interrupted_build_resumes_to_the_same_bytes(
     if die_at != 3:  # at 3 the second step had not begun
         assert "resumed after block 1 of 3" in capsys.readouterr().err
     for name in ("model.safetensors", "config.json"):
-        assert (resumed / name).read_bytes() == (whole / name).read_bytes()
+        assert (resumed / name).read_bytes() == (reference / name).read_bytes()
     assert not list(tmp_path.glob(".variant*"))
 
 
@@ -248,7 +248,7 @@ def test_an_interrupted_build_resumes_to_the_same_bytes(
 def test_a_build_killed_just_before_a_record_is_written_resumes(
     tiny_llama: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
 ) -> None:
-    whole = build_on_data(tiny_llama, KV, target=tmp_path / "whole")
+    reference = build_on_data(tiny_llama, KV, target=tmp_path / "reference")
 
     def write_or_die(path: Path, text: str) -> None:
         if path.name == file:
@@ -260,7 +260,7 @@ def test_a_build_killed_just_before_a_record_is_written_resumes(
         with pytest.raises(_KilledError):
             build_on_data(tiny_llama, KV, target=tmp_path / "variant")
     resumed = build_on_data(tiny_llama, KV, target=tmp_path / "variant")
-    assert (resumed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert (resumed / "model.safetensors").read_bytes() == (reference / "model.safetensors").read_bytes()
 
 
 def test_the_work_of_another_recipe_is_not_resumed(

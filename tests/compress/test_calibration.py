@@ -1,4 +1,4 @@
-"""Calibration samples from workloads, text and JSONL, by seed, and the sources that are rejected."""
+"""Tests of calibration samples from workloads, text and JSONL, of their seed, and of rejected sources."""
 
 import json
 from pathlib import Path
@@ -11,13 +11,13 @@ from slimserve.workloads import load_workload
 from slimserve.workloads.interface import ScoringPrompt
 
 
-def test_the_seed_decides_and_nothing_else(smollm2: Path) -> None:
+def test_samples_depend_only_on_the_seed(smollm2: Path) -> None:
     first, again, other = (load_calibration(smollm2, "mixed", 4, 64, seed) for seed in (0, 0, 1))
     assert first.tokens_NT.shape == (4, 64)
     assert first.sha256 == again.sha256 != other.sha256
 
 
-def test_a_workload_gives_its_calibration_split_alone(smollm2: Path) -> None:
+def test_a_workload_gives_only_its_calibration_split(smollm2: Path) -> None:
     from transformers import AutoTokenizer
 
     text = AutoTokenizer.from_pretrained(smollm2).decode(
@@ -28,7 +28,7 @@ def test_a_workload_gives_its_calibration_split_alone(smollm2: Path) -> None:
     assert any(line in text for line in first_lines)
 
 
-def test_text_and_ids_from_files(smollm2: Path, tmp_path: Path) -> None:
+def test_text_and_token_ids_are_read_from_files(smollm2: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("One two three four.\n\nFive six seven.\n\n" * 30)
     assert load_calibration(smollm2, str(text), 3, 16).tokens_NT.shape == (3, 16)
@@ -40,9 +40,9 @@ def test_text_and_ids_from_files(smollm2: Path, tmp_path: Path) -> None:
 def test_fewer_samples_than_requested_are_counted(smollm2: Path, tmp_path: Path) -> None:
     ids = tmp_path / "ids.jsonl"
     ids.write_text(json.dumps({"input_ids": list(range(25))}))
-    found = load_calibration(smollm2, str(ids), 9, 10)
-    assert found.detail["num_sequences"] == 2
-    assert found.detail["num_sequences_requested"] == 9
+    calibration = load_calibration(smollm2, str(ids), 9, 10)
+    assert calibration.detail["num_sequences"] == 2
+    assert calibration.detail["num_sequences_requested"] == 9
 
 
 @pytest.mark.parametrize(

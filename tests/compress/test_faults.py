@@ -1,4 +1,4 @@
-"""Faults: kills at random blocks, a full disk, two builds of one target, dead inputs."""
+"""Tests of faults: kills at random blocks, a full disk, two builds of one target, dead inputs."""
 
 import fcntl
 import json
@@ -96,14 +96,14 @@ def recipe_file(tmp_path: Path) -> Path:
 def test_ten_kills_do_not_change_the_bytes(deep: TinyModel, recipe_file: Path, tmp_path: Path) -> None:
     draw = random.Random(5)
     lives = [str(draw.randint(0, 2)) for _ in range(10)]
-    targets = {name: tmp_path / name for name in ("killed", "whole")}
-    for name, given in (("killed", lives), ("whole", [])):
-        arguments = [str(deep.directory), str(recipe_file), str(targets[name]), *given]
+    targets = {name: tmp_path / name for name in ("killed", "uninterrupted")}
+    for name, blocks_to_survive in (("killed", lives), ("uninterrupted", [])):
+        arguments = [str(deep.directory), str(recipe_file), str(targets[name]), *blocks_to_survive]
         done = subprocess.run(
             [sys.executable, "-c", FORKING, *arguments], capture_output=True, text=True, timeout=200, check=True
         )
-        assert done.stdout.split() == [*[str(-signal.SIGKILL)] * len(given), "0"], done.stderr
-    for file in targets["whole"].iterdir():
+        assert done.stdout.split() == [*[str(-signal.SIGKILL)] * len(blocks_to_survive), "0"], done.stderr
+    for file in targets["uninterrupted"].iterdir():
         if file.name != "slimserve.json":
             assert (targets["killed"] / file.name).read_bytes() == file.read_bytes(), file.name
     assert not list(tmp_path.glob(".killed*"))
@@ -133,7 +133,7 @@ def test_a_full_file_system_gives_one_error_and_the_build_resumes_when_there_is_
     disk.mkdir()
     mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", str(disk)], capture_output=True)
     if mount.returncode:
-        pytest.skip("this machine lets no test mount a small file system")
+        pytest.skip("this machine does not let a test mount a file system")
     try:
         _, recipe = load_recipe(str(recipe_file))
         with pytest.raises(UserError, match="could not be written .* free some disk space"):
@@ -141,13 +141,13 @@ def test_a_full_file_system_gives_one_error_and_the_build_resumes_when_there_is_
         assert not (disk / "variant").exists()
         subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
         again = build_variant("tiny", deep.directory, "own", recipe, disk / "variant")
-        whole = build_variant("tiny", deep.directory, "own", recipe, tmp_path / "whole")
-        assert sha256_of_files(weight_files(again)) == sha256_of_files(weight_files(whole))
+        reference = build_variant("tiny", deep.directory, "own", recipe, tmp_path / "reference")
+        assert sha256_of_files(weight_files(again)) == sha256_of_files(weight_files(reference))
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_two_builds_of_one_target_do_not_meet(deep: TinyModel, tmp_path: Path) -> None:
+def test_a_second_build_of_the_same_target_is_rejected(deep: TinyModel, tmp_path: Path) -> None:
     work = tmp_path / ".variant.building"
     work.mkdir()
     with (work / "lock").open("w") as lock:
@@ -156,7 +156,7 @@ def test_two_builds_of_one_target_do_not_meet(deep: TinyModel, tmp_path: Path) -
             build_variant("tiny", deep.directory, "dense", Recipe(summary=""), tmp_path / "variant")
 
 
-def test_dead_inputs_and_a_single_sample_are_handled_and_written_down(deep: TinyModel, tmp_path: Path) -> None:
+def test_dead_inputs_and_a_single_sample_are_handled_and_recorded(deep: TinyModel, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     from slimserve.core.variant import read_manifest

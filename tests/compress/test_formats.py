@@ -1,4 +1,4 @@
-"""Quantized layers on disk, compared with what compressed-tensors itself writes and reads."""
+"""Tests of quantized layers on disk against those that compressed-tensors itself writes and reads."""
 
 import copy
 from typing import Any

@@ -1,4 +1,4 @@
-"""Compare the forward pass with transformers for every family, and the calibration stream with the complete model."""
+"""Tests of the forward pass of every family against transformers, and of the calibration stream."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`slimserve inspect`: the content of a manifest as lines and as a plot."""
+"""Tests of `slimserve inspect`, which shows a manifest as lines and as a plot."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Kernel rules, compared with the classes that vLLM itself chooses on this CPU."""
+"""Tests of the kernel rules against the classes that vLLM itself chooses on this CPU."""
 
 import json
 import subprocess
@@ -33,9 +33,9 @@ def w4a16(inputs, outputs):
 with set_current_vllm_config(VllmConfig()):
     int8 = init_int8_linear_kernel(True, False, True, "test")
     fp8 = init_fp8_linear_kernel(kFp8DynamicTokenSym, kFp8StaticChannelSym, torch.bfloat16, torch.bfloat16, (64, 64))
-    found = {"w8a8": type(int8).__name__, "fp8": type(fp8).__name__, "w4a16": w4a16(576, 960)}
-    found |= {"inputs": w4a16(1520, 576), "outputs": w4a16(576, 1000)}
-print("FOUND" + json.dumps(found))
+    kernels = {"w8a8": type(int8).__name__, "fp8": type(fp8).__name__, "w4a16": w4a16(576, 960)}
+    kernels |= {"inputs": w4a16(1520, 576), "outputs": w4a16(576, 1000)}
+print("RESULT" + json.dumps(kernels))
 """
 
 ASK_AVX2 = """
@@ -43,8 +43,8 @@ import torch
 try:
     import vllm._C_AVX2
 except ImportError:
-    pass  # the library is loaded, but is no Python module
-print("FOUND", hasattr(torch.ops._C, "cpu_gemm_wna16"), hasattr(torch.ops._C, "onednn_scaled_mm"))
+    pass  # the import loads the library, which is not a Python module
+print("RESULT", hasattr(torch.ops._C, "cpu_gemm_wna16"), hasattr(torch.ops._C, "onednn_scaled_mm"))
 """
 
 
@@ -61,20 +61,20 @@ def explain(hardware: Hardware, name: str | None, **sizes: int) -> str:
 
 def ask(script: str) -> str:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("FOUND")]
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
     assert lines, done.stderr[-2000:]
-    return lines[0].removeprefix("FOUND").strip()
+    return lines[0].removeprefix("RESULT").strip()
 
 
 @needs_avx512
 def test_vllm_chooses_the_kernels_that_the_rules_name() -> None:
     pytest.importorskip("vllm")
     here = replace(probe_hardware(), gpus=())
-    found = json.loads(ask(ASK_VLLM))
+    kernels = json.loads(ask(ASK_VLLM))
     for name in ("w8a8", "fp8", "w4a16"):
-        assert found[name] in explain(here, name), name
-    assert "multiples of 32" in found["inputs"]
-    assert "multiples of 32" in found["outputs"]
+        assert kernels[name] in explain(here, name), name
+    assert "multiples of 32" in kernels["inputs"]
+    assert "multiples of 32" in kernels["outputs"]
 
 
 def test_vllms_avx2_library_has_the_int8_product_but_no_4_bit_one() -> None:
@@ -94,7 +94,7 @@ def test_vllms_avx2_library_has_the_int8_product_but_no_4_bit_one() -> None:
         ({"num_attention_heads": 4, "num_key_value_heads": 3, "head_dim": 8}, 80),
     ],
 )
-def test_a_size_that_the_4_bit_kernel_refuses_is_named(sizes: dict[str, int], odd: int) -> None:
+def test_a_size_that_the_4_bit_kernel_rejects_is_named(sizes: dict[str, int], odd: int) -> None:
     assert f"a layer has {odd}" in explain(HARDWARE, "w4a16", **sizes)
     assert "cannot run" not in explain(HARDWARE, "w8a8", **sizes)
 
@@ -105,12 +105,12 @@ def test_nf4_widths_that_bitsandbytes_decodes_wrongly_are_named() -> None:
     assert "wrong results" not in explain(HARDWARE, "int8-bnb", intermediate_size=1504)
 
 
-def test_amx_machines_round_4_bit_models_activations_too() -> None:
+def test_the_activations_of_4_bit_models_are_rounded_on_cpus_with_amx() -> None:
     assert "VLLM_CPU_INT4_W4A8=0" in explain(replace(HARDWARE, isa=(*HARDWARE.isa, "amx_tile")), "w4a16")
     assert "VLLM_CPU_INT4_W4A8" not in explain(HARDWARE, "w4a16")
 
 
-def test_only_fp8_belongs_on_a_gpu_and_a_cpu_still_runs_it() -> None:
+def test_only_fp8_needs_a_gpu_for_its_speed_and_a_cpu_still_runs_it() -> None:
     assert [name for name in format_names() if get_format(name).gpu_reason] == ["fp8"]
     assert "needs a GPU of capability 8.9" in str(get_format("fp8").gpu_reason)
     assert "cannot run" not in explain(HARDWARE, "fp8")

@@ -1,4 +1,4 @@
-"""A format that a user adds as one object works in recipes, builds, the reference and `slimserve inspect`."""
+"""Tests that a format which a user adds as one object works in recipes, builds, the reference and `inspect`."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -181,9 +181,9 @@ def test_local_search_ends_near_the_best_subset_and_never_above_greedy(
         remove_greedily(tableau, num_kept)
         greedy = loss_of(hessian_II, weight_OI, tableau.kept, group_size)
         local_search(tableau)
-        found = loss_of(hessian_II, weight_OI, tableau.kept, group_size)
-        assert found <= greedy * (1 + 1e-12)
-        excess.append(found / best_loss(hessian_II, weight_OI, group_size, num_kept) - 1)
+        searched = loss_of(hessian_II, weight_OI, tableau.kept, group_size)
+        assert searched <= greedy * (1 + 1e-12)
+        excess.append(searched / best_loss(hessian_II, weight_OI, group_size, num_kept) - 1)
     assert min(excess) > -1e-9
     assert sum(value < 1e-9 for value in excess) >= 0.9 * len(excess)
     assert sum(excess) / len(excess) < 0.02
@@ -251,7 +251,7 @@ def test_damping_grows_only_until_a_singular_matrix_can_be_inverted() -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_hessian_with_nan_or_infinity_is_refused(value: float) -> None:
+def test_a_hessian_with_nan_or_infinity_is_rejected(value: float) -> None:
     hessian_II, _ = make_layer(10, 5, 3)
     hessian_II[3, 1] = hessian_II[1, 3] = value
     with pytest.raises(UserError, match="calibration: 'Hessian' contains NaN or infinity"):

@@ -188,12 +188,12 @@ def test_search_never_ends_above_greedy(group_size: int) -> None:
     gained = 0
     for seed in range(10):
         problem = make_problem(make_inputs(seed, 40, 24), 5, group_size)
-        greedy, found = (METHODS[name](problem, 12 // group_size) for name in ("osscar", "osscar_search"))
+        greedy, searched = (METHODS[name](problem, 12 // group_size) for name in ("osscar", "osscar_search"))
         before = output_error(problem, greedy.kept_I, greedy.weight_OK, damped=True)
-        after = output_error(problem, found.kept_I, found.weight_OK, damped=True)
+        after = output_error(problem, searched.kept_I, searched.weight_OK, damped=True)
         assert after <= before
-        assert 1 - after / before == pytest.approx(found.detail["search_gain_frac"], abs=1e-8)
-        assert (found.detail["num_swaps"] > 0) == (found.detail["search_gain_frac"] > 0)
+        assert 1 - after / before == pytest.approx(searched.detail["search_gain_frac"], abs=1e-8)
+        assert (searched.detail["num_swaps"] > 0) == (searched.detail["search_gain_frac"] > 0)
         gained += after < before
     assert gained > 0
 
@@ -208,10 +208,10 @@ def test_the_layers_own_outputs_as_target_equal_no_target(method: str, group_siz
         target_IO, (hessian_of(own) + ridge_of(own) * torch.eye(15, dtype=torch.float64)) @ own.weight_OI.T
     )
     expected = METHODS[method](own, 2)
-    found = METHODS[method](replace(own, target_IO=target_IO), 2)
-    assert found.kept_U.tolist() == expected.kept_U.tolist()
-    torch.testing.assert_close(found.weight_OK, expected.weight_OK, rtol=1e-9, atol=1e-9)
-    assert found.detail["relative_output_error"] == pytest.approx(expected.detail["relative_output_error"], rel=1e-8)
+    targeted = METHODS[method](replace(own, target_IO=target_IO), 2)
+    assert targeted.kept_U.tolist() == expected.kept_U.tolist()
+    torch.testing.assert_close(targeted.weight_OK, expected.weight_OK, rtol=1e-9, atol=1e-9)
+    assert targeted.detail["relative_output_error"] == pytest.approx(expected.detail["relative_output_error"], rel=1e-8)
 
 
 @pytest.mark.parametrize("method", ["refit", "osscar", "osscar_search"])

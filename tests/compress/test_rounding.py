@@ -23,7 +23,7 @@ by_grid = pytest.mark.parametrize("name", GRIDS)
 
 
 def make_layer(num_outputs: int, num_inputs: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """A weight, and the gram of correlated inputs of very different sizes."""
+    """Return a weight, and the Hessian of correlated inputs of very different sizes."""
     torch.manual_seed(seed)
     inputs_TI = torch.randn(3 * num_inputs, num_inputs) @ torch.randn(num_inputs, num_inputs) * num_inputs**-0.5
     inputs_TI = (inputs_TI + torch.randn(3 * num_inputs, 1)) * torch.rand(num_inputs).mul(4).exp()

@@ -1,4 +1,4 @@
-"""Steps on calibration data: their results on tiny models, against definitions and transformers."""
+"""Tests of steps with calibration data on tiny models, against definitions and transformers."""
 
 import json
 from pathlib import Path
@@ -62,17 +62,17 @@ def test_a_calibrated_quantization_stays_near_the_dense_model(
 
 
 def test_rounds_reach_the_same_width_and_call_the_hook_between_them(tiny_llama: TinyModel, tmp_path: Path) -> None:
-    seen = []
+    widths = []
 
     def between(checkpoint: Path) -> Path:
-        seen.append(json.loads((checkpoint / "config.json").read_text())["intermediate_size"])
+        widths.append(json.loads((checkpoint / "config.json").read_text())["intermediate_size"])
         return checkpoint
 
     step = Prune(step="prune", mlp_remove_frac=0.5, multiple=2, rounds=3)
     variant = build_on_data(tiny_llama, step, target=tmp_path / "variant", between_rounds=between)
     assert json.loads((variant / "config.json").read_text())["intermediate_size"] == 22
-    assert len(seen) == 2
-    assert 44 > seen[0] > seen[1] > 22
+    assert len(widths) == 2
+    assert 44 > widths[0] > widths[1] > 22
 
 
 def test_the_least_influential_blocks_are_removed_and_the_others_renumbered(tiny: TinyModel, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Settings models on the command line, in TOML files and with --set."""
+"""Tests of settings on the command line, in TOML files and with --set."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -90,7 +90,7 @@ def test_durations_have_units(text: str, seconds: float) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "s", "-1", "1 day", "1e3"])
-def test_text_that_is_not_a_duration_is_refused(text: str) -> None:
+def test_text_that_is_not_a_duration_is_rejected(text: str) -> None:
     with pytest.raises(ValueError, match="not a duration"):
         parse_duration(text)
 
@@ -110,7 +110,7 @@ def test_set_writes_into_tables_and_arrays() -> None:
 
 
 @pytest.mark.parametrize("assignment", ["seed", "stages.3.steps=1", "seed.x=1"])
-def test_set_refuses_a_path_that_leads_nowhere(assignment: str) -> None:
+def test_set_rejects_a_path_that_does_not_exist(assignment: str) -> None:
     with pytest.raises(UserError, match="--set"):
         set_value({"stages": [{}], "seed": 1}, assignment)
 

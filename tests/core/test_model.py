@@ -10,7 +10,7 @@ from slimserve.core.variant import read_manifest
 
 
 @pytest.fixture
-def copied(smollm2: Path, tmp_path: Path) -> Path:
+def model_copy(smollm2: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(smollm2, tmp_path / "model"))
 
 
@@ -23,22 +23,22 @@ def test_the_builtin_model_is_unpacked_and_says_that_it_was_dequantized(smollm2:
     assert shapes["model.embed_tokens.weight"] == (49152, 576)
 
 
-def test_a_directory_is_taken_as_it_is(copied: Path) -> None:
-    assert resolve_model(str(copied)) == copied
+def test_a_directory_is_used_as_it_is(model_copy: Path) -> None:
+    assert resolve_model(str(model_copy)) == model_copy
 
 
-def test_a_model_is_called_by_its_manifest_or_the_last_part_of_its_name(copied: Path, smollm2: Path) -> None:
+def test_a_models_name_is_that_of_its_manifest_or_the_last_part_of_its_path(model_copy: Path, smollm2: Path) -> None:
     assert model_name("whatever", smollm2) == "smollm2-135m-instruct"
-    (copied / "slimserve.json").unlink()
-    assert model_name(f"{copied}/", copied) == "model"
-    assert model_name("org/model-1b", copied) == "model-1b"
+    (model_copy / "slimserve.json").unlink()
+    assert model_name(f"{model_copy}/", model_copy) == "model"
+    assert model_name("org/model-1b", model_copy) == "model-1b"
 
 
-def test_the_hash_follows_the_content_not_the_place(copied: Path, smollm2: Path) -> None:
-    assert model_hash(copied) == model_hash(smollm2)
-    config = json.loads((copied / "config.json").read_text())
-    (copied / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-6}))
-    assert model_hash(copied) != model_hash(smollm2)
+def test_the_hash_depends_on_the_content_and_not_on_the_directory(model_copy: Path, smollm2: Path) -> None:
+    assert model_hash(model_copy) == model_hash(smollm2)
+    config = json.loads((model_copy / "config.json").read_text())
+    (model_copy / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-6}))
+    assert model_hash(model_copy) != model_hash(smollm2)
 
 
 @pytest.mark.parametrize(
@@ -50,54 +50,54 @@ def test_the_hash_follows_the_content_not_the_place(copied: Path, smollm2: Path)
         ("nobody/no-such-model", "neither a local directory nor available from the Hugging Face hub"),
     ],
 )
-def test_a_name_for_nothing_is_refused(argument: str, message: str) -> None:
+def test_a_model_that_does_not_exist_is_rejected(argument: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         resolve_model(argument)
 
 
-def test_a_gguf_that_is_none_is_refused(tmp_path: Path) -> None:
+def test_a_broken_gguf_file_is_rejected(tmp_path: Path) -> None:
     file = tmp_path / "broken.gguf"
     file.write_bytes(b"GGUF, or so it says")
     with pytest.raises(UserError, match="cannot be unpacked"):
         resolve_model(str(file))
 
 
-def test_a_directory_without_config_is_refused(copied: Path) -> None:
-    (copied / "config.json").unlink()
+def test_a_directory_without_config_is_rejected(model_copy: Path) -> None:
+    (model_copy / "config.json").unlink()
     with pytest.raises(UserError, match="has no config.json"):
-        resolve_model(str(copied))
+        resolve_model(str(model_copy))
 
 
 @pytest.mark.parametrize("text", ["{not json", "[]", '{"hidden_size": 3}'])
-def test_a_broken_config_is_refused(copied: Path, text: str) -> None:
-    (copied / "config.json").write_text(text)
+def test_a_broken_config_is_rejected(model_copy: Path, text: str) -> None:
+    (model_copy / "config.json").write_text(text)
     with pytest.raises(UserError, match=r"^config.json: "):
-        resolve_model(str(copied))
+        resolve_model(str(model_copy))
 
 
-def test_weights_that_are_cut_short_are_refused(copied: Path) -> None:
-    file = copied / "model.safetensors"
+def test_weights_that_are_cut_short_are_rejected(model_copy: Path) -> None:
+    file = model_copy / "model.safetensors"
     with file.open("r+b") as opened:
         opened.truncate(file.stat().st_size - 1000)
     with pytest.raises(UserError, match="corrupt or cut short"):
-        resolve_model(str(copied))
+        resolve_model(str(model_copy))
 
 
-def test_garbage_in_place_of_weights_is_refused(copied: Path) -> None:
-    (copied / "model.safetensors").write_bytes(b"\xff" * 5000)
+def test_garbage_in_place_of_weights_is_rejected(model_copy: Path) -> None:
+    (model_copy / "model.safetensors").write_bytes(b"\xff" * 5000)
     with pytest.raises(UserError, match="corrupt or cut short"):
-        resolve_model(str(copied))
+        resolve_model(str(model_copy))
 
 
-def test_a_missing_shard_is_named(copied: Path) -> None:
+def test_a_missing_shard_is_named(model_copy: Path) -> None:
     index = {"weight_map": {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}}
-    (copied / "model.safetensors.index.json").write_text(json.dumps(index))
+    (model_copy / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(UserError, match="has no model-00002-of-00002.safetensors"):
-        resolve_model(str(copied))
+        resolve_model(str(model_copy))
 
 
-def test_a_model_without_tokenizer_is_refused(copied: Path) -> None:
+def test_a_model_without_tokenizer_is_rejected(model_copy: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        (copied / name).unlink()
+        (model_copy / name).unlink()
     with pytest.raises(UserError, match="has no tokenizer"):
-        resolve_model(str(copied))
+        resolve_model(str(model_copy))

@@ -1,4 +1,4 @@
-"""Bytes and FLOPs of a model counted by hand, and its roofline on known hardware."""
+"""Tests of a model's bytes and FLOPs against a count by hand, and of its roofline on known hardware."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def layer(name: str, outputs: int, inputs: int) -> dict[str, torch.Tensor]:
     return {f"model.layers.0.{name}.weight": torch.zeros(outputs, inputs, dtype=torch.bfloat16)}
 
 
-def test_a_tied_embedding_table_is_read_at_every_step_but_costs_a_prompt_token_nothing(tmp_path: Path) -> None:
+def test_a_tied_embedding_table_is_read_at_every_decode_step_and_costs_no_prefill_flops(tmp_path: Path) -> None:
     table = {"model.embed_tokens.weight": torch.zeros(11, 8, dtype=torch.bfloat16)}
     norm = {"model.norm.weight": torch.zeros(8, dtype=torch.bfloat16)}
     cost = read_model_cost(save(tmp_path, table | norm | layer("mlp.up_proj", 5, 8)))
@@ -37,7 +37,7 @@ def test_a_tied_embedding_table_is_read_at_every_step_but_costs_a_prompt_token_n
     assert not cost.is_int8
 
 
-def test_an_untied_embedding_table_is_not_read_and_the_output_layer_costs_a_prompt_nothing(
+def test_an_untied_embedding_table_is_not_read_and_the_output_layer_costs_no_prefill_flops(
     tmp_path: Path,
 ) -> None:
     ends = {

@@ -13,7 +13,7 @@ from tests.conftest import FAKE_SERVER
 
 @pytest.fixture
 def locked_url(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A server with one model that asks for a key."""
+    """Yield the URL of a server with one model that requires a key."""
     monkeypatch.setenv("FAKE_KEY", "secret")
     monkeypatch.setenv("FAKE_MODELS", "only")
     port = free_port()
@@ -33,17 +33,17 @@ def test_the_only_model_needs_no_name(locked_url: str, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("model", [None, "unknown"])
-def test_a_model_that_is_not_served_is_refused_with_those_that_are(fake_url: str, model: str | None) -> None:
+def test_the_error_for_a_model_that_is_not_served_lists_the_served_ones(fake_url: str, model: str | None) -> None:
     with pytest.raises(UserError, match="is not served .* give --model good or http-500"):
         find_target(fake_url, model)
 
 
-def test_nobody_there_is_said_with_what_to_do() -> None:
+def test_a_server_that_does_not_answer_is_reported_with_a_remedy() -> None:
     with pytest.raises(UserError, match="does not answer .*slimserve serve MODEL"):
         find_target(f"http://127.0.0.1:{free_port()}", None)
 
 
 @pytest.mark.parametrize("url", ["localhost:8000", "127.0.0.1", ""])
-def test_a_url_without_scheme_is_refused(url: str) -> None:
+def test_a_url_without_scheme_is_rejected(url: str) -> None:
     with pytest.raises(UserError, match="has no scheme"):
         find_target(url, None)

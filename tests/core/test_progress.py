@@ -6,7 +6,7 @@ from slimserve.core import progress as module
 from slimserve.core.progress import progress
 
 
-def test_plain_lines_tell_count_and_time_left(
+def test_plain_lines_show_the_count_and_the_time_left(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_PLAIN_EVERY_S", 0.0)

@@ -15,7 +15,7 @@ def test_a_bench_line_is_one_json_object_with_spread_and_origin() -> None:
     assert document["commit"]
 
 
-def test_the_hardware_names_what_linux_says() -> None:
+def test_the_hardware_has_cpu_memory_and_sorted_cores() -> None:
     hardware = probe_hardware()
     assert hardware.cpu
     assert hardware.memory_gib > 1

@@ -1,4 +1,4 @@
-"""Datasheets of GPUs by name; a CPU measured once, by a process of its own."""
+"""Tests of the rooflines of GPUs from datasheets and of a CPU from a measurement."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_a_known_gpu_has_its_datasheet_values(gpu: str, bandwidth: float) -> Non
     assert load_roofline(Hardware("cpu", (0,), 1.0, (), ("NVIDIA GeForce RTX 3090, 24576 MiB",))) is None
 
 
-def test_a_cpu_is_measured_once_and_by_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cpu_is_measured_once_in_its_own_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLIMSERVE_CACHE", str(tmp_path))
     assert load_roofline(_CPU, measure=False) is None
     runs: list[dict[str, str]] = []
@@ -44,7 +44,7 @@ def test_a_cpu_is_measured_once_and_by_a_process_of_its_own(tmp_path: Path, monk
     assert load_roofline(Hardware("Some CPU @ 2.0GHz", (0,), 8.0, (), ()), measure=False) is None
 
 
-def test_measuring_finds_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_measurement_gives_plausible_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     real = slimserve.core.roofline._best_s
     monkeypatch.setattr("slimserve.core.roofline._best_s", lambda run: real(run, 0.05))
     machine = slimserve.core.roofline._measure()

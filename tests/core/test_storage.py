@@ -7,10 +7,10 @@ import pytest
 from slimserve.core.errors import UserError
 from slimserve.core.storage import atomic_directory, cache_dir, sha256_of_files, write_atomically
 
-_PID_OF_NOBODY = 2**22 + 1
+_UNUSED_PID = 2**22 + 1
 
 
-def test_a_directory_appears_only_when_it_is_whole(tmp_path: Path) -> None:
+def test_a_directory_appears_only_when_it_is_complete(tmp_path: Path) -> None:
     target = tmp_path / "variant"
     with atomic_directory(target) as partial:
         (partial / "weights").write_text("w")
@@ -32,8 +32,8 @@ def test_an_interrupted_directory_leaves_nothing_and_keeps_the_old_one(
     assert [path.name for path in tmp_path.rglob("*")] == ["variant", "old"]
 
 
-def test_what_a_killed_build_left_is_removed_but_a_running_one_is_not(tmp_path: Path) -> None:
-    dead = tmp_path / f".variant.partial-{_PID_OF_NOBODY}"
+def test_files_of_a_killed_build_are_removed_but_not_those_of_a_running_one(tmp_path: Path) -> None:
+    dead = tmp_path / f".variant.partial-{_UNUSED_PID}"
     alive = tmp_path / f".variant.partial-{os.getppid()}"
     dead.mkdir()
     alive.mkdir()
@@ -49,7 +49,7 @@ def test_a_full_disk_is_one_clear_error_and_leaves_nothing(tmp_path: Path) -> No
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_is_replaced_at_once(tmp_path: Path) -> None:
+def test_a_file_is_replaced_atomically(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     write_atomically(path, "one")
     write_atomically(path, "two")
@@ -68,7 +68,9 @@ def test_the_hash_depends_on_names_and_bytes_but_not_on_order(tmp_path: Path) ->
     assert sha256_of_files([one, two]) != before
 
 
-def test_the_cache_is_where_the_user_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_is_in_the_directory_of_the_environment_variable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SLIMSERVE_CACHE", str(tmp_path / "here"))
     assert cache_dir("models") == tmp_path / "here" / "models"
     monkeypatch.delenv("SLIMSERVE_CACHE")

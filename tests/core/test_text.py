@@ -1,4 +1,4 @@
-"""The reader of users' text and JSONL files."""
+"""Tests of reading users' text and JSONL files."""
 
 from pathlib import Path
 

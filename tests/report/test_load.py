@@ -117,7 +117,7 @@ def test_an_invalid_run_says_so_before_anything_else(tmp_path: Path, capsys: pyt
     assert capsys.readouterr().out.startswith("INVALID: requests were sent up to 81 ms late")
 
 
-def test_warnings_and_the_client_s_own_error_are_shown(tmp_path: Path) -> None:
+def test_warnings_and_the_clients_own_error_are_shown(tmp_path: Path) -> None:
     rows = invented_rows()
     summary = summary_of(rows, warnings=["not steady: it rose"])
     document = document_of("reasoning", summary, calibration={"ttft_p50_error_ms": 0.21364})
@@ -145,7 +145,7 @@ def test_a_run_without_a_good_answer_renders(tmp_path: Path, rows: list[Row]) ->
     print_summary("reasoning", TARGET, summary)
 
 
-def test_the_page_needs_nothing_but_itself(tmp_path: Path) -> None:
+def test_the_page_loads_no_other_file(tmp_path: Path) -> None:
     rows = invented_rows()
     page = write_html(document_of("reasoning", summary_of(rows)), rows, tmp_path).read_text()
     assert not re.search(r"""(src|href)\s*=\s*["'](?!#)""", page)
@@ -156,7 +156,7 @@ def test_the_page_needs_nothing_but_itself(tmp_path: Path) -> None:
     assert all(reference in ids for reference in re.findall(r'href="#([^"]+)"', page))
 
 
-def test_html_in_a_name_is_text(tmp_path: Path) -> None:
+def test_html_in_a_name_is_escaped(tmp_path: Path) -> None:
     rows = [replace(row, kind=f"<script>{row.prompt % 2}") for row in invented_rows()]
     document = document_of("reasoning", summary_of(rows, warnings=["<script>alert(2)</script>"]))
     document["target"]["model"] = "<script>alert(1)</script>"
@@ -185,7 +185,7 @@ def test_a_sweep_says_at_which_rates_objectives_were_met(tmp_path: Path) -> None
     assert "a-model meets e2e_p99=900ms at 1.00 requests/s; 2 rates were tested." in page
 
 
-def test_plots_take_the_page_s_colours_and_draw_names_as_they_are() -> None:
+def test_plots_use_the_colours_of_the_page_and_draw_names_literally() -> None:
     svg = plot_distribution([("$a$ <b>", [0.1, 0.2]), ("empty", [])], "latency (ms)")
     assert "currentColor" in svg
     assert "#000000" not in svg
@@ -196,8 +196,8 @@ def test_plots_take_the_page_s_colours_and_draw_names_as_they_are() -> None:
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs Debian's chromium, which `make test` installs")
 @pytest.mark.parametrize("width", [1280, 400])
-def test_a_browser_shows_the_whole_width(tmp_path: Path, width: int) -> None:
-    """The page in a frame of that width inside Chromium, which tells how wide its content is."""
+def test_the_page_fits_the_width_of_the_browser(tmp_path: Path, width: int) -> None:
+    """Chromium renders the page in a frame of that width and reports the width of its content."""
     rows = invented_rows(("recommendation", "reasoning"))
     server = ServerCounts(requests=130, output_tokens=12_345, ttft_p50_bracket_s=(0.1, 0.25))
     page = write_html(document_of("mixed", summary_of(rows, server=server)), rows, tmp_path).read_text()
@@ -218,6 +218,6 @@ def test_a_browser_shows_the_whole_width(tmp_path: Path, width: int) -> None:
         text=True,
         timeout=120,
     )
-    found = re.search(r"<title>content (\d+)</title>", done.stdout)
-    assert found, done.stderr
-    assert int(found[1]) <= width
+    title = re.search(r"<title>content (\d+)</title>", done.stdout)
+    assert title, done.stderr
+    assert int(title[1]) <= width

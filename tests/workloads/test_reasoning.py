@@ -12,22 +12,22 @@ def problems(split: Split, num: int, seed: int = 0) -> list[ChatPrompt]:
 
 
 def test_kinds_take_turns_and_questions_are_unique_across_splits() -> None:
-    asked: list[str] = []
+    questions: list[str] = []
     for split in SPLITS:
-        found = problems(split, 60)
-        assert [problem.kind for problem in found[:4]] == [*KINDS, *KINDS]
-        asked += [problem.messages[-1]["content"] for problem in found]
-    assert len(asked) == len(set(asked)) == 180
+        prompts = problems(split, 60)
+        assert [problem.kind for problem in prompts[:4]] == [*KINDS, *KINDS]
+        questions += [problem.messages[-1]["content"] for problem in prompts]
+    assert len(questions) == len(set(questions)) == 180
 
 
 def test_examples_are_never_the_question() -> None:
     for problem in problems("calibration", 40):
-        shown = [message["content"] for message in problem.messages[:-1] if message["role"] == "user"]
-        assert len(shown) == 2
-        assert problem.messages[-1]["content"] not in shown
+        examples = [message["content"] for message in problem.messages[:-1] if message["role"] == "user"]
+        assert len(examples) == 2
+        assert problem.messages[-1]["content"] not in examples
 
 
-def test_the_worked_chain_ends_in_the_answer_that_the_verifier_takes() -> None:
+def test_the_worked_chain_ends_in_the_answer_that_the_verifier_accepts() -> None:
     for problem in problems("quality", 60):
         assert Reasoning().is_correct(problem, f"<think>\n{problem.chain_of_thought}\n</think>\n{problem.answer}")
 
@@ -59,13 +59,13 @@ def test_the_last_number_after_the_think_tags_counts(template: str, right: bool)
     assert Reasoning().is_correct(problem, text) is right
 
 
-def test_judging_counts_right_answers_by_kind_and_tokens() -> None:
-    asked = problems("quality", 8)
+def test_evaluation_counts_correct_answers_by_kind_and_tokens() -> None:
+    prompts = problems("quality", 8)
     answers = [
         ChatAnswer(problem.answer if problem.kind == "chain_sum" else "", num_tokens=10 * (index % 2))
-        for index, problem in enumerate(asked)
+        for index, problem in enumerate(prompts)
     ]
-    results = evaluate(Reasoning(), asked, answers)
+    results = evaluate(Reasoning(), prompts, answers)
     assert results["accuracy"].value == 0.5
     assert results["accuracy_chain_sum"].value == 1.0
     assert results["accuracy_gsm_symbolic"].value == 0.0
@@ -73,12 +73,12 @@ def test_judging_counts_right_answers_by_kind_and_tokens() -> None:
     assert results["tokens_per_answer"].value == 5.0
 
 
-def test_the_seed_orders() -> None:
+def test_the_seed_determines_the_order() -> None:
     assert problems("load", 20, seed=1) == problems("load", 20, seed=1)
     assert problems("load", 20, seed=1) != problems("load", 20, seed=2)
 
 
-def test_a_split_that_runs_out_gives_what_it_has() -> None:
+def test_a_split_with_too_few_problems_gives_all_it_has() -> None:
     prompts = Reasoning().make_prompts("quality", 6000)
     sums = [prompt for prompt in prompts if isinstance(prompt, ChatPrompt) and prompt.kind == "chain_sum"]
     assert 300 < len(sums) < 1500

@@ -9,7 +9,7 @@ from slimserve.workloads.text import TextReading, coarse_kl, make_documents, tex
 
 
 def listed(shares: NDArray[np.float64], count: int) -> dict[int, float]:
-    """What a server lists of a distribution: its `count` likeliest tokens."""
+    """Return the log-probabilities of the `count` most likely tokens, as a server lists them."""
     best = np.argsort(-shares)[:count]
     return {int(token): float(np.log(shares[token])) for token in best}
 
@@ -38,11 +38,11 @@ def test_the_divergence_is_exact_where_all_mass_is_listed() -> None:
     assert coarse_kl(p, p) == 0
 
 
-def test_lists_without_a_common_token_bound_nothing_below_zero() -> None:
+def test_lists_without_a_common_token_have_the_bound_zero() -> None:
     assert coarse_kl({1: math.log(0.9)}, {2: math.log(0.9)}) == 0
 
 
-def test_metrics_by_hand() -> None:
+def test_text_metrics_equal_those_computed_by_hand() -> None:
     p = [{1: math.log(0.5), 2: math.log(0.5 - 1e-9)}] * 70
     q = [{1: math.log(0.2), 2: math.log(0.8)}] * 70
     tokens = [1] * 70
@@ -55,7 +55,7 @@ def test_metrics_by_hand() -> None:
     assert set(text_metrics([reading(q, tokens)])) == {"perplexity"}
 
 
-def test_documents_are_long_enough_differ_and_take_turns() -> None:
+def test_documents_are_long_enough_distinct_and_alternate_in_kind() -> None:
     documents = make_documents(4, 600)
     assert len(set(documents)) == 4
     assert all(len(document) >= 600 for document in documents)
