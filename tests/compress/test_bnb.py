@@ -104,7 +104,7 @@ def test_inputs_are_rounded_as_llm_int8_rounds_them() -> None:
     assert torch.equal(ours[1, 1], torch.zeros(5))
 
 
-def test_fused_names_are_ignored_too_when_all_their_parts_are() -> None:
+def test_fused_layers_are_left_unquantized_if_all_their_parts_are() -> None:
     attention = [f"model.layers.2.self_attn.{part}_proj" for part in "qkv"]
     mlp = ["model.layers.3.mlp.gate_proj", "model.layers.3.mlp.up_proj"]
     skipped = NF4.quantization_config(None, ["lm_head", *attention, *mlp])["llm_int8_skip_modules"]

@@ -118,7 +118,7 @@ def test_an_earlier_build_is_reused_and_another_is_not_overwritten(
         build(tiny_llama, QUANTIZE, target=target)
 
 
-def test_the_cache_tells_recipes_and_models_apart(
+def test_the_cache_distinguishes_recipes_and_models(
     tiny_llama: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SLIMSERVE_CACHE", str(tmp_path / "cache"))
@@ -165,7 +165,7 @@ def test_a_quantized_model_is_not_compressed_again(tiny_llama: TinyModel, tmp_pa
         build(TinyModel(variant, None), PRUNE, target=tmp_path / "again")
 
 
-def test_smollm2_pruned_equals_the_masked_dense_model(smollm2: Path, tmp_path: Path) -> None:
+def test_a_pruned_smollm2_equals_the_masked_dense_model(smollm2: Path, tmp_path: Path) -> None:
     """BF16 logits are equal if the masked model sums its neurons in the same order.
 
     Logits near 40 are 0.25 apart in BF16, and masking in place changes the order of the sums. The neurons of the masked
@@ -282,7 +282,7 @@ def test_the_work_of_another_recipe_is_not_resumed(
     assert json.loads((other / "config.json").read_text())["intermediate_size"] == 44
 
 
-def test_sizes_that_do_not_fit_are_refused_before_any_work(tiny_llama: TinyModel, tmp_path: Path) -> None:
+def test_sizes_that_do_not_fit_are_rejected_before_any_work(tiny_llama: TinyModel, tmp_path: Path) -> None:
     for step, message in (
         (Prune(step="prune", kv_remove_frac=0.9), "kv_remove_frac: '0.9' leaves 0 of 2 KV groups"),
         (Prune(step="prune", mlp_remove_frac=0.01, multiple=4), "removes nothing of 44"),

@@ -83,7 +83,7 @@ def described_alike(ours: QuantizationScheme, theirs: QuantizationScheme) -> boo
 
 
 @pytest.mark.parametrize(("name", "symmetric", "group"), sorted({case[:3] for case in CASES}, key=str))
-def test_the_config_says_what_the_librarys_preset_says(name: str, symmetric: bool, group: int | None) -> None:
+def test_the_config_equals_the_librarys_preset(name: str, symmetric: bool, group: int | None) -> None:
     config = QuantizationConfig.model_validate(
         of(name).quantization_config(of(name).make_grid(symmetric, group), ["a"])
     )
@@ -181,7 +181,7 @@ def test_static_activation_ordering_is_read(order: str) -> None:
     ("name", "symmetric", "group", "field"),
     [("w8a8", False, None, "symmetric"), ("fp8", True, 64, "group_size"), ("w4a16", True, 48, "group_size")],
 )
-def test_a_format_rejects_foreign_settings(name: str, symmetric: bool, group: int | None, field: str) -> None:
+def test_a_format_rejects_settings_of_other_formats(name: str, symmetric: bool, group: int | None, field: str) -> None:
     with pytest.raises(UserError, match=field):
         of(name).make_grid(symmetric, group)
 

@@ -22,7 +22,7 @@ def variant(tiny_llama: TinyModel, tmp_path: Path) -> Path:
     return build_variant("tiny", tiny_llama.directory, "own", Recipe(summary="", steps=steps), tmp_path / "variant")
 
 
-def test_it_describes_steps_and_errors(variant: Path) -> None:
+def test_inspect_describes_steps_and_errors(variant: Path) -> None:
     text = "\n".join(describe_variant(variant))
     assert "neurons before 44, neurons after 32" in text
     assert "format w8a8, method rtn" in text
@@ -32,13 +32,13 @@ def test_it_describes_steps_and_errors(variant: Path) -> None:
     assert f"{worst:.4f} in block" in text
 
 
-def test_the_plot_is_a_picture(variant: Path, tmp_path: Path) -> None:
+def test_inspect_writes_a_plot(variant: Path, tmp_path: Path) -> None:
     plot_errors(variant, tmp_path / "errors.png")
     assert (tmp_path / "errors.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(UserError, match=r"neither \.png nor \.svg"):
         plot_errors(variant, tmp_path / "errors.pdf")
 
 
-def test_a_directory_without_a_manifest_is_refused(tiny_llama: TinyModel) -> None:
+def test_a_directory_without_a_manifest_is_rejected(tiny_llama: TinyModel) -> None:
     with pytest.raises(UserError, match=r"has no slimserve\.json"):
         list(describe_variant(tiny_llama.directory))

@@ -6,7 +6,7 @@ from slimserve.compress.recipe import Prune, Quantize, list_recipes, load_recipe
 from slimserve.core.errors import UserError
 
 
-def test_shipped_recipes_are_what_their_names_say() -> None:
+def test_shipped_recipes_have_the_steps_that_their_names_say() -> None:
     recipes = {name: load_recipe(name)[1] for name in list_recipes()}
     assert {"dense", "w8a8", "prune25", "prune25-w8a8"} <= set(recipes)
     assert recipes["dense"].steps == ()
@@ -14,7 +14,7 @@ def test_shipped_recipes_are_what_their_names_say() -> None:
     assert {name: recipe.summary for name, recipe in recipes.items()} == list_recipes()
 
 
-def test_a_file_is_a_recipe_too(tmp_path: Path) -> None:
+def test_a_recipe_is_read_from_a_file(tmp_path: Path) -> None:
     file = tmp_path / "half.toml"
     file.write_text('summary = "half"\n[[steps]]\nstep = "prune"\nmlp_remove_frac = 0.5\nmultiple = 8\n')
     name, recipe = load_recipe(str(file))
@@ -52,7 +52,7 @@ def test_a_file_is_a_recipe_too(tmp_path: Path) -> None:
         ('summary = "x"\n[calibration]\nnum_samples = 0', "calibration.num_samples: '0' is invalid"),
     ],
 )
-def test_a_wrong_file_is_refused_by_its_key(tmp_path: Path, text: str, message: str) -> None:
+def test_an_invalid_file_is_rejected_with_its_key(tmp_path: Path, text: str, message: str) -> None:
     file = tmp_path / "own.toml"
     file.write_text(text)
     with pytest.raises(UserError, match=message):
@@ -73,11 +73,11 @@ def test_settings_change_single_keys() -> None:
 
 
 @pytest.mark.parametrize("setting", ["seed=3", "quantize.method", "prune_depth.num_blocks=2"])
-def test_a_setting_that_fits_nothing_names_the_tables(setting: str) -> None:
+def test_a_setting_that_matches_no_table_lists_the_tables(setting: str) -> None:
     with pytest.raises(UserError, match=r"--set: .*tables: calibration, prune, quantize"):
         load_recipe("prune25-w8a8", [setting])
 
 
-def test_a_setting_of_an_unknown_key_is_refused() -> None:
+def test_a_setting_of_an_unknown_key_is_rejected() -> None:
     with pytest.raises(UserError, match="recipe key steps.0.quantize.colour"):
         load_recipe("w8a8", ["quantize.colour=blue"])

@@ -244,7 +244,7 @@ def test_a_hessian_of_fewer_tokens_than_inputs_works(method: str) -> None:
 
 
 @by_method
-def test_damping_is_raised_as_far_as_needed_and_noted(method: str) -> None:
+def test_damping_is_raised_as_far_as_needed_and_recorded(method: str) -> None:
     hessian_II = torch.eye(5)
     hessian_II[0, 1] = hessian_II[1, 0] = 1.05  # least eigenvalue -0.05
     rounded = ROUNDINGS[method](torch.randn(3, 5), hessian_II, GRIDS["int8"], RoundingOptions(damping=0.001))
@@ -284,7 +284,7 @@ def test_codes_do_not_depend_on_the_scale_of_the_inputs(method: str) -> None:
 @by_method
 def test_the_arguments_are_not_changed(method: str) -> None:
     weight_OI, hessian_II = make_layer(5, 64)
-    hessian_II = hessian_II.double()  # in float64 the function could forget to copy
+    hessian_II = hessian_II.double()  # float64 needs no conversion, so a missing copy would show
     weight, hessian = weight_OI.clone(), hessian_II.clone()
     ROUNDINGS[method](weight_OI, hessian_II, GRIDS["int4 g32"], RoundingOptions(order="activation", scales="mse"))
     assert torch.equal(weight, weight_OI)

@@ -61,7 +61,9 @@ def test_a_calibrated_quantization_stays_near_the_dense_model(
     assert float((own - logits(tiny.model)[0]).norm() / logits(tiny.model).norm()) < 0.08
 
 
-def test_rounds_reach_the_same_width_and_call_the_hook_between_them(tiny_llama: TinyModel, tmp_path: Path) -> None:
+def test_pruning_in_rounds_reaches_the_same_width_and_calls_the_hook_between_rounds(
+    tiny_llama: TinyModel, tmp_path: Path
+) -> None:
     widths = []
 
     def between(checkpoint: Path) -> Path:
@@ -92,7 +94,7 @@ def test_the_least_influential_blocks_are_removed_and_the_others_renumbered(tiny
     assert AutoModelForCausalLM.from_pretrained(variant).config.num_hidden_layers == 2
 
 
-def test_search_removes_the_blocks_without_which_the_output_changes_least(tiny: TinyModel, tmp_path: Path) -> None:
+def test_search_removes_the_blocks_whose_removal_changes_the_output_least(tiny: TinyModel, tmp_path: Path) -> None:
     step = PruneDepth(step="prune_depth", num_blocks=2, method="search")
     variant = build_on_data(tiny, step, target=tmp_path / "variant")
     manifest = read_manifest(variant)

@@ -85,7 +85,7 @@ def test_a_bad_value_names_its_option(arguments: str, message: str) -> None:
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("90", 90), ("1.5m", 90), ("500ms", 0.5), ("1h", 3600), ("2s", 2)])
-def test_durations_have_units(text: str, seconds: float) -> None:
+def test_durations_are_read_with_their_units(text: str, seconds: float) -> None:
     assert parse_duration(text) == seconds
 
 
@@ -102,7 +102,7 @@ def test_the_help_shows_defaults_in_the_users_units_and_hides_internal_fields() 
     assert "--internal" not in text
 
 
-def test_set_writes_into_tables_and_arrays() -> None:
+def test_set_changes_keys_of_tables_and_arrays() -> None:
     document: dict[str, Any] = {"stages": [{"steps": 1}]}
     for assignment in ("stages.0.steps=100", "loss.kind=forward_kl", "seed=7"):
         set_value(document, assignment)

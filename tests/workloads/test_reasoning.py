@@ -32,7 +32,7 @@ def test_the_worked_chain_ends_in_the_answer_that_the_verifier_accepts() -> None
         assert Reasoning().is_correct(problem, f"<think>\n{problem.chain_of_thought}\n</think>\n{problem.answer}")
 
 
-def test_a_worked_sum_adds_up() -> None:
+def test_every_step_of_a_worked_sum_is_correct() -> None:
     for problem in problems("quality", 30):
         if problem.kind == "chain_sum":
             for step in problem.chain_of_thought.rstrip(".").split(". "):

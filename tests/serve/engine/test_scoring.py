@@ -256,7 +256,7 @@ def test_logprobs_are_returned_on_request_and_are_json(tokenizer: PromptTokenize
         ),
     ],
 )
-def test_what_cannot_be_scored_is_rejected_with_the_field_name(
+def test_a_request_that_cannot_be_scored_is_rejected_with_its_field(
     tokenizer: PromptTokenizer, fields: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(RequestError, match=message):

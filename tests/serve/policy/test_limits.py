@@ -8,7 +8,7 @@ from slimserve.core.errors import UserError
 from slimserve.serve.policy.limits import Limits
 
 
-def test_limits_come_from_the_environment_and_default_where_unset() -> None:
+def test_limits_come_from_the_environment_or_have_their_defaults() -> None:
     limits = Limits.from_environment({"SLIMSERVE_LIMITS": '{"max_running": 3, "drain_s": 1}'})
     assert (limits.max_running, limits.drain_s) == (3, 1)
     assert limits.max_body_bytes == 8 * 2**20
