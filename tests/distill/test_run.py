@@ -1,4 +1,4 @@
-"""Distillation as a user asks for it: what is refused in one line, what is reused, what a student's directory holds."""
+"""Tests of distillation as a user runs it: errors in one line, reuse of finished students, and written files."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from slimserve.distill.run import distill
 from tests.distill.conftest import make_recipe, save_tiny
 
 
-def test_a_teacher_of_another_tokenizer_is_refused(tiny_student: Path, tiny_teacher: Path, tmp_path: Path) -> None:
+def test_a_teacher_with_another_tokenizer_is_rejected(tiny_student: Path, tiny_teacher: Path, tmp_path: Path) -> None:
     file = tiny_teacher / "tokenizer.json"
-    told = json.loads(file.read_text())
-    vocabulary = told["model"]["vocab"]
+    document = json.loads(file.read_text())
+    vocabulary = document["model"]["vocab"]
     vocabulary["Ġthe"], vocabulary["Ġof"] = vocabulary["Ġof"], vocabulary["Ġthe"]
-    file.write_text(json.dumps(told))
+    file.write_text(json.dumps(document))
     with pytest.raises(UserError, match="has another tokenizer than the student"):
         distill(str(tiny_student), str(tiny_teacher), make_recipe(), tmp_path / "out")
 
@@ -44,13 +44,15 @@ def test_a_teacher_of_another_tokenizer_is_refused(tiny_student: Path, tiny_teac
         (["training.batch_size=4", "training.batch_size.a.b=4"], "names no key of a table"),
     ],
 )
-def test_a_key_that_is_wrong_is_named(settings: list[str], message: str) -> None:
+def test_the_error_names_the_invalid_key(settings: list[str], message: str) -> None:
     with pytest.raises(UserError) as caught:
         load_distill_recipe(None, settings)
     assert message in str(caught.value)
 
 
-def test_what_cannot_teach_is_refused_before_any_work(tiny_student: Path, tiny_teacher: Path, tmp_path: Path) -> None:
+def test_settings_without_anything_to_learn_are_rejected_before_any_work(
+    tiny_student: Path, tiny_teacher: Path, tmp_path: Path
+) -> None:
     with pytest.raises(UserError, match="--teacher: '' is missing"):
         distill(str(tiny_student), None, make_recipe(), tmp_path / "out")
     with pytest.raises(UserError, match=r"has no effect, because loss.kd_weight is 0"):
@@ -63,9 +65,7 @@ def test_what_cannot_teach_is_refused_before_any_work(tiny_student: Path, tiny_t
     assert not list(tmp_path.glob("*out*"))
 
 
-def test_a_quantized_student_and_a_head_that_does_more_are_refused(
-    smollm2: Path, tiny_teacher: Path, tmp_path: Path
-) -> None:
+def test_a_quantized_student_and_scaled_logits_are_rejected(smollm2: Path, tiny_teacher: Path, tmp_path: Path) -> None:
     quantized = save_tiny(smollm2, tmp_path / "quantized", 3)
     config = json.loads((quantized / "config.json").read_text())
     (quantized / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "x"}}))
@@ -100,15 +100,15 @@ def test_the_same_student_is_reused_and_another_is_not_overwritten(
 
 
 @pytest.mark.parametrize("size", ["100k", "17m"])
-def test_a_full_disk_is_one_clear_line_and_the_same_run_goes_on_when_there_is_room(
+def test_a_full_disk_is_one_error_and_the_run_resumes_when_there_is_room(
     tiny_student: Path, tiny_teacher: Path, tmp_path: Path, size: str
 ) -> None:
-    """No room for the state to go on from (14 MB), then room for that but not for the student beside it."""
+    """The disk has no room for the saved state (14 MB), or room for the state but not for the student as well."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)], capture_output=True)
     if mount.returncode:
-        pytest.skip("this machine lets no test mount a small file system")
+        pytest.skip("this machine does not let a test mount a file system")
     try:
         recipe = make_recipe(training={"keep": "last", "save_every_s": 9})
         with pytest.raises(UserError, match="could not be written .* free some disk space"):
@@ -116,13 +116,13 @@ def test_a_full_disk_is_one_clear_line_and_the_same_run_goes_on_when_there_is_ro
         assert not (disk / "student").exists()
         subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
         again = distill(str(tiny_student), str(tiny_teacher), recipe, disk / "student")
-        whole = distill(str(tiny_student), str(tiny_teacher), recipe, tmp_path / "whole")
-        assert sha256_of_files(weight_files(again)) == sha256_of_files(weight_files(whole))
+        reference = distill(str(tiny_student), str(tiny_teacher), recipe, tmp_path / "reference")
+        assert sha256_of_files(weight_files(again)) == sha256_of_files(weight_files(reference))
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_recommendation_is_judged_by_its_labels(tiny_student: Path, tmp_path: Path) -> None:
+def test_recommendation_is_validated_on_its_labels(tiny_student: Path, tmp_path: Path) -> None:
     data = {"source": "recommendation", "num_validation": 6, "max_tokens": 300}
     recipe = make_recipe(data=data, loss={"kd_weight": 0.0}, supervision={"sections": "answer"})
     target = distill(str(tiny_student), None, recipe, tmp_path / "out")
@@ -130,7 +130,7 @@ def test_recommendation_is_judged_by_its_labels(tiny_student: Path, tmp_path: Pa
     assert all(0 < row["auc"] < 1 and 0 < row["within_user_auc"] < 1 for row in history)
 
 
-def test_the_command_makes_a_student_and_refuses_in_one_line(
+def test_the_command_makes_a_student_and_reports_errors_in_one_line(
     tiny_student: Path, tiny_teacher: Path, tmp_path: Path, run_cli: Callable[..., Any]
 ) -> None:
     recipe = tmp_path / "recipe.toml"
