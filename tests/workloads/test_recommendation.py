@@ -12,62 +12,62 @@ from slimserve.workloads.recommendation import Recommendation, label_prompts, lo
 SPLITS: tuple[Split, ...] = ("calibration", "quality", "load")
 
 
-def write_atomic_files(directory: Path, member: str, num_films: int) -> Path:
+def write_atomic_files(directory: Path, user: str, num_films: int) -> Path:
     films = [f"{item}\tFilm {item}\t{1980 + item}" for item in range(num_films)]
     items = ["item_id:token\tmovie_title:token_seq\trelease_year:token", *films]
-    # Written in the wrong order on purpose: time decides.
-    ratings = [f"{member}\t{item}\t{4 if item % 2 else 3}\t{100 + item}" for item in reversed(range(num_films))]
+    # The file is not in the order of time, because the loader must sort by timestamp.
+    ratings = [f"{user}\t{item}\t{4 if item % 2 else 3}\t{100 + item}" for item in reversed(range(num_films))]
     inter = ["user_id:token\titem_id:token\trating:float\ttimestamp:float", *ratings]
     (directory / "own.item").write_text("\n".join(items) + "\n", encoding="utf-8")
     (directory / "own.inter").write_text("\n".join(inter) + "\n", encoding="utf-8")
     return directory
 
 
-def member_of(split: Split) -> str:
+def user_of(split: Split) -> str:
     return next(str(number) for number in range(1000) if split_of(str(number)) == split)
 
 
-def slates(workload: Recommendation, split: Split, num: int = 10_000) -> list[ScoringPrompt]:
+def candidate_lists(workload: Recommendation, split: Split, num: int = 10_000) -> list[ScoringPrompt]:
     prompts = workload.make_prompts(split, num)
     assert all(isinstance(prompt, ScoringPrompt) for prompt in prompts)
     return [prompt for prompt in prompts if isinstance(prompt, ScoringPrompt)]
 
 
-def test_a_slate_is_the_history_in_time_and_then_the_candidates(tmp_path: Path) -> None:
-    data = write_atomic_files(tmp_path, member_of("quality"), 5)
-    (slate,) = slates(Recommendation(data, history_len=3, num_candidates=2), "quality")
-    assert slate.query == "Film 0 (1980): no\nFilm 1 (1981): yes\nFilm 2 (1982): no\n"
-    assert slate.items == ("Film 3 (1983):", "Film 4 (1984):")
-    assert slate.truth == (True, False)
-    assert slate.labels == (" yes", " no")
+def test_a_prompt_is_the_history_in_the_order_of_time_and_then_the_candidates(tmp_path: Path) -> None:
+    data = write_atomic_files(tmp_path, user_of("quality"), 5)
+    (prompt,) = candidate_lists(Recommendation(data, history_len=3, num_candidates=2), "quality")
+    assert prompt.query == "Film 0 (1980): no\nFilm 1 (1981): yes\nFilm 2 (1982): no\n"
+    assert prompt.items == ("Film 3 (1983):", "Film 4 (1984):")
+    assert prompt.truth == (True, False)
+    assert prompt.labels == (" yes", " no")
 
 
-def test_windows_of_a_member_do_not_overlap(tmp_path: Path) -> None:
-    data = write_atomic_files(tmp_path, member_of("load"), 11)
-    found = slates(Recommendation(data, history_len=3, num_candidates=2), "load")
-    films = [line for slate in found for line in (*slate.query.splitlines(), *slate.items)]
+def test_prompts_of_a_user_do_not_overlap(tmp_path: Path) -> None:
+    data = write_atomic_files(tmp_path, user_of("load"), 11)
+    prompts = candidate_lists(Recommendation(data, history_len=3, num_candidates=2), "load")
+    films = [line for prompt in prompts for line in (*prompt.query.splitlines(), *prompt.items)]
     titles = [line.split(":")[0] for line in films]
-    assert len(found) == 2
+    assert len(prompts) == 2
     assert len(titles) == len(set(titles)) == 10
 
 
 @pytest.mark.parametrize(("num_films", "titles"), [(4, []), (5, [0, 1, 2, 3, 4]), (11, [6, 7, 8, 9, 10])])
-def test_the_latest_films_alone_if_asked_for(tmp_path: Path, num_films: int, titles: list[int]) -> None:
-    data = write_atomic_files(tmp_path, member_of("quality"), num_films)
-    found = slates(Recommendation(data, history_len=3, num_candidates=2, is_latest_only=True), "quality")
-    lines = [line for slate in found for line in (*slate.query.splitlines(), *slate.items)]
+def test_only_the_latest_films_of_a_user_are_used_on_request(tmp_path: Path, num_films: int, titles: list[int]) -> None:
+    data = write_atomic_files(tmp_path, user_of("quality"), num_films)
+    prompts = candidate_lists(Recommendation(data, history_len=3, num_candidates=2, is_latest_only=True), "quality")
+    lines = [line for prompt in prompts for line in (*prompt.query.splitlines(), *prompt.items)]
     assert [line.split(":")[0] for line in lines] == [f"Film {item} ({1980 + item})" for item in titles]
 
 
-def test_members_of_movielens_stay_in_their_split() -> None:
-    groups = {split: {slate.group for slate in slates(Recommendation(), split)} for split in SPLITS}
+def test_every_user_of_movielens_is_in_one_split() -> None:
+    groups = {split: {prompt.group for prompt in candidate_lists(Recommendation(), split)} for split in SPLITS}
     assert all(groups.values())
     assert not groups["calibration"] & groups["quality"]
     assert not groups["calibration"] & groups["load"]
     assert not groups["quality"] & groups["load"]
 
 
-def test_movielens_is_whole() -> None:
+def test_movielens_is_complete_and_sorted_by_time() -> None:
     ratings = load_ratings(movielens_directory())
     assert len(ratings) == 943
     assert sum(map(len, ratings.values())) == 100_000
@@ -78,16 +78,16 @@ def test_movielens_is_whole() -> None:
     )
 
 
-def test_the_seed_orders_and_the_number_cuts() -> None:
+def test_the_seed_determines_the_order_and_the_number_only_cuts() -> None:
     workload = load_workload("recommendation")
     assert workload.make_prompts("quality", 7, seed=1) == workload.make_prompts("quality", 9, seed=1)[:7]
     assert workload.make_prompts("quality", 7, seed=1) != workload.make_prompts("quality", 7, seed=2)
 
 
-def test_judging_knows_perfect_useless_and_reversed_scores() -> None:
+def test_perfect_useless_and_reversed_scores_have_the_expected_metrics() -> None:
     workload = Recommendation()
-    prompts = slates(workload, "quality", 40)
-    perfect = [[float(label) for label in slate.truth] for slate in prompts]
+    prompts = candidate_lists(workload, "quality", 40)
+    perfect = [[float(label) for label in prompt.truth] for prompt in prompts]
     results = evaluate(workload, prompts, perfect)
     assert results["auc"].value == results["within_user_auc"].value == 1.0
     assert results["ndcg_at_10"].value == pytest.approx(1.0)
@@ -98,10 +98,10 @@ def test_judging_knows_perfect_useless_and_reversed_scores() -> None:
     assert evaluate(workload, prompts, reversed_scores)["within_user_auc"].value == 0.0
 
 
-def test_taste_per_member_lifts_the_pooled_figure_only() -> None:
+def test_the_share_of_liked_items_per_list_raises_only_the_pooled_auc() -> None:
     workload = Recommendation()
-    prompts = slates(workload, "quality", 60)
-    base_rate = [[sum(slate.truth) / len(slate.truth)] * len(slate.truth) for slate in prompts]
+    prompts = candidate_lists(workload, "quality", 60)
+    base_rate = [[sum(prompt.truth) / len(prompt.truth)] * len(prompt.truth) for prompt in prompts]
     results = evaluate(workload, prompts, base_rate)
     assert results["auc"].value > 0.6
     assert results["within_user_auc"].value == 0.5
@@ -118,26 +118,26 @@ def test_taste_per_member_lifts_the_pooled_figure_only() -> None:
         ),
     ],
 )
-def test_data_of_another_form_is_refused(tmp_path: Path, files: dict[str, str], message: str) -> None:
+def test_data_in_another_format_is_rejected(tmp_path: Path, files: dict[str, str], message: str) -> None:
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=message):
         Recommendation(tmp_path).make_prompts("quality", 1)
 
 
-def test_an_unknown_workload_is_refused_with_the_known_ones() -> None:
+def test_the_error_for_an_unknown_workload_lists_the_known_ones() -> None:
     with pytest.raises(UserError, match="'shopping' is unknown; choose from recommendation, reasoning"):
         load_workload("shopping")
 
 
-def test_every_label_of_a_sequence_is_a_question_behind_all_before_it() -> None:
+def test_every_label_becomes_a_prompt_after_all_earlier_items_and_labels() -> None:
     prompt = ScoringPrompt("A: yes\nB yes: no\n", ("C:", "D no:"), (" yes", " no"), (True, False), 7)
-    asked = label_prompts(prompt)
-    assert [(one.query, one.items, one.truth) for one in asked] == [
+    prompts = label_prompts(prompt)
+    assert [(one.query, one.items, one.truth) for one in prompts] == [
         ("", ("A:",), (True,)),
         ("A: yes\n", ("B yes:",), (False,)),
         ("A: yes\nB yes: no\n", ("C:",), (True,)),
         ("A: yes\nB yes: no\nC: yes\n", ("D no:",), (False,)),
     ]
-    assert label_prompts(prompt, 3) == asked[3:]
-    assert {one.group for one in asked} == {7}
+    assert label_prompts(prompt, 3) == prompts[3:]
+    assert {one.group for one in prompts} == {7}
