@@ -125,7 +125,7 @@ class StandInServer:
         options = [f"dense={model}", f"small={model}", "--alias", "chat=dense:75,small:25"]
         options += ["--port", self.address.split(":")[1], "--api-key-file", str(folder / "keys.txt")]
         # The engines are started by sys.executable.
-        code = f"import sys; sys.executable = {str(python)!r}; import slimserve; slimserve.main()"
+        code = f"import sys; sys.executable = {str(python)!r}; import slimserve.cli; slimserve.cli.main()"
         environment = os.environ | {"STAND_IN_BROKEN": str(self._broken), "SLIMSERVE_CACHE": str(folder / "cache")}
         self._process = subprocess.Popen([sys.executable, "-c", code, "serve", *options], cwd=ROOT, env=environment)
         wait_for_answer(f"http://{self.address}/ready", self._process)
