@@ -15,9 +15,10 @@ import httpx
 
 from slimserve.compress.build import build_variant
 from slimserve.compress.recipe import load_recipe
+from slimserve.core.errors import UserError
 from slimserve.core.hardware import probe_hardware
 from slimserve.core.model import resolve_model
-from slimserve.serve.launch.plan import LaunchPlan, TrafficProfile, plan_launch
+from slimserve.serve.launch.plan import Choice, LaunchPlan, TrafficProfile, plan_launch
 from slimserve.serve.launch.process import STOCK_COMMAND, EngineSpec, free_port
 
 MODEL = "smollm2-135m-instruct"
@@ -45,6 +46,35 @@ def stock_spec(log: Path, directory: Path | None = None) -> EngineSpec:
     directory = directory or resolve_model(MODEL)
     ours = plan_launch(directory, probe_hardware())
     plan = LaunchPlan(tuple(choice for choice in ours.arguments if choice.name == "--kv-cache-memory-bytes"))
+    return EngineSpec(directory, _SERVED_NAME, plan, log, free_port(), command=STOCK_COMMAND)
+
+
+def guide_spec(log: Path, directory: Path | None = None) -> EngineSpec:
+    """Return a launch of stock vLLM as vLLM's own documentation advises, without any code of slimserve.
+
+    The source is the page "CPU" of vLLM's installation guide. It advises to preload TCMalloc and Intel's OpenMP, to
+    bind the threads, to set the KV cache size, and to use a multiple of 32 as block size. A block size of 32 lets
+    requests share the largest part of a prefix. The page also advises bfloat16, which the model has.
+
+    Raises UserError if a library is missing.
+    """
+    directory, hardware = directory or resolve_model(MODEL), probe_hardware()
+    ours = plan_launch(directory, hardware)
+    preload = next((choice for choice in ours.environment if choice.name == "LD_PRELOAD"), Choice("LD_PRELOAD", "", ""))
+    if "tcmalloc" not in preload.value or "iomp5" not in preload.value:
+        raise UserError(
+            preload.name,
+            preload.value,
+            "lacks TCMalloc or Intel's OpenMP, which vLLM's guide preloads",
+            "run `apt-get install libtcmalloc-minimal4` and `make install`",
+        )
+    # The guide also advises to keep a core for the server, as stock vLLM does by default. On 2 cores this halves the
+    # threads that compute, so this launch binds all cores, which is the stronger alternative.
+    cores = ",".join(map(str, hardware.cores))
+    binding = Choice("VLLM_CPU_OMP_THREADS_BIND", cores, "one thread per core, on all cores")
+    # VLLM_CPU_KVCACHE_SPACE takes whole GiB only, so the argument that vLLM 0.32 offers instead gives our exact size.
+    names = ("--block-size", "--kv-cache-memory-bytes")
+    plan = LaunchPlan(tuple(choice for choice in ours.arguments if choice.name in names), (preload, binding))
     return EngineSpec(directory, _SERVED_NAME, plan, log, free_port(), command=STOCK_COMMAND)
 
 

@@ -45,7 +45,7 @@ def resolve_model(argument: str) -> Path:
     Raises UserError if the argument names no model, or one that cannot be loaded.
     """
     if argument in BUILTIN_MODELS:
-        return _unpack_gguf(_builtin_file(argument), argument)
+        return _unpack_gguf(builtin_file(argument), argument)
     path = Path(argument).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -138,7 +138,8 @@ def model_hash(directory: Path) -> str:
     )
 
 
-def _builtin_file(name: str) -> Path:
+def builtin_file(name: str) -> Path:
+    """Return the GGUF file of a built-in model; raise UserError if its package is not installed."""
     builtin = BUILTIN_MODELS[name]
     spec = importlib.util.find_spec(builtin.module)
     if spec is None or not spec.submodule_search_locations:

@@ -11,28 +11,27 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Mapping
 from pathlib import Path
 
 from slimserve.core.errors import UserError
 from slimserve.core.progress import print_status, progress
 from slimserve.core.storage import cache_dir
 
-_HERE = Path(__file__).parent
+PINS = Path(__file__).parent
+"""Folder of the requirements files."""
 _STAMP = ".installed"
 
 
-def peer_python(name: str, *, on_top_of_ours: bool = False, build: Mapping[str, str] | None = None) -> Path:
+def peer_python(name: str, *, on_top_of_ours: bool = False) -> Path:
     """Return the Python interpreter of the peer `name`; make its environment if the cache does not hold it.
 
     With `on_top_of_ours` the environment also sees the packages of the running one, and pip installs only the packages
-    of `NAME.txt`. `build` holds environment variables for compiled packages; it also disables pip's cache, which may
-    hold a wheel compiled with other variables. Raises UserError if a package is not available.
+    of `NAME.txt`. Raises UserError if a package is not available.
     """
-    pins = _HERE / f"{name}.txt"
-    settings = f"{sys.prefix if on_top_of_ours else ''}{build or ''}"
+    pins = PINS / f"{name}.txt"
+    settings = sys.prefix if on_top_of_ours else ""
     key = hashlib.sha256(pins.read_bytes() + settings.encode()).hexdigest()[:8]
-    folder = cache_dir("peers") / f"{name}-{_version(pins, name)}-{key}"
+    folder = cache_dir("peers") / f"{name}-{pinned_version(pins, name)}-{key}"
     python = folder / "bin" / "python"
     if (folder / _STAMP).is_file():
         print_status(f"{name}: reuses the environment in {folder}")
@@ -43,8 +42,8 @@ def peer_python(name: str, *, on_top_of_ours: bool = False, build: Mapping[str, 
         if on_top_of_ours:
             own = sysconfig.get_path("purelib", vars={"base": str(folder)})
             Path(own, "ours.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
-        options = ["--no-deps"] * on_top_of_ours + ["--no-cache-dir"] * bool(build)
-        _run([str(python), "-m", "pip", "install", *options, "--requirement", str(pins)], pins, build or {})
+        options = ["--no-deps"] * on_top_of_ours
+        _run([str(python), "-m", "pip", "install", *options, "--requirement", str(pins)], pins)
     (folder / _STAMP).touch()
     return python
 
@@ -56,16 +55,15 @@ def peer_variables(num_threads: int) -> dict[str, str]:
     return ours | threads | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
-def _version(pins: Path, name: str) -> str:
+def pinned_version(pins: Path, name: str) -> str:
     """Return the version that the requirements file `pins` gives for the package `name`."""
     lines = pins.read_text(encoding="utf-8").splitlines()
     pinned = dict(line.split("==") for line in lines if "==" in line)
     return pinned[name if name in pinned else name.replace("_", "-")]
 
 
-def _run(command: list[str], pins: Path, build: Mapping[str, str] | None = None) -> None:
-    variables = peer_variables(1) | dict(build or {})
-    process = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+def _run(command: list[str], pins: Path) -> None:
+    process = subprocess.run(command, env=peer_variables(1), capture_output=True, text=True, check=False)
     if process.returncode:
         errors = [line for line in process.stderr.splitlines() if line.startswith("ERROR:")] or [process.stderr[-300:]]
         raise UserError(
