@@ -1,92 +1,87 @@
-"""Compare `slimserve`'s launch of vLLM with vLLM's default launch, on the same dense model.
+"""Compare `slimserve`'s launch of vLLM with two launches of stock vLLM, on the same dense model.
 
     make bench-launch
 
-Each of three rounds starts both servers in turn and computes the ratio of their results. The order changes every round.
-Prompts are random tokens. Both servers get the same KV cache size; all other settings of the stock server are vLLM's
-defaults. The last line of output is one JSON object. The benchmark takes about 15 minutes on 2 cores.
+Three servers start in turn in each of three rounds, and the order changes every round:
+
+- `stock`: vLLM's defaults.
+- `guide`: what vLLM's own documentation for CPUs advises, and no code of `slimserve` (`guide_spec` in
+  benches/served.py).
+- `ours`: the launch plan of `slimserve serve`.
+
+All get the same KV cache size. Prompts are random tokens. `prefill_ratio` and `decode8_ratio` compare `ours` with
+`stock` of the same round, and `…_over_guide_ratio` compares `ours` with `guide`. The last line of output is one JSON
+object. The benchmark takes about 25 minutes on 2 cores; `--quick` runs one round with short prompts.
 """
 
 from __future__ import annotations
 
 import asyncio
-import random
+import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
-
-from slimserve.core.hardware import probe_hardware
-from slimserve.core.model import resolve_model
+from benches.served import guide_spec, median, our_spec, served, stock_spec
 from slimserve.core.progress import print_status
 from slimserve.core.provenance import bench_line
-from slimserve.serve.launch.plan import LaunchPlan, plan_launch
-from slimserve.serve.launch.process import STOCK_COMMAND, Engine, EngineSpec, free_port
+from slimserve.serve.launch.process import Engine
 
-MODEL = "smollm2-135m-instruct"
-NUM_ROUNDS = 3
-NUM_REPEATS = 3
-"""Number of measurements per server start; the result is their median."""
-PREFILL_TOKENS, NUM_PREFILLS = 512, 16
-DECODE_TOKENS, NUM_STREAMS = 96, 8
-_TOKEN_IDS = range(100, 49_000)
+SIDES = {"stock": stock_spec, "guide": guide_spec, "ours": our_spec}
+NUM_STREAMS = 8
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Amount of measuring: rounds, measurements per server start, and tokens of each request."""
+
+    num_rounds: int
+    num_repeats: int
+    """Number of measurements per server start; the result is their median."""
+    num_prefills: int
+    prefill_tokens: int
+    decode_tokens: int
+
+
+FULL = Sizes(num_rounds=3, num_repeats=3, num_prefills=16, prefill_tokens=512, decode_tokens=96)
+QUICK = Sizes(num_rounds=1, num_repeats=1, num_prefills=2, prefill_tokens=64, decode_tokens=8)
 
 
 def main() -> None:
-    directory = resolve_model(MODEL)
-    ours = plan_launch(directory, probe_hardware())
-    # By default vLLM reserves 92% of a memory node, and it fails if other processes use more than 8%.
-    stock = LaunchPlan(tuple(choice for choice in ours.arguments if choice.name == "--kv-cache-memory-bytes"))
+    sizes = QUICK if "--quick" in sys.argv[1:] else FULL
     metrics: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for number in range(NUM_ROUNDS):
-            sides = [("stock", stock, STOCK_COMMAND), ("ours", ours, EngineSpec.command)]
+        for number in range(sizes.num_rounds):
             speeds = {}
-            for name, plan, command in sides if number % 2 == 0 else reversed(sides):
-                log = Path(folder) / f"{name}-{number}.log"
-                spec = EngineSpec(directory, "model", plan, log, free_port(), command=command)
-                with Engine(spec) as engine:
-                    speeds[name] = asyncio.run(_measure(spec.url)) | {"ready_s": engine.ready_s}
-                print_status(f"round {number + 1}/{NUM_ROUNDS} {name}: {_format_speeds(speeds[name])}")
+            for name in SIDES if number % 2 == 0 else reversed(SIDES):
+                with Engine(SIDES[name](Path(folder) / f"{name}-{number}.log")) as engine:
+                    speeds[name] = asyncio.run(_measure(engine.spec.url, sizes)) | {"ready_s": engine.ready_s}
+                print_status(f"round {number + 1}/{sizes.num_rounds} {name}: {_format_speeds(speeds[name])}")
             for name, measured in speeds.items():
                 for metric, value in measured.items():
                     metrics.setdefault(f"{name}_{metric}", []).append(value)
-            metrics.setdefault("prefill_ratio", []).append(
-                speeds["ours"]["prefill_requests_per_s"] / speeds["stock"]["prefill_requests_per_s"]
-            )
-            metrics.setdefault("decode8_ratio", []).append(
-                speeds["ours"]["decode8_tokens_per_s"] / speeds["stock"]["decode8_tokens_per_s"]
-            )
+            for side, suffix in (("stock", "ratio"), ("guide", "over_guide_ratio")):
+                for metric in ("prefill_requests_per_s", "decode8_tokens_per_s"):
+                    ratio = speeds["ours"][metric] / speeds[side][metric]
+                    metrics.setdefault(f"{metric.split('_')[0]}_{suffix}", []).append(ratio)
     print(bench_line("launch", metrics))
 
 
-async def _measure(url: str) -> dict[str, float]:
-    async with httpx.AsyncClient(base_url=url, timeout=600, limits=httpx.Limits(keepalive_expiry=2)) as client:
+async def _measure(url: str, sizes: Sizes) -> dict[str, float]:
+    async with served(url) as server:
 
-        async def complete(prompt_tokens: int, output_tokens: int) -> None:
-            body = {
-                "model": "model",
-                "prompt": random.choices(_TOKEN_IDS, k=prompt_tokens),
-                "max_tokens": output_tokens,
-                "ignore_eos": True,
-                "temperature": 0,
-            }
-            (await client.post("/v1/completions", json=body)).raise_for_status()
+        async def prefills_per_s() -> float:
+            start = time.perf_counter()
+            await asyncio.gather(*(server.complete(sizes.prefill_tokens, 1) for _ in range(sizes.num_prefills)))
+            return sizes.num_prefills / (time.perf_counter() - start)
 
-        async def rate(num_requests: int, prompt_tokens: int, output_tokens: int) -> float:
-            """Return the median requests per second of `num_requests` concurrent requests."""
-            rates = []
-            for _ in range(NUM_REPEATS):
-                start = time.perf_counter()
-                await asyncio.gather(*(complete(prompt_tokens, output_tokens) for _ in range(num_requests)))
-                rates.append(num_requests / (time.perf_counter() - start))
-            return sorted(rates)[len(rates) // 2]
-
-        await complete(PREFILL_TOKENS, 8)
+        await server.complete(sizes.prefill_tokens, 8)
         return {
-            "prefill_requests_per_s": await rate(NUM_PREFILLS, PREFILL_TOKENS, 1),
-            "decode8_tokens_per_s": await rate(NUM_STREAMS, 32, DECODE_TOKENS) * DECODE_TOKENS,
+            "prefill_requests_per_s": median([await prefills_per_s() for _ in range(sizes.num_repeats)]),
+            "decode8_tokens_per_s": median(
+                [await server.decode_rate(NUM_STREAMS, sizes.decode_tokens) for _ in range(sizes.num_repeats)]
+            ),
         }
 
 

@@ -2,92 +2,138 @@
 
     make bench-scoring
 
-Each round starts four servers in turn: stock (dense), ours dense, ours W8A8, and ours pruned W8A8. The pruned model
-lacks a quarter of its MLP neurons and one of three KV groups. Ratios are relative to the stock server of the same
-round, with a prefix of 1,000 tokens and 32 items of 24 tokens. `w8a8_prefill_efficiency` is the time of a plain prefill
-of the same number of tokens, divided by the scoring time. The last line of output is one JSON object. The benchmark
-takes about 15 minutes on 2 cores.
+Five servers start in turn in each of three rounds, and the order changes every round:
+
+- `stock`: the dense model with vLLM's defaults.
+- `guide`: the dense model with what vLLM's own documentation for CPUs advises, and no code of `slimserve` (`guide_spec`
+  in benches/served.py).
+- `dense`, `w8a8`, `pruned_w8a8`: our server. The pruned model lacks a quarter of its MLP neurons and one of three KV
+  groups.
+
+Ratios compare items/s of the same round, with a prefix of 1,000 tokens and 32 items of 24 tokens. `…_scoring_ratio` is
+relative to `stock`, and `…_over_guide_ratio` to `guide`. The goals:
+
+| ratio | goal |
+|---|---|
+| `dense_over_guide_ratio` | at least 1.45 |
+| `w8a8_over_guide_ratio` | at least 1.8 |
+| `pruned_w8a8_over_guide_ratio` | at least 2.4 |
+
+`w8a8_prefill_efficiency` is the time of a plain prefill of the same number of tokens, divided by the scoring time. The
+last line of output is one JSON object. The benchmark takes about 20 minutes on 2 cores; `--quick` runs one round with
+short prompts.
 """
 
 from __future__ import annotations
 
 import asyncio
+import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from benches.served import MODEL, ScoringLoad, built, median, our_spec, served, stock_spec
+from benches.served import MODEL, ScoringLoad, built, guide_spec, median, our_spec, served, stock_spec
 from slimserve.core.model import resolve_model
 from slimserve.core.progress import print_status
 from slimserve.core.provenance import bench_line
 from slimserve.core.statistics import percentile
 from slimserve.serve.launch.process import Engine, EngineSpec
 
-NUM_ROUNDS = 3
-NUM_REPEATS = 5
-LOADS = tuple(ScoringLoad(prefix, items) for prefix in (200, 600, 1000) for items in (16, 32))
-PRIMARY_LOAD = ScoringLoad(1000, 32)
-CONCURRENT_LOAD = ScoringLoad(200, 16)
-CONCURRENCIES = (1, 4, 16)
-REQUESTS_PER_USER = 3
 PRUNED = "prune.kv_remove_frac=0.34"
+STOCK_PATH = "/generative_scoring"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Amount of measuring: rounds, measurements per load, and the loads."""
+
+    num_rounds: int
+    num_repeats: int
+    loads: tuple[ScoringLoad, ...]
+    primary_load: ScoringLoad
+    """The load of the ratios, which is one of `loads`."""
+    concurrent_load: ScoringLoad
+    concurrencies: tuple[int, ...]
+    requests_per_user: int
+
+
+FULL = Sizes(
+    num_rounds=3,
+    num_repeats=5,
+    loads=tuple(ScoringLoad(prefix, items) for prefix in (200, 600, 1000) for items in (16, 32)),
+    primary_load=ScoringLoad(1000, 32),
+    concurrent_load=ScoringLoad(200, 16),
+    concurrencies=(1, 4, 16),
+    requests_per_user=3,
+)
+QUICK = Sizes(
+    num_rounds=1,
+    num_repeats=1,
+    loads=(ScoringLoad(64, 4),),
+    primary_load=ScoringLoad(64, 4),
+    concurrent_load=ScoringLoad(32, 2),
+    concurrencies=(1,),
+    requests_per_user=1,
+)
 
 
 @dataclass(frozen=True)
 class Side:
-    """A server under test: one variant and the way to launch it."""
+    """A server under test: one variant, the way to launch it, and the path of its scoring route."""
 
     name: str
     variant: Path
-    stock: bool = False
-
-    def spec(self, log: Path) -> EngineSpec:
-        make_spec = stock_spec if self.stock else our_spec
-        return make_spec(log, self.variant)
+    make_spec: Callable[[Path, Path], EngineSpec] = our_spec
+    path: str = "/v1/score"
 
 
 def main() -> None:
+    sizes = QUICK if "--quick" in sys.argv[1:] else FULL
+    primary = _items_per_s(sizes.primary_load)
     dense = resolve_model(MODEL)
     sides = [
-        Side("stock", dense, stock=True),
+        Side("stock", dense, stock_spec, STOCK_PATH),
+        Side("guide", dense, guide_spec, STOCK_PATH),
         Side("dense", dense),
         Side("w8a8", built("w8a8")),
         Side("pruned_w8a8", built("prune25-w8a8", PRUNED)),
     ]
     metrics: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for number in range(NUM_ROUNDS):
+        for number in range(sizes.num_rounds):
             rates = {}
             for side in sides if number % 2 == 0 else reversed(sides):
-                with Engine(side.spec(Path(folder) / f"{side.name}-{number}.log")) as engine:
-                    path = "/generative_scoring" if side.stock else "/v1/score"
-                    measured = asyncio.run(_measure(engine.spec.url, path))
-                rates[side.name] = measured[_items_per_s(PRIMARY_LOAD)]
-                print_status(
-                    f"round {number + 1}/{NUM_ROUNDS} {side.name}: {rates[side.name]:.1f} items/s at 1000 x 32"
-                )
+                log = Path(folder) / f"{side.name}-{number}.log"
+                with Engine(side.make_spec(log, side.variant)) as engine:
+                    measured = asyncio.run(_measure(engine.spec.url, side.path, sizes))
+                rates[side.name] = measured[primary]
+                print_status(f"round {number + 1}/{sizes.num_rounds} {side.name}: {primary} {rates[side.name]:.1f}")
                 for metric, value in measured.items():
                     metrics.setdefault(f"{side.name}_{metric}", []).append(value)
             for side in sides[1:]:
                 metrics.setdefault(f"{side.name}_scoring_ratio", []).append(rates[side.name] / rates["stock"])
+            for side in sides[2:]:
+                metrics.setdefault(f"{side.name}_over_guide_ratio", []).append(rates[side.name] / rates["guide"])
     print(bench_line("scoring", metrics))
 
 
-async def _measure(url: str, path: str) -> dict[str, float]:
+async def _measure(url: str, path: str, sizes: Sizes) -> dict[str, float]:
     metrics = {}
     async with served(url, path) as server:
-        for load in LOADS:
+        for load in sizes.loads:
             await server.score(load)
-            seconds = [await server.score(load) for _ in range(NUM_REPEATS)]
+            seconds = [await server.score(load) for _ in range(sizes.num_repeats)]
             metrics[_items_per_s(load)] = load.num_items / median(seconds)
         prefills, scorings = [], []
-        for _ in range(NUM_REPEATS):
-            tokens = PRIMARY_LOAD.prefix_tokens + PRIMARY_LOAD.num_items * PRIMARY_LOAD.item_tokens
-            prefills.append(await server.complete(tokens, 1))
-            scorings.append(await server.score(PRIMARY_LOAD))
+        load = sizes.primary_load
+        for _ in range(sizes.num_repeats):
+            prefills.append(await server.complete(load.prefix_tokens + load.num_items * load.item_tokens, 1))
+            scorings.append(await server.score(load))
         metrics["prefill_efficiency"] = median(prefills) / median(scorings)
-        for concurrency in CONCURRENCIES:
-            seconds = await server.score_closed_loop(CONCURRENT_LOAD, concurrency, REQUESTS_PER_USER * concurrency)
+        for concurrency in sizes.concurrencies:
+            num_requests = sizes.requests_per_user * concurrency
+            seconds = await server.score_closed_loop(sizes.concurrent_load, concurrency, num_requests)
             for percent in (50, 99):
                 metrics[f"concurrent{concurrency}_p{percent}_s"] = percentile(seconds, percent / 100)
     return metrics
