@@ -4,14 +4,21 @@
 
 The mock server (loadtest/mock_server.py) and the tool each have a CPU core of their own. The schedule is 1, 16, 64 and
 128 concurrent streams of 100 tokens: the first after 100 ms, then 50 tokens/s. The error is the difference between the
-percentile that a tool reports and the percentile of the schedule. `vllm` is `vllm bench serve`. `guidellm` runs in its
-own environment with one worker process, because it is more exact on one core than with its default of ten. GuideLLM's
-ITL is the mean of a request, so compare its `itl` with the `tpot` of the other tools.
+percentile that a tool reports and the percentile of the schedule. The tools:
 
-The benchmark then bisects a ladder of stream counts for each tool's streams per core. A tool is accurate at a step if
-its p50 of TTFT, ITL and end-to-end latency is within 5% of the schedule and its p99 within 50%. The ladder ends where
-the mock server's core is saturated, so a tool that reaches the last step may support more streams. The last line of
-output is one JSON object. The benchmark takes about 13 minutes; `--quick` runs one round.
+- `ours`: `slimserve loadtest`.
+- `vllm`: `vllm bench serve`.
+- `guidellm`: GuideLLM in its own environment, with as many processes as its documentation leaves it, at most ten.
+- `guidellm_one_process`: GuideLLM with one worker process.
+
+GuideLLM's ITL is the mean of a request, so compare its `itl` with the `tpot` of the other tools.
+
+The benchmark then bisects a ladder of stream counts for each tool's streams per core, in three rounds. A tool is
+accurate at a step if its p50 of TTFT, ITL and end-to-end latency is within 5% of the schedule and its p99 within 50%.
+`streams_per_core_ratio_guidellm` compares our result with the better one of GuideLLM's two in the same round. The
+ladder ends where the mock server's core is saturated, so a tool that reaches the last step may support more streams.
+The last line of output is one JSON object. The benchmark takes about 26 minutes; `--quick` runs one round with two
+stream counts and a ladder of three steps.
 """
 
 from __future__ import annotations
@@ -21,7 +28,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -38,13 +45,16 @@ from slimserve.loadtest.settings import LoadSettings, SuiteOptions
 
 NUM_STREAMS = (1, 16, 64, 128)
 NUM_ROUNDS = 2
-NUM_LADDER_ROUNDS = 1
+NUM_LADDER_ROUNDS = 3
+QUICK_NUM_STREAMS, QUICK_LADDER = (1, 16), (8, 32, 128)
 LADDER = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 SCHEDULE = MockSchedule(ttft_s=0.1, gap_s=0.02, num_tokens=100)
 SCHEDULE_MS = {"ttft": 100.0, "itl": 20.0, "tpot": 20.0, "e2e": 100.0 + 99 * 20.0}
 EVALUATED_METRICS = ("ttft", "itl", "e2e")
 TOLERANCE = {"p50": 0.05, "p99": 0.5}
 WARMUP_S, DURATION_S = 2.5, 8.0
+PEERS = {"vllm": ("vllm",), "guidellm": ("guidellm", "guidellm_one_process")}
+"""Tools of each peer; the ratio of streams per core takes the best of them."""
 _NUM_PROMPTS = 2000
 _MAX_LAG_MS = 1.0
 """Maximum p99 lag of the mock server's writes in a valid run, in milliseconds."""
@@ -61,7 +71,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         tools = _tools(Path(folder))
         for number in range(1 if is_quick else NUM_ROUNDS):
-            for num_streams in NUM_STREAMS:
+            for num_streams in QUICK_NUM_STREAMS if is_quick else NUM_STREAMS:
                 for tool in _in_turn(tools, number):
                     reported, lag_ms = _run_tool(tools[tool], num_streams)
                     errors = {key: abs(value - SCHEDULE_MS[key[0]]) for key, value in reported.items()}
@@ -72,14 +82,14 @@ def main() -> None:
                     print_status(
                         f"round {number + 1}, {num_streams} streams, {tool}: errors in ms: {text}; lag {lag_ms:.3f} ms"
                     )
+        ladder = QUICK_LADDER if is_quick else LADDER
         for number in range(1 if is_quick else NUM_LADDER_ROUNDS):
-            max_streams = {tool: _max_streams(tool, tools[tool]) for tool in _in_turn(tools, number)}
+            max_streams = {tool: _max_streams(tool, tools[tool], ladder) for tool in _in_turn(tools, number)}
             for tool, num_streams in max_streams.items():
                 metrics.setdefault(f"{tool}_streams_per_core", []).append(num_streams)
-            for peer in ("vllm", "guidellm"):
-                metrics.setdefault(f"streams_per_core_ratio_{peer}", []).append(
-                    max_streams["ours"] / max(max_streams[peer], 1)
-                )
+            for peer, its_tools in PEERS.items():
+                best = max(max_streams[tool] for tool in its_tools)
+                metrics.setdefault(f"streams_per_core_ratio_{peer}", []).append(max_streams["ours"] / max(best, 1))
     print(bench_line("loadtest-truth", metrics))
 
 
@@ -95,7 +105,14 @@ def _tools(folder: Path) -> dict[str, Tool]:
     return {
         "ours": lambda url, num_streams: _ours(url, num_streams, data, folder / "ours"),
         "vllm": lambda url, num_streams: _vllm(url, num_streams, data, tokenizer, folder / "vllm.json"),
+        # GuideLLM's documentation names no number of worker processes for a machine. `max_worker_processes` in its
+        # settings.py (0.8.1) is 10 by default, and worker_group.py starts as many, but no more than there are streams.
         "guidellm": lambda url, num_streams: _guidellm(python, url, num_streams, tokenizer, folder / "guidellm.json"),
+        # On one core, fewer processes disturb each other less. The variable is GuideLLM's own (issue 487 of its
+        # repository uses it), and this launch was the more exact one in earlier runs.
+        "guidellm_one_process": lambda url, num_streams: _guidellm(
+            python, url, num_streams, tokenizer, folder / "one.json", {"GUIDELLM__MAX_WORKER_PROCESSES": "1"}
+        ),
     }
 
 
@@ -120,12 +137,12 @@ def _run_tool(tool: Tool, num_streams: int) -> tuple[Reported, float]:
     raise AssertionError("the last try returns")
 
 
-def _max_streams(tool: str, run: Tool) -> int:
+def _max_streams(tool: str, run: Tool, ladder: Sequence[int]) -> int:
     """Return the highest number of streams at which a tool is accurate, by bisection; 0 if there is none."""
-    accurate, inaccurate = -1, len(LADDER)
+    accurate, inaccurate = -1, len(ladder)
     while inaccurate - accurate > 1:
         step = (accurate + inaccurate) // 2
-        reported, lag_ms = _run_tool(run, LADDER[step])
+        reported, lag_ms = _run_tool(run, ladder[step])
         worst = {
             f"{metric} {percentile}": abs(reported[metric, percentile] / SCHEDULE_MS[metric] - 1)
             for metric in EVALUATED_METRICS
@@ -134,9 +151,9 @@ def _max_streams(tool: str, run: Tool) -> int:
         is_accurate = all(error <= TOLERANCE[name.split()[1]] for name, error in worst.items())
         text = ", ".join(f"{name} off by {error:.1%}" for name, error in worst.items())
         verdict = "accurate" if is_accurate else "inaccurate"
-        print_status(f"{tool}, {LADDER[step]} streams: {verdict}: {text}; lag {lag_ms:.3f} ms")
+        print_status(f"{tool}, {ladder[step]} streams: {verdict}: {text}; lag {lag_ms:.3f} ms")
         accurate, inaccurate = (step, inaccurate) if is_accurate else (accurate, step)
-    return LADDER[accurate] if accurate >= 0 else 0
+    return ladder[accurate] if accurate >= 0 else 0
 
 
 def _ours(url: str, num_streams: int, data: Path, output: Path) -> Reported:
@@ -160,6 +177,7 @@ def _ours(url: str, num_streams: int, data: Path, output: Path) -> Reported:
 
 
 def _vllm(url: str, num_streams: int, data: Path, tokenizer: Path, result: Path) -> Reported:
+    # vllm/benchmarks/serve.py (0.32.0) sends everything from one event loop, and has no option for more processes.
     rounds = round(DURATION_S * 1e3 / SCHEDULE_MS["e2e"])
     command = [
         *(sys.executable, str(_VLLM_BENCH), "--backend", "openai-chat", "--base-url", url),
@@ -176,7 +194,9 @@ def _vllm(url: str, num_streams: int, data: Path, tokenizer: Path, result: Path)
     return {(metric, p): report[f"{p}_{name}_ms"] for metric, name in metric_names.items() for p in ("p50", "p99")}
 
 
-def _guidellm(python: Path, url: str, num_streams: int, tokenizer: Path, result: Path) -> Reported:
+def _guidellm(
+    python: Path, url: str, num_streams: int, tokenizer: Path, result: Path, variables: Mapping[str, str] | None = None
+) -> Reported:
     num_tokens = SCHEDULE.num_tokens
     command = [
         *(str(python), "-m", "guidellm", "run"),
@@ -187,7 +207,7 @@ def _guidellm(python: Path, url: str, num_streams: int, tokenizer: Path, result:
         *("--data", f"kind=synthetic_text,prompt_tokens=32,output_tokens={num_tokens}"),
         *("--output", f"kind=json,path={result}", "--disable-console"),
     ]
-    _run(command, {"GUIDELLM__MAX_WORKER_PROCESSES": "1"})
+    _run(command, variables)
     report: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))["benchmarks"][0]["metrics"]
     if report["request_totals"]["errored"]:
         raise RuntimeError(f"GuideLLM counted errors: {report['request_totals']}")
@@ -204,9 +224,9 @@ def _guidellm(python: Path, url: str, num_streams: int, tokenizer: Path, result:
     }
 
 
-def _run(command: Sequence[str], variables: dict[str, str] | None = None) -> None:
+def _run(command: Sequence[str], variables: Mapping[str, str] | None = None) -> None:
     process = subprocess.run(
-        command, env=peer_variables(1) | (variables or {}), capture_output=True, text=True, check=False
+        command, env=peer_variables(1) | dict(variables or {}), capture_output=True, text=True, check=False
     )
     if process.returncode:
         raise RuntimeError(f"{command[:4]} failed: {(process.stderr or process.stdout)[-1000:]}")
