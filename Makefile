@@ -45,9 +45,9 @@ unit: $(VENV)/.test-system
 # bench-prune: ## Compare OSSCAR with other pruning methods: NLL, seconds, prefill speed
 # bench-memory: ## Measure peak memory of compressing a 1.5B model
 # bench-load: ## Build every recipe; load it with stock transformers and vLLM
-# bench-launch: ## Compare the tuned launch of vLLM with the stock launch
-# bench-scoring: ## Compare /v1/score with stock /generative_scoring: items per second
-# bench-decode: ## Compare decoding speed with stock vLLM and llama.cpp
+# bench-launch: ## Compare the tuned launch of vLLM with the stock launch and with vLLM's own advice
+# bench-scoring: ## Compare /v1/score with stock /generative_scoring, default and tuned: items per second
+# bench-decode: ## Compare decoding speed with stock vLLM, default and tuned, and with llama-bench
 # bench-gateway: ## Measure what the gateway costs against the engine alone and other proxies
 # bench-ready: ## Measure seconds from the command to the first token
 # bench-loadtest-truth: ## Compare load generators on a mock server of known latency
