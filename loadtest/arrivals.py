@@ -43,10 +43,13 @@ class Segment:
 
     def time_of(self, num_expected: float) -> float:
         """Return the time in seconds by which `num_expected` requests of this segment are expected."""
+        if num_expected == 0:  # a ramp from rate 0 would divide by zero below
+            return self.begin_s
         slope = (self.end_rate - self.begin_rate) / (self.end_s - self.begin_s)
-        # The root of slope/2 t² + begin_rate t = num_expected, in the form without cancellation.
-        root = math.sqrt(self.begin_rate**2 + 2 * slope * num_expected)
-        return self.begin_s + 2 * num_expected / (self.begin_rate + root)
+        # The root of slope/2 t² + begin_rate t = num_expected, in the form without cancellation. At the end of a ramp
+        # to rate 0 rounding may make its square negative.
+        root = math.sqrt(max(0.0, self.begin_rate**2 + 2 * slope * num_expected))
+        return min(self.begin_s + 2 * num_expected / (self.begin_rate + root), self.end_s)
 
 
 def parse_rate(text: str, duration_s: float) -> list[Segment]:
@@ -78,7 +81,8 @@ def scheduled_times(
     """Return the scheduled times in seconds from the start, ascending.
 
     `burstiness` is the variance of gamma gaps relative to Poisson arrivals: 1 equals Poisson, larger values cluster the
-    requests. With constant gaps the first request is scheduled at 0.
+    requests. With constant gaps the first request is scheduled at 0, also if the rate rises from 0: a ramp from 0 to r
+    requests/s over T seconds schedules request i, from 0, at T √(2i / (r T)).
     """
     if not burstiness > 0:
         raise UserError("--burstiness", burstiness, "is not above 0", "give 1 for Poisson arrivals, more for bursts")

@@ -1,3 +1,4 @@
+import math
 import statistics
 from itertools import pairwise
 from pathlib import Path
@@ -5,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from slimserve.core.errors import UserError
-from slimserve.loadtest.arrivals import Segment, parse_rate, read_trace, scheduled_times
+from slimserve.loadtest.arrivals import Arrival, Segment, parse_rate, read_trace, scheduled_times
 
 
 def test_constant_arrivals_are_evenly_spaced_from_the_start() -> None:
@@ -24,7 +25,32 @@ def test_gaps_have_the_requested_mean_and_variance(arrival: str, burstiness: flo
     assert statistics.variance(gaps) / statistics.mean(gaps) ** 2 == pytest.approx(cv2, rel=0.06)
 
 
-@pytest.mark.parametrize("text", ["1..9", "9..1", "2@0,10@3,4@7", "0@0,5@5"])
+@pytest.mark.parametrize(("end_rate", "duration_s"), [("20", 10.0), ("20", 67.0), ("0.3", 30.0), ("7", 3.7)])
+def test_a_ramp_from_zero_with_constant_gaps_has_its_closed_form(end_rate: str, duration_s: float) -> None:
+    times = scheduled_times(parse_rate(f"0..{end_rate}", duration_s), "constant")
+    num_requests = math.ceil(float(end_rate) * duration_s / 2)
+    slope = float(end_rate) / duration_s
+    assert times == pytest.approx([math.sqrt(2 * number / slope) for number in range(num_requests)])
+
+
+@pytest.mark.parametrize("arrival", ["constant", "poisson", "gamma"])
+def test_a_ramp_to_zero_ends_in_time_whatever_its_length(arrival: Arrival) -> None:
+    for tenths in range(1, 400):
+        duration_s = tenths / 10
+        times = scheduled_times(parse_rate("13.7..0", duration_s), arrival, seed=tenths)
+        assert times == sorted(times)
+        assert all(0 <= at_s <= duration_s for at_s in times)
+        if arrival == "constant":
+            assert len(times) == math.ceil(13.7 * duration_s / 2)
+
+
+def test_the_root_at_the_very_end_of_a_ramp_to_zero_is_not_negative() -> None:
+    for tenths in range(1, 400):
+        ramp = Segment(0.0, tenths / 10, 13.7, 0.0)
+        assert ramp.time_of(ramp.num_expected) == pytest.approx(ramp.end_s, rel=1e-6)
+
+
+@pytest.mark.parametrize("text", ["1..9", "9..1", "0..20", "20..0", "2@0,10@3,4@7", "0@0,5@5"])
 def test_the_number_of_scheduled_requests_follows_the_integral_of_the_rate(text: str) -> None:
     segments = parse_rate(text, 10.0)
     times = scheduled_times(segments, "constant")
