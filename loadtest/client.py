@@ -31,6 +31,8 @@ class PreparedRequest:
     body: bytes
     num_items: int = 0
     labels: tuple[str, ...] = ()
+    fixed_tokens: int = 0
+    """Number of tokens of the answer, if the request fixes it; else 0."""
 
 
 class ModelClient:
@@ -63,7 +65,9 @@ class ModelClient:
         """Return the request for prompt `number`."""
         if isinstance(prompt, ChatPrompt):
             body = self._chat_body(prompt, exact_tokens)
-            return PreparedRequest(kind, number, "/v1/chat/completions", msgspec.json.encode(body))
+            fixed_tokens = prompt.max_tokens if exact_tokens else 0
+            path = "/v1/chat/completions"
+            return PreparedRequest(kind, number, path, msgspec.json.encode(body), fixed_tokens=fixed_tokens)
         scoring = SCORING[self._endpoint]
         body = {
             "model": self._model,
@@ -95,6 +99,7 @@ class ModelClient:
             cached_tokens=answer.cached_tokens if answer else None,
             finish_reason=answer.finish_reason if answer else None,
             text=join_reply(answer.reasoning, answer.text) if answer else "",
+            fixed_tokens=request.fixed_tokens,
         )
 
     def close(self) -> None:

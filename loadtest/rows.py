@@ -41,6 +41,8 @@ class Row:
     """Generated text, including the chain of thought."""
     scores: tuple[float, ...] = ()
     """Score of each candidate: the first label's share of the labels' probability."""
+    fixed_tokens: int = 0
+    """Number of tokens of a complete answer if the request fixes it (`--exact-tokens`); 0 if the model decides."""
 
     @property
     def e2e_s(self) -> float:

@@ -6,14 +6,17 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal, get_args
 
 from slimserve.core.errors import UserError
-from slimserve.core.statistics import percentile
+from slimserve.core.statistics import nearest_rank
 from slimserve.loadtest.rows import Row
 from slimserve.loadtest.summary import ObjectiveResult
 
 Metric = Literal["ttft", "itl", "tpot", "e2e", "answer"]
+_STREAMED = {"ttft", "itl", "tpot", "answer"}
+"""Metrics of streamed tokens, which scoring requests do not have."""
 _OBJECTIVE = re.compile(r"([a-z0-9]+)_(p\d{1,2}(?:\.\d+)?|mean)\s*(?:<=|=|≤)\s*(\d+(?:\.\d+)?)(ms|s)")
 _ERRORS = re.compile(r"errors\s*(?:<=|=|≤)\s*(\d+(?:\.\d+)?)%")
 _SYNTAX = "write ttft_p99=500ms, itl_p99=50ms, tpot_p95=40ms, e2e_p50=2s or errors=1%"
@@ -25,18 +28,28 @@ class Objective:
 
     text: str
     metric: Metric | Literal["errors"]
-    frac: float | None
-    """Percentile as a fraction; None selects the mean."""
+    frac: Fraction | None
+    """Percentile as an exact fraction; None selects the mean."""
     limit: float
+
+    def applies_to(self, rows: Sequence[Row]) -> bool:
+        """Tell whether requests such as these can have the metric; scoring requests have no tokens to time."""
+        return self.metric not in _STREAMED or not rows or any(not row.num_items for row in rows)
 
     def value_of(self, rows: Sequence[Row]) -> float | None:
         """Return the statistic over the rows; None if there is no sample or if it falls on a failed request."""
         if self.metric == "errors":
             return sum(row.error is not None for row in rows) / len(rows) if rows else None
-        samples = [sample for row in rows for sample in samples_of(row, self.metric)]
-        if not samples:
+        good = [row for row in rows if row.error is None]
+        samples = sorted(sample for row in good for sample in samples_of(row, self.metric))
+        weight = _failed_weight(rows, self.metric)
+        if not samples or (self.frac is None and weight):
             return None
-        value = sum(samples) / len(samples) if self.frac is None else percentile(samples, self.frac)
+        if self.frac is None:
+            value = sum(samples) / len(samples)
+        else:
+            rank = nearest_rank(self.frac, len(samples) + weight)
+            value = samples[rank - 1] if rank <= len(samples) else math.inf
         return value if math.isfinite(value) else None
 
     def evaluate(self, rows: Sequence[Row]) -> ObjectiveResult:
@@ -54,20 +67,21 @@ class Objective:
 def parse_objective(text: str) -> Objective:
     """Return the objective of a command-line text; UserError if it is not one."""
     if share := _ERRORS.fullmatch(text.strip()):
-        return Objective(text, "errors", None, float(share[1]) / 100)
+        return Objective(text, "errors", None, float(Fraction(share[1]) / 100))
     match = _OBJECTIVE.fullmatch(text.strip())
     if match is None or match[1] not in get_args(Metric):
         raise UserError("--slo", text, "is not an objective", _SYNTAX)
     metric: Metric = match[1]  # type: ignore[assignment]  # checked above
-    frac = None if match[2] == "mean" else float(match[2][1:]) / 100
-    return Objective(text, metric, frac, float(match[3]) / (1000 if match[4] == "ms" else 1))
+    frac = None if match[2] == "mean" else Fraction(match[2][1:]) / 100
+    return Objective(text, metric, frac, float(Fraction(match[3]) / (1000 if match[4] == "ms" else 1)))
 
 
 def samples_of(row: Row, metric: Metric) -> list[float]:
     """Return the latency samples of one request in seconds: one, or for ITL one per token after the first chunk.
 
-    A failed request counts as infinitely slow, so that a server gains nothing by rejecting requests. For `answer`, a
-    reply that never left its chain of thought counts as infinitely slow as well.
+    A failed request counts as infinitely slow, so that a server gains nothing by rejecting requests; it has one sample
+    here, and `Objective.value_of` gives it the weight of the samples that it would have had. For `answer`, a reply that
+    never left its chain of thought counts as infinitely slow as well.
     """
     if row.error is not None:
         return [math.inf]
@@ -81,6 +95,22 @@ def samples_of(row: Row, metric: Metric) -> list[float]:
         return [math.inf] if row.arrivals else []
     value = row.ttft_s if metric == "ttft" else row.tpot_s
     return [] if value is None else [value]
+
+
+def _failed_weight(rows: Sequence[Row], metric: Metric) -> Fraction:
+    """Return the number of samples that the failed requests would have given; each of them is infinitely slow.
+
+    That is one per request. For ITL it is the number of gaps of a complete answer: of its fixed length, or else the
+    mean of the successful answers. With answers of unknown length, the share of failed gaps is then the share of
+    failed requests.
+    """
+    failed = [row for row in rows if row.error is not None]
+    if metric != "itl":
+        return Fraction(len(failed))
+    answers = [row for row in rows if row.error is None and row.arrivals]
+    num_gaps = sum(count for row in answers for _, count in row.arrivals[1:])
+    mean_gaps = Fraction(num_gaps, len(answers)) if answers else Fraction(1)
+    return sum((Fraction(row.fixed_tokens - 1) if row.fixed_tokens else mean_gaps for row in failed), Fraction(0))
 
 
 def goodput(rows: Sequence[Row], objectives: Sequence[Objective], window_s: float) -> float:

@@ -93,3 +93,11 @@ def test_a_chat_request_has_its_token_limit_and_usage_options(fake_url: str) -> 
     assert b'"ignore_eos":true' in request.body
     assert b'"max_tokens":20' in request.body
     assert b'"continuous_usage_stats":true' in request.body
+
+
+def test_a_row_has_the_number_of_tokens_that_its_request_fixes(fake_url: str) -> None:
+    client = ModelClient(fake_url, "http-500", {}, 20.0, "auto")
+    for exact_tokens, fixed_tokens in ((True, 20), (False, 0)):
+        request = client.make_request(0, "chat", cast("Prompt", _CHAT), exact_tokens)
+        row = client.send(request, 0.0, time.perf_counter())
+        assert (row.error, row.fixed_tokens) == ("http 500", fixed_tokens)
