@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from slimserve.core.model_config import head_dim_of, num_kv_heads_of
-from slimserve.core.roofline import Roofline
+from slimserve.core.roofline import Precision, Roofline
 
 _DTYPE_BYTES = {
     **dict.fromkeys(("BOOL", "F8_E4M3", "F8_E5M2", "I8", "U8"), 1),
@@ -42,8 +42,8 @@ class ModelCost:
     """FLOPs of one prompt token in the layers; the output layer runs once per prompt and is not counted."""
     kv_bytes: int
     """Bytes of keys and values of one token of context at 16 bits, which each later token reads."""
-    is_int8: bool
-    """Whether activations are int8 too, so that int8 FLOP/s are the roofline."""
+    precision: Precision
+    """Precision of the layers' activations, which decides the FLOP/s. If only weights are quantized, it is bf16."""
 
     def decode_tokens_per_s(self, hardware: Roofline) -> float:
         """Return the roofline of one stream with a short context, in tokens per second."""
@@ -51,7 +51,7 @@ class ModelCost:
 
     def prefill_tokens_per_s(self, hardware: Roofline) -> float | None:
         """Return the roofline of prefill in prompt tokens per second; None if the hardware's FLOP/s are unknown."""
-        flops = hardware.int8_flops if self.is_int8 else hardware.bf16_flops
+        flops = hardware.flops(self.precision)
         return flops / self.prefill_flops if flops else None
 
 
@@ -66,10 +66,9 @@ def read_model_cost(directory: Path) -> ModelCost:
     sizes = {name: math.prod(shape) * _DTYPE_BYTES.get(dtype, 2) for name, (dtype, shape) in tensors.items()}
     weight_bytes = sum(sizes.values())
     embedding_bytes = sum(size for name, size in sizes.items() if _EMBEDDING.search(name))
-    values_per_int32 = 32 // _num_bits(quantization)
     num_weights = sum(
-        math.prod(shape) * (values_per_int32 if dtype == "I32" else 1)
-        for name, (dtype, shape) in tensors.items()
+        _num_values(name, tensors, sizes[name], quantization)
+        for name, (_, shape) in tensors.items()
         if _MATRIX.search(name) and len(shape) > 1 and not _EMBEDDING.search(name) and not _OUTPUT_LAYER.search(name)
     )
     return ModelCost(
@@ -77,7 +76,7 @@ def read_model_cost(directory: Path) -> ModelCost:
         decode_bytes=weight_bytes - (embedding_bytes if has_output_layer else 0),
         prefill_flops=2 * num_weights,
         kv_bytes=2 * 2 * config["num_hidden_layers"] * num_kv_heads_of(config) * head_dim_of(config),
-        is_int8=any(_is_int8(group) for group in (quantization.get("config_groups") or {}).values()),
+        precision=_precision(quantization),
     )
 
 
@@ -89,13 +88,37 @@ def _header(file: Path) -> dict[str, tuple[str, list[int]]]:
     return {name: (entry["dtype"], entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
 
 
+def _num_values(
+    name: str, tensors: Mapping[str, tuple[str, list[int]]], num_bytes: int, quantization: Mapping[str, Any]
+) -> int:
+    """Return the number of weights that a tensor holds, of which several may share an element."""
+    dtype, shape = tensors[name]
+    if f"{name}.absmax" in tensors:  # bitsandbytes packs two 4-bit codes into a byte, whatever the dtype
+        return 2 * num_bytes
+    return math.prod(shape) * (32 // _num_bits(quantization) if dtype == "I32" else 1)
+
+
 def _num_bits(quantization: Mapping[str, Any]) -> int:
     """Return the bits of a weight if several are packed into an int32, else 32."""
-    groups = (quantization.get("config_groups") or {}).values()
-    bits = [group["weights"]["num_bits"] for group in groups if group.get("weights")]
+    bits = [group["weights"]["num_bits"] for group in _layer_groups(quantization) if group.get("weights")]
     return min(bits, default=int(quantization.get("bits") or 32))
 
 
-def _is_int8(group: Mapping[str, Any]) -> bool:
-    inputs = group.get("input_activations") or {}
-    return inputs.get("type") == "int" and inputs.get("num_bits") == 8
+def _precision(quantization: Mapping[str, Any]) -> Precision:
+    """Return the precision of the activations that a `quantization_config` describes."""
+    inputs = [group.get("input_activations") or {} for group in _layer_groups(quantization)]
+    kinds = {one.get("type") for one in inputs if one.get("num_bits") == 8}
+    if "int" in kinds or quantization.get("load_in_8bit"):
+        return "int8"
+    # vLLM's own FP8 checkpoints have no groups; `activation_scheme` says how they round their inputs.
+    return "float8" if "float" in kinds or "activation_scheme" in quantization else "bf16"
+
+
+def _layer_groups(quantization: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the groups of compressed-tensors without one for the output layer alone, which prefill does not count."""
+    groups: list[Mapping[str, Any]] = list((quantization.get("config_groups") or {}).values())
+    return [
+        group
+        for group in groups
+        if not all(str(target).endswith("lm_head") for target in group.get("targets") or ["Linear"])
+    ]

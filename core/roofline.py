@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from slimserve.core.hardware import Hardware, openmp_library, probe_hardware
 from slimserve.core.progress import print_status
@@ -26,6 +26,10 @@ _MEASURE_TIMEOUT_S = 60
 _MATRIX_SIZES = (128, 256, 512, 1024, 2048)
 _LONG_PRODUCT_S = 0.05
 """Duration of a product from which larger matrices bring no better estimate."""
+
+
+Precision = Literal["bf16", "int8", "float8"]
+"""Type of the factors of a matrix product."""
 
 
 @dataclass(frozen=True)
@@ -40,18 +44,47 @@ class Roofline:
     """FLOP/s of a large int8 matrix product; 0 if torch cannot compute it here."""
     source: str
     """`measured` for a CPU, `datasheet` for a GPU."""
+    fp8_flops: float = 0.0
+    """FLOP/s of a large FP8 matrix product; 0 for hardware that computes FP8 models in bfloat16."""
+
+    def computed_precision(self, precision: Precision) -> Precision:
+        """Return the precision in which this hardware computes a model whose activations have `precision`."""
+        return "bf16" if precision == "float8" and not self.fp8_flops else precision
+
+    def flops(self, precision: Precision) -> float:
+        """Return the FLOP/s for a model whose activations have `precision`; 0 if they are unknown."""
+        rates = {"bf16": self.bf16_flops, "int8": self.int8_flops, "float8": self.fp8_flops}
+        return rates[self.computed_precision(precision)]
+
+
+def _gpu(gb_per_s: float, bf16_tflops: float, has_fp8: bool, int8_ratio: int = 2) -> Roofline:
+    """Return the roofline of a GPU from its datasheet.
+
+    FP8 products that add up in float32 are twice as fast as bfloat16's. Int8 products are `int8_ratio` times as fast.
+    """
+    bf16 = bf16_tflops * 1e12
+    return Roofline(gb_per_s * 1e9, bf16, int8_ratio * bf16, "datasheet", 2 * bf16 if has_fp8 else 0.0)
 
 
 _GPUS = {
-    "H200": Roofline(4.8e12, 989e12, 1979e12, "datasheet"),
-    "H100 PCIe": Roofline(2.0e12, 756e12, 1513e12, "datasheet"),
-    "H100": Roofline(3.35e12, 989e12, 1979e12, "datasheet"),
-    "A100-PCIE-40GB": Roofline(1.555e12, 312e12, 624e12, "datasheet"),
-    "A100-SXM4-40GB": Roofline(1.555e12, 312e12, 624e12, "datasheet"),
-    "A100": Roofline(1.935e12, 312e12, 624e12, "datasheet"),
-    "L4": Roofline(0.3e12, 121e12, 242e12, "datasheet"),
+    "A100-SXM4-40GB": _gpu(1555, 312, has_fp8=False),
+    "A100-SXM4-80GB": _gpu(2039, 312, has_fp8=False),
+    "A100-PCIE-40GB": _gpu(1555, 312, has_fp8=False),
+    "A100 80GB PCIe": _gpu(1935, 312, has_fp8=False),
+    "H100 80GB HBM3": _gpu(3352, 989, has_fp8=True),
+    "H100 PCIe": _gpu(2039, 756, has_fp8=True),
+    "H100 NVL": _gpu(3938, 835, has_fp8=True),
+    "H200": _gpu(4800, 989, has_fp8=True),
+    "H200 NVL": _gpu(4800, 835, has_fp8=True),
+    "B200": _gpu(8000, 2250, has_fp8=True),
+    "L4": _gpu(300, 121, has_fp8=True),
+    "L40S": _gpu(864, 362, has_fp8=True),
+    "GeForce RTX 4090": _gpu(1008, 165.2, has_fp8=True, int8_ratio=4),
 }
-"""Datasheet values by part of the name that nvidia-smi prints; the first match counts. Dense products, no sparsity."""
+"""Datasheet values by the name that nvidia-smi and torch print after "NVIDIA ". Dense products, no sparsity.
+
+A name must match completely: an L40S is no L4, and an H100 NVL has other memory than an H100 SXM ("H100 80GB HBM3").
+"""
 
 
 def load_roofline(hardware: Hardware | None = None, measure: bool = True) -> Roofline | None:
@@ -62,7 +95,8 @@ def load_roofline(hardware: Hardware | None = None, measure: bool = True) -> Roo
     """
     hardware = hardware or probe_hardware()
     if hardware.gpus:
-        return next((roofline for name, roofline in _GPUS.items() if name in hardware.gpus[0]), None)
+        name = hardware.gpus[0].partition(",")[0].strip()
+        return _GPUS.get(name.removeprefix("NVIDIA "))
     file = _cache_file(hardware)
     if not file.exists() and measure:
         print_status("measuring this machine's memory bandwidth and FLOP/s, once")

@@ -38,7 +38,7 @@ def describe_roofline(cost: ModelCost, hardware: Roofline | None, kernels: Mappi
     lines.append(f"decode roofline {decode:.0f} tokens/s per stream at {bandwidth}")
     if prefill is not None:
         flops = prefill * cost.prefill_flops
-        kind = "int8" if cost.is_int8 else "bf16"
+        kind = hardware.computed_precision(cost.precision)
         tflops = f"{flops / 1e12:.2f} {kind} TFLOP/s ({hardware.source})"
         lines.append(f"prefill roofline {prefill:.0f} tokens/s at {tflops}")
     return lines

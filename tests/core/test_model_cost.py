@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import save_file
 
+from slimserve.compress.formats import format_names, get_format
+from slimserve.compress.quantize import round_to_nearest
 from slimserve.core.model_cost import ModelCost, read_model_cost
 from slimserve.core.roofline import Roofline
 
@@ -34,7 +37,7 @@ def test_a_tied_embedding_table_is_read_at_every_decode_step_and_costs_no_prefil
     assert cost.weight_bytes == cost.decode_bytes == 2 * (11 * 8 + 8 + 5 * 8)
     assert cost.prefill_flops == 2 * 5 * 8
     assert cost.kv_bytes == 2 * 2 * 3 * 2 * 2  # key and value, 2 bytes, 3 layers, 2 heads, 2 values each
-    assert not cost.is_int8
+    assert cost.precision == "bf16"
 
 
 def test_an_untied_embedding_table_is_not_read_and_the_output_layer_costs_no_prefill_flops(
@@ -57,18 +60,63 @@ def test_int8_and_packed_weights_are_counted_as_weights_not_as_tensors(tmp_path:
         "model.layers.0.mlp.up_proj.weight_scale": torch.zeros(5, 1, dtype=torch.bfloat16),
     }
     cost = read_model_cost(save(tmp_path, tensors, quantization_config={"config_groups": {"group_0": _INT8}}))
-    assert (cost.is_int8, cost.weight_bytes, cost.prefill_flops) == (True, 5 * 8 + 5 * 2, 2 * 5 * 8)
+    assert (cost.precision, cost.weight_bytes, cost.prefill_flops) == ("int8", 5 * 8 + 5 * 2, 2 * 5 * 8)
     packed = {"model.layers.0.mlp.up_proj.weight_packed": torch.zeros(5, 4, dtype=torch.int32)}
     int4 = {"weights": {"num_bits": 4}, "input_activations": None}
     cost = read_model_cost(save(tmp_path, packed, quantization_config={"config_groups": {"group_0": int4}}))
-    assert (cost.is_int8, cost.weight_bytes, cost.prefill_flops) == (False, 5 * 4 * 4, 2 * 5 * 32)
+    assert (cost.precision, cost.weight_bytes, cost.prefill_flops) == ("bf16", 5 * 4 * 4, 2 * 5 * 32)
+
+
+def test_a_group_for_the_output_layer_alone_does_not_set_the_precision_or_the_bits_of_the_layers(
+    tmp_path: Path,
+) -> None:
+    packed = {
+        "model.layers.0.mlp.up_proj.weight_packed": torch.zeros(5, 4, dtype=torch.int32),
+        "lm_head.weight": torch.zeros(11, 8, dtype=torch.int8),
+    }
+    int4 = {"targets": ["Linear"], "weights": {"num_bits": 4}, "input_activations": None}
+    groups = {"group_0": int4, "group_1": _INT8 | {"targets": ["lm_head"]}}
+    cost = read_model_cost(save(tmp_path, packed, quantization_config={"config_groups": groups}))
+    assert (cost.precision, cost.prefill_flops) == ("bf16", 2 * 5 * 32)
+
+
+@pytest.mark.parametrize("name", format_names())
+def test_every_format_has_two_flops_for_each_weight_of_the_dense_model(tmp_path: Path, name: str) -> None:
+    """The tensors and the `quantization_config` are those that a build of the format writes."""
+    fmt = get_format(name)
+    num_outputs, num_inputs = 16, 128
+    weight_OI = torch.randn(num_outputs, num_inputs, generator=torch.Generator().manual_seed(0))
+    grid = None if fmt.has_fixed_rounding else fmt.make_grid()
+    (packed,) = fmt.pack([weight_OI], grid, lambda weight_OI, grid: round_to_nearest(weight_OI, None, grid))
+    tensors = {f"model.layers.0.mlp.up_proj.{suffix}": tensor for suffix, tensor in packed.tensors.items()}
+    config = fmt.quantization_config(grid, ["lm_head"])
+    cost = read_model_cost(save(tmp_path, tensors | layer("mlp.down_proj", 6, 8), quantization_config=config))
+    assert cost.prefill_flops == 2 * (num_outputs * num_inputs + 6 * 8)
+    assert cost.precision == {"nf4": "bf16", "w4a16": "bf16", "fp8": "float8"}.get(name, "int8")
+
+
+def test_an_fp8_checkpoint_without_groups_is_recognised(tmp_path: Path) -> None:
+    tensors = {"model.layers.0.mlp.up_proj.weight": torch.zeros(5, 8, dtype=torch.float8_e4m3fn)}
+    config = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+    cost = read_model_cost(save(tmp_path, tensors, quantization_config=config))
+    assert (cost.precision, cost.prefill_flops, cost.weight_bytes) == ("float8", 2 * 5 * 8, 5 * 8)
+
+
+def test_packed_4_bit_weights_in_another_storage_dtype_count_by_their_bytes(tmp_path: Path) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors = {name: torch.zeros(64, 1, dtype=torch.bfloat16), f"{name}.absmax": torch.zeros(4)}
+    config = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_storage": "bfloat16"}
+    assert read_model_cost(save(tmp_path, tensors, quantization_config=config)).prefill_flops == 2 * 256
 
 
 def test_a_roofline_is_the_hardwares_rate_over_the_cost_of_a_token() -> None:
     cost = ModelCost(
-        weight_bytes=4_000_000, decode_bytes=2_000_000, prefill_flops=1_000_000, kv_bytes=1024, is_int8=False
+        weight_bytes=4_000_000, decode_bytes=2_000_000, prefill_flops=1_000_000, kv_bytes=1024, precision="bf16"
     )
     assert (cost.decode_tokens_per_s(HARDWARE), cost.prefill_tokens_per_s(HARDWARE)) == (500.0, 2e6)
-    int8 = ModelCost(**asdict(cost) | {"is_int8": True})
+    int8 = replace(cost, precision="int8")
     assert int8.prefill_tokens_per_s(HARDWARE) == 6e6
     assert int8.prefill_tokens_per_s(Roofline(1e9, 2e12, 0.0, "measured")) is None
+    fp8 = replace(cost, precision="float8")
+    assert fp8.prefill_tokens_per_s(replace(HARDWARE, fp8_flops=4e12)) == 4e6
+    assert fp8.prefill_tokens_per_s(HARDWARE) == 2e6, "without FP8 tensor cores the model is computed in bf16"

@@ -17,7 +17,9 @@ from slimserve.core.roofline import Roofline
 from slimserve.serve.engine.roofline import TokenRates, set_constants
 from slimserve.serve.policy.metrics import RooflineMetrics
 
-COST = ModelCost(weight_bytes=4_000_000, decode_bytes=2_000_000, prefill_flops=1_000_000, kv_bytes=1024, is_int8=True)
+COST = ModelCost(
+    weight_bytes=4_000_000, decode_bytes=2_000_000, prefill_flops=1_000_000, kv_bytes=1024, precision="int8"
+)
 HARDWARE = Roofline(bandwidth=1e9, bf16_flops=2e12, int8_flops=6e12, source="measured")
 
 
