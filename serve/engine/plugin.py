@@ -43,6 +43,7 @@ from slimserve.serve.engine.scoring import (
     ScoringPlan,
     label_logprobs,
     label_reads,
+    num_cached_prompt_tokens,
     plan_scoring,
     score_response,
 )
@@ -78,8 +79,10 @@ class Scorer:
         self.rerank_template = load_template(Path(config.model))
         self._metrics = score_metrics()
 
-    async def answer(self, request: ScoreRequest, request_id: str) -> tuple[ScoringPlan, list[list[float]], str, int]:
-        """Return the plan, each task's label log-probabilities, the model's name and the number of cached tokens.
+    async def answer(
+        self, request: ScoreRequest, request_id: str
+    ) -> tuple[ScoringPlan, list[list[float]], str, list[int]]:
+        """Return the plan, each task's label log-probabilities, the model's name and each task's cached prompt tokens.
 
         Raises RequestError for a request that cannot be scored and after its deadline. All its engine requests are
         aborted if one fails, the deadline passes or this coroutine is cancelled.
@@ -110,7 +113,7 @@ class Scorer:
 
     async def _logprobs(
         self, plan: ScoringPlan, request_id: str, lora: LoRARequest | None, cache_salt: str | None, priority: int
-    ) -> tuple[list[list[float]], int]:
+    ) -> tuple[list[list[float]], list[int]]:
         start = time.monotonic()
         reads = [read for task in plan.tasks for read in label_reads(task)]
         params = self._prefix_params(plan)
@@ -134,11 +137,11 @@ class Scorer:
         except BaseExceptionGroup as errors:
             raise _first_error(errors) from errors
         answers = iter([task.result() for task in tasks])
-        logprobs, cached = [], 0
+        logprobs, cached = [], []
         for task in plan.tasks:
             results = [next(answers) for _ in label_reads(task)]
             logprobs.append(label_logprobs(task, [values for values, _ in results]))
-            cached += sum(tokens for _, tokens in results)
+            cached.append(num_cached_prompt_tokens(task, [tokens for _, tokens in results]))
         self._count(plan, time.monotonic() - start)
         return logprobs, cached
 

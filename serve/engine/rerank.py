@@ -175,7 +175,7 @@ def rerank_response(
     model: str,
     request_id: str,
     api_version: int,
-    cached_tokens: int,
+    cached_tokens: Sequence[int],
 ) -> dict[str, Any]:
     """Return an answer for Cohere's clients of both versions and Jina's; best first, ties in the given order."""
     relevance = [probabilities(values, apply_softmax=True)[0] for values in logprobs]

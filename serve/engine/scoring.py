@@ -141,9 +141,13 @@ def probabilities(logprobs: Sequence[float], apply_softmax: bool) -> list[float]
 
 
 def score_response(
-    request: ScoreRequest, plan: ScoringPlan, logprobs: Sequence[Sequence[float]], model: str, cached_tokens: int
+    request: ScoreRequest,
+    plan: ScoringPlan,
+    logprobs: Sequence[Sequence[float]],
+    model: str,
+    cached_tokens: Sequence[int],
 ) -> dict[str, Any]:
-    """Return SGLang's answer; `logprobs` has one list per task, and `cached_tokens` prompt tokens were not computed."""
+    """Return SGLang's answer; `logprobs` has one list per task, and `cached_tokens` one number, as `usage` says."""
     per_task = [probabilities(values, request.apply_softmax) for values in logprobs]
     body = {
         "scores": [per_task[task] for task in plan.task_of_item],
@@ -158,13 +162,27 @@ def score_response(
     return body
 
 
-def usage(plan: ScoringPlan, cached_tokens: int) -> dict[str, Any]:
-    """Return OpenAI's usage object; each item counts with its full prompt."""
+def num_cached_prompt_tokens(task: ScoringTask, num_cached: Sequence[int]) -> int:
+    """Return the number of tokens of a task's prompt that none of its engine requests computed.
+
+    `num_cached` has the number of leading tokens that the engine took from its cache, for each of `label_reads(task)`.
+    Later label prefixes find the prompt in the cache because the first one has just computed it, so the least counts.
+    """
+    return min(len(task.prompt), *num_cached)
+
+
+def usage(plan: ScoringPlan, cached_tokens: Sequence[int]) -> dict[str, Any]:
+    """Return OpenAI's usage object; each item counts with its full prompt.
+
+    `cached_tokens` has for each task the number of its prompt's tokens that were not computed. An item that repeats an
+    earlier one is not computed at all, so all tokens of its prompt count as cached.
+    """
+    num_computed = sum(len(task.prompt) - cached for task, cached in zip(plan.tasks, cached_tokens, strict=True))
     return {
         "prompt_tokens": plan.num_prompt_tokens,
         "total_tokens": plan.num_prompt_tokens,
         "completion_tokens": 0,
-        "prompt_tokens_details": {"cached_tokens": cached_tokens},
+        "prompt_tokens_details": {"cached_tokens": plan.num_prompt_tokens - num_computed},
     }
 
 

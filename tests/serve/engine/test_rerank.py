@@ -66,13 +66,21 @@ def test_documents_without_text_are_rejected(documents: list[Any], message: str)
 
 def answer(request: RerankRequest, api_version: int = 1) -> dict[str, object]:
     logprobs = [[math.log(yes), math.log(no)] for yes, no in ((0.1, 0.3), (0.2, 0.2), (0.06, 0.02))]
-    return rerank_response(request, PLAN, logprobs, model="m", request_id="r", api_version=api_version, cached_tokens=0)
+    return rerank_response(
+        request, PLAN, logprobs, model="m", request_id="r", api_version=api_version, cached_tokens=[0, 0, 0]
+    )
 
 
 def test_the_best_results_come_first_and_ties_keep_their_order() -> None:
     body = json.loads(json.dumps(answer(RerankRequest(query="q", documents=["a", "b", "c", "b"]))))
     assert [result["index"] for result in body["results"]] == [2, 1, 3, 0]
     assert [result["relevance_score"] for result in body["results"]] == pytest.approx([0.75, 0.5, 0.5, 0.25])
+
+
+def test_a_repeated_document_counts_as_cached() -> None:
+    usage = json.loads(json.dumps(answer(RerankRequest(query="q", documents=["a", "b", "c", "b"]))))["usage"]
+    assert usage["prompt_tokens"] == 4
+    assert usage["prompt_tokens_details"] == {"cached_tokens": 1}
 
 
 @pytest.mark.parametrize(("top_n", "count"), [(None, 4), (0, 4), (1, 1), (3, 3), (99, 4)])

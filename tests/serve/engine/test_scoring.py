@@ -20,9 +20,11 @@ from slimserve.serve.engine.scoring import (
     common_prefix,
     label_logprobs,
     label_reads,
+    num_cached_prompt_tokens,
     plan_scoring,
     probabilities,
     score_response,
+    usage,
 )
 
 GPT2 = None
@@ -159,11 +161,60 @@ def test_equal_items_are_one_task_and_answers_keep_the_order(tokenizer: PromptTo
     assert plan.task_of_item == (0, 1, 0, 1)
     assert plan.num_prefix_tokens == 3
     request = ScoreRequest(query=[5], items=[[9]], label_token_ids=[3, 4])
-    answer = score_response(request, plan, [[-1.0, -2.0], [-3.0, -4.0]], "m", 6)
+    answer = score_response(request, plan, [[-1.0, -2.0], [-3.0, -4.0]], "m", [0, 3])
     first, second = [[math.exp(-1), math.exp(-2)], [math.exp(-3), math.exp(-4)]]
     assert answer["scores"] == [first, second, first, second]
     assert answer["usage"]["prompt_tokens"] == 4 + 5 + 4 + 5
     assert answer["object"] == "scoring"
+
+
+def test_cached_tokens_are_those_that_no_engine_request_computed(tokenizer: PromptTokenizer) -> None:
+    """Compare with a model engine that caches single tokens and counts those that it computes."""
+    rng = random.Random(1)
+    for _ in range(200):
+        items = [[rng.randrange(20, 23) for _ in range(rng.randrange(1, 4))] for _ in range(rng.randrange(1, 8))]
+        query = [5, 6, 7, 8]
+        labels = [[" the"], [" the", " capital"], [" zebra", " no"]][rng.randrange(3)]
+        plan = plan_of(tokenizer, query=query, items=items, labels=labels, label_scoring="sequence")
+        known: set[tuple[int, ...]] = {()}
+        computed_positions: set[tuple[int, ...]] = set()
+        cached: list[int] = []
+        for task in plan.tasks:
+            num_cached = []
+            for read in label_reads(task):
+                # The last token is always computed, because its logits are needed.
+                hits = max(end for end in range(len(read.prompt)) if tuple(read.prompt[:end]) in known)
+                num_cached.append(hits)
+                ends = [tuple(read.prompt[: end + 1]) for end in range(hits, len(read.prompt))]
+                computed_positions |= {(*end, -1 - len(cached)) for end in ends if len(end) <= len(task.prompt)}
+                known |= set(ends)
+            cached.append(num_cached_prompt_tokens(task, num_cached))
+        counts = usage(plan, cached)
+        assert counts["prompt_tokens"] == sum(len(query) + len(item) for item in items)
+        num_cached_tokens = counts["prompt_tokens_details"]["cached_tokens"]
+        assert num_cached_tokens == counts["prompt_tokens"] - len(computed_positions)
+        assert 0 <= num_cached_tokens < counts["prompt_tokens"]
+
+
+def test_an_item_that_repeats_counts_as_cached_in_full(tokenizer: PromptTokenizer) -> None:
+    plan = plan_of(tokenizer, query=[5, 6, 7], items=[[9], [8, 8], [9], [9]], label_token_ids=[3])
+    assert usage(plan, [0, 3])["prompt_tokens_details"] == {"cached_tokens": 3 + 4 + 4}
+    assert usage(plan, [0, 0])["prompt_tokens_details"] == {"cached_tokens": 8}
+
+
+def test_items_that_give_the_same_prompt_are_computed_once(tokenizer: PromptTokenizer) -> None:
+    items = [" capital", " capital ", " capital\n"]  # the template trims them
+    plan = plan_of(tokenizer, query="the", items=items, label_token_ids=[3], apply_chat_template=True)
+    assert plan.task_of_item == (0, 0, 0)
+    num_tokens = len(plan.tasks[0].prompt)
+    assert usage(plan, [1])["prompt_tokens_details"] == {"cached_tokens": 1 + 2 * num_tokens}
+
+
+def test_the_reads_of_further_label_tokens_do_not_count_as_cached_prompts() -> None:
+    task = ScoringTask((1, 2, 3), ((7, 8), (7, 9), (5, 6)))
+    assert len(label_reads(task)) == 3
+    assert num_cached_prompt_tokens(task, [1, 3, 3]) == 1
+    assert num_cached_prompt_tokens(ScoringTask((1, 2, 3), ((7, 8),)), [3, 4]) == 3
 
 
 def test_the_common_prefix_leaves_each_prompt_a_token_to_compute() -> None:
@@ -225,7 +276,7 @@ def test_probabilities_are_over_the_vocabulary_or_over_the_labels() -> None:
 def test_logprobs_are_returned_on_request_and_are_json(tokenizer: PromptTokenizer) -> None:
     request = ScoreRequest(query=[5], items=[[9]], label_token_ids=[3], return_logprobs=True)
     plan = plan_of(tokenizer, query=[5], items=[[9], [9]], label_token_ids=[3])
-    body = score_response(request, plan, [[-math.inf]], "m", 0)
+    body = score_response(request, plan, [[-math.inf]], "m", [0])
     assert json.loads(json.dumps(body, allow_nan=False))["logprobs"] == [[-1e30], [-1e30]]
 
 
