@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import os
 import signal
@@ -177,9 +178,10 @@ def _evaluate(
 
     by_kind = {}
     for kind, part in summary.by_kind.items():
+        of_kind = [row for row in rows if row.kind == kind]
         result = evaluated(part, [row for row in window if row.kind == kind])
-        # Scoring requests have no first token, so its objectives do not apply to them.
-        by_kind[kind] = replace(result, objectives=[one for one in result.objectives if one.value is not None])
+        applies = [objective.applies_to(of_kind) for objective in objectives]
+        by_kind[kind] = replace(result, objectives=list(itertools.compress(result.objectives, applies)))
     return replace(evaluated(summary, window), by_kind=by_kind)
 
 

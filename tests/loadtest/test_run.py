@@ -73,6 +73,15 @@ def test_a_mixed_run_has_a_summary_of_each_kind(fake_url: str, tmp_path: Path) -
     assert chats.num_correct == 0
 
 
+def test_an_objective_that_failures_miss_is_in_the_table_of_its_kind(fake_url: str, tmp_path: Path) -> None:
+    slos = ("ttft_p99=1s", "itl_p50=1s", "e2e_p99=1s", "errors=1%")
+    settings = LoadSettings(rate="20", duration_s=2, warmup_s=0, cooldown_s=0, slos=slos)
+    summary, _ = run_suite("mixed", Target(fake_url, "http-500"), settings, tmp_path)
+    tables = {kind: [(one.text, one.is_met) for one in part.objectives] for kind, part in summary.by_kind.items()}
+    assert tables["reasoning"] == [(text, False) for text in slos]
+    assert tables["recommendation"] == [(text, False) for text in slos[2:]], "scoring requests have no tokens to time"
+
+
 def test_failures_are_counted_and_cause_no_busy_loop(fake_url: str, tmp_path: Path) -> None:
     settings = LoadSettings(users=1, duration_s=3, warmup_s=0, cooldown_s=0, slos=("errors=1%",))
     summary, _ = run_suite("reasoning", Target(fake_url, "http-500"), settings, tmp_path)
