@@ -25,6 +25,8 @@ _ANCILLARY_BYTES = 16 + _TIMESPEC.size
 """Size of a control message's header and one timespec on 64-bit Linux."""
 _CONNECT_S = 10.0
 """Timeout in seconds of connecting to one address, and of the TLS handshake."""
+_MAX_CLOCK_STEP_S = 0.05
+"""Change of the system clock against `perf_counter` between two reads from which on a receive time is not used."""
 _IDLE_S = 2.0
 """Seconds after which an idle connection is not reused; uvicorn closes idle connections after 5 s."""
 _buffer = memoryview(bytearray(2**18))
@@ -185,6 +187,8 @@ class _Connection:
         self._exchange: Exchange
         self._parser: HttpResponseParser
         self._at_s = 0.0
+        self._clock_offset_s = 0.0
+        """The system clock minus `perf_counter`, in seconds."""
         self._is_complete = False
         self._is_kept = False
         self._has_length = False
@@ -195,6 +199,7 @@ class _Connection:
         self._parser = HttpResponseParser(self)
         feed, read = self._parser.feed_data, self._read_timestamped if self._readable else self._read
         is_begun = False
+        self._clock_offset_s = time.time() - time.perf_counter()
         try:
             self._stream.sendall(request)
             while not self._is_complete:
@@ -230,12 +235,14 @@ class _Connection:
         num_bytes: int
         self._hub.wait(self._readable)
         num_bytes, ancillary, _, _ = self._stream.recvmsg_into((_buffer,), _ANCILLARY_BYTES)
-        self._at_s = time.perf_counter()
+        self._at_s, system_s = time.perf_counter(), time.time()
+        last_offset_s, self._clock_offset_s = self._clock_offset_s, system_s - self._at_s
         for _, kind, stamp in ancillary:
             if kind == _SO_TIMESTAMPNS:
                 seconds, nanoseconds = _TIMESPEC.unpack(stamp)
-                late_s = time.time() - seconds - nanoseconds * 1e-9
-                if 0 < late_s < 1:  # otherwise the system clock was changed
+                late_s = system_s - seconds - nanoseconds * 1e-9
+                # The receive time is of the system clock, so it is of no use if that was changed since then.
+                if late_s > 0 and abs(self._clock_offset_s - last_offset_s) < _MAX_CLOCK_STEP_S:
                     self._at_s -= late_s
         return num_bytes
 

@@ -29,6 +29,7 @@ from slimserve.loadtest.rows import Row, decode_row, read_rows
 from slimserve.loadtest.server_metrics import ServerMonitor, disagreements
 from slimserve.loadtest.settings import LoadSettings, suite_arguments
 from slimserve.loadtest.slo import goodput, parse_objective
+from slimserve.loadtest.stall import longest_stall_s
 from slimserve.loadtest.summary import ClientCounts, LoadSummary, summarize
 from slimserve.workloads import is_workload, load_workload, workload_argument
 from slimserve.workloads.interface import Answer, ChatAnswer, Estimate, Prompt
@@ -43,6 +44,7 @@ _VIEW_S = 10.0
 _MAX_LAG_S = 0.010
 _MAX_LAG_FRAC = 0.1
 _MAX_CPU_FRAC = 0.9
+_MAX_STALL_S = 0.5
 
 OnResult = Callable[[Mapping[str, Any], Sequence[Row], Path], object]
 """Called with the result document, the rows and the output folder of a run."""
@@ -133,8 +135,12 @@ def _summarize(
         end_s = max(min(end_s, max(row.end_s for row in rows)), settings.warmup_s + 1e-3)
     summary = summarize(rows, settings.warmup_s, end_s)
     counts = monitor.counts()
+    last_end_s = max((row.end_s for row in rows if row.scheduled_s < end_s), default=end_s)
     client = ClientCounts(
-        client_report.get("num_processes", 1), client_report.get("cpu_frac", 0.0), summary.client.send_lag
+        client_report.get("num_processes", 1),
+        client_report.get("cpu_frac", 0.0),
+        summary.client.send_lag,
+        longest_stall_s(client_report.get("stalls", []), settings.warmup_s, last_end_s),
     )
     warnings = [*summary.warnings, *disagreements(rows, counts, summary.ttft_s, summary.itl_s)]
     if summary.num_repeats:
@@ -209,7 +215,7 @@ def _costs(part: LoadSummary, num_correct: int | None, price_per_s: float) -> di
 
 
 def _client_faults(summary: LoadSummary, client: ClientCounts) -> list[str]:
-    """Return the reasons why the client limited the measurement: it sent late, or it was short of CPU."""
+    """Return the reasons why the client limited the measurement: it sent late, stood still, or was short of CPU."""
     faults = []
     latency = summary.ttft_s.p99 if summary.ttft_s.p99 is not None else summary.e2e_s.p99
     lag = client.send_lag.p99 if client.send_lag else None
@@ -217,6 +223,11 @@ def _client_faults(summary: LoadSummary, client: ClientCounts) -> list[str]:
         faults.append(
             f"the client sent 1% of the requests more than {lag * 1000:.0f} ms late: give it more processes "
             "(--processes) or its own machine"
+        )
+    if client.longest_stall_s > _MAX_STALL_S:
+        faults.append(
+            f"the client stood still for {client.longest_stall_s:.1f} s, which delayed the requests of that time: "
+            "free CPU for it, keep the machine awake, and repeat the run"
         )
     if client.cpu_frac > _MAX_CPU_FRAC:
         faults.append(

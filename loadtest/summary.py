@@ -71,6 +71,8 @@ class ClientCounts:
     """CPU seconds per second of its busiest process."""
     send_lag: Percentiles | None = None
     """Delay between scheduled and actual send times, in seconds."""
+    longest_stall_s: float = 0.0
+    """Longest time in seconds for which one of its processes stood still while requests of the window were open."""
 
 
 @dataclass(frozen=True)

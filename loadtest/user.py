@@ -31,6 +31,7 @@ from slimserve.loadtest.client import ModelClient, PreparedRequest
 from slimserve.loadtest.prompts import MAX_PROMPTS, make_prompts
 from slimserve.loadtest.rows import Row, encode_row
 from slimserve.loadtest.settings import LoadSettings, SuiteOptions
+from slimserve.loadtest.stall import StallWatch
 from slimserve.loadtest.timer import Timer
 
 _TRAFFIC_FIELDS = ("rate", "arrival", "burstiness", "trace", "timeout_s", "seed")
@@ -129,6 +130,8 @@ class TrafficRun:
         """Begin the load, send its scheduled requests, end it, and wait for the requests in flight."""
         timer = Timer()
         timer.wait_until(self._epoch)
+        watch = StallWatch(self._epoch)
+        watching = gevent.spawn(watch.run)
         self.begun.set()
         for at_s in scheduled_s:
             timer.wait_until(self._epoch + at_s)
@@ -145,7 +148,9 @@ class TrafficRun:
         deadline_s = time.perf_counter() + self._settings.timeout_s + _TIMEOUT_MARGIN_S
         while self.num_running and time.perf_counter() < deadline_s:
             gevent.sleep(0.02)
-        self._environment.slimserve_sink.end(cpu_frac)
+        watching.kill()
+        watch.tick()
+        self._environment.slimserve_sink.end({"cpu_frac": cpu_frac, "stalls": watch.stalls})
 
     def _send(self, request: PreparedRequest, scheduled_s: float) -> Row:
         self.num_running += 1
@@ -186,7 +191,7 @@ class RowFile:
         self._file = Path(options.rows).open("wb") if options.rows else None  # noqa: SIM115  # stays open for the run
         self._report = options.client_report
         self._num_processes = 1
-        self._cpu_fracs: list[float] = []
+        self._ended: list[dict[str, Any]] = []
 
     def expect(self, num_workers: int) -> None:
         self._num_processes = num_workers
@@ -199,13 +204,17 @@ class RowFile:
             self._file.write(lines)
             self._file.flush()
 
-    def end(self, cpu_frac: float) -> None:
-        """Note that one process has ended its load; the last one ends the run."""
-        self._cpu_fracs.append(cpu_frac)
-        if len(self._cpu_fracs) < self._num_processes:
+    def end(self, process: dict[str, Any]) -> None:
+        """Note that one process has ended its load, with facts about it; the last one ends the run."""
+        self._ended.append(process)
+        if len(self._ended) < self._num_processes:
             return
         if self._report:
-            report = {"num_processes": len(self._cpu_fracs), "cpu_frac": max(self._cpu_fracs)}
+            report = {
+                "num_processes": len(self._ended),
+                "cpu_frac": max(one["cpu_frac"] for one in self._ended),
+                "stalls": [stall for one in self._ended for stall in one["stalls"]],
+            }
             Path(self._report).write_bytes(msgspec.json.encode(report))
         self.stop()
 
@@ -228,9 +237,9 @@ class RowSender:
     def keep(self, row: Row) -> None:
         self._lines.append(encode_row(row))
 
-    def end(self, cpu_frac: float) -> None:
+    def end(self, process: dict[str, Any]) -> None:
         self._flush()
-        self._runner.send_message("slimserve_end", cpu_frac)
+        self._runner.send_message("slimserve_end", process)
 
     def _send_regularly(self) -> None:
         while True:
@@ -262,7 +271,7 @@ def register(user: type[SuiteUser]) -> None:
         add("--suite", default=user.suite, help="workload that supplies the requests: a name or a .py file")
         add("--model", default="", help="model name on the server's API (all but workers need it)")
         add("--rows", default="", help="write one JSON line per request to this file")
-        add("--client-report", default="", help="write the number of processes and their CPU use to this file")
+        add("--client-report", default="", help="write facts about the client's processes to this file")
         add("--load-seconds", type=float, default=0.0, help="length of the load; an open loop needs it")
         shared = {name: LoadSettings.model_fields[name] for name in _TRAFFIC_FIELDS}
         for name, field in {**shared, **SuiteOptions.model_fields}.items():

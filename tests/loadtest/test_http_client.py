@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from socket import AF_INET, SOCK_STREAM, create_server, socket
+from types import SimpleNamespace
 
 import gevent
 import pytest
@@ -171,7 +172,9 @@ def test_interim_responses_and_bodies_that_end_with_the_connection_are_read() ->
     assert exchange.headers["x-name"] == "V"
 
 
-def test_bytes_have_the_kernels_receive_time_even_if_the_client_is_busy() -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux gives receive times")
+@pytest.mark.parametrize("busy_s", [0.25, 1.4])
+def test_bytes_have_the_kernels_receive_time_however_long_the_client_is_busy(busy_s: float) -> None:
     sent_s: list[float] = []
 
     def answer(connection: socket) -> None:
@@ -180,12 +183,12 @@ def test_bytes_have_the_kernels_receive_time_even_if_the_client_is_busy() -> Non
         time.sleep(0.1)
         sent_s.append(time.perf_counter())
         connection.sendall(chunk(TOKENS))
-        time.sleep(0.3)
+        time.sleep(busy_s + 0.1)
         connection.sendall(b"0\r\n\r\n")
 
     def be_busy() -> None:
         gevent.sleep(0.05)
-        time.sleep(0.25)  # blocks the loop while the second chunk arrives
+        time.sleep(busy_s)  # blocks the loop while the second chunk arrives
 
     with scripted(answer) as url:
         busy = gevent.spawn(be_busy)
@@ -193,5 +196,25 @@ def test_bytes_have_the_kernels_receive_time_even_if_the_client_is_busy() -> Non
         busy.join()
     assert exchange.error is None
     assert len(exchange.pieces) == 2
-    if sys.platform == "linux":
-        assert exchange.pieces[1][0] == pytest.approx(sent_s[0], abs=0.02)
+    assert exchange.pieces[1][0] == pytest.approx(sent_s[0], abs=0.02)
+
+
+@pytest.mark.parametrize("step_s", [-3600.0, -0.5, 0.5, 3600.0])
+def test_a_change_of_the_system_clock_does_not_move_a_receive_time(
+    monkeypatch: pytest.MonkeyPatch, step_s: float
+) -> None:
+    steps = [0.0]
+
+    def answer(connection: socket) -> None:
+        read_request(connection)
+        steps.append(step_s)
+        time.sleep(0.05)
+        answer_ok(connection)
+
+    changing = SimpleNamespace(perf_counter=time.perf_counter, time=lambda: time.time() + steps[-1])
+    monkeypatch.setattr("slimserve.loadtest.http_client.time", changing)
+    with scripted(answer) as url:
+        exchange = HttpClient(url, {}, 5).post("/", b"{}")
+        end_s = time.perf_counter()
+    assert exchange.error is None
+    assert exchange.sent_s + 0.05 <= exchange.end_s <= end_s

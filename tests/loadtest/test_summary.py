@@ -58,6 +58,8 @@ def test_rows_are_read_back_as_they_were_written(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_bytes(b"".join(map(encode_row, rows)) + encode_row(rows[0])[:20])
     assert read_rows(file) == rows, "the last line was cut by the end of the run"
+    file.write_bytes(b'{"scheduled_s":0.5,"sent_s":0.5,"end_s":2.0}\n')
+    assert read_rows(file) == [Row(0.5, 0.5, 2.0)], "fields that an earlier version did not write have defaults"
     file.write_bytes(b"no json\n")
     with pytest.raises(UserError, match="not a file of raw rows"):
         read_rows(file)
