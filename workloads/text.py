@@ -13,7 +13,7 @@ Thomas, Elements of Information Theory, section 2.8). The bound is exact if the 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from slimserve.workloads import load_workload, workload_names
@@ -23,7 +23,8 @@ _PROMPTS_DRAWN = 400
 _BLOCK = 64
 """Number of neighbouring tokens that are resampled together, because they are alike."""
 _LEAST_MASS = 1e-6
-"""Smallest mass of a bucket, since rounded log-probabilities may leave none; a larger one only lowers the bound."""
+"""Smallest mass of the bucket of all other tokens in the second distribution, since rounded log-probabilities may leave
+none; a larger one only lowers the bound."""
 
 
 @dataclass(frozen=True)
@@ -90,16 +91,23 @@ def text_metrics(
 
 
 def coarse_kl(reference: Mapping[int, float], other: Mapping[int, float]) -> float:
-    """Return KL(reference || other) in nats over the tokens that both list and one bucket of all others."""
-    common = reference.keys() & other.keys()
-    shares = [(math.exp(reference[token]), math.exp(other[token])) for token in common]
-    shares.append((_rest(p for p, _ in shares), _rest(q for _, q in shares)))
+    """Return KL(reference || other) in nats over the tokens that both list and one bucket of all others.
+
+    The arguments map tokens to log-probabilities in nats. The result is at most the divergence over the full
+    vocabulary, and equal to it if the tokens that both list have all the mass of both.
+    """
+    terms = []
+    rest_p = rest_q = 1.0
+    for token in reference.keys() & other.keys():
+        p = math.exp(reference[token])
+        if p > 0:
+            terms.append(p * (reference[token] - other[token]))
+        rest_p -= p
+        rest_q -= math.exp(other[token])
+    if rest_p > 0:
+        terms.append(rest_p * math.log(rest_p / max(rest_q, _LEAST_MASS)))
     # Rounded log-probabilities may sum to slightly more than 1, which would make the divergence slightly negative.
-    return max(0.0, math.fsum(p * math.log(p / max(q, _LEAST_MASS)) for p, q in shares if p > _LEAST_MASS))
-
-
-def _rest(shares: Iterable[float]) -> float:
-    return max(0.0, 1 - math.fsum(shares))
+    return max(0.0, math.fsum(terms))
 
 
 def _likeliest(top: Mapping[int, float]) -> int:
