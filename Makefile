@@ -9,7 +9,7 @@ SOURCES := slimserve core workloads distill compress serve loadtest compare repo
 
 export HF_HUB_OFFLINE ?= 1
 
-BENCHES := $(addprefix bench-,launch scoring decode gateway ready quantize prune memory load \
+BENCHES := $(addprefix bench-,verdict launch scoring decode gateway ready quantize prune memory load \
     loadtest-truth loadtest-stall loadtest-real max-rate \
     distill-cost kd-memory distill-quality truncation)
 
@@ -45,6 +45,7 @@ unit: $(VENV)/.test-system
 # bench-prune: ## Compare OSSCAR with other pruning methods: NLL, seconds, prefill speed
 # bench-memory: ## Measure peak memory of compressing a 1.5B model
 # bench-load: ## Build every recipe; load it with stock transformers and vLLM
+# bench-verdict: ## Measure the error rates of the decision rule on simulated answers
 # bench-launch: ## Compare the tuned launch of vLLM with the stock launch and with vLLM's own advice
 # bench-scoring: ## Compare /v1/score with stock /generative_scoring, default and tuned: items per second
 # bench-decode: ## Compare decoding speed with stock vLLM, default and tuned, and with llama-bench
@@ -81,7 +82,7 @@ help: ## Print this list
 	@sed -n 's/^#* *\([a-z][a-z-]*\):.*## /\1\t/p' Makefile | while IFS='	' read -r name text; do printf '%-22s %s\n' "$$name" "$$text"; done
 
 lock: ## Resolve requirements/cpu.lock again (needs uv, and UV_FIND_LINKS or UV_INDEX for torch+cpu)
-	uv pip compile pyproject.toml --extra cpu --extra data --extra dev --overrides requirements/overrides.txt \
+	uv pip compile pyproject.toml --extra cpu --extra data --extra eval --extra dev --overrides requirements/overrides.txt \
 	    --python-version 3.11 --no-annotate --no-header --output-file $(LOCK)
 
 clean: ## Delete the environment and all caches in this folder

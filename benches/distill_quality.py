@@ -40,7 +40,7 @@ from slimserve.distill.run import distill
 from slimserve.distill.sections import label_example
 from slimserve.distill.validation import NUM_SKIPPED_LABELS, label_metrics
 from slimserve.serve.launch.process import Engine
-from slimserve.workloads import metrics
+from slimserve.workloads import intervals, metrics
 from slimserve.workloads.interface import Estimate, ScoringPrompt
 from slimserve.workloads.recommendation import Recommendation, label_prompts
 
@@ -63,7 +63,7 @@ def main() -> None:
     samples: dict[str, list[float]] = {}
 
     def record(name: str, results: dict[str, Estimate]) -> float:
-        for metric, key in (("auc", f"auc_{name}"), ("within_user_auc", f"within_member_auc_{name}")):
+        for metric, key in (("auc", f"auc_{name}"), ("within_group_auc", f"within_member_auc_{name}")):
             samples.setdefault(key, []).append(results[metric].value)
         auc = results["auc"]
         print_status(f"{name}: AUC {auc.value:.4f} [{auc.low:.4f}, {auc.high:.4f}] over {auc.n} labels")
@@ -160,7 +160,7 @@ def _served(folder: Path, directory: Path) -> dict[str, Estimate]:
         labels = [[one.truth[0] for one in user_queries] for user_queries in queries]
         predicted = [[next(scores)[0] for _ in user_queries] for user_queries in queries]
         data = metrics.ranking_metrics(labels, predicted, [one.group for one in prompts])
-        results = {name: metrics.estimate(one) for name, one in data.items()}
+        results = {name: intervals.estimate(one) for name, one in data.items()}
         write_atomically(file, json.dumps({name: vars(one) for name, one in results.items()}))
     return _read(file)
 

@@ -15,7 +15,7 @@ from datetime import datetime
 from pathlib import Path
 
 from slimserve.compare.results import VariantResult
-from slimserve.compress.recipe import load_recipe
+from slimserve.compress.recipe import MIXED, load_recipe
 from slimserve.core.errors import UserError
 from slimserve.core.hardware import probe_hardware
 from slimserve.core.model import count_parameters, model_hash, model_name, resolve_model
@@ -28,7 +28,7 @@ from slimserve.loadtest.settings import LoadSettings
 from slimserve.loadtest.summary import LoadSummary
 from slimserve.serve.launch.plan import LaunchPlan, TrafficProfile, plan_launch
 from slimserve.serve.launch.process import Engine, EngineSpec, free_port
-from slimserve.workloads import load_workload
+from slimserve.workloads import load_workload, workload_argument
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ class Backend:
     def __init__(self, model: str, workloads: Sequence[str]) -> None:
         self._model = model
         profiles = {load_workload(name).launch_profile for name in workloads}
+        self._own_workloads = [workload_argument(name) for name in workloads if load_workload(name).files]
         self._profile: TrafficProfile = profiles.pop() if len(profiles) == 1 else "balanced"
 
     def resolve(self, argument: str) -> Path:
@@ -60,6 +61,9 @@ class Backend:
         directory = base
         if recipe.steps:
             command = [sys.executable, "-m", "slimserve", "compress", self._model, "--recipe", recipe_name]
+            if recipe.calibration.source == MIXED and self._own_workloads:
+                # The built-in default would calibrate on other tasks than the user's.
+                command += ["--workload", ",".join(self._own_workloads)]
             completed = subprocess.run(command, stdout=subprocess.PIPE, text=True)
             if completed.returncode != 0:
                 raise UserError("recipe", recipe_name, "could not be built", "see the message above")
@@ -102,7 +106,7 @@ class Backend:
             port=free_port(),
         )
         with Engine(spec) as engine:
-            yield ServedVariant(Target(spec.url, spec.name), engine.ready_s, engine.peak_rss_bytes)
+            yield ServedVariant(Target(spec.url, spec.name, str(directory)), engine.ready_s, engine.peak_rss_bytes)
 
     def run_load(self, workload: str, target: Target, settings: LoadSettings, folder: Path) -> LoadSummary:
         """Run one load test and write its raw rows to `folder`."""

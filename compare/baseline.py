@@ -20,13 +20,14 @@ from pathlib import Path
 
 import numpy as np
 
-from slimserve.compare.evaluation import answers_file, paired_metric_samples
+from slimserve.compare.decision import kept_frac
+from slimserve.compare.evaluation import answers_file
 from slimserve.compare.quality import quality_metrics, read_answers
 from slimserve.compare.results import BaselineOutcome, Comparison, Loss, Preset, VariantResult, load_comparison
 from slimserve.compare.settings import BaselineSettings
 from slimserve.core.errors import UserError
 from slimserve.loadtest.summary import LoadSummary
-from slimserve.workloads import metrics
+from slimserve.workloads import intervals
 
 
 def load_baseline(baseline: BaselineSettings, output: Path) -> Comparison | None:
@@ -127,17 +128,19 @@ def _quality_loss(
     then, now = (read_answers(file) for file in files)
     if then.prompts_sha256 != now.prompts_sha256:
         return f"{name}: the prompts of {workload} differ from the baseline's, so its quality is not compared"
+    both = min(len(then.answers), len(now.answers))
     before, after = (
-        quality_metrics(workload, preset.quality_prompts[workload], preset.seed, answers)[primary_metric]
+        quality_metrics(workload, preset.quality_prompts[workload], preset.seed, answers.first(both))[primary_metric]
         for answers in (then, now)
     )
-    samples = paired_metric_samples({primary_metric: after}, {primary_metric: before}, now, then)[primary_metric]
+    floor = before.floor or 0.0
+    samples = intervals.paired_samples(after, before) - floor
     samples = samples[samples[:, 1] > 0]
-    if not before.value > 0 or not len(samples):
-        return f"{name}: the {primary_metric} of {workload} was 0 in the baseline, so no loss is possible"
+    if not before.value > floor or not len(samples):
+        return f"{name}: the {primary_metric} of {workload} was at its floor in the baseline, so no loss is possible"
     kept = samples[:, 0] / samples[:, 1]
-    low, high, _ = metrics.paired_difference(np.stack([np.ones_like(kept), kept], axis=1))
-    loss = 1 - after.value / before.value
+    low, high, _ = intervals.paired_difference(np.stack([np.ones_like(kept), kept], axis=1))
+    loss = 1 - kept_frac(after.value, before.value, floor)
     limit = baseline.max_quality_loss_frac
     return Loss(name, workload, primary_metric, "quality", loss, low, high, limit, fails=loss > limit and low > 0)
 

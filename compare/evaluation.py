@@ -6,13 +6,13 @@ another maximum loss therefore need no new measurement.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
-from slimserve.compare.quality import Answers, quality_metrics, read_answers
+from slimserve.compare.decision import DecisionRule, Ruling, is_informative, kept_frac, look_errors
+from slimserve.compare.quality import Answers, baseline_metrics, quality_metrics, read_answers
 from slimserve.compare.results import (
     TEXT,
     Comparison,
@@ -20,6 +20,7 @@ from slimserve.compare.results import (
     LoadRun,
     QualityOutcome,
     Round,
+    Signal,
     Spread,
     VariantResult,
     spread,
@@ -27,7 +28,7 @@ from slimserve.compare.results import (
 from slimserve.loadtest.rows import Row, read_rows
 from slimserve.loadtest.slo import goodput, parse_objective
 from slimserve.loadtest.summary import LoadSummary
-from slimserve.workloads import metrics
+from slimserve.workloads import intervals
 from slimserve.workloads.interface import Estimate, MetricData
 
 _TOP = 10
@@ -39,71 +40,144 @@ def answers_file(folder: Path, variant: str, workload: str) -> Path:
     return folder / variant / "quality" / f"{workload}.jsonl"
 
 
-def evaluate_quality(comparison: Comparison, folder: Path) -> dict[str, dict[str, QualityOutcome]]:
-    """Fill in every variant's quality and its differences from the reference.
+def decision_rule(comparison: Comparison) -> DecisionRule:
+    """Return the rule that the requirements and the number of variants give."""
+    requirements = comparison.requirements
+    num_others = sum(variant.name != comparison.reference for variant in comparison.variants)
+    return DecisionRule(requirements.max_quality_loss_frac, requirements.confidence, num_others)
 
-    Returns, by variant and workload, whether the primary metric is kept and with which probability.
+
+def evaluate_quality(comparison: Comparison, folder: Path) -> dict[str, dict[str, QualityOutcome]]:
+    """Fill in every variant's quality, its differences from the reference, and what each workload can tell.
+
+    Returns the outcome of each primary metric by variant and workload.
     """
-    preset, max_loss_frac = comparison.preset, comparison.requirements.max_quality_loss_frac
-    outcomes: dict[str, dict[str, QualityOutcome]] = {variant.name: {} for variant in comparison.variants}
+    preset = comparison.preset
     for workload in (*comparison.workloads, *([TEXT] if preset.num_texts else [])):
         num_prompts = preset.quality_prompts.get(workload, 0)
-        theirs = _kept_answers(folder, comparison.reference, workload)
+        theirs = kept_answers(folder, comparison.reference, workload)
         reference = quality_metrics(workload, num_prompts, preset.seed, theirs) if theirs else {}
+        primary = comparison.workloads.get(workload)
+        if primary:
+            comparison.signals[workload] = _signal(comparison, workload, primary, reference.get(primary))
         for variant in comparison.variants:
-            ours = _kept_answers(folder, variant.name, workload)
-            if ours is None:
+            ours = kept_answers(folder, variant.name, workload)
+            if not ours:
                 continue
             is_reference = variant.name == comparison.reference
             data = quality_metrics(workload, num_prompts, preset.seed, ours, None if is_reference else theirs)
-            variant.quality[workload] = {name: metrics.estimate(metric) for name, metric in data.items()}
-            samples = {} if is_reference else paired_metric_samples(data, reference, ours, theirs)
-            if samples:
+            variant.quality[workload] = {name: intervals.estimate(metric) for name, metric in data.items()}
+            if not is_reference and (sides := _paired_metrics(workload, num_prompts, preset.seed, ours, theirs)):
+                paired, base, _ = sides
                 variant.differences[workload] = {
-                    name: _difference(data[name], reference[name], drawn) for name, drawn in samples.items()
+                    name: _difference(metric, base[name]) for name, metric in paired.items() if name in base
                 }
-            if primary := comparison.workloads.get(workload):
-                outcomes[variant.name][workload] = _quality_outcome(
-                    primary, data[primary], reference.get(primary), samples.get(primary), max_loss_frac
-                )
+    return {variant.name: quality_outcomes(comparison, folder, variant.name) for variant in comparison.variants}
+
+
+def quality_outcomes(comparison: Comparison, folder: Path, variant: str) -> dict[str, QualityOutcome]:
+    """Return the outcome of each primary metric of a variant by workload, from the answers that are kept so far."""
+    rule, preset, outcomes = decision_rule(comparison), comparison.preset, {}
+    for workload, primary in comparison.workloads.items():
+        ours = kept_answers(folder, variant, workload)
+        if not ours:
+            continue
+        if variant == comparison.reference:
+            outcomes[workload] = QualityOutcome(primary, 1.0, 1.0, len(ours.answers))
+            continue
+        theirs = kept_answers(folder, comparison.reference, workload)
+        sides = _paired_metrics(workload, preset.quality_prompts[workload], preset.seed, ours, theirs)
+        if sides:
+            paired, base, num_prompts = sides
+            outcomes[workload] = _quality_outcome(rule, primary, paired[primary], base[primary], num_prompts)
     return outcomes
 
 
-def _kept_answers(folder: Path, variant: str, workload: str) -> Answers | None:
+def _paired_metrics(
+    workload: str, num_prompts: int, seed: int, ours: Answers, theirs: Answers | None
+) -> tuple[dict[str, MetricData], dict[str, MetricData], int] | None:
+    """Return both sides' metrics over the prompts that both answered, and their number; None for different prompts."""
+    if theirs is None or theirs.prompts_sha256 != ours.prompts_sha256:
+        return None
+    both = min(len(ours.answers), len(theirs.answers))  # a variant that is decided early answers only the first ones
+    theirs = theirs.first(both)
+    paired = quality_metrics(workload, num_prompts, seed, ours.first(both), theirs)
+    return paired, quality_metrics(workload, num_prompts, seed, theirs), both
+
+
+def decide_quality(comparison: Comparison, outcomes: Mapping[str, QualityOutcome]) -> Ruling:
+    """Decide from a variant's outcome on each workload; with looks, at the error rate of the look that was reached."""
+    if len(outcomes) < len(comparison.workloads):
+        return "undecided"
+    rule, looks = decision_rule(comparison), comparison.preset.looks
+    error = rule.error
+    if looks:
+        reached = [
+            sum(one.num_prompts >= look_prompts(comparison, workload, look) for look in looks)
+            for workload, one in outcomes.items()
+        ]
+        if not min(reached):
+            return "undecided"
+        error = look_errors(looks, rule.error)[min(reached) - 1]
+    return rule.decide([one.probability for one in outcomes.values()], error)
+
+
+def look_prompts(comparison: Comparison, workload: str, look: float) -> int:
+    """Return the number of a workload's prompts that are answered at a look, given as a fraction."""
+    return math.ceil(look * comparison.preset.quality_prompts[workload])
+
+
+def _signal(comparison: Comparison, workload: str, primary: str, reference: MetricData | None) -> Signal:
+    """Compare the reference with the floor and with baselines that use no language model, on the same prompts."""
+    if reference is None:
+        return Signal(primary, math.nan, is_informative=False)
+    value = intervals.estimate(reference)
+    sign = 1 if reference.higher_is_better else -1
+    preset = comparison.preset
+    baselines = {
+        name: intervals.estimate(data[primary])
+        for name, data in baseline_metrics(workload, preset.quality_prompts[workload], preset.seed).items()
+        if primary in data
+    }
+    return Signal(
+        primary,
+        math.nan if reference.floor is None else reference.floor,
+        is_informative(value, reference),
+        baselines,
+        [name for name, one in baselines.items() if sign * one.value >= sign * value.value],
+    )
+
+
+def kept_answers(folder: Path, variant: str, workload: str) -> Answers | None:
     """Return the kept answers; None if there are no answers yet or the server could not answer."""
     file = answers_file(folder, variant, workload)
     answers = read_answers(file) if file.exists() else None
     return answers if answers and answers.answers else None
 
 
-def paired_metric_samples(
-    data: Mapping[str, MetricData], others: Mapping[str, MetricData], ours: Answers, theirs: Answers | None
-) -> dict[str, np.ndarray]:
-    """Return paired bootstrap samples of each metric on both sides; none if the prompts differ."""
-    if theirs is None or ours.prompts_sha256 != theirs.prompts_sha256:
-        return {}
-    return {name: metrics.paired_samples(data[name], others[name]) for name in data if name in others}
-
-
-def _difference(metric: MetricData, reference: MetricData, samples: np.ndarray) -> Difference:
+def _difference(metric: MetricData, reference: MetricData) -> Difference:
     """Return the metric minus the reference's; shares of correct answers get McNemar's exact test."""
-    low, high, p_value = metrics.paired_difference(samples)
+    low, high, p_value = intervals.paired_difference(intervals.paired_samples(metric, reference))
     value = metric.value - reference.value
     if metric.successes is not None and reference.successes is not None:
-        p_value = metrics.mcnemar(metric.successes, reference.successes)
+        p_value = intervals.mcnemar(metric.successes, reference.successes)
         return Difference(value, low, high, p_value, len(metric.successes), "mcnemar")
     return Difference(value, low, high, p_value, len(set(metric.groups)), "bootstrap")
 
 
 def _quality_outcome(
-    name: str, metric: MetricData, reference: MetricData | None, samples: np.ndarray | None, max_loss_frac: float
+    rule: DecisionRule, name: str, metric: MetricData, reference: MetricData, num_prompts: int
 ) -> QualityOutcome:
-    # There are no samples for the reference itself, and a reference at 0 has nothing to lose.
-    if reference is None or samples is None or not len(samples) or not reference.value > 0:
-        return QualityOutcome(name, 1.0, is_kept=True, probability=1.0)
-    kept_frac = metric.value / reference.value
-    probability = metrics.probability_kept(metric, reference, samples, 1 - max_loss_frac)
-    return QualityOutcome(name, kept_frac, kept_frac >= 1 - max_loss_frac, probability)
+    margin = rule.margin(metric, reference, num_prompts)
+    # A loss that is estimated as clearly too large is decided by fewer prompts than a variant that loses nothing.
+    is_bad = margin.value < -margin.tolerated
+    return QualityOutcome(
+        name,
+        kept_frac(metric.value, reference.value, reference.floor),
+        margin.keep_probability,
+        num_prompts,
+        rule.prompts_needed(margin, margin.value if is_bad else None),
+    )
 
 
 def evaluate_loads(comparison: Comparison, folder: Path) -> None:
@@ -236,6 +310,6 @@ def _top_overlap(ours: Sequence[float], theirs: Sequence[float]) -> float:
 
 
 def _mean(values: Sequence[float]) -> Estimate:
-    return metrics.bootstrap_by_group(
+    return intervals.bootstrap_by_group(
         lambda rows: sum(values[row] for row in rows) / len(rows), range(len(values)), len(values)
     )

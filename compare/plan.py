@@ -9,6 +9,10 @@ from typing import Any
 from slimserve.compare.results import Comparison, Preset
 from slimserve.workloads import load_workload
 
+LOOKS = tuple(number / 10 for number in range(1, 11))
+"""Fractions of the quality prompts at which --until-decided looks at the answers."""
+_MAX_PROMPTS = 2000
+"""Number of quality prompts of each workload with --until-decided, if none is given."""
 REFERENCE = "dense"
 """Recipe that is the reference if it is among the variants."""
 _BUILD_S, _START_S, _LOAD_OVERHEAD_S, _QUALITY_S = 40.0, 55.0, 6.0, 90.0
@@ -28,11 +32,19 @@ _PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def make_preset(name: str, workloads: Sequence[str], **changes: Any) -> Preset:
-    """Return the preset `quick` or `full` with the sizes that each workload states for it."""
+def make_preset(
+    name: str, workloads: Sequence[str], prompts: int | None = None, until_decided: bool = False, **changes: Any
+) -> Preset:
+    """Return the preset `quick` or `full` with the sizes that each workload states for it.
+
+    `prompts` replaces the number of quality prompts. With `until_decided` a variant is asked only until its quality is
+    decided.
+    """
     objects = {workload: load_workload(workload) for workload in workloads}
+    if until_decided:
+        prompts, changes = prompts or _MAX_PROMPTS, {"looks": LOOKS, **changes}
     return Preset(
-        quality_prompts={workload: one.preset_prompts[name] for workload, one in objects.items()},
+        quality_prompts={workload: prompts or one.preset_prompts[name] for workload, one in objects.items()},
         users={workload: one.load_users for workload, one in objects.items()},
         **{**_PRESETS[name], **changes},
     )
@@ -71,7 +83,8 @@ def describe_plan(preset: Preset, workloads: Sequence[str], names: Sequence[str]
     num_loads = num_first + (preset.num_rounds - 1) * num_later
     rounds_s = preset.num_rounds * _START_S + num_loads * load_s
     total_s = len(names) * (_BUILD_S + _QUALITY_S + rounds_s)
-    prompts = ", ".join(f"{preset.quality_prompts[name]} {name}" for name in workloads)
+    most = "at most " if preset.looks else ""
+    prompts = ", ".join(f"{most}{preset.quality_prompts[name]} {name}" for name in workloads)
     return [
         f"plan: {len(names)} variants in {preset.num_rounds} round(s), {reference} first: {', '.join(names)}",
         f"  quality in the first round: {prompts} prompts, {preset.num_texts} texts",

@@ -14,19 +14,36 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from pydantic import TypeAdapter
 
 from slimserve.compare.results import TEXT
 from slimserve.core.errors import UserError
 from slimserve.core.openai_client import OpenAIClient, Target, ask_all
-from slimserve.core.progress import print_status
+from slimserve.core.progress import print_status, progress
 from slimserve.core.storage import write_atomically
+from slimserve.loadtest.choices import CHOICE_PATH, choice_body, choice_logprobs
 from slimserve.loadtest.client import SCORING
 from slimserve.workloads import load_workload
-from slimserve.workloads.interface import Answer, ChatAnswer, ChatPrompt, MetricData, Prompt, ScoringPrompt
-from slimserve.workloads.text import TextReading, make_documents, text_metrics
+from slimserve.workloads.interface import (
+    Answer,
+    ChatAnswer,
+    ChatPrompt,
+    ChoicePrompt,
+    HarnessPrompt,
+    MetricData,
+    Prompt,
+    SampleMetrics,
+    ScoringPrompt,
+    TextPrompt,
+    TextReading,
+    hash_number,
+)
+from slimserve.workloads.text import make_documents, text_metrics
+
+if TYPE_CHECKING:
+    from slimserve.workloads.kinds.lm_eval import LmEval
 
 _NUM_LOGPROBS = 20
 """Log-probabilities per position; vLLM gives at most 20 by default."""
@@ -34,8 +51,8 @@ _CHARACTERS_PER_TOKEN = 6
 """More than any tokenizer needs for these texts; the excess is cut off by tokens."""
 _STOCK_SCORING = "generative_scoring"
 
-KeptAnswer = tuple[float, ...] | ChatAnswer | TextReading
-"""Scores of a candidate list, a chat answer, or log-probabilities of a text."""
+KeptAnswer = tuple[float, ...] | ChatAnswer | TextReading | SampleMetrics
+"""Scores of a candidate list, a chat answer, log-probabilities of a text, or the values that lm-eval computed."""
 
 
 @dataclass(frozen=True)
@@ -43,18 +60,32 @@ class Answers:
     """One model's answers to a workload's quality prompts, in the order of the prompts."""
 
     prompts_sha256: str
-    """Hash of the prompts; answers to different prompts cannot be paired."""
+    """Hash of all planned prompts; answers to different prompts cannot be paired."""
     answers: list[KeptAnswer]
+    """Answers to the first prompts; fewer than planned if the quality was decided early."""
+
+    def first(self, count: int) -> Answers:
+        """Return the answers to the first `count` prompts."""
+        return Answers(self.prompts_sha256, self.answers[:count])
 
 
-def ask_quality(target: Target, workload: str, num_prompts: int, seed: int) -> Answers:
-    """Ask the served model the workload's quality prompts with greedy decoding.
+def ask_quality(
+    target: Target, workload: str, num_prompts: int, seed: int, known: Answers | None = None, until: int | None = None
+) -> Answers:
+    """Ask the served model the first `until` of the workload's quality prompts, by default all `num_prompts`.
 
-    Raises UserError for the first request that fails: a metric over some of the prompts would not be comparable.
+    Prompts that `known` answers are not asked again. Raises UserError for the first request that fails: a metric over
+    some of the prompts would not be comparable.
     """
     prompts = _prompts(workload, num_prompts, seed)
-    answers = ask_prompts(target, f"quality {workload}, {target.model}", prompts)
-    return Answers(_sha256_of([asdict(prompt) for prompt in prompts]), answers)
+    sha256 = _sha256_of([asdict(prompt) for prompt in prompts])
+    done = known.answers if known and known.prompts_sha256 == sha256 else []
+    title, left = f"quality {workload}, {target.model}", prompts[len(done) : until]
+    if left and isinstance(left[0], HarnessPrompt):
+        task = cast("LmEval", load_workload(workload))
+        with progress(f"{title}, by lm-eval", None, "documents"):
+            return Answers(sha256, [*done, *task.ask(target, cast("list[HarnessPrompt]", left))])
+    return Answers(sha256, [*done, *ask_prompts(target, title, left)])
 
 
 def ask_prompts(target: Target, title: str, prompts: Sequence[Prompt]) -> list[KeptAnswer]:
@@ -62,9 +93,20 @@ def ask_prompts(target: Target, title: str, prompts: Sequence[Prompt]) -> list[K
     scorer = _Scorer()
 
     async def ask(client: OpenAIClient, prompt: Prompt) -> KeptAnswer:
-        return await (scorer.score(client, prompt) if isinstance(prompt, ScoringPrompt) else _chat(client, prompt))
+        if isinstance(prompt, ScoringPrompt):
+            return await scorer.score(client, prompt)
+        if isinstance(prompt, ChoicePrompt):
+            return await scorer.choose(client, prompt)
+        if isinstance(prompt, TextPrompt):
+            return await _read_text(client, prompt.text, prompt.num_tokens)
+        assert isinstance(prompt, ChatPrompt)
+        return await _chat(client, prompt)
 
-    return ask_all(target, title, prompts, ask)
+    try:
+        return ask_all(target, title, prompts, ask)
+    except _UnsupportedError as error:
+        problem = f"gives no log-probabilities of prompts ({error})"
+        raise UserError("server", target.url, problem, "use vLLM or another server with `prompt_logprobs`") from error
 
 
 def ask_text(target: Target, num_documents: int, num_tokens: int, seed: int) -> Answers:
@@ -115,8 +157,22 @@ def quality_metrics(
         is_paired = reference is not None and reference.prompts_sha256 == answers.prompts_sha256
         theirs = cast("list[TextReading]", reference.answers) if reference and is_paired else None
         return text_metrics(cast("list[TextReading]", answers.answers), theirs)
-    prompts = _prompts(workload, num_prompts, seed)
-    return load_workload(workload).metric_data(prompts, cast("list[Answer]", answers.answers))
+    prompts, task = _prompts(workload, num_prompts, seed)[: len(answers.answers)], load_workload(workload)
+    ours = cast("list[Answer]", answers.answers)
+    if reference is not None and reference.prompts_sha256 == answers.prompts_sha256:
+        return task.reference_metrics(prompts, ours, cast("list[Answer]", reference.first(len(ours)).answers))
+    return task.metric_data(prompts, ours)
+
+
+def baseline_metrics(workload: str, num_prompts: int, seed: int) -> dict[str, dict[str, MetricData]]:
+    """Return the quality metrics of each baseline of a workload that uses no language model, by its name."""
+    prompts, task = _prompts(workload, num_prompts, seed), load_workload(workload)
+    return {name: task.metric_data(prompts, answers) for name, answers in task.baselines(prompts).items()}
+
+
+def count_prompts(workload: str, num_prompts: int, seed: int) -> int:
+    """Return the number of quality prompts that a workload has, at most `num_prompts`."""
+    return len(_prompts(workload, num_prompts, seed))
 
 
 @cache
@@ -132,7 +188,7 @@ def _parse_answer(line: dict[str, Any]) -> KeptAnswer:
     if "scores" in line:
         return tuple(line["scores"])
     line.pop("prompt")
-    kind: Any = TextReading if "top" in line else ChatAnswer
+    kind: Any = TextReading if "top" in line else SampleMetrics if "values" in line else ChatAnswer
     return cast("KeptAnswer", TypeAdapter(kind).validate_python(line))
 
 
@@ -145,10 +201,15 @@ class _UnsupportedError(Exception):
 
 
 async def _chat(client: OpenAIClient, prompt: ChatPrompt) -> ChatAnswer:
-    body = {"messages": prompt.messages, "max_tokens": prompt.max_tokens, "temperature": 0}
+    sampling = prompt.sampling
+    body = {"messages": prompt.messages, "max_tokens": prompt.max_tokens, "temperature": sampling.temperature}
+    if sampling.num_samples > 1:
+        body["n"] = sampling.num_samples
+    if sampling.temperature > 0:
+        body["seed"] = hash_number(prompt.messages[-1]["content"]) % 2**31
     answer = await client.post("/v1/chat/completions", body)
-    text = answer["choices"][0]["message"]["content"] or ""
-    return ChatAnswer(text, int(answer["usage"]["completion_tokens"]))
+    texts = [choice["message"]["content"] or "" for choice in answer["choices"]]
+    return ChatAnswer(texts[0], answer["usage"]["completion_tokens"] / len(texts), tuple(texts[1:]))
 
 
 async def _read_text(client: OpenAIClient, document: str, num_tokens: int) -> TextReading:
@@ -187,6 +248,34 @@ class _Scorer:
             problem = f"returned {len(scores)} scores for {len(prompt.items)} items, or scores that are not numbers"
             raise UserError("quality request", scoring.path, problem, "read the server's log")
         return scores
+
+    async def choose(self, client: OpenAIClient, prompt: ChoicePrompt) -> tuple[float, ...]:
+        """Return the log-probability of each choice after the query, in nats."""
+        body = choice_body(prompt)
+        answer = await client.try_post(CHOICE_PATH, body)
+        try:
+            values = choice_logprobs(answer)
+        except (LookupError, TypeError, ValueError):
+            values = [await self._continuation_logprob(client, prompt.query, text) for text in prompt.choices]
+        if len(values) != len(prompt.choices) or not all(map(math.isfinite, values)):
+            problem = f"returned {len(values)} log-probabilities for {len(prompt.choices)} choices, or no numbers"
+            raise UserError("quality request", CHOICE_PATH, problem, "read the server's log")
+        return tuple(values)
+
+    async def _continuation_logprob(self, client: OpenAIClient, query: str, text: str) -> float:
+        """Return the log-probability of a text after a query from the log-probabilities of a prompt's tokens."""
+        parts = [
+            (await client.try_post("/tokenize", {"prompt": whole})).get("tokens") or []
+            for whole in (query, query + text)
+        ]
+        common = next((at for at, pair in enumerate(zip(*parts, strict=False)) if pair[0] != pair[1]), len(parts[0]))
+        body = {"prompt": parts[1], "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
+        choices = (await client.try_post("/v1/completions", body)).get("choices") or [{}]
+        positions = choices[0].get("prompt_logprobs") or []
+        if not parts[1] or len(positions) != len(parts[1]):
+            raise _UnsupportedError("neither /v1/score nor /tokenize with prompt_logprobs")
+        read = zip(parts[1][common:], positions[common:], strict=True)
+        return math.fsum(float(position[str(token)]["logprob"]) for token, position in read)
 
     async def _find_scoring(self, client: OpenAIClient, prompt: ScoringPrompt) -> str:
         """Choose our /v1/score, else vLLM's own endpoint, else the log-probabilities of completions."""

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 
+from slimserve.compare.decision import Ruling
 from slimserve.core.errors import UserError
 from slimserve.core.hardware import probe_hardware
 from slimserve.core.provenance import commit, versions
@@ -188,7 +189,7 @@ class Preset:
     """Amount of measurement. These settings change the measured values, so one output folder holds one preset."""
 
     quality_prompts: dict[str, int]
-    """Number of quality prompts of each workload."""
+    """Number of quality prompts of each workload; with `looks` the maximum."""
     users: dict[str, int]
     """Number of closed-loop users of each workload."""
     duration_s: float
@@ -204,6 +205,8 @@ class Preset:
     """Open-loop rates as fractions of the reference's capacity in the first round."""
     rates: dict[str, tuple[float, ...]] = field(default_factory=dict)
     """Open-loop rates in requests/s by workload, which replace `rate_fracs`."""
+    looks: tuple[float, ...] = ()
+    """Fractions of the quality prompts after which asking ends if the variant's quality is decided; empty asks all."""
     seed: int = 0
 
 
@@ -212,7 +215,9 @@ class Requirements:
     """Conditions for shipping a variant. These settings change the verdict and not the measured values."""
 
     max_quality_loss_frac: float = 0.03
-    """Maximum loss of each primary metric, as a fraction of the reference's value."""
+    """Maximum loss of each primary metric, as a fraction of the reference's value above the floor."""
+    confidence: float = 0.9
+    """Least probability with which no variant that loses more is said to keep quality (compare.decision)."""
     slos: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Objectives such as `e2e_p99=2s` by workload; latency does not count for a workload without objectives."""
     price_per_hour: float | None = None
@@ -221,15 +226,33 @@ class Requirements:
 
 @dataclass(frozen=True)
 class QualityOutcome:
-    """Tells whether a variant keeps the primary metric of a workload."""
+    """What the answers say of a variant's primary metric on one workload."""
 
     metric: str
     kept_frac: Number
-    """Value of the variant over the value of the reference; 1 is no loss."""
-    is_kept: bool
-    """Whether `kept_frac` is at least 1 minus the maximum quality loss."""
+    """Quality above the floor, over the reference's quality above the floor; 1 is no loss."""
     probability: Number
-    """Probability that this holds for all prompts, estimated by resampling (workloads.metrics.probability_kept)."""
+    """Probability that the variant keeps at least 1 minus the maximum quality loss."""
+    num_prompts: int = 0
+    """Number of prompts that both the variant and the reference answered."""
+    prompts_needed: int | None = None
+    """About the number of prompts that would decide: for a variant that loses nothing, or whose loss is as estimated if
+    that is clearly too large. None if no number would."""
+
+
+@dataclass(frozen=True)
+class Signal:
+    """Tells whether a workload can compare these models: what the reference and simple baselines reach."""
+
+    metric: str
+    floor: Number
+    """Value of the primary metric for a model that knows nothing; NaN if it has none."""
+    is_informative: bool
+    """Whether the reference's 95% interval lies above the floor."""
+    baselines: dict[str, QualityEstimate] = field(default_factory=dict)
+    """Primary metric of baselines that use no language model, by name."""
+    better_baselines: list[str] = field(default_factory=list)
+    """Baselines that reach at least the reference's value."""
 
 
 @dataclass(frozen=True)
@@ -252,7 +275,8 @@ class VariantDecision:
     name: str
     quality: dict[str, QualityOutcome]
     """Outcome of each workload."""
-    keeps_quality: bool
+    ruling: Ruling
+    """Whether the variant keeps quality on every workload, loses it on one, or the answers do not tell."""
     quality_probability: Number
     """Probability that every primary metric is kept. Workloads are independent samples, so it is their product."""
     slo: dict[str, SloOutcome]
@@ -271,7 +295,7 @@ class VariantDecision:
 
     @property
     def qualifies(self) -> bool:
-        return self.keeps_quality and self.meets_slo
+        return self.ruling == "keeps" and self.meets_slo
 
 
 @dataclass(frozen=True)
@@ -279,12 +303,16 @@ class Verdict:
     """The variant to ship, with the reasons."""
 
     winner: str | None
-    """The cheapest variant that keeps quality and meets the objectives; None if no variant does."""
+    """The cheapest variant that keeps quality and meets the objectives; None if no variant does, or if a workload
+    cannot compare these models."""
     sentences: list[str]
     """Conclusions and reasons for a reader who has read nothing else."""
     confidence: Number
-    """Probability that the winner keeps quality; if there is no winner, that no variant qualifies."""
+    """Probability that the winner keeps quality, with the number of variants tried accounted for. For the reference,
+    that each cheaper variant that was not chosen loses too much. If there is no winner, that no variant qualifies."""
     confidence_words: str
+    uninformative: list[str] = field(default_factory=list)
+    """Workloads that cannot compare these models; then there is no winner."""
     decisions: list[VariantDecision] = field(default_factory=list)
 
 
@@ -325,7 +353,7 @@ class BaselineOutcome:
 class Comparison:
     """One run of `slimserve compare`."""
 
-    format: Literal[2] = 2
+    format: Literal[3] = 3
     command: Literal["compare"] = "compare"
     commit: str = field(default_factory=commit)
     hardware: dict[str, Any] = field(default_factory=lambda: probe_hardware().as_dict())
@@ -339,6 +367,8 @@ class Comparison:
     """Start time in ISO format."""
     reference: str = ""
     """Name of the variant that the others are compared with: `dense`, or else the first one."""
+    signals: dict[str, Signal] = field(default_factory=dict)
+    """What each workload can tell, by its name."""
     slo_rates: dict[str, float] = field(default_factory=dict)
     """Open-loop rate of each workload at which objectives are evaluated: the highest rate that the user gave, or else
     the lowest fraction of the reference's capacity."""

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from slimserve.compare.backend import Backend
 from slimserve.compare.bottleneck import EnergyMeter, find_bottleneck, read_rooflines
-from slimserve.compare.evaluation import answers_file
+from slimserve.compare.evaluation import answers_file, decide_quality, kept_answers, look_prompts, quality_outcomes
 from slimserve.compare.plan import load_seed, round_rates
-from slimserve.compare.quality import ask_quality, ask_text, write_answers
+from slimserve.compare.quality import ask_quality, ask_text, count_prompts, write_answers
 from slimserve.compare.results import TEXT, Comparison, LoadRun, Round, VariantResult
 from slimserve.core.hardware import probe_hardware
 from slimserve.core.openai_client import Target
@@ -73,15 +73,14 @@ class Measurement:
             one = Round(number)
             variant.rounds.append(one)
         folder = self._folder / (f"{variant.name}-baseline" if is_baseline else variant.name)
-        unanswered = [] if is_baseline or number > 1 else self._unanswered(variant)
-        if not unanswered and self._is_loaded(one):
+        is_asked = is_baseline or number > 1 or self._is_asked(variant)
+        if is_asked and self._is_loaded(one):
             print_status(f"--- {title}: measured earlier, reused ---")
             return
         print_status(f"--- {title} ---")
         with self._served(variant, one, folder / f"engine-{number}.log") as target:
-            for workload in unanswered:
-                self._ask(variant, target, workload)
-                self.write()
+            if not is_asked:
+                self._ask(variant, target)
             for workload in self._comparison.workloads:
                 self._load(variant, one, target, workload, folder)
         self.write()
@@ -96,17 +95,50 @@ class Measurement:
             yield served.target
             one.peak_rss_bytes = max(one.peak_rss_bytes or 0, served.peak_rss_bytes())
 
-    def _unanswered(self, variant: VariantResult) -> list[str]:
-        parts = [*self._comparison.workloads, *([TEXT] if self._comparison.preset.num_texts else [])]
-        return [name for name in parts if not answers_file(self._folder, variant.name, name).exists()]
-
-    def _ask(self, variant: VariantResult, target: Target, workload: str) -> None:
+    def _is_asked(self, variant: VariantResult) -> bool:
+        """Whether all quality prompts of a variant are answered, or as many as decide its quality."""
         preset = self._comparison.preset
-        if workload == TEXT:
-            answers = ask_text(target, preset.num_texts, preset.text_tokens, preset.seed)
-        else:
-            answers = ask_quality(target, workload, preset.quality_prompts[workload], preset.seed)
-        write_answers(answers_file(self._folder, variant.name, workload), answers)
+        if preset.num_texts and not answers_file(self._folder, variant.name, TEXT).exists():
+            return False
+        counts = {name: self._num_answers(variant, name) for name in self._comparison.workloads}
+        if all(count >= self._num_prompts(name) for name, count in counts.items()):
+            return True
+        is_reference = variant.name == self._comparison.reference
+        return bool(preset.looks) and not is_reference and all(counts.values()) and self._is_decided(variant)
+
+    def _num_answers(self, variant: VariantResult, workload: str) -> int:
+        answers = kept_answers(self._folder, variant.name, workload)
+        return len(answers.answers) if answers else 0
+
+    def _num_prompts(self, workload: str) -> int:
+        """Return the number of quality prompts; fewer than the preset's if the workload has no more."""
+        preset = self._comparison.preset
+        return count_prompts(workload, preset.quality_prompts[workload], preset.seed)
+
+    def _is_decided(self, variant: VariantResult) -> bool:
+        outcomes = quality_outcomes(self._comparison, self._folder, variant.name)
+        return decide_quality(self._comparison, outcomes) != "undecided"
+
+    def _ask(self, variant: VariantResult, target: Target) -> None:
+        """Ask the quality prompts, in batches until the quality is decided if the preset has looks.
+
+        The reference answers all prompts, because every other variant is compared with it.
+        """
+        preset = self._comparison.preset
+        is_reference = variant.name == self._comparison.reference
+        for look in (1.0,) if is_reference or not preset.looks else preset.looks:
+            for workload in self._comparison.workloads:
+                known = kept_answers(self._folder, variant.name, workload)
+                until = look_prompts(self._comparison, workload, look)
+                num_prompts = preset.quality_prompts[workload]
+                answers = ask_quality(target, workload, num_prompts, preset.seed, known, until)
+                write_answers(answers_file(self._folder, variant.name, workload), answers)
+            self.write()
+            if not is_reference and preset.looks and self._is_decided(variant):
+                break
+        text_file = answers_file(self._folder, variant.name, TEXT)
+        if preset.num_texts and not text_file.exists():
+            write_answers(text_file, ask_text(target, preset.num_texts, preset.text_tokens, preset.seed))
 
     def _is_loaded(self, one: Round) -> bool:
         return all(

@@ -56,7 +56,9 @@ def compare(
     reference = REFERENCE if REFERENCE in names else names[0]
     names.sort(key=lambda name: name != reference)  # its capacity sets the rates of all variants, so it comes first
     if preset is None:
-        preset = make_preset("quick" if settings.quick else "full", workloads, rates=settings.rates_by_workload())
+        name = "quick" if settings.quick else "full"
+        rates = settings.rates_by_workload()
+        preset = make_preset(name, workloads, settings.prompts, settings.until_decided, rates=rates)
     before = load_baseline(settings.baseline, output)
     if before:
         preset = preset_like(before, preset, workloads)
@@ -80,7 +82,9 @@ def compare(
         model=model,
         workloads={name: load_workload(name).primary_metric for name in workloads},
         preset=preset,
-        requirements=Requirements(settings.max_quality_loss_frac, settings.slos_by_workload(), settings.price_per_hour),
+        requirements=Requirements(
+            settings.max_quality_loss_frac, settings.confidence, settings.slos_by_workload(), settings.price_per_hour
+        ),
         started=started.isoformat(),
         reference=reference,
         variants=sorted(variants, key=lambda variant: names.index(variant.name)),

@@ -143,7 +143,7 @@ class ComparisonSettings(Settings):
 
     workloads: Names = setting(
         tuple(workload_names()),
-        "Workloads, separated by commas: built-in names or paths of Python files.",
+        "Workloads, separated by commas: built-in names, or TOML files that describe your data.",
     )
     quick: bool = setting(False, "Run one round with fewer prompts; intervals become wider.")
     rates: tuple[Annotated[WorkloadRates, BeforeValidator(_parse_rates)], ...] = setting(
@@ -166,6 +166,19 @@ class ComparisonSettings(Settings):
         panel=_SHIP,
         ge=0,
         lt=1,
+    )
+    confidence: Fraction = setting(
+        0.9,
+        "Least probability with which no variant that loses more is shipped; counts all variants together.",
+        panel=_SHIP,
+        gt=0.5,
+        lt=1,
+    )
+    prompts: int | None = setting(
+        None, "Number of quality prompts of each workload (default: chosen by the workload).", ge=1
+    )
+    until_decided: bool = setting(
+        False, "Stop asking a variant as soon as its quality is decided, at the latest after --prompts (default 2000)."
     )
     price_per_hour: float | None = setting(
         None,

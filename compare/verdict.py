@@ -1,10 +1,13 @@
 """The verdict: which variant to ship, why, and with which confidence.
 
-The winner is the cheapest variant that keeps quality and meets the objectives. A variant keeps quality if each
-workload's primary metric is at least (1 - maximum loss) of the reference's, over the same prompts. The confidence is
-the fraction of resamples of these prompts in which that holds. A variant meets the objectives if it met all of them in
-every round at the SLO rate. Its cost is that of one unit of work (a scored item or a chat answer) at capacity, over the
-reference's in the same round, as a mean over workloads.
+The winner is the cheapest variant that keeps quality and meets the objectives. `compare.decision` says when a variant
+keeps quality, loses it or is undecided. Only a variant that keeps it may win. A variant meets the objectives if it met
+all of them in every round at the SLO rate. Its cost is that of one unit of work (a scored item or a chat answer) at
+capacity, over the reference's in the same round, as a mean over workloads. If a workload cannot compare these models,
+because the reference is not clearly better than chance, there is no winner.
+
+The confidence covers quality and the choice among variants. It does not cover the order of costs and the objectives,
+which are ranges over rounds; the sentences say so.
 
 One variant dominates another if it is at least as good in every primary metric, in cost and in latency, and clearly
 better in one of them. "Clearly" means quality intervals, or ranges over at least two rounds, that do not overlap.
@@ -16,7 +19,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from slimserve.compare.evaluation import cost_ratio
+from slimserve.compare.evaluation import cost_ratio, decide_quality, decision_rule
 from slimserve.compare.results import (
     Comparison,
     QualityOutcome,
@@ -29,8 +32,6 @@ from slimserve.compare.results import (
 )
 
 _WORDS = ((0.95, "very high"), (0.8, "high"), (0.6, "moderate"))
-_NEAR_MISS = 0.2
-"""A cheaper variant that fails on quality is mentioned if it keeps quality in at least this fraction of resamples."""
 
 
 def make_verdict(comparison: Comparison, quality: Mapping[str, Mapping[str, QualityOutcome]]) -> Verdict:
@@ -45,11 +46,12 @@ def make_verdict(comparison: Comparison, quality: Mapping[str, Mapping[str, Qual
             for workload, texts in comparison.requirements.slos.items()
             if texts and workload in comparison.workloads
         }
-        kept = len(of_workloads) == len(comparison.workloads) and all(one.is_kept for one in of_workloads.values())
+        is_reference = variant.name == comparison.reference
+        ruling = decide_quality(comparison, of_workloads)
         decision = VariantDecision(
             name=variant.name,
             quality=of_workloads,
-            keeps_quality=kept,
+            ruling="keeps" if is_reference and of_workloads else ruling,
             quality_probability=math.prod(one.probability for one in of_workloads.values()),
             slo=slo,
             meets_slo=all(one.num_rounds > 0 and one.num_met == one.num_rounds for one in slo.values()),
@@ -59,9 +61,12 @@ def make_verdict(comparison: Comparison, quality: Mapping[str, Mapping[str, Qual
             reason="",
         )
         decisions.append(_with_reason(decision, comparison))
+    unclear = [name for name in comparison.workloads if not comparison.signals[name].is_informative]
+    if unclear:
+        return _cannot_tell(comparison, unclear, decisions)
     ranked = sorted((one for one in decisions if one.qualifies), key=lambda one: _median(one.cost_ratio))
     if not ranked:
-        return _no_winner(decisions)
+        return _no_winner(comparison, decisions)
     return _winner(comparison, ranked, decisions)
 
 
@@ -70,25 +75,47 @@ def confidence_words(confidence: float) -> str:
     return next((words for least, words in _WORDS if confidence >= least), "low")
 
 
+def _cannot_tell(comparison: Comparison, unclear: Sequence[str], decisions: Sequence[VariantDecision]) -> Verdict:
+    """Return a verdict without a winner: there is nothing that a variant could keep or lose."""
+    sentences = [f"No verdict: {' and '.join(unclear)} cannot compare these models."]
+    for name in unclear:
+        signal = comparison.signals[name]
+        value = comparison.variant(comparison.reference).quality.get(name, {}).get(signal.metric)
+        if value is None or not math.isfinite(value.value):
+            sentences.append(f"{name}: {comparison.reference} has no {_words(signal.metric)}.")
+        elif not math.isfinite(signal.floor):
+            sentences.append(f"{name}: {_words(signal.metric)} has no value that stands for knowing nothing.")
+        else:
+            sentences.append(
+                f"{name}: {comparison.reference}'s {_words(signal.metric)} is {value.value:.3f} (95% interval "
+                f"{value.low:.3f} to {value.high:.3f}), and a model that knows nothing has {signal.floor:.3f}. Use a "
+                "task that the model can do, more prompts, or a model that was trained for the task."
+            )
+    sentences += _baseline_texts(comparison)
+    return Verdict(None, sentences, math.nan, "none", list(unclear), list(decisions))
+
+
 def _winner(comparison: Comparison, ranked: Sequence[VariantDecision], decisions: Sequence[VariantDecision]) -> Verdict:
     winner, reference = ranked[0], comparison.reference
     cheaper = [one for one in decisions if _median(one.cost_ratio) < _median(winner.cost_ratio) and not one.qualifies]
-    near = [one for one in cheaper if one.meets_slo and one.quality_probability >= _NEAR_MISS]
+    undecided = [one for one in cheaper if one.meets_slo and one.ruling == "undecided"]
+    num_tried = decision_rule(comparison).num_variants
     if winner.name == reference:
         # The reference loses nothing against itself; the risk is that a cheaper variant was rejected wrongly.
         confidence = min((1 - one.quality_probability for one in cheaper if one.meets_slo), default=1.0)
         wanted = "keeps quality and meets the objectives" if winner.slo else "keeps quality"
-        sentences = [f"Ship {winner.name}: {f'no cheaper variant {wanted}' if cheaper else 'no other is cheaper'}."]
+        known = f"no cheaper variant surely {wanted}" if undecided else f"no cheaper variant {wanted}"
+        sentences = [f"Ship {winner.name}: {known if cheaper else 'no other is cheaper'}."]
     else:
-        confidence = winner.quality_probability
+        confidence = max(0.0, 1 - num_tried * (1 - winner.quality_probability))
         sentences = [
             f"Ship {winner.name}: a unit of work costs {_percent(winner.cost_ratio)} of {reference}'s cost, and "
             f"{_quality_text(winner, comparison)}."
         ]
-    sentences.append(_slo_text(winner))
+    sentences = [*_baseline_texts(comparison), *sentences, _slo_text(winner)]
     sentences.append(
         f"Confidence: {confidence_words(confidence)} ({confidence:.0%}). "
-        + _confidence_text(winner, comparison, confidence, bool(cheaper))
+        + _confidence_text(winner, comparison, num_tried, bool(cheaper))
     )
     if len(ranked) > 1 and not _is_below(winner.cost_ratio, ranked[1].cost_ratio):
         sentences.append(
@@ -96,37 +123,56 @@ def _winner(comparison: Comparison, ranked: Sequence[VariantDecision], decisions
             f"{winner.name}'s in this run."
         )
     sentences += [
-        f"{one.name} would be cheaper ({_percent(one.cost_ratio)}), and the probability that it loses too much quality "
-        f"is only {1 - one.quality_probability:.0%}; more quality prompts would decide."
-        for one in near
-        if one.name != winner.name
+        f"{one.name} would be cheaper ({_percent(one.cost_ratio)}), but it {_undecided_text(one, comparison)}."
+        for one in undecided
     ]
     sentences += _dominated_texts(comparison, decisions)
-    return Verdict(winner.name, sentences, confidence, confidence_words(confidence), list(decisions))
+    return Verdict(winner.name, sentences, confidence, confidence_words(confidence), [], list(decisions))
 
 
-def _no_winner(decisions: Sequence[VariantDecision]) -> Verdict:
+def _no_winner(comparison: Comparison, decisions: Sequence[VariantDecision]) -> Verdict:
     def failure_probability(one: VariantDecision) -> float:
         missed = [1 - slo.num_met / slo.num_rounds if slo.num_rounds else 1.0 for slo in one.slo.values()]
         return max([1 - one.quality_probability, *missed])
 
     confidence = min(map(failure_probability, decisions))
-    sentences = ["Ship none of these variants: none both keeps quality and meets the objectives."]
+    sentences = [
+        *_baseline_texts(comparison),
+        "Ship none of these variants: none both keeps quality and meets the objectives.",
+    ]
     sentences += [f"{one.name} {one.reason}." for one in decisions]
     sentences.append(f"Confidence: {confidence_words(confidence)} ({confidence:.0%}).")
-    return Verdict(None, sentences, confidence, confidence_words(confidence), list(decisions))
+    return Verdict(None, sentences, confidence, confidence_words(confidence), [], list(decisions))
+
+
+def _baseline_texts(comparison: Comparison) -> list[str]:
+    """Return a sentence for each workload on which a baseline without a language model reaches the reference."""
+    texts = []
+    for workload, signal in comparison.signals.items():
+        value = comparison.variant(comparison.reference).quality.get(workload, {}).get(signal.metric)
+        if value is not None and signal.better_baselines:
+            name = max(signal.better_baselines, key=lambda name: abs(signal.baselines[name].value - signal.floor))
+            texts.append(
+                f"On {workload}, {_words(name)} alone, without a language model, does at least as well as "
+                f"{comparison.reference}: {_words(signal.metric)} {signal.baselines[name].value:.3f} against "
+                f"{value.value:.3f}."
+            )
+    return texts
 
 
 def _with_reason(decision: VariantDecision, comparison: Comparison) -> VariantDecision:
     parts = []
     least = 1 - comparison.requirements.max_quality_loss_frac
     for workload, primary_metric in comparison.workloads.items():
-        quality = decision.quality.get(workload)
-        if quality is None:
+        if workload not in decision.quality:
             parts.append(f"has no {primary_metric} of {workload}")
-        elif not quality.is_kept:
-            kept = f"{quality.kept_frac:.1%} of {comparison.reference}'s {workload} {_words(primary_metric)}"
-            parts.append(f"keeps only {kept}; {least:.0%} is required")
+    if decision.ruling == "loses":
+        quality = min(decision.quality.items(), key=lambda item: item[1].probability)
+        workload, worst = quality
+        kept = f"{worst.kept_frac:.1%} of {comparison.reference}'s {workload} {_words(worst.metric)} above chance"
+        parts.append(f"keeps only {kept}; {least:.0%} is required")
+    elif decision.ruling == "undecided" and not parts:
+        parts.append(_undecided_text(decision, comparison))
     for workload, slo in decision.slo.items():
         if not slo.num_rounds:
             parts.append(f"was not load-tested with {workload}")
@@ -231,7 +277,31 @@ def _dominated_texts(comparison: Comparison, decisions: Sequence[VariantDecision
 
 def _quality_text(decision: VariantDecision, comparison: Comparison) -> str:
     kept = [f"{one.kept_frac:.1%} of its {name} {_words(one.metric)}" for name, one in decision.quality.items()]
-    return f"it keeps {' and '.join(kept)} (required: {1 - comparison.requirements.max_quality_loss_frac:.0%})"
+    return (
+        f"it keeps {' and '.join(kept)}, counted from chance (required: "
+        f"{1 - comparison.requirements.max_quality_loss_frac:.0%})"
+    )
+
+
+def _undecided_text(decision: VariantDecision, comparison: Comparison) -> str:
+    """Say that the answers do not tell, and how many more prompts would."""
+    least = 1 - comparison.requirements.max_quality_loss_frac
+    more = {
+        name: one.prompts_needed - one.num_prompts
+        for name, one in decision.quality.items()
+        if one.prompts_needed is not None and one.prompts_needed > one.num_prompts
+    }
+    text = f"may or may not keep {least:.0%} of the quality: the probability is {decision.quality_probability:.0%}"
+    if not more:
+        return f"{text}, and the estimate is close to the limit"
+    asked = " and ".join(f"{_rounded(count):,} more prompts of {name}" for name, count in more.items())
+    return f"{text}. If it loses nothing, about {asked} would decide"
+
+
+def _rounded(count: int) -> int:
+    """Round up to two digits."""
+    digits: int = 10 ** max(0, len(str(count)) - 2)
+    return math.ceil(count / digits) * digits
 
 
 def _slo_text(decision: VariantDecision) -> str:
@@ -244,16 +314,17 @@ def _slo_text(decision: VariantDecision) -> str:
     return f"It met every objective: {'; '.join(parts)}."
 
 
-def _confidence_text(winner: VariantDecision, comparison: Comparison, confidence: float, is_any_cheaper: bool) -> str:
+def _confidence_text(winner: VariantDecision, comparison: Comparison, num_tried: int, is_any_cheaper: bool) -> str:
     max_loss = comparison.requirements.max_quality_loss_frac
+    left_out = "It does not cover the order of costs or the objectives, which are measured in rounds."
     if winner.name == comparison.reference and not is_any_cheaper:
         return "The reference loses nothing against itself, and no cheaper variant was rejected."
     if winner.name == comparison.reference:
-        return "This is the smallest probability that a rejected cheaper variant really loses too much quality."
-    advice = "" if confidence >= _WORDS[1][0] else " More quality prompts would decide."
+        return f"This is the smallest probability that a rejected cheaper variant loses too much quality. {left_out}"
+    tried = f", with the choice among {num_tried} variants accounted for" if num_tried > 1 else ""
     return (
-        f"In {confidence:.0%} of the resamples of the prompts, quality stays within {max_loss:.0%} of "
-        f"{comparison.reference}.{advice}"
+        f"This is the probability that its quality stays within {max_loss:.0%} of {comparison.reference}{tried}. "
+        f"{left_out}"
     )
 
 

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 
 from slimserve.compress.artifacts import RESUMABLE, place_checkpoint
 from slimserve.compress.budget_search import BudgetSearch
-from slimserve.compress.calibration import CalibrationData, check_source, load_calibration
+from slimserve.compress.calibration import CalibrationData, check_source, load_calibration, source_files
 from slimserve.compress.families import LayerRoles, roles_of
 from slimserve.compress.prune import pruning_method
 from slimserve.compress.recipe import Recipe
@@ -110,8 +110,8 @@ def _make_plan(model: str, directory: Path, recipe_name: str, recipe: Recipe) ->
     source_sha256 = ""
     if needs_data:
         check_source(recipe.calibration.source)
-        file = Path(recipe.calibration.source)
-        source_sha256 = sha256_of_files([file]) if file.is_file() else ""
+        files = source_files(recipe.calibration.source)
+        source_sha256 = sha256_of_files(files) if files else ""
     manifest = read_manifest(directory)
     base = BaseModelRecord(model=model, sha256=model_hash(directory), note=manifest.base.note if manifest else "")
     return _Plan(

@@ -12,14 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slimserve.compress.recipe import MIXED
 from slimserve.core.errors import UserError
 from slimserve.core.model_config import read_config
 from slimserve.core.text import read_jsonl, read_text
 from slimserve.workloads import is_workload, load_workload, workload_names
-from slimserve.workloads.interface import Prompt, ScoringPrompt
-
-MIXED = "mixed"
-"""Source that takes documents from all built-in workloads in turn."""
+from slimserve.workloads.interface import ChatPrompt, Prompt
 
 _FIRST_PROMPTS = 64
 """Prompts in the first request to a workload; each later request asks for four times as many."""
@@ -38,8 +36,8 @@ class CalibrationData:
 
 
 def check_source(source: str) -> None:
-    """Raise UserError unless `source` is a workload, `mixed`, or a readable .txt or .jsonl file."""
-    if source == MIXED or is_workload(source):
+    """Raise UserError unless `source` is workloads, `mixed`, or a readable .txt or .jsonl file."""
+    if source == MIXED or all(map(is_workload, source.split(","))):
         return
     if Path(source).suffix not in {".txt", ".jsonl"} or not Path(source).is_file():
         raise UserError(
@@ -48,6 +46,15 @@ def check_source(source: str) -> None:
             "is neither a workload nor a file",
             f"choose from {', '.join([MIXED, *workload_names()])}, or give the path of a .txt or .jsonl file",
         )
+
+
+def source_files(source: str) -> list[Path]:
+    """Return the files whose content decides what a source gives; none for built-in workloads."""
+    if source == MIXED:
+        return []
+    if all(map(is_workload, source.split(","))):
+        return [file for name in source.split(",") for file in load_workload(name).files]
+    return [Path(source)]
 
 
 def load_calibration(
@@ -136,7 +143,7 @@ def _is_document(row: dict[str, Any]) -> bool:
 
 def _workload_documents(directory: Path, source: str, seed: int) -> Iterator[list[int]]:
     tokenizer = _tokenizer(directory)
-    names = workload_names() if source == MIXED else [source]
+    names = workload_names() if source == MIXED else source.split(",")
     for prompts in zip(*(_prompts(name, seed) for name in names), strict=False):
         for prompt in prompts:
             yield document_ids(tokenizer, prompt)
@@ -155,7 +162,7 @@ def _prompts(name: str, seed: int) -> Iterator[Prompt]:
 
 def document_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
     """Return the token ids of a prompt with its true answer, in the form that the server builds."""
-    if isinstance(prompt, ScoringPrompt):
+    if not isinstance(prompt, ChatPrompt):
         ids: list[int] = tokenizer(prompt.solved)["input_ids"]
         return ids
     messages = [*prompt.messages, {"role": "assistant", "content": prompt.solution}]

@@ -26,12 +26,16 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from slimserve.core.config import StrictModel, load_toml, set_value, validated
 from slimserve.core.errors import UserError
 
+MIXED = "mixed"
+"""Calibration source that takes documents from all built-in workloads in turn."""
+
 
 class Calibrate(StrictModel):
     """Samples for the steps that need data."""
 
-    source: str = "mixed"
-    """Name of a workload, `mixed` for all built-in workloads, or path of a .txt or .jsonl file."""
+    source: str = MIXED
+    """Names or files of workloads, separated by commas, `mixed` for all built-in workloads, or path of a .txt or .jsonl
+    file."""
     num_samples: int = Field(default=32, ge=1)
     """Number of token sequences."""
     sequence_length: int = Field(default=512, ge=2)

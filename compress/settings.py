@@ -13,6 +13,9 @@ class CompressSettings(Settings):
     recipe: str = setting(
         "w8a8", "Name of a built-in recipe (see --list), or path of a recipe file.", metavar="NAME|FILE.toml"
     )
+    workload: str | None = setting(
+        None, "Workloads whose calibration split the steps read (default: the recipe's).", metavar="NAME|FILE.toml"
+    )
     output: Path | None = setting(
         None,
         "Directory to write. By default the variant goes to the cache, and an earlier build is reused.",

@@ -33,6 +33,8 @@ class Target:
     url: str
     """Base URL without `/v1`."""
     model: str
+    tokenizer: str | None = None
+    """Directory of the model's tokenizer; None if it is not known, as for an external server."""
 
 
 def auth_headers() -> dict[str, str]:

@@ -21,9 +21,17 @@ from typing import Any
 from slimserve.core.errors import UserError
 from slimserve.core.text import read_jsonl
 from slimserve.distill.models import stop_tokens
-from slimserve.distill.sections import Example, chat_example, label_example
+from slimserve.distill.sections import Example, chat_example, label_example, text_example
 from slimserve.workloads import is_workload, load_workload, workload_names
-from slimserve.workloads.interface import ChatPrompt, Prompt, ScoringPrompt, hash_number, join_reply
+from slimserve.workloads.interface import (
+    ChatPrompt,
+    ChoicePrompt,
+    Prompt,
+    ScoringPrompt,
+    TextPrompt,
+    hash_number,
+    join_reply,
+)
 
 _VALIDATION_OF = 10
 """One of this many examples is for validation."""
@@ -83,8 +91,14 @@ def load_examples(
         for number, item in enumerate(items):
             if len(examples) == max_examples:
                 break
+            example: Example | None
             if isinstance(item, ScoringPrompt):
-                example: Example | None = label_example(tokenizer, item, f"{source}/{number}", max_tokens)
+                example = label_example(tokenizer, item, f"{source}/{number}", max_tokens)
+            elif isinstance(item, ChoicePrompt):
+                answer = item.choices[item.truth]
+                example = text_example(tokenizer, item.query, answer, f"{source}/{number}", max_tokens)
+            elif isinstance(item, TextPrompt):
+                example = text_example(tokenizer, "", item.text, f"{source}/{number}", max_tokens)
             elif isinstance(item, ChatPrompt):
                 messages = [*item.messages, {"role": "assistant", "content": item.solution}]
                 example = chat_example(tokenizer, messages, f"{source}/{number}", max_tokens, stop)
@@ -124,7 +138,9 @@ def _num_prompts(num_training: int, num_validation: int) -> int:
 
 
 def _key(prompt: Prompt) -> str:
-    return str(prompt.group) if isinstance(prompt, ScoringPrompt) else prompt.messages[-1]["content"]
+    if isinstance(prompt, ChatPrompt):
+        return prompt.messages[-1]["content"] if prompt.group is None else str(prompt.group)
+    return str(prompt.group)
 
 
 def _is_validation(key: str) -> bool:

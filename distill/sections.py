@@ -132,6 +132,21 @@ def label_example(tokenizer: Any, prompt: ScoringPrompt, name: str, max_tokens: 
     return Example(name, tuple(ids[:max_tokens]), tuple(sections[:max_tokens]))
 
 
+def text_example(tokenizer: Any, prompt: str, answer: str, name: str, max_tokens: int) -> Example | None:
+    """Return the example of a plain text: a prompt without a chat template, and the answer that follows it.
+
+    None if the prompt alone has at least `max_tokens` tokens. Without a prompt, the first token is the prompt.
+    """
+    ids, offsets = _with_offsets(tokenizer, prompt + answer, add_special_tokens=True)
+    is_prompt = [last <= len(prompt) for _, last in offsets]
+    if ids:
+        is_prompt[0] = True
+    if all(is_prompt[:max_tokens]):
+        return None
+    sections = [Section.PROMPT if one else Section.ANSWER for one in is_prompt]
+    return Example(name, tuple(ids[:max_tokens]), tuple(sections[:max_tokens]))
+
+
 def _render(tokenizer: Any, messages: Sequence[Mapping[str, str]], name: str) -> tuple[str, str]:
     """Return the prompt as a server renders it, and the reply with everything that the template adds after it."""
     reply = messages[-1]["content"]

@@ -52,7 +52,7 @@ class TracesSettings(Settings):
     url: str = setting(..., "Address of the served teacher, such as http://127.0.0.1:8000.")
     model: str | None = setting(None, "Name of the teacher at the server (default: the only model there).")
     workload: str = setting(
-        DEFAULT_TRAINING_WORKLOAD, "Workload that supplies and verifies the problems.", metavar="NAME|FILE.py"
+        DEFAULT_TRAINING_WORKLOAD, "Workload that supplies and verifies the problems.", metavar="NAME|FILE"
     )
     num_problems: int = setting(500, "Number of problems.", ge=1)
     num_tries: int = setting(4, "Maximum number of replies per problem; the first correct one is kept.", ge=1)

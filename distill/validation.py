@@ -23,7 +23,7 @@ from slimserve.distill.recipe import DistillRecipe
 from slimserve.distill.sections import Example, Section
 from slimserve.distill.student import OnlineTeacher, TeacherOutput
 from slimserve.distill.supervision import Supervision
-from slimserve.workloads import metrics
+from slimserve.workloads import intervals, metrics
 from slimserve.workloads.interface import Estimate
 
 NUM_SKIPPED_LABELS = 8
@@ -104,7 +104,7 @@ def make_evaluator(examples: Examples, max_tokens: int) -> Callable[[nn.Module],
 
     def evaluate(student: nn.Module) -> Mapping[str, float]:
         estimates = label_metrics(student, examples.validation, examples.labels, examples.groups, max_tokens)
-        return {name: estimates[name].value for name in ("auc", "within_user_auc")}
+        return {name: estimates[name].value for name in ("auc", "within_group_auc")}
 
     return evaluate
 
@@ -137,7 +137,7 @@ def label_scores(
 def label_metrics(
     model: Any, examples: Sequence[Example], labels: tuple[int, ...], groups: Sequence[int], max_tokens: int
 ) -> dict[str, Estimate]:
-    """Return the ranking metrics of the labels, such as pooled `auc` and `within_user_auc`, with intervals by user."""
+    """Return the ranking metrics of the labels, such as pooled `auc` and `within_group_auc`, with intervals by user."""
     scored = label_scores(model, examples, labels, max_tokens)
     data = metrics.ranking_metrics([truth for truth, _ in scored], [scores for _, scores in scored], groups)
-    return {name: metrics.estimate(one) for name, one in data.items()}
+    return {name: intervals.estimate(one) for name, one in data.items()}

@@ -10,10 +10,11 @@ from typing import Any
 import msgspec
 
 from slimserve.core.errors import UserError
+from slimserve.loadtest.choices import CHOICE_PATH, choice_body, choice_logprobs
 from slimserve.loadtest.http_client import Exchange, HttpClient
 from slimserve.loadtest.rows import Row
 from slimserve.loadtest.sse import read_stream
-from slimserve.workloads.interface import ChatPrompt, Prompt, ScoringPrompt, join_reply
+from slimserve.workloads.interface import ChatPrompt, ChoicePrompt, Prompt, ScoringPrompt, TextPrompt, join_reply
 
 _NUM_LOGPROBS = 5
 """Largest number that every OpenAI-compatible server accepts for completions."""
@@ -33,6 +34,8 @@ class PreparedRequest:
     labels: tuple[str, ...] = ()
     fixed_tokens: int = 0
     """Number of tokens of the answer, if the request fixes it; else 0."""
+    num_choices: int = 0
+    """Number of continuations whose log-probabilities are asked, for a ChoicePrompt; it counts as one item."""
 
 
 class ModelClient:
@@ -68,6 +71,16 @@ class ModelClient:
             fixed_tokens = prompt.max_tokens if exact_tokens else 0
             path = "/v1/chat/completions"
             return PreparedRequest(kind, number, path, msgspec.json.encode(body), fixed_tokens=fixed_tokens)
+        if isinstance(prompt, ChoicePrompt):
+            body = {"model": self._model, **choice_body(prompt)}
+            num_choices = len(prompt.choices)
+            return PreparedRequest(kind, number, CHOICE_PATH, msgspec.json.encode(body), 1, num_choices=num_choices)
+        if isinstance(prompt, TextPrompt):
+            body = {"prompt": prompt.text, **self._stream_options(prompt.num_tokens, exact_tokens)}
+            fixed_tokens = prompt.num_tokens if exact_tokens else 0
+            path = "/v1/completions"
+            return PreparedRequest(kind, number, path, msgspec.json.encode(body), fixed_tokens=fixed_tokens)
+        assert isinstance(prompt, ScoringPrompt)
         scoring = SCORING[self._endpoint]
         body = {
             "model": self._model,
@@ -113,8 +126,11 @@ class ModelClient:
             try:
                 answer = msgspec.json.decode(exchange.body)
                 usage = answer.get("usage") or {}
-                scores = tuple(SCORING[self._endpoint].scores(answer, request.labels))
-                if len(scores) != request.num_items:
+                if request.num_choices:
+                    scores = tuple(choice_logprobs(answer))
+                else:
+                    scores = tuple(SCORING[self._endpoint].scores(answer, request.labels))
+                if len(scores) != (request.num_choices or request.num_items):
                     error = "wrong number of scores"
                 elif not all(map(math.isfinite, scores)):
                     error = "label not among the log-probabilities"
@@ -136,11 +152,13 @@ class ModelClient:
         )
 
     def _chat_body(self, prompt: ChatPrompt, exact_tokens: bool) -> dict[str, Any]:
+        return {"messages": prompt.messages, **self._stream_options(prompt.max_tokens, exact_tokens)}
+
+    def _stream_options(self, max_tokens: int, exact_tokens: bool) -> dict[str, Any]:
         stream_options = {"include_usage": True} | ({"continuous_usage_stats": True} if self._counts_chunks else {})
         body = {
             "model": self._model,
-            "messages": prompt.messages,
-            "max_tokens": prompt.max_tokens,
+            "max_tokens": max_tokens,
             "temperature": 0,
             "stream": True,
             "stream_options": stream_options,

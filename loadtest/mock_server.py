@@ -21,6 +21,7 @@ import gc
 import heapq
 import itertools
 import json
+import math
 import os
 import select
 import socket
@@ -319,6 +320,7 @@ def _scores(num_items: int, num_labels: int) -> bytes:
     """Return one response that suits clients of /v1/score, /v1/rerank and vLLM's /generative_scoring."""
     answer = {
         "scores": [[SCORE] * num_labels] * num_items,
+        "logprobs": [[math.log(SCORE)] * num_labels] * num_items,
         "results": [{"index": index, "relevance_score": SCORE} for index in range(num_items)],
         "data": [{"index": index, "object": "score", "score": SCORE} for index in range(num_items)],
     }

@@ -197,6 +197,8 @@ def _quality(rows: Sequence[Row], prompts: Sequence[tuple[str, Prompt]]) -> tupl
     if len({row.kind for row in good}) != 1:
         return {}, None
     workload = load_workload(good[0].kind)
+    if not workload.evaluates_load:
+        return {}, None
     answers: list[Answer] = [row.scores if row.num_items else ChatAnswer(row.text, row.output_tokens) for row in good]
     metrics = evaluate(workload, [prompts[row.prompt][1] for row in good], answers)
     known = {name: metric for name, metric in metrics.items() if not math.isnan(metric.value)}

@@ -53,7 +53,7 @@ def write_report(comparison: Comparison, directory: Path) -> Path:
         invalid=list(_invalid_loads(comparison)),
         tables=[tables.overview(), *(tables.workload(workload) for workload in comparison.workloads)],
         plots=_plots(comparison, tables, directory),
-        details=[*tables.quality(), *tables.bottlenecks(), *tables.rank_agreement()],
+        details=[*tables.signals(), *tables.quality(), *tables.bottlenecks(), *tables.rank_agreement()],
         losses=_losses(comparison),
         variants=[Line(variant.name, _description(variant)) for variant in comparison.variants],
         settings=list(setting_lines({**asdict(comparison.preset), **asdict(comparison.requirements)})),
@@ -208,7 +208,10 @@ def _tradeoffs(comparison: Comparison, tables: Tables, workload: str) -> Iterato
     view, metric = load_workload(workload).view, comparison.workloads[workload]
     required_frac = 1 - comparison.requirements.max_quality_loss_frac
     base = comparison.variant(comparison.reference).quality.get(workload, {}).get(metric)
-    required = base.value * required_frac if base and base.value == base.value else None
+    signal = comparison.signals.get(workload)
+    required = None
+    if base and signal and base.value == base.value and signal.floor == signal.floor:
+        required = signal.floor + (base.value - signal.floor) * required_frac
     cost_label = f"{comparison.cost_unit} {words(view.cost)}"
     axes: tuple[tuple[str, str, str, Callable[[VariantResult], Spread | None]], ...] = (
         ("cost", cost_label, "Up and to the left", lambda one: one.costs.get(workload, {}).get(view.cost)),
@@ -233,7 +236,7 @@ def _tradeoffs(comparison: Comparison, tables: Tables, workload: str) -> Iterato
             points.append(plots.TradeoffPoint(number, label, quality, x, bool(dominated), is_winner))
         if points:
             hint = f"{better} is better. Bars: 95% interval, range over rounds. Ring: ship this. Hollow: dominated."
-            label = f"required: {required_frac:.0%} of {comparison.reference}"
+            label = f"required: {required_frac:.0%} of {comparison.reference} above chance"
             svg = plots.plot_tradeoff(points, x_label, view.quality_label, required, label)
             yield Plot(f"{workload.capitalize()}: quality against {against}", hint, svg)
 
@@ -246,7 +249,7 @@ def _recovery(comparison: Comparison, tables: Tables, workload: str) -> Iterator
             low, high = tables.kept_interval(variant, workload) or (None, None)
             recoveries.append(plots.Recovery(number, variant.name, decision.quality[workload].kept_frac, low, high))
     if recoveries:
-        label = f"{load_workload(workload).view.quality_label}, % of {comparison.reference}"
+        label = f"{load_workload(workload).view.quality_label}, % of {comparison.reference} above chance"
         svg = plots.plot_recovery(recoveries, label, 1 - comparison.requirements.max_quality_loss_frac)
         hint = "Further right is better. Bars are 95% intervals, paired prompt by prompt."
         yield Plot(f"{workload.capitalize()}: quality kept", hint, svg)

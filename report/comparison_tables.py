@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -57,8 +58,8 @@ class Tables:
         reference = self.comparison.reference
         return Table(
             "Variants",
-            f"Cost and quality relative to {reference}. In small type: the range over rounds of a speed, the 95% "
-            "interval of a quality.",
+            f"Cost and quality relative to {reference}. Quality kept is counted from chance, the value of a model that "
+            "knows nothing. In small type: the range over rounds of a speed, the 95% interval of a quality.",
             [
                 "variant",
                 f"cost, {reference} = 100%",
@@ -87,9 +88,12 @@ class Tables:
         metric = self.comparison.workloads[workload]
         difference = variant.differences.get(workload, {}).get(metric)
         base = self.comparison.variant(self.comparison.reference).quality.get(workload, {}).get(metric)
-        if difference is None or base is None or not base.value > 0:
+        signal = self.comparison.signals.get(workload)
+        if difference is None or base is None or signal is None or not abs(base.value - signal.floor) > 0:
             return None
-        return 1 + difference.low / base.value, 1 + difference.high / base.value
+        above = base.value - signal.floor
+        low, high = sorted((1 + difference.low / above, 1 + difference.high / above))
+        return low, high
 
     def _kept_cell(self, variant: VariantResult, workload: str) -> Cell:
         decision = self.decisions.get(variant.name)
@@ -164,6 +168,22 @@ class Tables:
             tables.append(Table(f"Quality: {title}", "", ["variant", *map(words, names)], self._rows(cells)))
         return tables
 
+    def signals(self) -> list[Table]:
+        """Return, per workload, what the reference reaches against chance and baselines without a language model."""
+        tables = []
+        for workload, signal in self.comparison.signals.items():
+            reference = self.comparison.variant(self.comparison.reference)
+            value = reference.quality.get(workload, {}).get(signal.metric)
+            can = "can" if signal.is_informative else "CANNOT"
+            chance: Cell = _UNKNOWN if math.isnan(signal.floor) else (plain_text(signal.floor), "")
+            cells = [("chance", "a model that knows nothing", chance)]
+            cells += [(words(name), "no language model", estimate_cell(one)) for name, one in signal.baselines.items()]
+            cells.append((reference.name, "the reference", estimate_cell(value)))
+            rows = [VariantRow(name, status, "", [cell]) for name, status, cell in cells]
+            note = f"This workload {can} compare these models: the reference's 95% interval must lie above chance."
+            tables.append(Table(f"Signal of {workload}", note, ["", words(signal.metric)], rows))
+        return tables
+
     def bottlenecks(self) -> list[Table]:
         """Return, per workload, the phase that limits each variant and the fraction of the roofline that it reaches."""
         return [
@@ -205,8 +225,10 @@ class Tables:
         parts = ["SHIP THIS"] if verdict.winner == variant.name else []
         if variant.name == self.comparison.reference:
             parts.append("the reference")
-        if not decision.keeps_quality:
-            parts.append("loses too much quality")
+        if variant.name != self.comparison.reference and verdict.uninformative:
+            parts.append("no verdict")
+        elif decision.ruling != "keeps":
+            parts.append("loses too much quality" if decision.ruling == "loses" else "quality undecided")
         if not decision.meets_slo:
             parts.append("misses objectives")
         if decision.dominated_by:

@@ -1,6 +1,7 @@
 """A fake vLLM server with fixed latencies; the model's name selects a fault.
 
-It streams one chunk per entry of CHUNKS, the first after TTFT_S and the others GAP_S apart, and scores every item 0.25.
+It streams one chunk per entry of CHUNKS, the first after TTFT_S and the others GAP_S apart, and scores every item
+0.25, items with the word "good" 0.75.
 It accepts vLLM's command line, so that an Engine can start it.
 """
 
@@ -58,7 +59,9 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path == "/v1/score":
             time.sleep(SCORE_S)
             num_items = len(body["items"]) - (body["model"] == "few-scores")
-            return self._answer(200, {"scores": [[0.25, 0.75]] * num_items, "usage": {"prompt_tokens": 100}})
+            pairs = [[0.75, 0.25] if "good" in item else [0.25, 0.75] for item in body["items"][:num_items]]
+            logprobs = [[-0.1 if "good" in label else -2.0 for label in body["labels"]]] * num_items
+            return self._answer(200, {"scores": pairs, "logprobs": logprobs, "usage": {"prompt_tokens": 100}})
         if self.path == "/v1/completions":
             listed = [{" yes": -1.0, " no": -2.0}] if body["model"] == "good" else [{" maybe": -1.0}]
             choices = [{"index": index, "logprobs": {"top_logprobs": listed}} for index in range(len(body["prompt"]))]

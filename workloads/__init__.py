@@ -1,13 +1,15 @@
 """Workloads: what is asked of a model, and how its answers are evaluated.
 
-A workload argument is a built-in name or the path of a Python file that assigns a `Workload` object to `WORKLOAD`. The
-built-in ones are the rows of the table below; a new one is one file and one row.
+A workload argument is a built-in name, the path of a TOML file that describes the user's data (workloads.kinds), or the
+path of a Python file that assigns a `Workload` object to `WORKLOAD`. The built-in ones are the rows of the table below;
+a new one is one file and one row.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+from functools import cache
 from pathlib import Path
 
 from slimserve.core.errors import UserError
@@ -22,6 +24,7 @@ _LOAD_ONLY = {"chat": "slimserve.workloads.chat"}
 """Modules of the workloads that can only generate load, because their data has no reference answers."""
 DEFAULT_TRAINING_WORKLOAD = "reasoning"
 """Workload that distillation uses if none is named."""
+_FILE_SUFFIXES = (".toml", ".py")
 _arguments: dict[str, str] = {}
 """File of each workload that was loaded from a file, by the workload's name."""
 
@@ -37,26 +40,40 @@ def load_suite_names() -> list[str]:
 
 
 def is_workload(argument: str) -> bool:
-    """Tell whether `load_workload` accepts the argument: a built-in name, a loaded workload or a Python file."""
-    return argument in _BUILT_IN or argument in _LOAD_ONLY or argument in _arguments or argument.endswith(".py")
+    """Tell whether `load_workload` accepts the argument: a built-in name, a loaded workload or a workload's file."""
+    is_known = argument in _BUILT_IN or argument in _LOAD_ONLY or argument in _arguments
+    return is_known or argument.endswith(_FILE_SUFFIXES)
 
 
 def load_workload(argument: str) -> Workload:
-    """Return the workload of a built-in name or of a Python file that assigns it to `WORKLOAD`.
+    """Return the workload of a built-in name, of a TOML file, or of a Python file that assigns it to `WORKLOAD`.
 
-    Naming a file runs its code. Afterwards the workload's own name is accepted as well. Raises UserError for an unknown
-    name and for a file without a workload.
+    Naming a Python file runs its code. Afterwards the workload's own name is accepted as well, for the same object.
+    Raises UserError for an unknown name and for a file without a workload.
     """
     module = (_BUILT_IN | _LOAD_ONLY).get(argument)
     if module is not None:
         return _object_in(vars(importlib.import_module(module)), argument)
-    file = Path(_arguments.get(argument, argument))
-    if file.suffix != ".py":
+    file = Path(_arguments.get(argument, argument)).resolve()
+    if file.suffix not in _FILE_SUFFIXES:
         choices = ", ".join(workload_names())
-        raise UserError("workload", argument, "is unknown", f"choose from {choices}, or give the path of a .py file")
-    workload = _object_in(_run(file), argument)
-    _arguments[workload.name] = str(file.resolve())
+        remedy = f"choose from {choices}, or give the path of a .toml or .py file"
+        raise UserError("workload", argument, "is unknown", remedy)
+    workload = _from_file(str(file))
+    if workload.name in _BUILT_IN or workload.name in _LOAD_ONLY:
+        raise UserError("workload", workload.name, "is the name of a built-in workload", "give yours another name")
+    _arguments[workload.name] = str(file)
     return workload
+
+
+@cache
+def _from_file(file: str) -> Workload:
+    """Return the workload of a file; the same object each time, so that its data is read once."""
+    if file.endswith(".toml"):
+        from slimserve.workloads.kinds import load_workload_file
+
+        return load_workload_file(Path(file))
+    return _object_in(_run(Path(file)), file)
 
 
 def workload_argument(name: str) -> str:

@@ -7,11 +7,13 @@ one file with a subclass of `Workload`; every other part of the project asks the
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
 from slimserve.core.errors import UserError
@@ -55,12 +57,104 @@ class ScoringPrompt:
     """Per item, whether the first label is the true one."""
     group: int
     """Number of the user; prompts of one group are not independent samples."""
+    gains: tuple[float, ...] = ()
+    """Grade of each item, 0 for irrelevant ones; without grades, 1 for each true first label."""
+
+    def __post_init__(self) -> None:
+        if not self.gains:
+            object.__setattr__(self, "gains", tuple(map(float, self.truth)))
 
     @property
     def solved(self) -> str:
         """The prompt with the true label after each item, one line each, as in the history."""
         answers = [self.labels[0] if true else self.labels[1] for true in self.truth]
         return self.query + "".join(f"{item}{answer}\n" for item, answer in zip(self.items, answers, strict=True))
+
+
+@dataclass(frozen=True)
+class ChoicePrompt:
+    """A text and the continuations among which the model chooses by their probability."""
+
+    query: str
+    choices: tuple[str, ...]
+    """Texts that may follow the query, each of any number of tokens."""
+    gains: tuple[float, ...]
+    """Grade of each choice; with one true choice, 1 for it and 0 for the others."""
+    group: int
+    """Number of the user or query; prompts of one group are not independent samples."""
+    is_normalized: bool = False
+    """Divide each log-probability by the choice's number of characters, so that long choices are not unlikely."""
+
+    @property
+    def truth(self) -> int:
+        """Number of the best choice."""
+        return max(range(len(self.gains)), key=lambda number: self.gains[number])
+
+    @property
+    def solved(self) -> str:
+        """The text with its best continuation."""
+        return self.query + self.choices[self.truth]
+
+    def probabilities(self, logprobs: Sequence[float]) -> tuple[float, ...]:
+        """Return the share of each choice in the probability of all, from their log-probabilities in nats."""
+        lengths = [max(1, len(choice)) if self.is_normalized else 1 for choice in self.choices]
+        values = [logprob / length for logprob, length in zip(logprobs, lengths, strict=True)]
+        largest = max(values)
+        weights = [math.exp(value - largest) for value in values]
+        return tuple(weight / sum(weights) for weight in weights)
+
+
+@dataclass(frozen=True)
+class TextPrompt:
+    """A text whose own tokens the model predicts."""
+
+    text: str
+    num_tokens: int
+    """Number of tokens that are read at most; under load, the largest number of tokens that continue it."""
+    group: int
+
+    @property
+    def solved(self) -> str:
+        """The text."""
+        return self.text
+
+
+@dataclass(frozen=True)
+class HarnessPrompt:
+    """A document of a task that lm-eval itself asks and evaluates."""
+
+    task: str
+    document: int
+    """Number of the document in the task."""
+    context: str
+    """Text of the document's first request."""
+    choices: tuple[str, ...]
+    """Continuations that are compared; empty if the model writes the answer."""
+    group: int
+
+    @property
+    def solved(self) -> str:
+        """The text of the first request; only the harness knows its answer."""
+        return self.context
+
+
+@dataclass(frozen=True)
+class SampleMetrics:
+    """The values of each metric for one document, as lm-eval computed them."""
+
+    values: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn."""
+
+    temperature: float = 0.0
+    """0 takes the most likely token."""
+    num_samples: int = 1
+
+
+GREEDY = Sampling()
 
 
 @dataclass(frozen=True)
@@ -75,6 +169,9 @@ class ChatPrompt:
     answer: str
     entry: dict[str, Any]
     """Data that the workload's own verifier needs."""
+    sampling: Sampling = GREEDY
+    group: int | None = None
+    """Number of the group, if prompts of one group are not independent samples."""
 
     @property
     def solution(self) -> str:
@@ -87,12 +184,33 @@ class ChatAnswer:
     """A model's reply to a ChatPrompt."""
 
     text: str
-    num_tokens: int
+    num_tokens: float
+    """Number of tokens of the text; with several samples their mean."""
+    further_texts: tuple[str, ...] = ()
+    """Further samples."""
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """All samples."""
+        return (self.text, *self.further_texts)
 
 
-Prompt = ScoringPrompt | ChatPrompt
-Answer = Sequence[float] | ChatAnswer
-"""For a ScoringPrompt one score in [0, 1] per item; for a ChatPrompt a ChatAnswer."""
+@dataclass(frozen=True)
+class TextReading:
+    """A model's log-probabilities of one text, from its second token on."""
+
+    tokens: tuple[int, ...]
+    """All tokens of the text, including the first."""
+    logprobs: tuple[float, ...]
+    """Log-probability of each token after the first, in nats."""
+    top: tuple[dict[int, float], ...]
+    """Log-probabilities of the most likely tokens at each of these positions, by token."""
+
+
+Prompt = ScoringPrompt | ChoicePrompt | ChatPrompt | TextPrompt | HarnessPrompt
+Answer = Sequence[float] | ChatAnswer | TextReading | SampleMetrics
+"""For a ScoringPrompt one score in [0, 1] per item; for a ChoicePrompt one log-probability in nats per choice; for a
+ChatPrompt a ChatAnswer; for a TextPrompt a TextReading; for a HarnessPrompt its SampleMetrics."""
 
 
 @dataclass(frozen=True)
@@ -117,9 +235,17 @@ class MetricData:
     """Number of samples, in the metric's own unit."""
     successes: tuple[bool, ...] | None = None
     """Success of each row, if the metric is the share of successes."""
+    values: tuple[float, ...] | None = None
+    """Value of each row, if the metric is their mean; rows with NaN are left out. Makes resampling fast."""
+    floor: float | None = None
+    """Value for a model that knows nothing, such as 0.5 for an AUC; None if there is no such value."""
+    ceiling: float | None = None
+    """Best possible value; None if there is none."""
+    higher_is_better: bool = True
 
     @property
     def value(self) -> float:
+        """The metric over all rows."""
         return self.statistic(list(range(len(self.groups))))
 
 
@@ -204,14 +330,19 @@ class Workload(ABC):
     name: ClassVar[str]
     primary_metric: ClassVar[str]
     """Metric that stands for quality in one number; higher is better."""
-    floor: ClassVar[float] = 0.0
-    """Value of the primary metric for a model that knows nothing."""
     launch_profile: ClassVar[LaunchProfile] = "balanced"
     preset_prompts: ClassVar[Mapping[str, int]] = {"quick": 64, "full": 256}
     """Number of quality prompts in each preset of a comparison."""
     load_users: ClassVar[int] = 8
     """Number of closed-loop users that measure the capacity of a server."""
     view: ClassVar[ReportView] = CHAT_VIEW
+    evaluates_load: ClassVar[bool] = True
+    """Whether answers under load can be evaluated, because load tests send the same prompts as quality."""
+
+    @property
+    def files(self) -> list[Path]:
+        """Files that define the workload; if one changes, what was built from the workload is out of date."""
+        return []
 
     @abstractmethod
     def make_prompts(self, split: Split, num_prompts: int, seed: int = 0) -> list[Prompt]:
@@ -220,6 +351,19 @@ class Workload(ABC):
     @abstractmethod
     def metric_data(self, prompts: Sequence[Prompt], answers: Sequence[Answer]) -> dict[str, MetricData]:
         """Return the quality metrics by name, for answers in the order of their prompts."""
+
+    def reference_metrics(
+        self,
+        prompts: Sequence[Prompt],
+        answers: Sequence[Answer],
+        reference: Sequence[Answer],  # noqa: ARG002
+    ) -> dict[str, MetricData]:
+        """Return the quality metrics, and those that compare the answers with a reference model's."""
+        return self.metric_data(prompts, answers)
+
+    def baselines(self, prompts: Sequence[Prompt]) -> dict[str, list[Answer]]:  # noqa: ARG002
+        """Return the answers of baselines that use no language model, by name, in the order of the prompts."""
+        return {}
 
     def is_correct(self, prompt: ChatPrompt, text: str) -> bool:
         """Verify a reply to one of this workload's chat prompts; scoring workloads have no correct replies."""
@@ -230,7 +374,11 @@ class Workload(ABC):
         numbers, sizes = random.Random(f"{self.name} {options.prompt_seed}"), _max_tokens_of(options)
         prompts = self.make_prompts("load", num_prompts, options.prompt_seed)
         return [
-            replace(prompt, max_tokens=sizes.draw(numbers)) if isinstance(prompt, ChatPrompt) else prompt
+            replace(prompt, max_tokens=sizes.draw(numbers))
+            if isinstance(prompt, ChatPrompt)
+            else replace(prompt, num_tokens=sizes.draw(numbers))
+            if isinstance(prompt, TextPrompt)
+            else prompt
             for prompt in prompts
         ]
 

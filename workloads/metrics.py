@@ -1,23 +1,24 @@
-"""Quality metrics with confidence intervals, and paired tests of two models over the same prompts.
+"""Quality metrics: definitions, and their data per prompt for intervals and paired tests (workloads.intervals).
 
-`estimate` gives a metric (`MetricData`) its 95% interval. `paired_samples` draws two models' metrics over the same
-groups of prompts, so that prompts that are difficult for both models cancel.
+Every metric states its floor, the value of a model that knows nothing, its ceiling and its direction. A floor follows
+from the data: that of an accuracy among k choices is 1/k, that of an NDCG is the mean over random orders.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from slimserve.workloads.interface import Answer, Estimate, MetricData, Prompt, Workload
+from slimserve.workloads.intervals import estimate
 
-_Metric = Callable[[Sequence[bool], Sequence[float]], float]
-_CONFIDENCE = 0.95
-_NUM_RESAMPLES = 400
-_NUM_PAIRED_RESAMPLES = 1000
-_NUM_POSTERIOR = 20_000
+_Metric = Callable[[Sequence[float], Sequence[float]], float]
+_NUM_BINS = 10
+_CUTOFF = 10
 
 
 def evaluate(workload: Workload, prompts: Sequence[Prompt], answers: Sequence[Answer]) -> dict[str, Estimate]:
@@ -25,147 +26,130 @@ def evaluate(workload: Workload, prompts: Sequence[Prompt], answers: Sequence[An
     return {name: estimate(metric) for name, metric in workload.metric_data(prompts, answers).items()}
 
 
-def estimate(metric: MetricData) -> Estimate:
-    """Return the metric with its 95% interval: Wilson's for a share of successes, else a bootstrap by group."""
-    if metric.successes is not None:
-        return proportion(sum(metric.successes), len(metric.successes))
-    return bootstrap_by_group(metric.statistic, metric.groups, metric.n)
-
-
 def ranking_metrics(
-    truths: Sequence[Sequence[bool]], scores: Sequence[Sequence[float]], users: Sequence[int]
+    grades: Sequence[Sequence[float]], scores: Sequence[Sequence[float]], groups: Sequence[int]
 ) -> dict[str, MetricData]:
-    """Return metrics of scored candidate lists: pooled AUC and calibration error, mean AUC and NDCG@10 per list."""
+    """Return metrics of scored candidate lists; an item is relevant if its grade is above 0.
 
-    def pooled(metric: _Metric) -> MetricData:
+    `auc`, `calibration_error` and `brier` pool the items of all lists; the last two take scores as probabilities of
+    being relevant. `within_group_auc`, `ndcg_at_10`, `map` and `mrr` are means over lists. A pooled AUC also rises if
+    some users like more items than others, which needs no ranking; the others rise by ranking alone.
+    """
+    relevant = [[float(grade > 0) for grade in row] for row in grades]
+    num_items = sum(map(len, grades))
+    base_rate = sum(map(sum, relevant)) / num_items if num_items else math.nan
+
+    def pooled(metric: _Metric, **facts: float | bool) -> MetricData:
         def statistic(rows: list[int]) -> float:
-            labels = [label for row in rows for label in truths[row]]
+            labels = [label for row in rows for label in relevant[row]]
             return metric(labels, [score for row in rows for score in scores[row]])
 
-        return MetricData(statistic, users, sum(map(len, truths)))
+        return MetricData(statistic, groups, num_items, **facts)  # type: ignore[arg-type]
 
-    def mean(metric: _Metric) -> MetricData:
+    def mean(
+        metric: _Metric, truths: Sequence[Sequence[float]], chance: Callable[[Sequence[float]], float]
+    ) -> MetricData:
         values = [metric(truth, given) for truth, given in zip(truths, scores, strict=True)]
-
-        def statistic(rows: list[int]) -> float:
-            known = [values[row] for row in rows if values[row] == values[row]]
-            return sum(known) / len(known) if known else float("nan")
-
-        return MetricData(statistic, users, sum(value == value for value in values))
+        floors = [chance(truth) for truth, value in zip(truths, values, strict=True) if not math.isnan(value)]
+        return mean_metric(values, groups, floor=_mean(floors), ceiling=1.0)
 
     return {
-        "auc": pooled(roc_auc),
-        "within_user_auc": mean(roc_auc),
-        "ndcg_at_10": mean(ndcg_at_10),
-        "calibration_error": pooled(calibration_error),
+        "auc": pooled(roc_auc, floor=0.5, ceiling=1.0),
+        "within_group_auc": mean(roc_auc, relevant, lambda _: 0.5),
+        "ndcg_at_10": mean(ndcg_at_10, grades, _chance_of_ndcg),
+        "map": mean(average_precision, relevant, _chance_of_average_precision),
+        "mrr": mean(reciprocal_rank, relevant, lambda row: reciprocal_rank(row, [0.0] * len(row))),
+        "calibration_error": pooled(calibration_error, ceiling=0.0, higher_is_better=False),
+        "brier": pooled(brier_score, floor=base_rate * (1 - base_rate), ceiling=0.0, higher_is_better=False),
     }
 
 
-def answer_metrics(correct: Sequence[bool], kinds: Sequence[str], num_tokens: Sequence[int]) -> dict[str, MetricData]:
-    """Return metrics of verified answers: `accuracy` over all and by kind, and mean `tokens_per_answer`."""
+def choice_metrics(
+    truths: Sequence[int], probabilities: Sequence[Sequence[float]], groups: Sequence[int]
+) -> dict[str, MetricData]:
+    """Return metrics of choices among labels: `accuracy`, `macro_f1` and `calibration_error` of the chosen label.
 
-    def share(rows_of_kind: Sequence[int]) -> MetricData:
-        outcomes = tuple(correct[row] for row in rows_of_kind)
-        return MetricData(
-            lambda rows: sum(outcomes[row] for row in rows) / len(rows), range(len(outcomes)), len(outcomes), outcomes
-        )
+    `truths[i]` is the number of the true label of row i, and `probabilities[i]` has one probability per label. Rows may
+    have different numbers of labels; a label is then known by its number.
+    """
+    chosen = [int(np.argmax(row)) for row in probabilities]
+    correct = [float(ours == truth) for ours, truth in zip(chosen, truths, strict=True)]
+    confidences = [float(max(row)) for row in probabilities]
+    chance = _mean([1 / len(row) for row in probabilities])
 
-    of_kind = {kind: [row for row, its in enumerate(kinds) if its == kind] for kind in dict.fromkeys(kinds)}
+    def f1(rows: list[int]) -> float:
+        return macro_f1([truths[row] for row in rows], [chosen[row] for row in rows])
+
+    def expected_calibration_error(rows: list[int]) -> float:
+        return calibration_error([correct[row] for row in rows], [confidences[row] for row in rows])
+
+    is_independent = len(set(groups)) == len(groups)
     return {
-        "accuracy": share(range(len(correct))),
-        **{f"accuracy_{kind}": share(rows) for kind, rows in of_kind.items()},
-        "tokens_per_answer": MetricData(
-            lambda rows: sum(num_tokens[row] for row in rows) / len(rows), range(len(num_tokens)), len(num_tokens)
+        "accuracy": MetricData(
+            lambda rows: sum(correct[row] for row in rows) / len(rows),
+            groups,
+            len(correct),
+            successes=tuple(map(bool, correct)) if is_independent else None,
+            values=tuple(correct),
+            floor=chance,
+            ceiling=1.0,
+        ),
+        "macro_f1": MetricData(f1, groups, len(correct), floor=_chance_of_macro_f1(truths, chance), ceiling=1.0),
+        "calibration_error": MetricData(
+            expected_calibration_error, groups, len(correct), ceiling=0.0, higher_is_better=False
         ),
     }
 
 
-def paired_samples(metric: MetricData, reference: MetricData, seed: int = 0) -> NDArray[np.float64]:
-    """Return both metrics `[resamples, 2]` over the same bootstrap draws of groups.
+def answer_metrics(
+    correct: Sequence[float],
+    kinds: Sequence[str],
+    num_tokens: Sequence[float],
+    *,
+    floor: float = 0.0,
+    groups: Sequence[int | None] = (),
+) -> dict[str, MetricData]:
+    """Return metrics of verified answers: `accuracy` over all and by kind, and mean `tokens_per_answer`.
 
-    Both must have the same rows in the same groups, as two models have that answered the same prompts; else ValueError.
-    Draws that leave one of them undefined are left out.
+    `correct[i]` is 0 or 1, or a share between them if several samples were drawn for prompt i. Rows without a group are
+    independent.
     """
-    if list(metric.groups) != list(reference.groups):
-        raise ValueError("paired metrics have different rows")
-    rows_of = _rows_of(metric.groups)
-    random = np.random.default_rng(seed)
-    samples = np.empty((_NUM_PAIRED_RESAMPLES, 2))
-    for index in range(_NUM_PAIRED_RESAMPLES):
-        drawn = random.choice(len(rows_of), size=len(rows_of))
-        rows = [row for group in drawn for row in rows_of[group]]
-        samples[index] = metric.statistic(rows), reference.statistic(rows)
-    return samples[~np.isnan(samples).any(axis=1)]
+    group_of = _independent(groups, len(correct))
+
+    def share(rows_of_kind: Sequence[int]) -> MetricData:
+        outcomes = [float(correct[row]) for row in rows_of_kind]
+        its_groups = [group_of[row] for row in rows_of_kind]
+        metric = mean_metric(outcomes, its_groups, floor=floor, ceiling=1.0)
+        is_proportion = set(outcomes) <= {0.0, 1.0} and len(set(its_groups)) == len(its_groups)
+        return replace(metric, successes=tuple(map(bool, outcomes))) if is_proportion else metric
+
+    of_kind = {kind: [row for row, its in enumerate(kinds) if its == kind] for kind in dict.fromkeys(kinds)}
+    return {
+        "accuracy": share(range(len(correct))),
+        **({f"accuracy_{kind}": share(rows) for kind, rows in of_kind.items()} if len(of_kind) > 1 else {}),
+        "tokens_per_answer": mean_metric(list(map(float, num_tokens)), group_of),
+    }
 
 
-def paired_difference(samples: NDArray[np.float64]) -> tuple[float, float, float]:
-    """Return the 95% interval of the first metric minus the second, and the two-sided p-value of no difference."""
-    if not len(samples):
-        return float("nan"), float("nan"), float("nan")
-    differences = samples[:, 0] - samples[:, 1]
-    tail = (1 - _CONFIDENCE) / 2
-    low, high = np.quantile(differences, [tail, 1 - tail])
-    # One is added to counts and draws, so that a finite number of draws never gives a p-value of 0.
-    below, above = (1 + np.sum(differences <= 0)), (1 + np.sum(differences >= 0))
-    return float(low), float(high), float(min(1.0, 2 * min(below, above) / (1 + len(differences))))
+def mean_metric(
+    values: Sequence[float], groups: Sequence[int], floor: float | None = None, ceiling: float | None = None
+) -> MetricData:
+    """Return a metric that is the mean of one value per row; rows with NaN are left out."""
+    known_values = list(values)
+
+    def statistic(rows: list[int]) -> float:
+        return _mean([known_values[row] for row in rows if not math.isnan(known_values[row])])
+
+    n = sum(not math.isnan(value) for value in known_values)
+    return MetricData(statistic, groups, n, values=tuple(known_values), floor=floor, ceiling=ceiling)
 
 
-def probability_kept(
-    metric: MetricData, reference: MetricData, samples: NDArray[np.float64], least_frac: float, seed: int = 0
-) -> float:
-    """Return the probability that `metric` is at least `least_frac` of `reference`.
-
-    It is the share of the paired bootstrap draws `samples` in which this holds. For shares of successes the draws come
-    from the posterior of the four kinds of pairs (Jeffreys' prior), because a bootstrap of a few discordant pairs looks
-    certain.
-    """
-    if metric.successes is not None and reference.successes is not None:
-        kinds = [(ours, theirs) for ours in (True, False) for theirs in (True, False)]
-        pairs = list(zip(metric.successes, reference.successes, strict=True))
-        shares = np.random.default_rng(seed).dirichlet([pairs.count(kind) + 0.5 for kind in kinds], _NUM_POSTERIOR)
-        samples = np.stack([shares[:, 0] + shares[:, 1], shares[:, 0] + shares[:, 2]], axis=1)
-    return float(np.mean(samples[:, 0] >= least_frac * samples[:, 1])) if len(samples) else float("nan")
+def _independent(groups: Sequence[int | None], count: int) -> list[int]:
+    """Return the group of each row, with a new group for each row that has none."""
+    return [-1 - row if group is None else group for row, group in enumerate(groups or [None] * count)]
 
 
-def mcnemar(successes: Sequence[bool], reference: Sequence[bool]) -> float:
-    """Return the exact two-sided p-value that both succeed equally often, from the discordant pairs (McNemar 1947)."""
-    from scipy.stats import binomtest
-
-    gained = sum(ours and not theirs for ours, theirs in zip(successes, reference, strict=True))
-    lost = sum(theirs and not ours for ours, theirs in zip(successes, reference, strict=True))
-    return float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
-
-
-def proportion(successes: int, n: int) -> Estimate:
-    """Return a share of successes with its Wilson score interval."""
-    from scipy.stats import binomtest
-
-    interval = binomtest(successes, n).proportion_ci(_CONFIDENCE, method="wilson")
-    return Estimate(successes / n, float(interval.low), float(interval.high), n)
-
-
-def bootstrap_by_group(
-    statistic: Callable[[list[int]], float], groups: Sequence[int], n: int, seed: int = 0
-) -> Estimate:
-    """Return `statistic` of all rows with a percentile bootstrap interval that resamples complete groups.
-
-    `groups[i]` is the group of row i, and `statistic` takes row numbers, which may repeat. Rows of one group are alike,
-    so resampling rows would give too narrow an interval. Resamples with an undefined statistic (NaN) are left out.
-    """
-    rows_of = _rows_of(groups)
-    random = np.random.default_rng(seed)
-    samples = []
-    for _ in range(_NUM_RESAMPLES):
-        drawn = random.choice(len(rows_of), size=len(rows_of))
-        samples.append(statistic([row for index in drawn for row in rows_of[index]]))
-    value = statistic(list(range(len(groups))))
-    tail = (1 - _CONFIDENCE) / 2
-    known = [sample for sample in samples if not np.isnan(sample)] or [value]
-    low, high = np.quantile(known, [tail, 1 - tail])
-    return Estimate(value, float(low), float(high), n)
-
-
-def roc_auc(truth: Sequence[bool], scores: Sequence[float]) -> float:
+def roc_auc(truth: Sequence[float], scores: Sequence[float]) -> float:
     """Return the area under the ROC curve, with ties counted half; NaN if only one class is present.
 
     It is computed from the sum of ranks (Mann and Whitney 1947), because a bootstrap needs it thousands of times.
@@ -176,25 +160,73 @@ def roc_auc(truth: Sequence[bool], scores: Sequence[float]) -> float:
     num_positive = int(positive.sum())
     num_negative = len(positive) - num_positive
     if not num_positive or not num_negative:
-        return float("nan")
+        return math.nan
     rank_sum = float(rankdata(scores)[positive].sum())
     return (rank_sum - num_positive * (num_positive + 1) / 2) / (num_positive * num_negative)
 
 
-def ndcg_at_10(truth: Sequence[bool], scores: Sequence[float]) -> float:
-    """Return the normalized discounted cumulative gain of the ten best-scored items; NaN if no item is relevant."""
+def ndcg_at_10(grades: Sequence[float], scores: Sequence[float]) -> float:
+    """Return the normalized discounted cumulative gain of the ten best-scored items; NaN if no item is relevant.
+
+    Gains are the grades themselves, as in trec_eval; items of one score share the mean of their gains.
+    """
     from sklearn.metrics import ndcg_score
 
-    if not any(truth):
-        return float("nan")
-    return float(ndcg_score([list(map(float, truth))], [list(scores)], k=10))
+    if not any(grades):
+        return math.nan
+    if len(grades) == 1:
+        return 1.0
+    return float(ndcg_score([list(grades)], [list(scores)], k=_CUTOFF))
 
 
-def calibration_error(truth: Sequence[bool], scores: Sequence[float], num_bins: int = 10) -> float:
+def average_precision(truth: Sequence[float], scores: Sequence[float]) -> float:
+    """Return the mean precision at the ranks of the relevant items; NaN if no item is relevant.
+
+    Items of one score count as one step of the precision-recall curve, as in scikit-learn.
+    """
+    from sklearn.metrics import average_precision_score
+
+    return float(average_precision_score(list(truth), list(scores))) if any(truth) else math.nan
+
+
+def reciprocal_rank(truth: Sequence[float], scores: Sequence[float]) -> float:
+    """Return one over the rank of the best-ranked relevant item; NaN if no item is relevant.
+
+    Items of one score are in random order, and the result is the mean over these orders.
+    """
+    relevant, given = np.asarray(truth, dtype=bool), np.asarray(scores, dtype=np.float64)
+    if not relevant.any():
+        return math.nan
+    best = given[relevant].max()
+    above, tied = int(np.sum(given > best)), int(np.sum(given == best))
+    num_relevant = int(np.sum(relevant & (given == best)))
+    orders = math.comb(tied, num_relevant)
+    return sum(
+        math.comb(tied - place, num_relevant - 1) / orders / (above + place)
+        for place in range(1, tied - num_relevant + 2)
+    )
+
+
+def macro_f1(truths: Sequence[int], chosen: Sequence[int]) -> float:
+    """Return the F1 score of each label that is true or chosen at least once, as a mean over labels."""
+    ours, theirs = np.asarray(chosen), np.asarray(truths)
+    scores = []
+    for label in np.union1d(ours, theirs):
+        num_both = float(np.sum((ours == label) & (theirs == label)))
+        scores.append(2 * num_both / float(np.sum(ours == label) + np.sum(theirs == label)))
+    return _mean(scores)
+
+
+def brier_score(truth: Sequence[float], scores: Sequence[float]) -> float:
+    """Return the mean squared difference between the predicted probability and the outcome (Brier 1950)."""
+    return float(np.mean((np.asarray(truth, dtype=np.float64) - np.asarray(scores, dtype=np.float64)) ** 2))
+
+
+def calibration_error(truth: Sequence[float], scores: Sequence[float], num_bins: int = _NUM_BINS) -> float:
     """Return the expected calibration error over equal-width bins (Guo et al. 2017, section 2)."""
     labels: NDArray[np.float64] = np.asarray(truth, dtype=np.float64)
     predicted = np.asarray(scores, dtype=np.float64)
-    bins = np.minimum((predicted * num_bins).astype(int), num_bins - 1)
+    bins = np.clip((predicted * num_bins).astype(int), 0, num_bins - 1)
     gaps = [
         np.sum(bins == index) * abs(np.mean(labels[bins == index]) - np.mean(predicted[bins == index]))
         for index in np.unique(bins)
@@ -202,8 +234,23 @@ def calibration_error(truth: Sequence[bool], scores: Sequence[float], num_bins: 
     return float(np.sum(gaps) / len(labels))
 
 
-def _rows_of(groups: Sequence[int]) -> list[list[int]]:
-    rows_of: dict[int, list[int]] = {}
-    for row, group in enumerate(groups):
-        rows_of.setdefault(group, []).append(row)
-    return list(rows_of.values())
+def _chance_of_ndcg(grades: Sequence[float]) -> float:
+    """Return the mean NDCG over all orders: every rank has the mean gain."""
+    return ndcg_at_10(grades, [0.0] * len(grades)) if len(grades) > 1 else 1.0
+
+
+def _chance_of_average_precision(truth: Sequence[float]) -> float:
+    """Return the mean average precision over all orders of R relevant among N items (Bestgen 2015)."""
+    n, num_relevant = len(truth), int(sum(truth))
+    harmonic = sum(1 / rank for rank in range(1, n + 1))
+    return (harmonic + (num_relevant - 1) / (n - 1) * (n - harmonic)) / n if n > 1 else 1.0
+
+
+def _chance_of_macro_f1(truths: Sequence[int], chance: float) -> float:
+    """Return about the macro F1 of uniform guesses among labels that are as frequent as in `truths`."""
+    shares = np.unique(np.asarray(truths), return_counts=True)[1] / max(1, len(truths))
+    return _mean([2 * share * chance / (share + chance) for share in shares])
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if len(values) else math.nan

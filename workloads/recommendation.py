@@ -28,6 +28,7 @@ from typing import ClassVar, cast
 
 from slimserve.core.errors import UserError
 from slimserve.workloads import metrics
+from slimserve.workloads.baselines import ranking_baselines
 from slimserve.workloads.interface import (
     SCORING_VIEW,
     Answer,
@@ -75,7 +76,6 @@ class Recommendation(Workload):
 
     name: ClassVar[str] = "recommendation"
     primary_metric: ClassVar[str] = "auc"
-    floor: ClassVar[float] = 0.5
     launch_profile: ClassVar[LaunchProfile] = "prefill"
     preset_prompts: ClassVar[Mapping[str, int]] = {"quick": 48, "full": 128}
     view: ClassVar[ReportView] = SCORING_VIEW
@@ -98,12 +98,19 @@ class Recommendation(Workload):
     def metric_data(self, prompts: Sequence[Prompt], answers: Sequence[Answer]) -> dict[str, MetricData]:
         """Return pooled and within-user AUC, NDCG@10 and calibration error, grouped by user.
 
-        Pooled AUC also rises because some users say yes more often than others. `within_user_auc` is the mean over
+        Pooled AUC also rises because some users say yes more often than others. `within_group_auc` is the mean over
         candidate lists, which only ranking can raise.
         """
         lists = cast("Sequence[ScoringPrompt]", prompts)
         scores = cast("Sequence[Sequence[float]]", answers)
-        return metrics.ranking_metrics([one.truth for one in lists], scores, [one.group for one in lists])
+        return metrics.ranking_metrics([one.gains for one in lists], scores, [one.group for one in lists])
+
+    def baselines(self, prompts: Sequence[Prompt]) -> dict[str, list[Answer]]:
+        """Return the share of "yes" in the history, the popularity of the items in the calibration split, and both."""
+        ratings = load_ratings(self.data or movielens_directory())
+        known = [one for user, rows in ratings.items() if split_of(user) == "calibration" for one in rows]
+        training = [(f"{rating.title}:", rating.liked) for rating in known]
+        return ranking_baselines(cast("Sequence[ScoringPrompt]", prompts), training, [])
 
     def load_prompts(self, options: LoadOptions, num_prompts: int) -> list[Prompt]:
         """Return candidate lists with histories and candidates of drawn lengths; a repeat visit reuses a history."""

@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import Any
 
 from slimserve.workloads import load_workload, workload_names
-from slimserve.workloads.interface import MetricData, Prompt, ScoringPrompt
+from slimserve.workloads.interface import ChatPrompt, MetricData, Prompt, ScoringPrompt, TextReading
 
 _PROMPTS_DRAWN = 400
 _BLOCK = 64
@@ -25,18 +25,6 @@ _BLOCK = 64
 _LEAST_MASS = 1e-6
 """Smallest mass of the bucket of all other tokens in the second distribution, since rounded log-probabilities may leave
 none; a larger one only lowers the bound."""
-
-
-@dataclass(frozen=True)
-class TextReading:
-    """A model's log-probabilities of one document, from its second token on."""
-
-    tokens: tuple[int, ...]
-    """All tokens of the document, including the first."""
-    logprobs: tuple[float, ...]
-    """Log-probability of each token after the first, in nats."""
-    top: tuple[dict[int, float], ...]
-    """Log-probabilities of the most likely tokens at each of these positions, by token."""
 
 
 def make_documents(num_documents: int, num_characters: int, seed: int = 0) -> list[str]:
@@ -56,36 +44,52 @@ def make_documents(num_documents: int, num_characters: int, seed: int = 0) -> li
 
 
 def text_metrics(
-    readings: Sequence[TextReading], reference: Sequence[TextReading] | None = None
+    readings: Sequence[TextReading], reference: Sequence[TextReading] | None = None, groups: Sequence[int] = ()
 ) -> dict[str, MetricData]:
-    """Return `perplexity`, and with a reference's readings `kl_nats` per token and `top1_agreement` with it."""
+    """Return `perplexity` and `top1_accuracy`, the share of tokens that the model held most likely.
+
+    With a reference's readings also `kl_nats` per token and `top1_agreement` with it. `groups` are the groups of the
+    texts; without them, blocks of 64 tokens are the independent samples.
+    """
     blocks = [
         (number, range(begin, min(begin + _BLOCK, len(reading.logprobs))))
         for number, reading in enumerate(readings)
         for begin in range(0, len(reading.logprobs), _BLOCK)
     ]
     counts = [len(places) for _, places in blocks]
+    group_of = [groups[number] for number, _ in blocks] if groups else range(len(blocks))
 
-    def mean_of(values: Sequence[Sequence[float]], is_exponent: bool = False) -> MetricData:
+    def mean_of(values: Sequence[Sequence[float]], is_exponent: bool = False, **facts: Any) -> MetricData:
         sums = [math.fsum(values[number][place] for place in places) for number, places in blocks]
 
         def statistic(rows: list[int]) -> float:
             mean = math.fsum(sums[row] for row in rows) / sum(counts[row] for row in rows)
             return math.exp(mean) if is_exponent else mean
 
-        return MetricData(statistic, range(len(blocks)), sum(counts))
+        return MetricData(statistic, group_of, sum(counts), **facts)
 
-    results = {"perplexity": mean_of([[-value for value in reading.logprobs] for reading in readings], True)}
+    losses = [[-value for value in reading.logprobs] for reading in readings]
+    hits = [
+        [float(_likeliest(top) == token) for token, top in zip(reading.tokens[1:], reading.top, strict=True)]
+        for reading in readings
+    ]
+    results = {
+        "perplexity": mean_of(losses, True, ceiling=1.0, higher_is_better=False),
+        "top1_accuracy": mean_of(hits, floor=0.0, ceiling=1.0),
+    }
     if reference is not None:
         pairs = list(zip(reference, readings, strict=True))
         results["kl_nats"] = mean_of(
-            [[coarse_kl(*tops) for tops in zip(ours.top, theirs.top, strict=True)] for ours, theirs in pairs]
+            [[coarse_kl(*tops) for tops in zip(ours.top, theirs.top, strict=True)] for ours, theirs in pairs],
+            ceiling=0.0,
+            higher_is_better=False,
         )
         results["top1_agreement"] = mean_of(
             [
                 [float(_likeliest(a) == _likeliest(b)) for a, b in zip(ours.top, theirs.top, strict=True)]
                 for ours, theirs in pairs
-            ]
+            ],
+            ceiling=1.0,
         )
     return results
 
@@ -116,6 +120,6 @@ def _likeliest(top: Mapping[int, float]) -> int:
 
 def _solved(prompt: Prompt) -> str:
     """Return a prompt with its true answer, without the worked examples before it."""
-    if isinstance(prompt, ScoringPrompt):
-        return prompt.solved
+    if not isinstance(prompt, ChatPrompt):
+        return prompt.solved if isinstance(prompt, ScoringPrompt) else f"{prompt.solved}\n\n"
     return f"{prompt.messages[-1]['content']}\n{prompt.solution}\n\n"

@@ -1,4 +1,4 @@
-"""Requests of any workload: `--suite` names a built-in one or a Python file that defines it."""
+"""Requests of any workload: `--suite` names a built-in one or a file that defines it."""
 
 from slimserve.loadtest.user import SuiteUser, register
 

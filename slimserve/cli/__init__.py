@@ -26,6 +26,7 @@ _COMMANDS = {
     "inspect": _Entry("compress", "Show the steps, sizes, errors and kernels of a variant."),
     "check": _Entry("compress", "Check that transformers and vLLM load a variant and compute the same logits."),
     "serve": _Entry("serve", "Serve one model, or several variants behind one address, on vLLM."),
+    "workload": _Entry("workload", "Check a file that describes your own data as a workload."),
     "loadtest": _Entry("loadtest", "Load a running server through Locust and report latency and throughput."),
     "compare": _Entry("compare", "Build, serve, evaluate and load variants, and report which one to ship."),
     "pipeline": _Entry("pipeline", "Distill and compress a model in steps, then compare the results."),

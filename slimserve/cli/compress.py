@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated
 
 import typer
@@ -31,7 +32,10 @@ def compress(
         return
     if model is None:
         raise UserError("MODEL", "", "is missing", "write: slimserve compress MODEL --recipe NAME")
-    name, recipe = load_recipe(settings.recipe, settings.changes)
+    changes = settings.changes
+    if settings.workload is not None:
+        changes = (f"calibration.source={json.dumps(str(settings.workload))}", *changes)
+    name, recipe = load_recipe(settings.recipe, changes)
     from slimserve.compress.build import build_variant
     from slimserve.core.model import resolve_model
 

@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 def loadtest(
     suite: Annotated[
         str,
-        typer.Argument(metavar="SUITE", help="recommendation, reasoning, mixed, chat, or a .py file of a workload."),
+        typer.Argument(metavar="SUITE", help="recommendation, reasoning, mixed, chat, or the TOML file of a workload."),
     ],
     settings: LoadtestOptions,
 ) -> None:
     """Load a running OpenAI-compatible server through Locust and report latency, throughput and objectives.
 
     VLLM_API_KEY is sent as the key. Start each worker of --master N on its machine with the suite's locustfile:
-    `locust -f loadtest/suites/SUITE.py --worker --master-host HOST` (workload.py for a .py file).
+    `locust -f loadtest/suites/SUITE.py --worker --master-host HOST` (workload.py for a workload's file).
     """
     from slimserve.core.openai_client import find_target
     from slimserve.loadtest.rates import find_rate, sweep_rates

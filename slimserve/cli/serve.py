@@ -50,6 +50,14 @@ def serve(
             "--tune", help="Measure a few launch settings first and keep the fastest.", rich_help_panel="Models"
         ),
     ] = False,
+    workload: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|FILE.toml",
+            help="Workload whose kind of traffic the launch is tuned for; sets --profile.",
+            rich_help_panel="Models",
+        ),
+    ] = None,
     explain: Annotated[
         bool, typer.Option("--explain", help="Print each launch choice with its reason, and exit.")
     ] = False,
@@ -63,6 +71,10 @@ def serve(
     from slimserve.serve.launch.config import load_serve_config
     from slimserve.serve.launch.process import check_port_is_free
 
+    if workload is not None:
+        from slimserve.workloads import load_workload
+
+        settings["profile"] = load_workload(workload).launch_profile
     resolved = load_serve_config(models or [], config, alias or [], vllm_args=context.args, **settings)
     check_port_is_free(resolved.host, resolved.port)
     plans = plan_launches(resolved, probe_hardware(), tune)

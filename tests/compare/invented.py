@@ -6,7 +6,16 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from slimserve.compare.results import Comparison, LoadRun, Preset, QualityOutcome, Requirements, Round, VariantResult
+from slimserve.compare.results import (
+    Comparison,
+    LoadRun,
+    Preset,
+    QualityOutcome,
+    Requirements,
+    Round,
+    Signal,
+    VariantResult,
+)
 from slimserve.loadtest.summary import LoadSummary, ObjectiveResult, percentiles, summarize
 from slimserve.workloads.interface import Estimate
 
@@ -52,10 +61,11 @@ def comparison(variants: Sequence[VariantResult], slos: Mapping[str, tuple[str, 
         requirements=Requirements(slos=dict({"recommendation": (SLO,)} if slos is None else slos)),
         started="2026-01-01T00:00:00+00:00",
         reference=variants[0].name,
+        signals={"recommendation": Signal("auc", 0.5, is_informative=True)},
         slo_rates={"recommendation": RATE},
         variants=list(variants),
     )
 
 
-def kept(frac: float, probability: float, tolerance: float = 0.03) -> dict[str, QualityOutcome]:
-    return {"recommendation": QualityOutcome("auc", frac, frac >= 1 - tolerance, probability)}
+def kept(frac: float, probability: float, prompts_needed: int | None = 400) -> dict[str, QualityOutcome]:
+    return {"recommendation": QualityOutcome("auc", frac, probability, 80, prompts_needed)}

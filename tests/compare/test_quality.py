@@ -8,10 +8,9 @@ from slimserve.compare.quality import Answers, ask_quality, ask_text, quality_me
 from slimserve.core.errors import UserError
 from slimserve.core.openai_client import Target
 from slimserve.serve.launch.process import free_port
-from slimserve.workloads import load_workload, metrics
-from slimserve.workloads.interface import ChatAnswer
+from slimserve.workloads import intervals, load_workload, metrics
+from slimserve.workloads.interface import ChatAnswer, TextReading
 from slimserve.workloads.reasoning import Reasoning
-from slimserve.workloads.text import TextReading
 
 
 def test_scores_come_back_in_the_order_of_the_items(fake_url: str) -> None:
@@ -41,7 +40,7 @@ def test_metrics_equal_the_workloads_own(workload: str) -> None:
     ]
     results = quality_metrics(workload, 12, 0, Answers("", list(kept)))
     expected = metrics.evaluate(load_workload(workload), prompts, kept)
-    assert {name: metrics.estimate(metric) for name, metric in results.items()} == expected
+    assert {name: intervals.estimate(metric) for name, metric in results.items()} == expected
 
 
 def test_raw_answers_are_kept_and_read_back(tmp_path: Path) -> None:

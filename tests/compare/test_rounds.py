@@ -5,6 +5,7 @@ A fake backend has an invented speed. Quality is really measured on the mock ser
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 
 from slimserve.compare.backend import Backend, ServedVariant
+from slimserve.compare.quality import read_answers
 from slimserve.compare.results import Comparison, Preset, VariantResult, load_comparison
 from slimserve.compare.run import compare as run_comparison
 from slimserve.compare.settings import CompareSettings, Endpoint, ExistingModel
@@ -23,7 +25,7 @@ from slimserve.core.openai_client import Target
 from slimserve.loadtest.rows import Row, encode_row
 from slimserve.loadtest.settings import LoadSettings
 from slimserve.loadtest.summary import LoadSummary, summarize
-from slimserve.workloads import metrics
+from slimserve.workloads import intervals
 
 PRESET = Preset(
     {"recommendation": 4},
@@ -114,7 +116,7 @@ class FakeBackend(Backend):
 @pytest.fixture
 def machine(fake_url: str, monkeypatch: pytest.MonkeyPatch) -> FakeMachine:
     for name in ("_NUM_RESAMPLES", "_NUM_PAIRED_RESAMPLES"):  # intervals have tests of their own and take time
-        monkeypatch.setattr(metrics, name, 20)
+        monkeypatch.setattr(intervals, name, 20)
     return FakeMachine(fake_url)
 
 
@@ -145,7 +147,7 @@ def test_rounds_alternate_their_order_and_rates_are_the_references(
     assert len(set(seeds["dense"])) == 5
     assert comparison.slo_rates == {"recommendation": 2.0}
     assert comparison.verdict is not None
-    assert comparison.verdict.winner == "w8a8"
+    assert comparison.verdict.uninformative == ["recommendation"], "the mock server gives all items one score"
     w8a8 = comparison.variant("w8a8")
     assert w8a8.costs["recommendation"]["per_million_items"].median == pytest.approx(1e6 / (8 * 16))
     agreement = w8a8.rank_agreement["recommendation"]
@@ -179,7 +181,8 @@ def test_a_finished_comparison_is_only_reported_again(
     assert capsys.readouterr().err.count("measured earlier, reused") == 6
     assert first.verdict is not None
     assert stricter.verdict is not None
-    assert (first.verdict.winner, stricter.verdict.winner) == ("w8a8", None)
+    assert [one.meets_slo for one in first.verdict.decisions] == [True] * 3
+    assert [one.meets_slo for one in stricter.verdict.decisions] == [False] * 3
 
 
 def test_only_a_changed_variant_is_measured_again(machine: FakeMachine, compare: Compare, tmp_path: Path) -> None:
@@ -250,7 +253,8 @@ def test_a_baseline_within_its_limits_passes(machine: FakeMachine, compare: Comp
     after = compare(tmp_path / "after", baseline={"path": tmp_path / "before"})
     assert after.baseline is not None
     assert after.baseline.passed
-    assert {loss.kind for loss in after.baseline.losses} == {"quality", "goodput"}
+    assert {loss.kind for loss in after.baseline.losses} == {"goodput"}
+    assert any("at its floor" in note for note in after.baseline.notes)
 
 
 def test_a_baseline_of_other_prompts_is_rejected(machine: FakeMachine, compare: Compare, tmp_path: Path) -> None:
@@ -276,3 +280,54 @@ def test_a_finished_model_is_a_row_and_the_first_one_the_reference_without_dense
     assert comparison.reference == "nf4"
     assert [variant.name for variant in comparison.variants] == ["nf4", "small"]
     assert {name for name, *_ in machine.loads()} == {"nf4", "w8a8"}
+
+
+@pytest.fixture
+def own_workload(tmp_path: Path) -> str:
+    """Return a workload file of 120 lists with a relevant item that the mock server scores best."""
+    rows = [
+        {"query": f"q{number}\n", "items": ["bad", "good", "poor"], "grades": [0, 1, 0], "part": "test"}
+        for number in range(120)
+    ]
+    (tmp_path / "lists.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file = tmp_path / "lists.toml"
+    file.write_text('kind = "rank"\ndata = "lists.jsonl"\nsplit = "part"\nprompts = { quick = 40, full = 120 }\n')
+    return str(file)
+
+
+def own_preset(**changes: Any) -> Preset:
+    return replace(PRESET, quality_prompts={"lists": 100}, users={"lists": 2}, num_texts=0, num_rounds=1, **changes)
+
+
+def test_a_users_own_workload_names_a_winner(compare: Compare, own_workload: str, tmp_path: Path) -> None:
+    comparison = compare(tmp_path / "out", workloads=(own_workload,), preset=own_preset())
+    verdict = comparison.verdict
+    assert verdict is not None
+    assert comparison.signals["lists"].is_informative
+    assert comparison.signals["lists"].floor == 0.5
+    assert (verdict.winner, verdict.uninformative) == ("w8a8", [])
+    outcome = verdict.decisions[1].quality["lists"]
+    assert (outcome.kept_frac, outcome.num_prompts) == (1.0, 100)
+
+
+def test_asking_stops_as_soon_as_a_variant_is_decided(compare: Compare, own_workload: str, tmp_path: Path) -> None:
+    preset = own_preset(looks=(0.1, 0.5, 1.0))
+    comparison = compare(tmp_path / "out", workloads=(own_workload,), preset=preset)
+    asked = {name: len(read_answers(tmp_path / "out" / name / "quality" / "lists.jsonl").answers) for name in RECIPES}
+    assert asked == {"dense": 100, "w8a8": 10, "nf4": 10}
+    assert comparison.verdict is not None
+    assert comparison.verdict.winner == "w8a8"
+    again = compare(tmp_path / "out", workloads=(own_workload,), preset=preset)
+    assert again.verdict == comparison.verdict
+
+
+def test_a_killed_sequential_run_asks_only_the_missing_prompts(
+    machine: FakeMachine, compare: Compare, own_workload: str, tmp_path: Path
+) -> None:
+    preset = own_preset(looks=(0.1, 1.0))
+    compare(tmp_path / "out", workloads=(own_workload,), preset=preset)
+    file = tmp_path / "out" / "dense" / "quality" / "lists.jsonl"
+    complete = file.read_text()
+    file.write_text("\n".join(complete.splitlines()[:31]) + "\n")
+    compare(tmp_path / "out", workloads=(own_workload,), preset=preset)
+    assert file.read_text() == complete

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from slimserve.compare.results import VariantResult, Verdict, load_comparison
+from slimserve.compare.results import Signal, VariantResult, Verdict, load_comparison
 from slimserve.compare.verdict import confidence_words, make_verdict
 from slimserve.workloads.interface import Estimate
 from tests.compare.invented import comparison, kept, variant
@@ -27,15 +27,16 @@ def test_the_cheapest_that_keeps_quality_and_objectives_wins() -> None:
     w8a8 = variant("w8a8", [100.0, 104.0], AUC)
     pruned = variant("prune25", [200.0, 208.0], WORSE)
     verdict = make_verdict(
-        comparison([dense(), w8a8, pruned]), {"dense": kept(1, 1), "w8a8": kept(0.99, 0.86), "prune25": kept(0.8, 0.0)}
+        comparison([dense(), w8a8, pruned]), {"dense": kept(1, 1), "w8a8": kept(0.99, 0.96), "prune25": kept(0.8, 0.0)}
     )
     assert verdict.winner == "w8a8"
-    assert (verdict.confidence, verdict.confidence_words) == (0.86, "high")
+    assert verdict.confidence == pytest.approx(0.92)  # two variants were tried: 1 - 2 * 0.04
+    assert verdict.confidence_words == "high"
     costs = {one.name: one.cost_ratio for one in verdict.decisions}
     assert costs["w8a8"] is not None
     assert costs["w8a8"].median == 0.5
     reasons = {one.name: one.reason for one in verdict.decisions}
-    assert reasons["prune25"].startswith("keeps only 80.0% of dense's recommendation AUC; 97% is required")
+    assert reasons["prune25"].startswith("keeps only 80.0% of dense's recommendation AUC above chance; 97% is required")
     assert reasons["w8a8"] == "keeps quality and meets the objectives at 50% (50% to 50% over 2 rounds) of dense's cost"
     assert verdict.sentences[0].startswith("Ship w8a8: a unit of work costs 50%")
     assert "2 of 2 rounds" in verdict.sentences[1]
@@ -58,12 +59,46 @@ def test_a_rate_far_beyond_capacity_is_a_missed_objective() -> None:
     assert decision_names(verdict, "dominated_by")["nf4"] == ["dense"]
 
 
-def test_where_the_reference_wins_doubt_is_that_a_cheaper_one_was_turned_down() -> None:
+def test_an_undecided_variant_is_not_shipped_and_the_number_of_prompts_is_said() -> None:
     close = variant("w8a8", [100.0, 104.0], AUC)
     verdict = make_verdict(comparison([dense(), close]), {"dense": kept(1, 1), "w8a8": kept(0.96, 0.3)})
     assert verdict.winner == "dense"
     assert verdict.confidence == pytest.approx(0.7)
-    assert any("w8a8 would be cheaper" in sentence and "is only 70%" in sentence for sentence in verdict.sentences)
+    assert verdict.decisions[1].ruling == "undecided"
+    assert "no cheaper variant surely keeps quality" in verdict.sentences[0]
+    assert any(
+        "w8a8 would be cheaper" in sentence and "If it loses nothing, about 320 more prompts" in sentence
+        for sentence in verdict.sentences
+    )
+
+
+@pytest.mark.parametrize("value", [Estimate(0.52, 0.48, 0.56, 80), Estimate(math.nan, math.nan, math.nan, 0)])
+def test_a_reference_at_chance_gives_no_verdict(value: Estimate) -> None:
+    made = comparison([variant("dense", [50.0, 52.0], value), variant("w8a8", [100.0, 104.0], AUC)])
+    made.signals = {"recommendation": Signal("auc", 0.5, is_informative=False)}
+    verdict = make_verdict(made, {"dense": kept(1, 1), "w8a8": kept(1.1, 1)})
+    assert (verdict.winner, verdict.uninformative) == (None, ["recommendation"])
+    assert verdict.sentences[0] == "No verdict: recommendation cannot compare these models."
+
+
+def test_a_baseline_that_does_as_well_as_the_reference_is_said_first() -> None:
+    made = comparison([dense(), variant("w8a8", [100.0, 104.0], AUC)])
+    baselines = {"history_share": Estimate(0.76, 0.7, 0.8, 80), "item_popularity": Estimate(0.7, 0.6, 0.8, 80)}
+    made.signals = {"recommendation": Signal("auc", 0.5, True, baselines, ["history_share"])}
+    verdict = make_verdict(made, {"dense": kept(1, 1), "w8a8": kept(1, 1)})
+    assert verdict.sentences[0] == (
+        "On recommendation, history share alone, without a language model, does at least as well as dense: AUC 0.760 "
+        "against 0.750."
+    )
+    assert verdict.winner == "w8a8"
+
+
+def test_with_looks_the_error_rate_of_the_look_decides() -> None:
+    made = comparison([dense(), variant("w8a8", [100.0, 104.0], AUC)])
+    made.preset = replace(made.preset, quality_prompts={"recommendation": 800}, looks=(0.1, 0.5, 1.0))
+    for probability, ruling in ((0.98, "undecided"), (0.991, "keeps"), (0.005, "loses")):
+        outcome = kept(1, probability)  # 80 of 800 prompts: the first look, which may spend 0.1 * 0.1
+        assert make_verdict(made, {"dense": kept(1, 1), "w8a8": outcome}).decisions[1].ruling == ruling
 
 
 def test_the_reference_wins_where_nothing_is_cheaper() -> None:

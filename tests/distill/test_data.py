@@ -30,7 +30,7 @@ def test_reasoning_examples_have_all_sections_and_end_with_the_stop_token(tokeni
 def test_users_in_validation_are_not_in_training(tokenizer: Any, smollm2: Path) -> None:
     examples = load_examples(tokenizer, smollm2, "recommendation", 10_000, 10_000, 2048, 0)
     prompts = load_workload("recommendation").make_prompts("calibration", 10_000)
-    users = {prompt.group for prompt in prompts}  # type: ignore[union-attr]
+    users = {prompt.group for prompt in prompts}
     assert set(examples.groups) < users
     assert len(examples.training) + len(examples.validation) == len(prompts)
     assert 0.03 < len(examples.validation) / len(prompts) < 0.2

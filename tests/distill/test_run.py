@@ -127,7 +127,7 @@ def test_recommendation_is_validated_on_its_labels(tiny_student: Path, tmp_path:
     recipe = make_recipe(data=data, loss={"kd_weight": 0.0}, supervision={"sections": "answer"})
     target = distill(str(tiny_student), None, recipe, tmp_path / "out")
     history = json.loads((target / "slimserve.json").read_text())["steps"][0]["detail"]["validation"]
-    assert all(0 < row["auc"] < 1 and 0 < row["within_user_auc"] < 1 for row in history)
+    assert all(0 < row["auc"] < 1 and 0 < row["within_group_auc"] < 1 for row in history)
 
 
 def test_the_command_makes_a_student_and_reports_errors_in_one_line(

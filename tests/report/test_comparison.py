@@ -20,6 +20,7 @@ from slimserve.compare.results import (
     QualityOutcome,
     Requirements,
     Round,
+    Signal,
     VariantResult,
     load_comparison,
     spread,
@@ -50,9 +51,10 @@ def invented_comparison(
         preset=Preset(
             {"recommendation": 128, "reasoning": 128}, {"recommendation": 4, "reasoning": 8}, DURATION_S, WARMUP_S
         ),
-        requirements=Requirements(0.03, {name: SLOS[name] for name in workloads}),
+        requirements=Requirements(slos={name: SLOS[name] for name in workloads}),
         started="2026-01-01T00:00:00+00:00",
         reference="dense",
+        signals={name: Signal(metric, 0.0, is_informative=True) for name, metric in primary_metrics.items()},
         slo_rates=rates,
         elapsed_s=1234.0,
     )
@@ -94,7 +96,7 @@ def invented_comparison(
                     )
                 }
             quality[recipe][workload] = QualityOutcome(
-                primary_metric, kept, kept >= 0.97, min(1.0, max(0.0, (kept - 0.94) / 0.05))
+                primary_metric, kept, min(1.0, max(0.0, (kept - 0.94) / 0.05)), 128, 900
             )
             summary = one.capacity[workload].summary
             variant.bottlenecks[workload] = Bottleneck(
@@ -184,11 +186,12 @@ def test_winner_and_dominated_variants_are_named_in_words(comparison: Comparison
 def test_every_variant_has_a_row_with_a_cell_for_every_heading(comparison: Comparison, tmp_path: Path) -> None:
     page = write_report(comparison, tmp_path).read_text()
     tables = re.findall(r'<table class="cards wide">(.*?)</table>', page, flags=re.DOTALL)
-    assert len(tables) == 8  # overview, two workloads, their quality, their bottlenecks, the rank agreement
+    # Overview; two workloads, their signals, their quality and their bottlenecks; the rank agreement.
+    assert len(tables) == 10
     for table in tables:
         num_headings = table.count('scope="col"')
         rows = re.findall(r'<tr class="[a-z]*">(.*?)</tr>', table, flags=re.DOTALL)
-        assert len(rows) in (len(RECIPES), len(RECIPES) - 1)
+        assert len(rows) in (len(RECIPES), len(RECIPES) - 1) or ("chance" in rows[0] and len(rows) == 2)
         assert all(row.count("<td") == num_headings - 1 for row in rows)
 
 

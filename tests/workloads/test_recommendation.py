@@ -89,13 +89,13 @@ def test_perfect_useless_and_reversed_scores_have_the_expected_metrics() -> None
     prompts = candidate_lists(workload, "quality", 40)
     perfect = [[float(label) for label in prompt.truth] for prompt in prompts]
     results = evaluate(workload, prompts, perfect)
-    assert results["auc"].value == results["within_user_auc"].value == 1.0
+    assert results["auc"].value == results["within_group_auc"].value == 1.0
     assert results["ndcg_at_10"].value == pytest.approx(1.0)
     assert results["calibration_error"].value == pytest.approx(0.0)
     assert results["auc"].n == 40 * 16
     assert evaluate(workload, prompts, [[0.5] * 16] * 40)["auc"].value == 0.5
     reversed_scores = [[1 - score for score in row] for row in perfect]
-    assert evaluate(workload, prompts, reversed_scores)["within_user_auc"].value == 0.0
+    assert evaluate(workload, prompts, reversed_scores)["within_group_auc"].value == 0.0
 
 
 def test_the_share_of_liked_items_per_list_raises_only_the_pooled_auc() -> None:
@@ -104,7 +104,7 @@ def test_the_share_of_liked_items_per_list_raises_only_the_pooled_auc() -> None:
     base_rate = [[sum(prompt.truth) / len(prompt.truth)] * len(prompt.truth) for prompt in prompts]
     results = evaluate(workload, prompts, base_rate)
     assert results["auc"].value > 0.6
-    assert results["within_user_auc"].value == 0.5
+    assert results["within_group_auc"].value == 0.5
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from slimserve.workloads.text import TextReading, coarse_kl, make_documents, text_metrics
+from slimserve.workloads.interface import TextReading
+from slimserve.workloads.text import coarse_kl, make_documents, text_metrics
 
 
 def listed(shares: NDArray[np.float64], count: int) -> dict[int, float]:
@@ -52,7 +53,8 @@ def test_text_metrics_equal_those_computed_by_hand() -> None:
     assert results["top1_agreement"].value == 0
     assert results["perplexity"].n == 70
     assert len(results["perplexity"].groups) == 2
-    assert set(text_metrics([reading(q, tokens)])) == {"perplexity"}
+    assert set(text_metrics([reading(q, tokens)])) == {"perplexity", "top1_accuracy"}
+    assert results["top1_accuracy"].value == 0
 
 
 def test_documents_are_long_enough_distinct_and_alternate_in_kind() -> None:

@@ -1,0 +1,248 @@
+"""`kind = "rank"`: items of a query in the order of their relevance.
+
+A row is a query with its items and grades, or a query with one item and its grade; rows of the second form with one
+query make one list. `qrels` reads judged documents as TREC and BEIR write them instead. The score of an item is the
+probability of a label after it, or the probability of the item's text itself (`scoring = "likelihood"`).
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import random
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal, cast
+
+from pydantic import Field
+
+from slimserve.core.errors import UserError
+from slimserve.workloads import metrics
+from slimserve.workloads.baselines import ranking_baselines
+from slimserve.workloads.interface import (
+    SCORING_VIEW,
+    Answer,
+    ChoicePrompt,
+    LaunchProfile,
+    MetricData,
+    Prompt,
+    ReportView,
+    ScoringPrompt,
+    hash_number,
+)
+from slimserve.workloads.kinds.base import (
+    FileSpec,
+    FileWorkload,
+    UnusableRowError,
+    column,
+    fill,
+    number_of,
+    text_column,
+)
+from slimserve.workloads.kinds.rows import Row, Table, Unusable, read_file
+
+METRICS = ("within_group_auc", "auc", "ndcg_at_10", "map", "mrr", "brier")
+
+
+class RankSpec(FileSpec):
+    """Keys of a workload file with `kind = "rank"`."""
+
+    kind: Literal["rank"]
+    query: str = Field("{query}", description="Template of the text before every item, with columns in braces.")
+    item: str = Field("{item}", description="Template of an item's text; `{item}` is the item itself.")
+    items: str = Field("items", description="Column of a row's items: a list of texts or of objects.")
+    grades: str = Field("grades", description="Column of the items' grades: numbers, relevant above `relevant_above`.")
+    grade: str = Field("grade", description="Column of the grade, if each row has one item.")
+    relevant_above: float = Field(0.0, description="Grades above this are relevant; 0.5 suits soft labels.")
+    scoring: Literal["labels", "likelihood"] = Field(
+        "labels", description="Score an item by a label's probability after it, or by the likelihood of its own text."
+    )
+    labels: list[str] = Field(
+        [" yes", " no"], min_length=2, max_length=2, description="Labels; the score is the first one's probability."
+    )
+    qrels: str | None = Field(None, description="Judgements as TREC or BEIR write them, in place of `data`.")
+    queries: str | None = Field(None, description="Queries of the judgements: JSONL or TSV with an id and a text.")
+    corpus: str | None = Field(None, description="Documents of the judgements: JSONL or TSV with an id and a text.")
+    num_negatives: int = Field(0, ge=0, description="Number of random documents that are added to each judged list.")
+
+
+class Rank(FileWorkload):
+    """Candidate lists with grades."""
+
+    spec: ClassVar[RankSpec]
+    default_metric: ClassVar[str] = "within_group_auc"
+    default_profile: ClassVar[LaunchProfile] = "prefill"
+    metric_names: ClassVar[tuple[str, ...]] = METRICS
+    view: ClassVar[ReportView] = SCORING_VIEW
+
+    def read_rows(self) -> Table:
+        """Return one row per list: read from `qrels`, or from `data` with single items joined by their query."""
+        if self.spec.qrels is not None:
+            return _judged_lists(self.spec, self.folder)
+        table = super().read_rows()
+        single = [row for row in table.rows if self.spec.items not in row.values and self.spec.grade in row.values]
+        if single:
+            table.rows = [row for row in table.rows if row not in single] + list(self._joined(single, table))
+        return table
+
+    def further_files(self) -> list[str]:
+        """Return the files of judged documents."""
+        return [name for name in (self.spec.qrels, self.spec.queries, self.spec.corpus) if name]
+
+    def make_prompt(self, row: Row, group: int) -> Prompt:
+        """Return the list of a row; UnusableRowError names what is wrong with it."""
+        items = _list_in(row, self.spec.items)
+        grades = tuple(number_of(grade, self.spec.grades) for grade in _list_in(row, self.spec.grades))
+        if len(items) != len(grades):
+            raise UnusableRowError(f"has {len(items)} items and {len(grades)} grades")
+        if not items:
+            raise UnusableRowError("has no items")
+        query, texts = fill(self.spec.query, row), tuple(self._item_text(row, item) for item in items)
+        if self.spec.scoring == "likelihood":
+            if len(set(texts)) < len(texts):
+                raise UnusableRowError("has the same item twice")
+            return ChoicePrompt(query, texts, tuple(self._above(grade) for grade in grades), group)
+        truth = tuple(grade > self.spec.relevant_above for grade in grades)
+        gains = tuple(self._above(grade) for grade in grades)
+        return ScoringPrompt(query, texts, tuple(self.spec.labels), truth, group, gains)
+
+    def question(self, prompt: Prompt) -> str:
+        """Return the query with its items."""
+        one = cast("ScoringPrompt | ChoicePrompt", prompt)
+        return "\n".join((one.query, *(one.items if isinstance(one, ScoringPrompt) else one.choices)))
+
+    def metric_data(self, prompts: Sequence[Prompt], answers: Sequence[Answer]) -> dict[str, MetricData]:
+        """Return the ranking metrics, grouped by user or query."""
+        lists = cast("Sequence[ScoringPrompt | ChoicePrompt]", prompts)
+        given = cast("Sequence[Sequence[float]]", answers)
+        scores = [
+            row if isinstance(prompt, ScoringPrompt) else prompt.probabilities(row)
+            for prompt, row in zip(lists, given, strict=True)
+        ]
+        return metrics.ranking_metrics([one.gains for one in lists], scores, [one.group for one in lists])
+
+    def baselines(self, prompts: Sequence[Prompt]) -> dict[str, list[Answer]]:
+        """Return baselines from the query's own labels and from the items' popularity in the calibration split."""
+        lists = [one for one in prompts if isinstance(one, ScoringPrompt)]
+        if len(lists) < len(prompts):
+            return {}
+        known = cast("list[ScoringPrompt]", self.splits.rows["calibration"])
+        training = [pair for one in known for pair in zip(one.items, one.truth, strict=True)]
+        groups = [one.group for one in known for _ in one.items]
+        return ranking_baselines(lists, training, groups)
+
+    def _above(self, grade: float) -> float:
+        """Return the gain of a grade: 0 if it is not relevant."""
+        return grade if grade > self.spec.relevant_above else 0.0
+
+    def _item_text(self, row: Row, item: Any) -> str:
+        if isinstance(item, dict):
+            return fill(self.spec.item, Row(row.place, {**row.values, **item}))
+        if isinstance(item, bool) or not isinstance(item, (str, int, float)):
+            raise UnusableRowError(f"has an item that is a {type(item).__name__}, not a text")
+        return fill(self.spec.item, row, {"item": str(item)})
+
+    def _joined(self, rows: Sequence[Row], table: Table) -> Iterator[Row]:
+        """Yield one row for all rows with the same query and group."""
+        lists: dict[tuple[str, str], list[Row]] = defaultdict(list)
+        for row in rows:
+            try:
+                key = fill(self.spec.query, row), text_column(row, self.spec.group) if self.spec.group else ""
+            except UnusableRowError as error:
+                table.unusable.append(Unusable(row.place, str(error)))
+                continue
+            lists[key].append(row)
+        for members in lists.values():
+            first = members[0]
+            values = {
+                **first.values,
+                self.spec.items: [dict(row.values) for row in members],
+                self.spec.grades: [row.values[self.spec.grade] for row in members],
+            }
+            yield Row(first.place, values)
+
+
+def _list_in(row: Row, name: str) -> list[Any]:
+    """Return the list in a column; a text is read as JSON, as CSV has no lists."""
+    value = column(row, name)
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise UnusableRowError(f"has no list in the column {name} ({error})") from error
+    if not isinstance(value, (list, tuple)):
+        raise UnusableRowError(f"has no list in the column {name}")
+    return list(value)
+
+
+def _judged_lists(spec: RankSpec, folder: Path) -> Table:
+    """Return one row per query with its judged documents, and random documents that nobody judged as negatives."""
+    if spec.queries is None or spec.corpus is None or spec.qrels is None:
+        raise UserError("qrels", spec.qrels, "needs `queries` and `corpus` beside it", "name the files with the texts")
+    queries, corpus = (_texts_by_id(folder / name) for name in (spec.queries, spec.corpus))
+    documents = list(corpus)
+    judged: dict[str, dict[str, float]] = defaultdict(dict)
+    table = Table()
+    first_places: dict[str, str] = {}
+    for place, query, document, grade in _judgements(folder / spec.qrels, table):
+        if query not in queries or document not in corpus:
+            missing = f"query {query!r}" if query not in queries else f"document {document!r}"
+            table.unusable.append(Unusable(place, f"names the {missing}, which has no text"))
+            continue
+        judged[query][document] = grade
+        first_places.setdefault(query, place)
+    for query, grades in judged.items():
+        draw = random.Random(hash_number(query))
+        others = draw.sample(documents, min(len(documents), spec.num_negatives + len(grades)))
+        chosen = [*grades, *[one for one in others if one not in grades][: spec.num_negatives]]
+        draw.shuffle(chosen)
+        values = {
+            "query_id": query,
+            "query": queries[query],
+            spec.items: [corpus[document] for document in chosen],
+            spec.grades: [grades.get(document, 0.0) for document in chosen],
+        }
+        table.rows.append(Row(first_places[query], values))
+    return table
+
+
+def _judgements(file: Path, table: Table) -> Iterator[tuple[str, str, str, float]]:
+    """Yield place, query id, document id and grade of TREC (four columns) or BEIR judgements (three, with a header)."""
+    try:
+        lines = file.read_bytes().decode("utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError("qrels", file, f"cannot be read ({error})", "give a TREC or BEIR file in UTF-8") from error
+    for number, line in enumerate(lines, start=1):
+        parts = line.split()
+        if not parts or (number == 1 and parts[-1] in {"score", "rel", "relevance"}):
+            continue
+        place = f"{file.name}:{number}"
+        try:
+            grade = float(parts[-1])
+        except ValueError:
+            grade = math.nan
+        if len(parts) not in {3, 4} or not math.isfinite(grade):
+            table.unusable.append(Unusable(place, "is not `query document grade` or `query 0 document grade`"))
+        else:
+            yield place, parts[0], parts[-2], grade
+
+
+def _texts_by_id(file: Path) -> dict[str, str]:
+    """Return texts by id: JSONL with `_id` or `id`, `text` and an optional `title`, or a TSV of id and text."""
+    if file.suffix.lower() == ".jsonl":
+        table = read_file(file)
+        found = {}
+        for row in table.rows:
+            identifier = row.values.get("_id", row.values.get("id"))
+            text = " ".join(str(row.values[name]) for name in ("title", "text") if row.values.get(name))
+            if identifier is not None and text:
+                found[str(identifier)] = text
+        return found
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as lines:
+            rows = list(csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError("queries or corpus", file, f"cannot be read ({error})", "give a JSONL or TSV file") from error
+    return {row[0]: row[1] for row in rows if len(row) > 1}
