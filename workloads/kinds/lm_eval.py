@@ -6,6 +6,8 @@ Its other prompts serve the other uses: requests of the evaluation documents mak
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
 from collections.abc import Sequence
 from functools import cached_property
@@ -16,6 +18,7 @@ from pydantic import Field
 
 from slimserve.core.errors import UserError
 from slimserve.core.openai_client import Target
+from slimserve.core.storage import cache_dir, sha256_of_files, write_atomically
 from slimserve.workloads.harness import run_harness
 from slimserve.workloads.interface import (
     CHAT_VIEW,
@@ -75,8 +78,21 @@ class LmEval(FileWorkload):
 
     @cached_property
     def description(self) -> dict[str, Any]:
-        """The task's documents and metrics, as the harness lists them."""
-        return run_harness(self._job())
+        """The task's documents and metrics, as the harness lists them.
+
+        They are kept in the cache, because listing takes seconds and the load generator cannot start child processes.
+        """
+        content = [sha256_of_files([file]) for file in self.files if file.is_file()]
+        if self.further_files():  # the YAML file names its data files in its own folder
+            task = self.folder / self.spec.task
+            text = task.read_text(encoding="utf-8")
+            named = [file for file in sorted(task.parent.iterdir()) if file.is_file() and file.name in text]
+            content += [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in named]
+        key = hashlib.sha256(json.dumps([self._job(), content]).encode()).hexdigest()
+        file = cache_dir("harness") / f"{key[:24]}.json"
+        if not file.is_file():
+            write_atomically(file, json.dumps(run_harness(self._job())))
+        return cast("dict[str, Any]", json.loads(file.read_text(encoding="utf-8")))
 
     def _job(self) -> dict[str, Any]:
         spec, task = self.spec, self.spec.task
