@@ -89,7 +89,7 @@ def _lengths(tokenizer: Any, prompts: Sequence[Prompt]) -> TokenLengths:
     counts = sorted(
         float(len(tokenizer(_rendered(prompt, tokenizer))["input_ids"])) for prompt in prompts[:_NUM_TOKENIZED]
     )
-    return TokenLengths(percentile(counts, 50), percentile(counts, 90), counts[-1], len(counts))
+    return TokenLengths(percentile(counts, 0.5), percentile(counts, 0.9), max(counts), len(counts))
 
 
 def _rendered(prompt: Prompt, tokenizer: Any) -> str:

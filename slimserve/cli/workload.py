@@ -12,7 +12,11 @@ from slimserve.core.errors import UserError
 if TYPE_CHECKING:
     from slimserve.workloads.check import WorkloadReport
 
-app = typer.Typer(help="Check a workload file: a TOML file that describes your own data.", no_args_is_help=True)
+app = typer.Typer(
+    help="Check a workload file: a TOML file that describes your own data.",
+    no_args_is_help=True,
+    add_completion=False,
+)
 _NUM_SHOWN = 5
 
 
