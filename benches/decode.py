@@ -22,7 +22,8 @@ none of them. The goals:
 | `w8a8_decode8_over_guide_ratio` | at least 1.6 |
 
 Quality is the KL divergence from the dense model on held-out tokens, for both W8A8 variants. The last line of output is
-one JSON object. The benchmark takes about 25 minutes on 2 cores; `--quick` runs one round with few tokens.
+one JSON object. The benchmark takes about 25 minutes on 2 cores; `--quick` runs one round with few tokens and
+little calibration data.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from pathlib import Path
 
 from benches.heldout import packed_tokens
 from benches.peers.llama_bench import build_llama_bench, run_llama_bench
-from benches.served import MODEL, built, guide_spec, median, our_spec, served, stock_spec
+from benches.served import MODEL, QUICK_BUILD, built, guide_spec, median, our_spec, served, stock_spec
 from slimserve.compress.reference import divergences
 from slimserve.core.hardware import probe_hardware
 from slimserve.core.model import builtin_file, resolve_model
@@ -58,16 +59,23 @@ class Sizes:
     output_tokens: int
     prefill_tokens: int
     num_held_out: int
+    build_settings: tuple[str, ...] = ()
 
 
 FULL = Sizes(num_rounds=3, num_repeats=3, output_tokens=128, prefill_tokens=512, num_held_out=8)
-QUICK = Sizes(num_rounds=1, num_repeats=1, output_tokens=8, prefill_tokens=512, num_held_out=1)
+QUICK = Sizes(
+    num_rounds=1, num_repeats=1, output_tokens=8, prefill_tokens=512, num_held_out=1, build_settings=QUICK_BUILD
+)
 
 
 def main() -> None:
     sizes = QUICK if "--quick" in sys.argv[1:] else FULL
     dense = resolve_model(MODEL)
-    variants = {"dense": dense, "w8a8": built("w8a8"), "w8a8_int8head": built("w8a8", "quantize.head=int8")}
+    variants = {
+        "dense": dense,
+        "w8a8": built("w8a8", *sizes.build_settings),
+        "w8a8_int8head": built("w8a8", "quantize.head=int8", *sizes.build_settings),
+    }
     llama_bench = build_llama_bench()
     servers: dict[str, Callable[[Path], EngineSpec]] = {"stock": stock_spec, "guide": guide_spec}
     for name, directory in variants.items():

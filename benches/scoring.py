@@ -21,7 +21,7 @@ relative to `stock`, and `…_over_guide_ratio` to `guide`. The goals:
 
 `w8a8_prefill_efficiency` is the time of a plain prefill of the same number of tokens, divided by the scoring time. The
 last line of output is one JSON object. The benchmark takes about 20 minutes on 2 cores; `--quick` runs one round with
-short prompts.
+short prompts and little calibration data.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from benches.served import MODEL, ScoringLoad, built, guide_spec, median, our_spec, served, stock_spec
+from benches.served import MODEL, QUICK_BUILD, ScoringLoad, built, guide_spec, median, our_spec, served, stock_spec
 from slimserve.core.model import resolve_model
 from slimserve.core.progress import print_status
 from slimserve.core.provenance import bench_line
@@ -56,6 +56,7 @@ class Sizes:
     concurrent_load: ScoringLoad
     concurrencies: tuple[int, ...]
     requests_per_user: int
+    build_settings: tuple[str, ...] = ()
 
 
 FULL = Sizes(
@@ -75,6 +76,7 @@ QUICK = Sizes(
     concurrent_load=ScoringLoad(32, 2),
     concurrencies=(1,),
     requests_per_user=1,
+    build_settings=QUICK_BUILD,
 )
 
 
@@ -96,8 +98,8 @@ def main() -> None:
         Side("stock", dense, stock_spec, STOCK_PATH),
         Side("guide", dense, guide_spec, STOCK_PATH),
         Side("dense", dense),
-        Side("w8a8", built("w8a8")),
-        Side("pruned_w8a8", built("prune25-w8a8", PRUNED)),
+        Side("w8a8", built("w8a8", *sizes.build_settings)),
+        Side("pruned_w8a8", built("prune25-w8a8", PRUNED, *sizes.build_settings)),
     ]
     metrics: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:

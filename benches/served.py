@@ -22,6 +22,8 @@ from slimserve.serve.launch.plan import Choice, LaunchPlan, TrafficProfile, plan
 from slimserve.serve.launch.process import STOCK_COMMAND, EngineSpec, free_port
 
 MODEL = "smollm2-135m-instruct"
+QUICK_BUILD = ("calibration.num_samples=2", "calibration.sequence_length=128")
+"""Settings of `built` for `--quick`: a build takes a minute, and the variant has the same shapes but less quality."""
 _SERVED_NAME = "model"
 _TOKEN_IDS = range(100, 49_000)
 _LABELS = (1000, 2000)
