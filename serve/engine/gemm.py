@@ -2,7 +2,7 @@
 
 vLLM 0.32 has a packed AMX kernel, which it uses for weights up to 1 MiB, and oneDNN for larger ones. With two threads
 oneDNN runs layers with fewer than about 1,024 outputs at half speed if a step has 500 to 1,300 tokens. The packed
-kernel does not (docs/log.md). vLLM loads `register` as a general plugin into each of its processes.
+kernel does not (docs/log.md).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 from slimserve.serve.policy.engine_environment import PACKED_GEMM_VARIABLE
 
 
-def register() -> None:
+def register_gemm() -> None:
     """Use the packed kernel for narrow layers if the environment variable sets the number of outputs below which."""
     max_outputs = int(os.environ.get(PACKED_GEMM_VARIABLE, "0"))
     if not max_outputs:

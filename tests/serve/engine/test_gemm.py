@@ -6,7 +6,7 @@ import pytest
 import torch
 from vllm.model_executor.layers import utils
 
-from slimserve.serve.engine.gemm import register
+from slimserve.serve.engine.gemm import register_gemm
 from slimserve.serve.policy.engine_environment import PACKED_GEMM_VARIABLE
 
 Chooser = Callable[[int, int, torch.dtype], bool]
@@ -24,7 +24,7 @@ def before(monkeypatch: pytest.MonkeyPatch) -> Chooser:
 def test_narrow_bf16_layers_of_any_size_get_the_packed_kernel(before: Chooser, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(PACKED_GEMM_VARIABLE, "1024")
     assert not before(576, 1536, torch.bfloat16), "vLLM has changed its rule; serve/engine/gemm.py is no longer needed"
-    register()
+    register_gemm()
     assert utils.check_cpu_sgl_kernel(576, 1536, torch.bfloat16)
     assert utils.check_cpu_sgl_kernel(1008, 8192, torch.bfloat16)
     for n, k, dtype in (
@@ -40,9 +40,9 @@ def test_narrow_bf16_layers_of_any_size_get_the_packed_kernel(before: Chooser, m
 
 def test_nothing_changes_without_the_setting_or_without_amx(before: Chooser, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(PACKED_GEMM_VARIABLE, raising=False)
-    register()
+    register_gemm()
     assert utils.check_cpu_sgl_kernel is before
     monkeypatch.setenv(PACKED_GEMM_VARIABLE, "1024")
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    register()
+    register_gemm()
     assert not utils.check_cpu_sgl_kernel(576, 1536, torch.bfloat16)

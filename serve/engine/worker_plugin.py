@@ -1,0 +1,12 @@
+"""vLLM's general plugin: vLLM calls `register` in each of its processes before it builds the model."""
+
+from __future__ import annotations
+
+
+def register() -> None:
+    """Apply our changes to vLLM: the matrix product for narrow layers, and correct log-probabilities in mixed steps."""
+    from slimserve.serve.engine.gemm import register_gemm
+    from slimserve.serve.engine.logprobs import register as register_logprobs
+
+    register_gemm()
+    register_logprobs()
