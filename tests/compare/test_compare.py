@@ -69,7 +69,8 @@ def test_a_variant_is_built_served_evaluated_loaded_and_reported(tmp_path: Path)
     assert variant["bottlenecks"]["recommendation"]["limited_by"] == "prefill"
     assert variant["costs"]["reasoning"]["per_million_output_tokens"]["median"] > 0
     assert [run["rate_rps"] for run in one["at_rate"]["recommendation"]] == [0.3]
-    assert document["verdict"]["winner"] == "w8a8"
+    assert document["verdict"]["decisions"][0]["ruling"] == "keeps"
+    assert set(document["verdict"]["uninformative"]) <= {"recommendation", "reasoning"}, "so few prompts may not tell"
     assert "<svg" in (tmp_path / "report.html").read_text()
 
 
