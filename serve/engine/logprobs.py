@@ -57,3 +57,4 @@ def register() -> None:
     Sampler.forward = forward
     Sampler.gather_specific_token_logprobs = gather
     Sampler.keeps_most_likely_tokens = True
+    Sampler.vllm_methods = {"forward": vllm_forward, "gather_specific_token_logprobs": vllm_gather}

@@ -6,7 +6,6 @@ import asyncio
 import itertools
 import os
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -25,14 +24,19 @@ _TOLERANCE_NATS = 2e-3
 
 
 @pytest.fixture
-def sampler(monkeypatch: pytest.MonkeyPatch) -> Iterator[Sampler]:
+def sampler(monkeypatch: pytest.MonkeyPatch) -> Sampler:
     """Return vLLM's sampler with our change, which is undone afterwards."""
-    for name in ("forward", "gather_specific_token_logprobs"):
-        monkeypatch.setattr(Sampler, name, getattr(Sampler, name))
-    monkeypatch.delattr(Sampler, "keeps_most_likely_tokens", raising=False)
+    _restore_vllm(monkeypatch)
     register()
-    yield Sampler()
-    del Sampler.keeps_most_likely_tokens
+    return Sampler()
+
+
+def _restore_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Undo our change for one test, in case that another test loaded vLLM's plugins into this process."""
+    vllm_methods = getattr(Sampler, "vllm_methods", {})
+    for name in ("forward", "gather_specific_token_logprobs"):
+        monkeypatch.setattr(Sampler, name, vllm_methods.get(name, getattr(Sampler, name)))
+    monkeypatch.setattr(Sampler, "keeps_most_likely_tokens", False, raising=False)
 
 
 def sample(sampler: Sampler, logits: torch.Tensor, most_likely: int | None, labels: dict[int, list[int]]) -> Any:
@@ -73,7 +77,8 @@ def test_steps_of_one_kind_are_as_in_stock_vllm(sampler: Sampler) -> None:
     assert only_likely.logprob_token_ids[:, 1:].tolist() == logits.topk(2).indices.tolist()
 
 
-def test_stock_vllm_still_needs_the_change() -> None:
+def test_stock_vllm_still_needs_the_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    _restore_vllm(monkeypatch)
     torch.manual_seed(0)
     mixed = sample(Sampler(), torch.randn(2, 16), 2, {0: [1, 2]})
     assert torch.isinf(mixed.logprobs[1, 1:]).all(), "vLLM is mended; serve/engine/logprobs.py is no longer needed"
