@@ -24,6 +24,8 @@ from tests.serve.conftest import NAME
 pytestmark = pytest.mark.engine
 CAPITALS = ("Paris", "London", "Berlin", "Madrid", "Rome", "Vienna", "Lisbon", "Athens")
 COUNTRIES = ("France", "England", "Germany", "Spain", "Italy", "Austria", "Portugal", "Greece")
+NUM_CHOICES, NUM_SUMS = map(int, os.environ.get("LM_EVAL_ROWS", "24,12").split(","))
+"""Documents of the two lm-eval tasks; 100,50 takes seven minutes with AVX2 alone."""
 ALL_QUALITY = "[split]\ncalibration = 0\nquality = 1\nload = 0\n"
 
 
@@ -76,10 +78,10 @@ def test_texts_have_the_perplexity_of_transformers(target: Target, smollm2: Path
 
 @pytest.fixture
 def harness_tasks(tmp_path: Path) -> Path:
-    """Return a folder with two local tasks and their data: 100 rows of choices and 50 rows of generation."""
+    """Return a folder with two local tasks and their data: rows of choices and rows of generation."""
     draw = random.Random(0)
     rows = []
-    for number in range(100):
+    for number in range(NUM_CHOICES):
         place = number % 8
         options = draw.sample([name for name in CAPITALS if name != CAPITALS[place]], 3)
         answer = draw.randrange(4)
@@ -88,7 +90,7 @@ def harness_tasks(tmp_path: Path) -> Path:
             {"question": f"({number}) The capital of {COUNTRIES[place]} is", "choices": options, "gold": answer}
         )
     (tmp_path / "choices.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    sums = [{"question": f"{n % 10} + {n // 10} =", "answer": str(n % 10 + n // 10)} for n in range(50)]
+    sums = [{"question": f"{n % 10} + {n // 10} =", "answer": str(n % 10 + n // 10)} for n in range(NUM_SUMS)]
     (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in sums))
     (tmp_path / "capital_choices.yaml").write_text(
         "task: capital_choices\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: choices.jsonl\n"
@@ -105,7 +107,7 @@ def harness_tasks(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize(("task", "count"), [("capital_choices", 100), ("small_sums", 50)])
+@pytest.mark.parametrize(("task", "count"), [("capital_choices", NUM_CHOICES), ("small_sums", NUM_SUMS)])
 def test_lm_eval_tasks_give_the_values_of_the_harness_run_by_hand(
     target: Target, harness_tasks: Path, task: str, count: int
 ) -> None:
