@@ -249,7 +249,7 @@ class BlockTimer:
     def seconds(self, shapes: Sequence[Shape]) -> list[float]:
         """Return the median seconds of one block of each shape; the shapes are timed in turn."""
         hidden = self._config["hidden_size"]
-        x_1TD = torch.randn(1, _TIMED_TOKENS, hidden, dtype=torch.bfloat16)
+        x_1TD = torch.randn(1, _TIMED_TOKENS, hidden, dtype=self._decoder.dtype)
         blocks = [self._random_block(shape, hidden) for shape in shapes]
         taken: list[list[float]] = [[] for _ in shapes]
         for number in range(_NUM_TIMINGS + 1):

@@ -22,6 +22,7 @@ from slimserve.compress.families import LayerRoles
 from slimserve.compress.forward import Block, Decoder
 from slimserve.compress.steps import BoundStep, Detail, Visitor
 from slimserve.compress.stream import Stream
+from slimserve.core.hardware import probe_hardware
 from slimserve.core.model import count_parameters
 from slimserve.core.model_config import read_config
 from slimserve.core.progress import print_status, progress
@@ -110,7 +111,8 @@ class StepRunner:
         assert self.calibration is not None
         tokens_NT = self.calibration.tokens_NT
         embedding_VD = reader.read(self.roles.embedding)
-        decoder = Decoder(config, self.roles, tokens_NT.shape[1], embedding_VD.dtype)
+        dtype = embedding_VD.dtype if probe_hardware().has_bf16_products else torch.float32
+        decoder = Decoder(config, self.roles, tokens_NT.shape[1], dtype)
         folder.streams.mkdir(exist_ok=True)
         names = ("x", "dense") if visitor.wants_dense else ("x",)
         streams = {name: Stream(decoder, folder.streams, tokens_NT, name) for name in names}

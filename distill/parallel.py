@@ -37,7 +37,7 @@ class ParallelStudent:
                 "raise it to at least one sequence per process",
             )
         self.device = self._accelerator.device
-        self._is_bf16 = training.precision == "bf16"
+        self._is_bf16 = training.is_bf16
         self.module, self.optimizer = self._accelerator.prepare(module, _optimizer(module, training.weight_decay))
         if isinstance(self.module, FullyShardedDataParallel):
             raise UserError("fsdp_version", 1, "is not supported", "set it to 2 in the configuration of accelerate")

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from pydantic import model_validator
 
 from slimserve.core.config import Settings, load_toml, set_value, setting, validated
+from slimserve.core.hardware import probe_hardware
 from slimserve.distill.supervision import Supervision
 from slimserve.workloads import DEFAULT_TRAINING_WORKLOAD
 
@@ -76,7 +77,11 @@ class TrainingSettings(Settings):
     )
     packed: bool = _key(False, "Concatenate sequences instead of padding them.")
     clip_norm: float = _key(1.0, "Maximum norm of the gradient; a larger one is scaled down.", gt=0)
-    precision: Literal["bf16", "float32"] = _key("bf16", "Precision of products; weights and optimizer are float32.")
+    precision: Literal["auto", "bf16", "float32"] = _key(
+        "auto",
+        "Precision of products: bf16, or float32; auto chooses bf16 unless the CPU is slower at it. Weights and "
+        "optimizer are float32.",
+    )
     checkpointing: bool = _key(False, "Recompute activations in the backward pass instead of storing them.")
     lora_rank: int = _key(
         0, "Rank of LoRA adapters on every linear layer, merged when the student is saved; 0 trains all weights.", ge=0
@@ -84,6 +89,11 @@ class TrainingSettings(Settings):
     validate_every: int = _key(50, "Number of steps between two validations.", ge=1)
     save_every_s: float = _key(300, "Seconds between two checkpoints from which a killed run resumes.", ge=0)
     keep: Literal["best", "last"] = _key("best", "Weights to keep: those with the lowest validation loss or the last.")
+
+    @property
+    def is_bf16(self) -> bool:
+        """Tell whether products are in bfloat16 on this machine."""
+        return self.precision == "bf16" or (self.precision == "auto" and probe_hardware().has_bf16_products)
 
 
 class Stage(Settings):

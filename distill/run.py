@@ -148,6 +148,7 @@ def _resolve(student: str, teacher: str | None, recipe: DistillRecipe) -> _Model
 def _key(models: _Models, recipe: DistillRecipe) -> str:
     """Return a hash of everything that determines the student; the time between checkpoints does not."""
     settings = recipe.model_dump(mode="json", exclude={"summary": True, "training": {"save_every_s"}})
+    settings["training"]["precision"] = "bf16" if recipe.training.is_bf16 else "float32"
     source = Path(recipe.data.source)
     hashes = [model_hash(one) if one else "" for one in (models.student_directory, models.teacher_directory)]
     file = hashlib.sha256(source.read_bytes()).hexdigest() if source.is_file() else ""
@@ -169,7 +170,7 @@ def _make_job(
         student = _with_lora(student, training.lora_rank, recipe.data.seed)
     online = None
     if models.teacher_directory is not None:
-        dtype = torch.bfloat16 if training.precision == "bf16" else torch.float32
+        dtype = torch.bfloat16 if training.is_bf16 else torch.float32
         online = OnlineTeacher(load_model(models.teacher_directory, dtype), loss)
     stop = stop_tokens(models.student_directory, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(stop, default=0)
@@ -185,7 +186,7 @@ def _make_job(
         online=online,
         sampler=sampler or make_process_sampler(stop, pad),
         evaluate=make_evaluator(examples, training.micro_batch_tokens),
-        peak_flops=machine.bf16_flops if machine and training.precision == "bf16" else None,
+        peak_flops=machine.bf16_flops if machine and training.is_bf16 else None,
     )
     if loss.top_k:
         assert online is not None
@@ -261,6 +262,7 @@ def _write_manifest(
         "num_examples": len(examples.training),
         "num_validation": len(examples.validation),
         "num_too_long": examples.num_too_long,
+        "precision": "bf16" if recipe.training.is_bf16 else "float32",
         "steps": result.num_steps,
         "kept_step": result.best_step if is_best else result.num_steps,
         "tokens_read": stats.tokens_read,
