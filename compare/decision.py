@@ -34,7 +34,7 @@ from scipy.stats import norm
 from scipy.stats import t as student_t
 
 from slimserve.workloads.interface import Estimate, MetricData
-from slimserve.workloads.intervals import num_groups, paired_samples
+from slimserve.workloads.intervals import num_groups, paired_samples, paired_standard_error
 
 Ruling = Literal["keeps", "loses", "undecided"]
 """What the answers say of a variant's quality."""
@@ -95,8 +95,9 @@ class DecisionRule:
         """Return the posterior of D of two models that answered the same `num_prompts` prompts.
 
         For shares of successes the posterior is that of the four kinds of pairs with Jeffreys' prior, because a
-        bootstrap of a few discordant pairs looks certain. For other metrics it is Student's t around the estimate, with
-        the standard deviation of a paired bootstrap over groups. Metrics that are better when lower are mirrored.
+        bootstrap of a few discordant pairs looks certain. For other metrics it is Student's t around the estimate. Its
+        standard deviation is the exact one for means, and that of a paired bootstrap over groups for other metrics.
+        Metrics that are better when lower are mirrored.
         """
         floor = reference.floor
         if floor is None or not math.isfinite(metric.value - reference.value):
@@ -108,6 +109,9 @@ class DecisionRule:
         if metric.successes is not None and reference.successes is not None:
             draws = _pair_draws(metric.successes, reference.successes, floor, kept, seed)
             probability, sd = float(np.mean(draws >= 0)), float(np.std(draws))
+        elif metric.values is not None and reference.values is not None:
+            sd = paired_standard_error(metric, reference, kept)
+            probability = _student_probability(value, sd, num_groups(metric))
         else:
             samples = paired_samples(metric, reference, seed)
             draws = sign * (samples[:, 0] - floor - kept * (samples[:, 1] - floor))

@@ -56,6 +56,29 @@ def paired_samples(metric: MetricData, reference: MetricData, seed: int = 0) -> 
     return samples[~np.isnan(samples).any(axis=1)]
 
 
+def paired_standard_error(metric: MetricData, reference: MetricData, weight: float) -> float:
+    """Return the standard error of `metric` minus `weight` times `reference`, two means over the same rows.
+
+    It is the linearized (delta method) error of a difference of two ratios with complete groups as the independent
+    units, G / (G - 1) times the sum of squared influences (Cochran, Sampling Techniques, 1977, chapter 6). NaN with
+    fewer than two groups; ValueError if a metric is not a mean or the rows differ.
+    """
+    if metric.values is None or reference.values is None or list(metric.groups) != list(reference.groups):
+        raise ValueError("paired means need values of the same rows")
+    group_of = np.unique(np.asarray(metric.groups), return_inverse=True)[1]
+    influences = [_influences(np.asarray(side.values, dtype=np.float64), group_of) for side in (metric, reference)]
+    combined = influences[0] - weight * influences[1]
+    count = len(combined)
+    return float(np.sqrt(count / (count - 1) * np.sum(combined**2))) if count > 1 else float("nan")
+
+
+def _influences(values: NDArray[np.float64], group_of: NDArray[np.intp]) -> NDArray[np.float64]:
+    """Return each group's influence on the mean of the known values."""
+    is_known = ~np.isnan(values)
+    centred = np.where(is_known, values - np.mean(values[is_known]), 0.0) if is_known.any() else values
+    return np.bincount(group_of, centred) / max(1, is_known.sum())
+
+
 def paired_difference(samples: NDArray[np.float64]) -> tuple[float, float, float]:
     """Return the 95% interval of the first metric minus the second, and the two-sided p-value of no difference."""
     if not len(samples):

@@ -225,3 +225,27 @@ def test_intervals_of_a_mean_are_the_same_with_and_without_its_values() -> None:
     other = metrics.mean_metric([value + 0.1 for value in values], groups)
     samples = intervals.paired_samples(other, fast)
     assert np.allclose(samples[:, 0] - samples[:, 1], 0.1)
+
+
+def test_the_paired_standard_error_is_that_of_a_bootstrap_over_groups_and_of_the_textbook() -> None:
+    random = np.random.default_rng(3)
+    theirs = random.normal(size=600)
+    ours = theirs + random.normal(size=600)
+    ours[::7] = np.nan
+    groups = [row // 4 for row in range(600)]
+
+    def metric(values: np.ndarray, of_rows: list[int]) -> MetricData:
+        return MetricData(lambda rows: float(np.nanmean(values[rows])), of_rows, 600, values=tuple(values))
+
+    both = metric(ours, groups), metric(theirs, groups)
+    samples = intervals.paired_samples(*both)
+    bootstrap = float(np.std(samples[:, 0] - 0.97 * samples[:, 1]))
+    assert intervals.paired_standard_error(*both, 0.97) == pytest.approx(bootstrap, rel=0.08)
+
+    alone = list(range(600))
+    shifted = theirs + random.normal(size=600)
+    expected = np.std(shifted - 0.5 * theirs, ddof=1) / np.sqrt(600)
+    assert intervals.paired_standard_error(metric(shifted, alone), metric(theirs, alone), 0.5) == pytest.approx(
+        expected
+    )
+    assert np.isnan(intervals.paired_standard_error(metric(theirs[:1], [0]), metric(theirs[:1], [0]), 1.0))
