@@ -77,23 +77,29 @@ class Recommendation(Workload):
     name: ClassVar[str] = "recommendation"
     primary_metric: ClassVar[str] = "auc"
     launch_profile: ClassVar[LaunchProfile] = "prefill"
-    preset_prompts: ClassVar[Mapping[str, int]] = {"quick": 48, "full": 128}
+    preset_prompts: ClassVar[Mapping[str, int]] = {"quick": 64, "full": 160}
     view: ClassVar[ReportView] = SCORING_VIEW
 
     def make_prompts(self, split: Split, num_prompts: int, seed: int = 0) -> list[Prompt]:
-        """Return candidate lists of the split's users, shuffled by `seed`; UserError if the data cannot be read."""
-        prompts: list[Prompt] = []
+        """Return candidate lists of the split's users, shuffled by `seed`; UserError if the data cannot be read.
+
+        For quality, every user's first list comes before any user's second one, so that users with long histories do
+        not count more than others while there are others.
+        """
+        drawn: list[tuple[int, Prompt]] = []
         span = self.history_len + self.num_candidates
         for user, ratings in load_ratings(self.data or movielens_directory()).items():
             if split_of(user) != split:
                 continue
             last = len(ratings) - span
-            for start in range(max(0, last) if self.is_latest_only else 0, last + 1, span):
+            for number, start in enumerate(range(max(0, last) if self.is_latest_only else 0, last + 1, span)):
                 history = ratings[start : start + self.history_len]
                 candidates = ratings[start + self.history_len : start + span]
-                prompts.append(_scoring_prompt(user, history, candidates))
-        random.Random(seed).shuffle(prompts)
-        return prompts[:num_prompts]
+                drawn.append((number, _scoring_prompt(user, history, candidates)))
+        random.Random(seed).shuffle(drawn)
+        if split == "quality":
+            drawn.sort(key=lambda one: one[0])
+        return [prompt for _, prompt in drawn[:num_prompts]]
 
     def metric_data(self, prompts: Sequence[Prompt], answers: Sequence[Answer]) -> dict[str, MetricData]:
         """Return pooled and within-user AUC, NDCG@10 and calibration error, grouped by user.

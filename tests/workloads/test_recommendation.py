@@ -51,6 +51,13 @@ def test_prompts_of_a_user_do_not_overlap(tmp_path: Path) -> None:
     assert len(titles) == len(set(titles)) == 10
 
 
+def test_quality_asks_every_user_once_before_it_asks_one_twice() -> None:
+    groups = [prompt.group for prompt in candidate_lists(Recommendation(), "quality")]
+    num_users = len(set(groups))
+    assert num_users < len(groups)
+    assert len(set(groups[:num_users])) == num_users
+
+
 @pytest.mark.parametrize(("num_films", "titles"), [(4, []), (5, [0, 1, 2, 3, 4]), (11, [6, 7, 8, 9, 10])])
 def test_only_the_latest_films_of_a_user_are_used_on_request(tmp_path: Path, num_films: int, titles: list[int]) -> None:
     data = write_atomic_files(tmp_path, user_of("quality"), num_films)
