@@ -127,7 +127,11 @@ def plan_launch(
                 "candidates also share the last, partly filled block of their prefix instead of computing it each",
             )
         )
-    longest = _longest_sequence(config, kv_bytes)
+    is_float32 = not (hardware.has_bf16_products or config.get("quantization_config"))
+    if is_float32:
+        reason = "float32 products are six times as fast as bfloat16 on this CPU; weights take twice the memory"
+        arguments.append(Choice("--dtype", "float32", reason))
+    longest = _longest_sequence(config, kv_bytes, 4 if is_float32 else 2)
     if longest < config.get("max_position_embeddings", longest):
         arguments.append(Choice("--max-model-len", str(longest), "the longest sequence that the KV space holds"))
     return LaunchPlan(tuple(arguments), tuple(environment))
@@ -187,9 +191,9 @@ def _worker_process(cores: Sequence[int]) -> tuple[Choice, ...]:
     )
 
 
-def _longest_sequence(config: Mapping[str, Any], kv_bytes: int) -> int:
-    """Return the number of tokens of one sequence that fit into `kv_bytes` at 16 bits, in full blocks."""
-    bytes_per_token = 2 * config["num_hidden_layers"] * num_kv_heads_of(config) * head_dim_of(config) * 2
+def _longest_sequence(config: Mapping[str, Any], kv_bytes: int, bytes_per_value: int) -> int:
+    """Return the number of tokens of one sequence that fit into `kv_bytes`, in full blocks."""
+    bytes_per_token = 2 * config["num_hidden_layers"] * num_kv_heads_of(config) * head_dim_of(config) * bytes_per_value
     return int(kv_bytes // bytes_per_token // _BLOCK_SIZE * _BLOCK_SIZE)
 
 

@@ -20,7 +20,7 @@ CONFIG = {
 }
 
 
-def planned(directory: Path, hardware: Hardware = CPU, **changes: int) -> dict[str, str]:
+def planned(directory: Path, hardware: Hardware = CPU, **changes: object) -> dict[str, str]:
     (directory / "config.json").write_text(json.dumps(CONFIG | changes))
     plan = plan_launch(directory, hardware)
     return {choice.name: choice.value for choice in (*plan.arguments, *plan.environment)}
@@ -43,6 +43,17 @@ def test_a_model_whose_longest_sequence_does_not_fit_gets_a_shorter_one(tmp_path
     kv_bytes = int(settings["--kv-cache-memory-bytes"])
     assert longest % 32 == 0
     assert longest * bytes_per_token <= kv_bytes < (longest + 32) * bytes_per_token
+
+
+def test_a_cpu_without_bf16_products_computes_unquantized_models_in_float32(tmp_path: Path) -> None:
+    avx2 = replace(CPU, isa=("avx2",))
+    assert planned(tmp_path, avx2)["--dtype"] == "float32"
+    assert "--dtype" not in planned(tmp_path, avx2, quantization_config={"quant_method": "compressed-tensors"})
+    assert "--dtype" not in planned(tmp_path)
+    assert "--dtype" not in planned(tmp_path, replace(avx2, gpus=("NVIDIA H100, 81559 MiB",)))
+    long = {"num_hidden_layers": 80, "num_key_value_heads": 9, "max_position_embeddings": 131072}
+    longest = [int(planned(tmp_path, machine, **long)["--max-model-len"]) for machine in (CPU, avx2)]
+    assert longest[0] // 64 * 32 == longest[1]  # a key and a value take four bytes instead of two
 
 
 def test_only_a_cpu_with_amx_has_a_packed_kernel_to_choose(tmp_path: Path) -> None:
