@@ -67,7 +67,7 @@ class Backend:
             completed = subprocess.run(command, stdout=subprocess.PIPE, text=True)
             if completed.returncode != 0:
                 raise UserError("recipe", recipe_name, "could not be built", "see the message above")
-            directory = Path(completed.stdout.strip().splitlines()[-1])
+            directory = Path(completed.stdout.strip().split("\n")[-1])
         return self.describe(name, name, recipe.summary, directory, started)
 
     def describe(self, name: str, recipe: str, summary: str, directory: Path, started: datetime) -> VariantResult:

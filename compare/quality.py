@@ -23,6 +23,7 @@ from slimserve.core.errors import UserError
 from slimserve.core.openai_client import OpenAIClient, Target, ask_all
 from slimserve.core.progress import print_status, progress
 from slimserve.core.storage import write_atomically
+from slimserve.core.text import read_jsonl
 from slimserve.loadtest.choices import CHOICE_PATH, choice_body, choice_logprobs
 from slimserve.loadtest.client import SCORING
 from slimserve.workloads import load_workload
@@ -40,6 +41,7 @@ from slimserve.workloads.interface import (
     TextReading,
     hash_number,
 )
+from slimserve.workloads.messages import read_answer
 from slimserve.workloads.text import make_documents, text_metrics
 
 if TYPE_CHECKING:
@@ -139,11 +141,12 @@ def write_answers(file: Path, answers: Answers) -> None:
 
 def read_answers(file: Path) -> Answers:
     """Read the file of write_answers; UserError if it is not one."""
+    remedy = "measure again in another folder"
     try:
-        head, *lines = (json.loads(line) for line in file.read_text(encoding="utf-8").splitlines())
+        head, *lines = (row for _, row in read_jsonl(file, "answers", remedy))
         return Answers(head["prompts_sha256"], [_parse_answer(line) for line in lines])
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError("answers", file, f"cannot be read ({error})", "measure again in another folder") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError("answers", file, f"does not hold answers ({error})", remedy) from error
 
 
 def quality_metrics(
@@ -202,14 +205,25 @@ class _UnsupportedError(Exception):
 
 async def _chat(client: OpenAIClient, prompt: ChatPrompt) -> ChatAnswer:
     sampling = prompt.sampling
-    body = {"messages": prompt.messages, "max_tokens": prompt.max_tokens, "temperature": sampling.temperature}
+    body: dict[str, Any] = {
+        "messages": prompt.messages,
+        "max_tokens": prompt.max_tokens,
+        "temperature": sampling.temperature,
+        **prompt.request,
+    }
     if sampling.num_samples > 1:
         body["n"] = sampling.num_samples
     if sampling.temperature > 0:
-        body["seed"] = hash_number(prompt.messages[-1]["content"]) % 2**31
-    answer = await client.post("/v1/chat/completions", body)
-    texts = [choice["message"]["content"] or "" for choice in answer["choices"]]
-    return ChatAnswer(texts[0], answer["usage"]["completion_tokens"] / len(texts), tuple(texts[1:]))
+        body["seed"] = hash_number(prompt.question) % 2**31
+    path = "/v1/chat/completions"
+    answer = await client.post(path, body)
+    texts = [message.content or "" for message, _ in read_answer(answer, path)]
+    usage = answer.get("usage")
+    num_tokens = usage.get("completion_tokens") if isinstance(usage, dict) else None
+    if not isinstance(num_tokens, int):
+        problem = "got an answer without usage.completion_tokens"
+        raise UserError("request", path, problem, "use a server that counts tokens, such as vLLM")
+    return ChatAnswer(texts[0], num_tokens / len(texts), tuple(texts[1:]))
 
 
 async def _read_text(client: OpenAIClient, document: str, num_tokens: int) -> TextReading:

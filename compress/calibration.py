@@ -17,6 +17,7 @@ from slimserve.core.errors import UserError
 from slimserve.core.model_config import read_config
 from slimserve.core.text import read_jsonl, read_text
 from slimserve.workloads import is_workload, load_workload, workload_names
+from slimserve.workloads.chat_template import render_chat
 from slimserve.workloads.interface import ChatPrompt, Prompt
 
 _FIRST_PROMPTS = 64
@@ -137,7 +138,8 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
 
 def _is_document(row: dict[str, Any]) -> bool:
     if "input_ids" in row:
-        return isinstance(row["input_ids"], list) and all(type(token) is int for token in row["input_ids"])
+        ids = row["input_ids"]
+        return isinstance(ids, list) and all(type(token) is int and 0 <= token < 2**31 for token in ids)
     return isinstance(row.get("text"), str)
 
 
@@ -161,15 +163,20 @@ def _prompts(name: str, seed: int) -> Iterator[Prompt]:
 
 
 def document_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
-    """Return the token ids of a prompt with its true answer, in the form that the server builds."""
+    """Return the token ids of a prompt with its true answer, in the form that the server builds.
+
+    Raises UserError if the model's chat template fails.
+    """
     if not isinstance(prompt, ChatPrompt):
         ids: list[int] = tokenizer(prompt.solved)["input_ids"]
         return ids
     messages = [*prompt.messages, {"role": "assistant", "content": prompt.solution}]
     if tokenizer.chat_template is None:
-        plain: list[int] = tokenizer("\n\n".join(message["content"] for message in messages))["input_ids"]
+        plain: list[int] = tokenizer("\n\n".join(message["content"] or "" for message in messages))["input_ids"]
         return plain
-    chat: list[int] = tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
+    tools, options = prompt.request.get("tools") or (), prompt.request.get("chat_template_kwargs")
+    text = render_chat(tokenizer, messages, f"of {prompt.kind}", tools=tools, options=options)
+    chat: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     return chat
 
 

@@ -31,6 +31,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic.fields import FieldInfo
 
 from slimserve.core.errors import UserError
+from slimserve.core.text import read_text
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h)?")
 _SECONDS_PER_UNIT = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
@@ -108,8 +109,8 @@ def setting(
 def load_toml(file: Path, kind: str) -> dict[str, Any]:
     """Read a TOML file; `kind` names what it holds (`recipe`, `pipeline`) in the UserError if it cannot be read."""
     try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        return tomllib.loads(read_text(file, kind, "give the path of a TOML file"))
+    except tomllib.TOMLDecodeError as error:
         raise UserError(kind, file, f"cannot be read ({error})", "give the path of a TOML file") from error
 
 

@@ -16,4 +16,6 @@ class UserError(Exception):
         super().__init__(f"{field}: {str(value)!r} {problem}; {remedy}")
 
     def __str__(self) -> str:
-        return " ".join(super().__str__().split())
+        text = " ".join(super().__str__().split())
+        # Half of a surrogate pair, which JSON may hold, can be neither printed nor sent.
+        return text.encode("utf-8", "backslashreplace").decode("utf-8")

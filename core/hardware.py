@@ -49,7 +49,7 @@ def probe_hardware() -> Hardware:
     """Read the facts once per process. It does not import torch and starts no program except `nvidia-smi`."""
     cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
     facts: dict[str, str] = {}
-    for line in cpuinfo.splitlines():
+    for line in cpuinfo.split("\n"):
         key, _, value = line.partition(":")
         facts[key.strip()] = value.strip()
     flags = set((facts.get("flags") or facts.get("Features") or "").split())
@@ -100,4 +100,4 @@ def _probe_gpus() -> tuple[str, ...]:
         )
     except (OSError, subprocess.SubprocessError):
         return ()
-    return tuple(line.strip() for line in listing.stdout.splitlines() if line.strip())
+    return tuple(line.strip() for line in listing.stdout.split("\n") if line.strip())

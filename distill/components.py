@@ -16,6 +16,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 
 from slimserve.core.storage import write_atomically
+from slimserve.core.text import split_lines
 from slimserve.distill.batches import step_indices
 from slimserve.distill.parallel import ParallelStudent
 from slimserve.distill.recipe import DistillRecipe, Stage
@@ -165,7 +166,7 @@ class StepLog:
     def drop_after(self, step: int) -> None:
         """Delete rows after `step`, which a resumed run writes again."""
         if self._file.is_file():
-            rows = self._file.read_text(encoding="utf-8").splitlines(keepends=True)
+            rows = split_lines(self._file.read_text(encoding="utf-8"), keepends=True)
             write_atomically(
                 self._file, "".join(row for row in rows if row.endswith("\n") and json.loads(row)["step"] <= step)
             )

@@ -1,8 +1,8 @@
 """Training and validation examples from a workload or from a file of conversations.
 
-A line of a JSONL file is one conversation: `{"messages": [{"role": …, "content": …}, …]}` with the reply to train on
-last, or `{"prompt": …, "completion": …}`. A message's `reasoning_content`, which servers return, becomes the chain of
-thought between think tags. `slimserve distill traces` writes such files from the replies of a served teacher.
+A line of a JSONL file is one conversation with the reply to train on last, in one of the dialects of
+workloads/conversations.py. A message's `reasoning`, which servers return, becomes the chain of thought between think
+tags. `slimserve distill traces` writes such files from the replies of a served teacher.
 
 A workload's examples come from its `calibration` split, because quality and load are measured on the others. A hash of
 the user or the question assigns a tenth of them to validation, so that no user is in both.
@@ -19,10 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from slimserve.core.errors import UserError
+from slimserve.core.progress import print_status
 from slimserve.core.text import read_jsonl
 from slimserve.distill.models import stop_tokens
 from slimserve.distill.sections import Example, chat_example, label_example, text_example
 from slimserve.workloads import is_workload, load_workload, workload_names
+from slimserve.workloads.conversations import dialect_of, read_conversation, unread_line
 from slimserve.workloads.interface import (
     ChatPrompt,
     ChoicePrompt,
@@ -30,15 +32,16 @@ from slimserve.workloads.interface import (
     ScoringPrompt,
     TextPrompt,
     hash_number,
-    join_reply,
 )
 
 _VALIDATION_OF = 10
 """One of this many examples is for validation."""
 _MAX_PROMPTS = 20_000
 _REMEDY = 'write {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}'
-_Conversation = tuple[str, str, list[dict[str, str]]]
-"""Name, the text before the reply, and the messages."""
+_USED_FIELDS = {"tools", "chat_template_kwargs"}
+"""Fields of a request that shape the text of a conversation."""
+_OWN_KEYS = {"question"}
+"""Keys that `distill traces` writes for itself."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ def load_examples(
         conversations = list(_read_conversations(Path(source)))
         random.Random(seed).shuffle(conversations)
         for conversation in conversations:
-            split[_is_validation(conversation[1])].append(conversation)
+            split[_is_validation(conversation.key)].append(conversation)
     num_too_long = 0
 
     def examples_of(items: list[Any], max_examples: int) -> list[tuple[Example, Any]]:
@@ -101,9 +104,10 @@ def load_examples(
                 example = text_example(tokenizer, "", item.text, f"{source}/{number}", max_tokens)
             elif isinstance(item, ChatPrompt):
                 messages = [*item.messages, {"role": "assistant", "content": item.solution}]
-                example = chat_example(tokenizer, messages, f"{source}/{number}", max_tokens, stop)
+                name = f"{source}/{number}"
+                example = chat_example(tokenizer, messages, name, max_tokens, stop, request=item.request)
             else:
-                example = chat_example(tokenizer, item[2], item[0], max_tokens, stop)
+                example = chat_example(tokenizer, item.messages, item.name, max_tokens, stop, request=item.request)
             if example is None:
                 num_too_long += 1
             else:
@@ -139,7 +143,7 @@ def _num_prompts(num_training: int, num_validation: int) -> int:
 
 def _key(prompt: Prompt) -> str:
     if isinstance(prompt, ChatPrompt):
-        return prompt.messages[-1]["content"] if prompt.group is None else str(prompt.group)
+        return prompt.question if prompt.group is None else str(prompt.group)
     return str(prompt.group)
 
 
@@ -154,41 +158,43 @@ def _label_token(tokenizer: Any, label: str) -> int:
     return int(tokens[0])
 
 
-def _read_conversations(file: Path) -> Iterator[_Conversation]:
+@dataclass(frozen=True)
+class _Row:
+    """A conversation of a file whose last message is the reply to train on."""
+
+    name: str
+    messages: list[dict[str, Any]]
+    request: Mapping[str, Any]
+
+    @property
+    def key(self) -> str:
+        """The text before the reply, which decides whether the row is for validation."""
+        return json.dumps(self.messages[:-1])
+
+
+def _read_conversations(file: Path) -> Iterator[_Row]:
     if file.suffix != ".jsonl" or not file.is_file():
-        raise UserError(
-            "data.source",
-            file,
-            "is neither a workload nor a JSONL file",
-            f"choose from {', '.join(workload_names())}, or give the path of a .jsonl file",
-        )
+        remedy = f"choose from {', '.join(workload_names())}, or give the path of a .jsonl file"
+        if file.suffix == ".json" and file.is_file():
+            remedy = f"convert it: jq -c '.[]' {file.name} > {file.stem}.jsonl"
+        raise UserError("data.source", file, "is neither a workload nor a JSONL file", remedy)
+    unread: list[list[str]] = []
     for number, row in read_jsonl(file, "data.source", _REMEDY):
         if set(row) == {"question"}:  # `distill traces` found no correct reply to it
             continue
         name = f"{file}:{number}"
         try:
-            messages = _messages(row)
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError("data.source", name, f"is not a conversation ({error!r})", _REMEDY) from error
-        yield name, json.dumps(messages[:-1]), messages
-
-
-def _messages(row: Mapping[str, Any]) -> list[dict[str, str]]:
-    if "messages" not in row:
-        return [
-            {"role": "user", "content": _text(row["prompt"])},
-            {"role": "assistant", "content": _text(row["completion"])},
-        ]
-    messages = []
-    for message in row["messages"]:
-        content = join_reply(message.get("reasoning_content") or "", _text(message["content"]))
-        messages.append({"role": _text(message["role"]), "content": content})
-    if not messages or messages[-1]["role"] != "assistant":
-        raise ValueError("it does not end with an assistant message")
-    return messages
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{value!r} is not text")
-    return value
+            conversation = read_conversation(row)
+            if not conversation.has_reply:
+                raise ValueError(dialect_of(row) or "is not a conversation that ends with an assistant message")
+            if len(conversation.messages) == 1:
+                raise ValueError("has a reply and nothing before it")
+            messages = [message.as_request() for message in conversation.messages]
+        except ValueError as error:
+            raise UserError("data.source", name, str(error), _REMEDY) from error
+        of_requests = [key for key in conversation.request if key not in _USED_FIELDS]
+        of_requests += ["max_tokens"] if conversation.max_tokens is not None else []
+        unread.append([key for key in (*conversation.unread, *of_requests) if key not in _OWN_KEYS])
+        yield _Row(name, messages, conversation.request)
+    if keys := unread_line(unread):
+        print_status(f"{file}: not used in training: {keys}")

@@ -17,7 +17,12 @@ from enum import IntEnum
 from typing import Any
 
 from slimserve.core.errors import UserError
+from slimserve.core.text import split_lines
+from slimserve.workloads.chat_template import render_chat
 from slimserve.workloads.interface import THINK_CLOSE, THINK_OPEN, ScoringPrompt
+
+_MARKER = "SLIMSERVE-REPLY"
+"""Stands for a reply in a rendered conversation, to find what the template writes after it."""
 
 
 class Section(IntEnum):
@@ -59,19 +64,22 @@ def reply_sections(reply: str, is_open: bool = False) -> list[tuple[int, int, Se
 
 def chat_example(
     tokenizer: Any,
-    messages: Sequence[Mapping[str, str]],
+    messages: Sequence[Mapping[str, Any]],
     name: str,
     max_tokens: int,
     stop_tokens: Collection[int],
+    *,
+    request: Mapping[str, Any] | None = None,
 ) -> Example | None:
     """Return the example of a conversation whose last message is the reply to train on.
 
     The end is cut off after `max_tokens`; None if the prompt alone has as many. The stop token belongs to the reply's
-    last section. Raises UserError if the chat template changes the reply or the tokenizer reports no offsets.
+    last section. `tools` and `chat_template_kwargs` of `request` reach the chat template. Raises UserError if the
+    template fails or leaves the reply out, or if the tokenizer reports no offsets.
     """
     if not messages or messages[-1]["role"] != "assistant":
         raise UserError("example", name, "does not end with an assistant message", "put the reply to train on last")
-    prompt, rest = _render(tokenizer, messages, name)
+    prompt, rest = _render(tokenizer, messages, name, request or {})
     prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     reply_ids, offsets = _with_offsets(tokenizer, rest)
     stop = next((at for at, token in enumerate(reply_ids) if token in stop_tokens), None)
@@ -115,7 +123,7 @@ def label_example(tokenizer: Any, prompt: ScoringPrompt, name: str, max_tokens: 
     """
     text = prompt.solved
     labels, begin = [], 0
-    for line in text.splitlines(keepends=True):
+    for line in split_lines(text, keepends=True):
         ending = next((label for label in prompt.labels if line.rstrip("\n").endswith(label)), None)
         if ending is not None:
             end = begin + len(line.rstrip("\n"))
@@ -147,21 +155,58 @@ def text_example(tokenizer: Any, prompt: str, answer: str, name: str, max_tokens
     return Example(name, tuple(ids[:max_tokens]), tuple(sections[:max_tokens]))
 
 
-def _render(tokenizer: Any, messages: Sequence[Mapping[str, str]], name: str) -> tuple[str, str]:
-    """Return the prompt as a server renders it, and the reply with everything that the template adds after it."""
-    reply = messages[-1]["content"]
+def _render(
+    tokenizer: Any, messages: Sequence[Mapping[str, Any]], name: str, request: Mapping[str, Any]
+) -> tuple[str, str]:
+    """Return the prompt as a server renders it, and the reply with everything that the template adds after it.
+
+    Some templates drop the chain of thought of a reply that they are given, as that of an earlier turn, or open the
+    next one themselves. The reply is then written after the prompt as the model must generate it.
+    """
+    *before, reply = messages
+    text = reply["content"] or ""
     if tokenizer.chat_template is None:
-        return "".join(f"{message['content']}\n\n" for message in messages[:-1]), reply + (tokenizer.eos_token or "")
-    before = [dict(message) for message in messages[:-1]]
-    prompt = tokenizer.apply_chat_template(before, tokenize=False, add_generation_prompt=True)
-    full = tokenizer.apply_chat_template([*before, dict(messages[-1])], tokenize=False)
-    if full.startswith(prompt):
-        return prompt, full[len(prompt) :]
-    # Some templates render earlier messages differently once there is a reply; training must use the prompt as served.
-    at = full.rfind(reply.strip())
-    if not reply.strip() or at < 0:
-        raise UserError("chat template", name, "changes the reply", "write the think tags into the text of the reply")
-    return prompt, full[at:]
+        if reply.get("tool_calls") or request.get("tools"):
+            raise UserError("conversation", name, "has tools, and the model no chat template", "use a model for tools")
+        return "".join(f"{message['content'] or ''}\n\n" for message in before), text + (tokenizer.eos_token or "")
+
+    def render(conversation: Sequence[Mapping[str, Any]], is_prompt: bool = False) -> str:
+        options = request.get("chat_template_kwargs")
+        tools = request.get("tools") or ()
+        return render_chat(tokenizer, conversation, name, tools=tools, options=options, add_generation_prompt=is_prompt)
+
+    prompt, full = render(before, is_prompt=True), render(messages)
+    rest = full[len(prompt) :] if full.startswith(prompt) else ""
+    is_open = prompt.rstrip().endswith(THINK_OPEN)
+    if full.startswith(prompt) and _holds(rest, text) and (not is_open or THINK_OPEN in text or THINK_CLOSE in rest):
+        return prompt, rest
+    header = prompt.rstrip().removesuffix(THINK_OPEN)
+    if reply["content"] is None and is_open and full.startswith(header):  # a tool call without a chain before it
+        return prompt, f"\n{THINK_CLOSE}\n\n{full[len(header) :]}"
+    marked = render([*before, {**reply, "content": _MARKER}])
+    if _MARKER not in marked:
+        raise UserError("conversation", name, "has a reply that the model's chat template leaves out", "correct it")
+    return prompt, _continued(prompt, text) + marked.rpartition(_MARKER)[2]
+
+
+def _holds(rendered: str, reply: str) -> bool:
+    """Tell whether a rendered reply has the chain of thought and the answer of the original."""
+    chain, close, answer = reply.rpartition(THINK_CLOSE)
+    parts = (chain.strip().removeprefix(THINK_OPEN).strip(), close, answer.strip())
+    return all(part in rendered for part in parts)
+
+
+def _continued(prompt: str, reply: str) -> str:
+    """Return what follows the prompt: the reply without the opening tag that the prompt has already.
+
+    A reply without a chain of thought then closes an empty one.
+    """
+    if not prompt.rstrip().endswith(THINK_OPEN):
+        return reply
+    if THINK_OPEN not in reply and THINK_CLOSE not in reply:
+        return f"\n{THINK_CLOSE}\n\n{reply}"
+    rest = reply.lstrip().removeprefix(THINK_OPEN)
+    return rest.lstrip("\n") if prompt.endswith("\n") else rest
 
 
 def _with_offsets(tokenizer: Any, text: str, add_special_tokens: bool = False) -> tuple[list[int], list[Any]]:

@@ -7,6 +7,7 @@ itself is kept. Replies are appended to the file as they arrive, so the same com
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +15,16 @@ from typing import Any, cast
 
 from slimserve.core.errors import UserError
 from slimserve.core.openai_client import OpenAIClient, Target, ask_all
-from slimserve.core.text import read_jsonl
+from slimserve.core.text import BadLine, json_problem, scan_jsonl
 from slimserve.distill.settings import TracesSettings
 from slimserve.workloads import load_workload
-from slimserve.workloads.interface import ChatPrompt, hash_number, join_reply
+from slimserve.workloads.conversations import read_conversation
+from slimserve.workloads.interface import THINK_CLOSE, ChatPrompt, hash_number
+from slimserve.workloads.messages import read_answer
 
 _CONCURRENCY = 16
 _PATH = "/v1/chat/completions"
+_REMEDY = "name another file"
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,10 @@ class TraceCounts:
     num_solved: int
     num_replies: int
     """Number of replies in this run, correct or not."""
+    num_chains: int
+    """Number of solved problems whose reply has a chain of thought."""
+    num_cut: int
+    """Number of replies in this run that `max_tokens` cut off."""
 
 
 def write_traces(target: Target, settings: TracesSettings) -> TraceCounts:
@@ -48,67 +56,78 @@ def write_traces(target: Target, settings: TracesSettings) -> TraceCounts:
         )
     problems = cast("Sequence[ChatPrompt]", prompts)
     known = _read_known(file)
-    num_replies = 0
+    num_replies = num_cut = 0
 
     async def ask(client: OpenAIClient, problem: ChatPrompt) -> str | None:
-        nonlocal num_replies
+        nonlocal num_replies, num_cut
         for attempt in range(settings.num_tries):
             answer = await client.post(
                 _PATH,
                 {
+                    **problem.request,
                     "messages": problem.messages,
                     "temperature": settings.temperature,
                     "max_tokens": settings.max_tokens,
-                    "seed": hash_number(f"{settings.seed} {attempt} {_question(problem)}") % 2**31,
+                    "seed": hash_number(f"{settings.seed} {attempt} {problem.question}") % 2**31,
                 },
             )
-            try:
-                choice = answer["choices"][0]
-                message, ended = choice["message"], choice["finish_reason"] == "stop"
-            except (LookupError, TypeError) as error:
-                raise UserError("request", _PATH, "was answered without a choice", "read the server's log") from error
+            message, finish_reason = read_answer(answer, _PATH)[0]
             num_replies += 1
-            reply = join_reply(message.get("reasoning_content") or "", message.get("content") or "")
-            if ended and workload.is_correct(problem, reply):
-                return reply
+            num_cut += finish_reason == "length"
+            if (
+                finish_reason == "stop"
+                and not json_problem(message.text)
+                and workload.is_correct(problem, message.text)
+            ):
+                return message.text
         return None
 
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a", encoding="utf-8") as out:
 
         def write(problem: ChatPrompt, reply: str | None) -> None:
-            row: dict[str, Any] = {"question": _question(problem)}
+            row: dict[str, Any] = {"question": problem.question}
             if reply is not None:
-                row["messages"] = [*problem.messages, {"role": "assistant", "content": reply}]
+                row |= {**problem.request, "messages": [*problem.messages, {"role": "assistant", "content": reply}]}
             out.write(json.dumps(row, ensure_ascii=False) + "\n")
             out.flush()
 
         ask_all(
             target,
             f"replies of {target.model} to {workload.name}",
-            [problem for problem in problems if _question(problem) not in known],
+            [problem for problem in problems if problem.question not in known],
             ask,
             unit="problems",
             concurrency=_CONCURRENCY,
             on_result=write,
         )
     known = _read_known(file)
-    return TraceCounts(len(problems), sum(known.get(_question(problem), False) for problem in problems), num_replies)
+    solved = [known[problem.question] for problem in problems if known.get(problem.question) is not None]
+    num_chains = sum(THINK_CLOSE in str(reply) for reply in solved)
+    return TraceCounts(len(problems), len(solved), num_replies, num_chains, num_cut)
 
 
-def _question(problem: ChatPrompt) -> str:
-    return problem.messages[-1]["content"]
+def _read_known(file: Path) -> dict[str, str | None]:
+    """Map the questions in the file to their replies, None if unsolved; delete a last line that a kill cut short.
 
-
-def _read_known(file: Path) -> dict[str, bool]:
-    """Map the questions in the file to whether they were solved; delete a last line that a kill cut short."""
+    Raises UserError if the file holds something else, and leaves it as it is then.
+    """
     if not file.is_file():
         return {}
     content = file.read_bytes()
-    complete = content[: content.rfind(b"\n") + 1]
-    if complete != content:
-        file.write_bytes(complete)
-    rows = [row for _, row in read_jsonl(file, "--output", "name another file")]
-    if not all("question" in row for row in rows):
-        raise UserError("--output", file, "does not hold traces", "name another file")
-    return {row["question"]: "messages" in row for row in rows}
+    begin = content.rfind(b"\n") + 1
+    known: dict[str, str | None] = {}
+    for number, row in scan_jsonl(file, "--output", _REMEDY):
+        if isinstance(row, BadLine) and number > content.count(b"\n") and content[begin:].startswith(b'{"question"'):
+            os.truncate(file, begin)
+            return known
+        try:
+            if isinstance(row, BadLine) or not isinstance(question := row.get("question"), str):
+                raise ValueError("is not a trace")
+            known[question] = read_conversation(row).messages[-1].text if "messages" in row else None
+        except ValueError as error:
+            raise UserError("--output", f"{file}:{number}", str(error), _REMEDY) from error
+    if content[begin:].strip():
+        with file.open("ab") as out:
+            out.write(b"\n")
+    return known

@@ -152,7 +152,9 @@ class ModelClient:
         )
 
     def _chat_body(self, prompt: ChatPrompt, exact_tokens: bool) -> dict[str, Any]:
-        return {"messages": prompt.messages, **self._stream_options(prompt.max_tokens, exact_tokens)}
+        body = {"messages": prompt.messages, **self._stream_options(prompt.max_tokens, exact_tokens)}
+        # The fields of the user's row take precedence; the reader of rows keeps none that shape the stream.
+        return {**body, **prompt.request}
 
     def _stream_options(self, max_tokens: int, exact_tokens: bool) -> dict[str, Any]:
         stream_options = {"include_usage": True} | ({"continuous_usage_stats": True} if self._counts_chunks else {})

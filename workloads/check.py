@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from slimserve.core.statistics import percentile
+from slimserve.workloads.chat_template import render_chat
 from slimserve.workloads.interface import ChatPrompt, Estimate, HarnessPrompt, Prompt, ScoringPrompt, Split, TextPrompt
 from slimserve.workloads.intervals import estimate
 from slimserve.workloads.kinds.base import FileWorkload
@@ -103,7 +104,9 @@ def _rendered(prompt: Prompt, tokenizer: Any) -> str:
     if not isinstance(prompt, ChatPrompt):
         return prompt.query
     if tokenizer is not None and tokenizer.chat_template is not None:
-        return str(tokenizer.apply_chat_template(list(prompt.messages), tokenize=False, add_generation_prompt=True))
+        tools, options = prompt.request.get("tools") or (), prompt.request.get("chat_template_kwargs")
+        name = f"of {prompt.kind}"
+        return render_chat(tokenizer, prompt.messages, name, tools=tools, options=options, add_generation_prompt=True)
     return "\n".join(f"{message['role']}: {message['content']}" for message in prompt.messages)
 
 

@@ -37,7 +37,7 @@ def run_harness(job: Mapping[str, Any]) -> dict[str, Any]:
         command = [sys.executable, "-m", "slimserve.workloads.harness", str(job_file), str(result_file)]
         done = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         if done.returncode != 0 or not result_file.is_file():
-            last = " / ".join(done.stderr.strip().splitlines()[-_NUM_SHOWN_LINES:])
+            last = " / ".join(done.stderr.strip().split("\n")[-_NUM_SHOWN_LINES:])
             raise UserError("task", job["task"], f"could not be run by lm-eval: {last}", "correct the task or its data")
         return cast("dict[str, Any]", json.loads(result_file.read_text(encoding="utf-8")))
 

@@ -12,7 +12,7 @@ import random
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -161,7 +161,8 @@ GREEDY = Sampling()
 class ChatPrompt:
     """A conversation that the model continues with a chain of thought and an answer."""
 
-    messages: tuple[dict[str, str], ...]
+    messages: tuple[dict[str, Any], ...]
+    """Messages as OpenAI's API takes them; workloads with reference answers have texts as contents."""
     max_tokens: int
     kind: str
     chain_of_thought: str
@@ -172,6 +173,13 @@ class ChatPrompt:
     sampling: Sampling = GREEDY
     group: int | None = None
     """Number of the group, if prompts of one group are not independent samples."""
+    request: Mapping[str, Any] = field(default_factory=dict)
+    """Further fields of the request, such as `tools`."""
+
+    @property
+    def question(self) -> str:
+        """The text of the last message."""
+        return str(self.messages[-1]["content"] or "")
 
     @property
     def solution(self) -> str:

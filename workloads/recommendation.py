@@ -18,15 +18,16 @@ overlap.
 
 from __future__ import annotations
 
-import csv
 import importlib.util
+import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, cast
 
 from slimserve.core.errors import UserError
+from slimserve.core.text import read_table, split_lines
 from slimserve.workloads import metrics
 from slimserve.workloads.baselines import ranking_baselines
 from slimserve.workloads.interface import (
@@ -138,7 +139,7 @@ class Recommendation(Workload):
         of_user: dict[int, list[ScoringPrompt]] = {}
         for prompt in drawn:
             length, count = history.draw(numbers), candidates.draw(numbers)
-            lines = prompt.query.splitlines(keepends=True)
+            lines = split_lines(prompt.query, keepends=True)
             cut = replace(
                 prompt, query="".join(lines[-length:]), items=prompt.items[:count], truth=prompt.truth[:count]
             )
@@ -157,7 +158,7 @@ def label_prompts(prompt: ScoringPrompt, first: int = 0) -> list[ScoringPrompt]:
     """
     prompts: list[ScoringPrompt] = []
     query = ""
-    for line in prompt.solved.splitlines(keepends=True):
+    for line in split_lines(prompt.solved, keepends=True):
         label = next(label for label in prompt.labels if line.endswith(f"{label}\n"))
         item = line.removesuffix(f"{label}\n")
         prompts.append(ScoringPrompt(query, (item,), prompt.labels, (label == prompt.labels[0],), prompt.group))
@@ -174,29 +175,40 @@ def movielens_directory() -> Path:
 
 
 def load_ratings(directory: Path) -> dict[str, list[Rating]]:
-    """Read the ratings of each user id from atomic files, in the order of time; ties are ordered by item id."""
-    titles = {row["item_id"]: _title(row) for row in _read_atomic(directory, ".item")}
+    """Read the ratings of each user id from atomic files, in the order of time; ties are ordered by item id.
+
+    UserError names the file and the line of a record that lacks a field or whose rating or time is not a number.
+    """
+    titles = {row["item_id"]: _title(row) for _, row in _read_atomic(directory, ".item", ("item_id",))}
     dated: dict[str, list[tuple[float, str, Rating]]] = {}
-    for row in _read_atomic(directory, ".inter"):
+    for place, row in _read_atomic(directory, ".inter", ("user_id", "item_id", "rating", "timestamp")):
+        rating, timestamp = (_number(row, name, place) for name in ("rating", "timestamp"))
         item = row["item_id"]
         if item in titles:
-            rating = Rating(titles[item], float(row["rating"]), float(row["timestamp"]))
-            dated.setdefault(row["user_id"], []).append((rating.timestamp, item, rating))
+            dated.setdefault(row["user_id"], []).append((timestamp, item, Rating(titles[item], rating, timestamp)))
     return {user: [rating for *_, rating in sorted(rows, key=lambda row: row[:2])] for user, rows in dated.items()}
 
 
-def _read_atomic(directory: Path, suffix: str) -> list[dict[str, str]]:
+def _read_atomic(directory: Path, suffix: str, needed: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield the place and the fields of each record; the header gives a type after each column's name."""
     files = sorted(directory.glob(f"*{suffix}"))
     if not files:
         raise UserError(_DATA, directory, f"has no {suffix} file", "give a directory of atomic files")
-    with files[0].open(encoding="utf-8", newline="") as file:
-        rows = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-        names = [name.split(":")[0] for name in next(rows, [])]
-        needed = {"item_id"} if suffix == ".item" else {"user_id", "item_id", "rating", "timestamp"}
-        if not needed <= set(names):
-            missing = ", ".join(sorted(needed - set(names)))
-            raise UserError(_DATA, files[0], f"has no column {missing}", "add it to the header")
-        return [dict(zip(names, row, strict=False)) for row in rows]
+    remedy = "give each line as many tab-separated fields as the header has"
+    options = {"delimiter": "\t", "is_quoted": False, "needed": needed, "column_of": lambda name: name.split(":")[0]}
+    for number, row in read_table(files[0], _DATA, remedy, **options):
+        yield f"{files[0]}:{number}", row
+
+
+def _number(row: Mapping[str, str], column: str, place: str) -> float:
+    try:
+        number = float(row[column])
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        problem = f"has {row[column][:40]!r} in the column {column}, not a number"
+        raise UserError(_DATA, place, problem, "write ratings as numbers and times as seconds")
+    return number
 
 
 def _title(row: dict[str, str]) -> str:

@@ -7,7 +7,6 @@ A chain of thought before a closing think tag does not count. Names: `exact`, `n
 from __future__ import annotations
 
 import importlib
-import json
 import re
 import sys
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from slimserve.core.errors import UserError
+from slimserve.core.text import parse_json, read_text
 from slimserve.workloads.interface import THINK_CLOSE
 
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:[eE][-+]?\d+)?|-?\.\d+")
@@ -97,15 +97,15 @@ def _schema_verifier(folder: Path, schema: str | None) -> Verifier:
         raise UserError("json_schema", None, "is missing", "name the file with the JSON schema")
     file = folder / schema
     try:
-        validator = jsonschema.validators.validator_for(document := json.loads(file.read_text(encoding="utf-8")))
+        validator = jsonschema.validators.validator_for(document := parse_json(read_text(file, "json_schema")))
         validator.check_schema(document)
-    except (OSError, ValueError, jsonschema.SchemaError) as error:
+    except (ValueError, jsonschema.SchemaError) as error:
         raise UserError("json_schema", file, f"is not a JSON schema ({error})", "correct the file") from error
 
     def check(text: str, _: str) -> bool:
         fenced = _FENCE.findall(text)
         try:
-            value = json.loads(fenced[-1] if fenced else text)
+            value = parse_json(fenced[-1] if fenced else text)
         except ValueError:
             return False
         return bool(validator(document).is_valid(value))

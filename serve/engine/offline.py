@@ -91,7 +91,7 @@ def _answer(model: str, prompts: list[list[int]], greedy_tokens: int) -> VllmAns
         ]
         return VllmAnswer(model, logprobs, [list(output.outputs[0].token_ids) for output in outputs])
     except Exception as error:  # any exception while loading is the answer
-        lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        lines = [line for line in str(error).split("\n") if line.strip()] or [type(error).__name__]
         return VllmAnswer(model, error=lines[-1][-500:])
     finally:
         del llm

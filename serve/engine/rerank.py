@@ -30,6 +30,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, ValidationError, field_validator
 
 from slimserve.core.errors import UserError
+from slimserve.core.text import read_text
 from slimserve.serve.engine.score_request import RequestError, ScoreRequest
 from slimserve.serve.engine.scoring import ScoringPlan, probabilities, usage
 
@@ -121,7 +122,7 @@ def load_template(model: Path, environment: Mapping[str, str] | None = None) -> 
             if content is None:
                 return TEMPLATES["default"]
         else:
-            content = tomllib.loads(source.read_text(encoding="utf-8"))
+            content = tomllib.loads(read_text(source, "rerank template"))
         given = RerankTemplate.model_validate(content)
     except (OSError, ValueError) as error:
         problem = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)

@@ -182,7 +182,7 @@ class Engine:
         for pid in self._pids():
             with contextlib.suppress(OSError, StopIteration):
                 status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
-                line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
+                line = next(line for line in status.split("\n") if line.startswith("VmHWM:"))
                 self._peak_rss[pid] = max(self._peak_rss.get(pid, 0), int(line.split()[1]) * 1024)
         return sum(self._peak_rss.values())
 
@@ -275,6 +275,6 @@ def _phase(log: Path) -> str:
 
 def last_error(log: Path) -> str:
     """Return the log line with the first exception, or the last line, at most 300 characters."""
-    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").split("\n") if line.strip()]
     named = [line for line in lines if any(word in line for word in ("Error:", "error:", "Exception:"))]
     return (named or lines or ["no output"])[-1 if not named else 0][-300:]

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from slimserve.core.errors import UserError
+from slimserve.core.text import read_text, split_lines
 from slimserve.serve.policy.errors import invalid_key
 
 KEYS_FILE_VARIABLE = "SLIMSERVE_API_KEYS_FILE"
@@ -33,10 +34,10 @@ def load_api_keys(environment: Mapping[str, str] | None = None) -> frozenset[str
     keys = {environment[name].strip() for name in KEY_VARIABLES if environment.get(name, "").strip()}
     if path := environment.get(KEYS_FILE_VARIABLE, ""):
         try:
-            lines = Path(path).read_text(encoding="utf-8").splitlines()
             other_access = stat.S_IMODE(Path(path).stat().st_mode) & (stat.S_IRWXG | stat.S_IRWXO)
-        except (OSError, UnicodeDecodeError) as error:
+        except OSError as error:
             raise UserError("API key file", path, f"cannot be read ({error})", "name a UTF-8 text file") from error
+        lines = split_lines(read_text(Path(path), "API key file", "name a UTF-8 text file"))
         file_keys = {line.strip() for line in lines if line.strip() and not line.strip().startswith("#")}
         if not file_keys:
             raise UserError("API key file", path, "has no key", "write one key per line, or leave the option out")

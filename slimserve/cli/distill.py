@@ -74,6 +74,8 @@ def traces(settings: TracesSettings) -> None:
 
     counts = write_traces(find_target(settings.url, settings.model), settings)
     typer.echo(
-        f"{counts.num_solved} of {counts.num_problems} problems solved with {counts.num_replies} replies: "
-        f"{settings.output}"
+        f"{counts.num_solved} of {counts.num_problems} problems solved with {counts.num_replies} replies, "
+        f"{counts.num_chains} with a chain of thought"
+        + (f"; {counts.num_cut} replies were cut off by --max-tokens" if counts.num_cut else "")
+        + f": {settings.output}"
     )

@@ -54,7 +54,7 @@ def test_raw_answers_are_kept_and_read_back(tmp_path: Path) -> None:
 
 def test_a_broken_file_of_answers_is_named(tmp_path: Path) -> None:
     (tmp_path / "answers.jsonl").write_text('{"prompts_sha256": "a"}\n{"prompt"')
-    with pytest.raises(UserError, match="answers: .* cannot be read"):
+    with pytest.raises(UserError, match=r"answers: .*answers.jsonl:2' is not JSON"):
         read_answers(tmp_path / "answers.jsonl")
 
 

@@ -23,7 +23,8 @@ def test_a_bad_line_is_named(tmp_path: Path, text: str, message: str) -> None:
 
 
 def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
-    (tmp_path / "latin").write_bytes(b"\xe9")
-    for name in ("missing", "latin"):
-        with pytest.raises(UserError, match="cannot be read"):
+    (tmp_path / "latin").write_bytes(b"a\nb\n\xe9")
+    (tmp_path / "windows").write_bytes("a".encode("utf-16"))
+    for name, message in {"missing": "cannot be read", "latin": ":3' is not UTF-8", "windows": "is UTF-16"}.items():
+        with pytest.raises(UserError, match=message):
             read_text(tmp_path / name, "--data")

@@ -110,13 +110,13 @@ def test_a_missing_template_and_templates_that_rewrite_turns_are_handled(tokeniz
     )
     example = chat_example(rewriting, [QUESTION, {"role": "assistant", "content": "hm"}], "x", 500, {2})
     assert example is not None
-    assert tokenizer.decode(example.tokens) == "1:What is 2 + 3?|<think>hm|"
-    assert example.sections[-1] is C, "the prompt opened the chain"
+    assert tokenizer.decode(example.tokens) == "1:What is 2 + 3?|<think>\n</think>\n\nhm|"
+    assert example.sections[-1] is A, "a reply without a chain closes the one that the prompt opened"
     swallowing = copy.deepcopy(tokenizer)
     swallowing.chat_template = (
         "{% for m in messages %}{{ m.role }}{% endfor %}{% if add_generation_prompt %}!{% endif %}"
     )
-    with pytest.raises(UserError, match="changes the reply"):
+    with pytest.raises(UserError, match="has a reply that the model's chat template leaves out"):
         chat_example(swallowing, messages, "x", 500, {2})
 
 

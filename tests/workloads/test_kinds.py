@@ -242,7 +242,7 @@ BAD_LINES = {
     b"not json at all": "is not JSON",
     b'{"query": "caf\xe9", "items": ["a"], "grades": [1]}': "is not UTF-8",
     b'{"query": "\\ud83d", "items": ["a"], "grades": [1]}': "half of a surrogate pair",
-    b'{"query": "q", "items": [' + b"[" * 100_000 + b"]": "is not JSON",
+    b'{"query": "q", "items": [' + b"[" * 100_000 + b"]": "is nested more than 64 levels deep",
     b"null": "is not a JSON object",
 }
 
@@ -289,8 +289,8 @@ def test_only_positive_items_leave_the_metric_undefined(write: Write) -> None:
     ("content", "problem"),
     [
         (b"text,label\n\xe9,a\n", "is not UTF-8"),
-        (b"text,text\na,b\n", "names a column twice"),
-        (b"", "has no rows"),
+        (b"text,text\na,b\n", "names the column 'text' twice"),
+        (b"", "is empty"),
         (b"text,label\n", "has no rows"),
         (b"text,label\na\nb,a,c\n", "does not have 2 fields"),
         (b"label\na\n", "has no column text"),

@@ -16,7 +16,17 @@ from typing import Any, ClassVar, Literal, cast
 from pydantic import Field
 
 from slimserve.core.errors import UserError
+from slimserve.core.progress import print_status
+from slimserve.core.text import parse_json
 from slimserve.workloads import metrics
+from slimserve.workloads.conversations import (
+    NUM_TOKENS_FIELDS,
+    SAMPLING_FIELDS,
+    SHAPING_FIELDS,
+    check_sendable,
+    read_conversation,
+    unread_line,
+)
 from slimserve.workloads.interface import (
     CHAT_VIEW,
     Answer,
@@ -29,7 +39,7 @@ from slimserve.workloads.interface import (
     Sampling,
 )
 from slimserve.workloads.kinds.base import FileSpec, FileWorkload, UnusableRowError, column, fill, text_column
-from slimserve.workloads.kinds.rows import Row
+from slimserve.workloads.kinds.rows import Row, Table
 from slimserve.workloads.verifiers import Verifier, make_verifier
 
 
@@ -76,11 +86,23 @@ class Generate(FileWorkload):
         """Return the file of the JSON schema."""
         return [self.spec.json_schema] if self.spec.json_schema else []
 
+    def read_rows(self) -> Table:
+        """Read all data; prints the columns that say how a row's answer is drawn, which the workload file decides."""
+        table = super().read_rows()
+        if self.spec.messages is not None:
+            named = {value for value in vars(self.spec).values() if isinstance(value, str)}
+            fields = {*SAMPLING_FIELDS, *NUM_TOKENS_FIELDS} - named
+            unused = unread_line([[key for key in row.values if key in fields] for row in table.rows])
+            if unused:
+                print_status(f"{self.file.name}: not used, as the workload file decides for all rows: {unused}")
+        return table
+
     def make_prompt(self, row: Row, group: int) -> Prompt:
         """Return the prompt of a row; UnusableRowError names what it lacks."""
         chain = text_column(row, self.spec.chain_of_thought) if self.spec.chain_of_thought else ""
+        messages, request = self._conversation(row)
         return ChatPrompt(
-            messages=self._messages(row),
+            messages=messages,
             max_tokens=self.spec.max_tokens,
             kind=self.name,
             chain_of_thought=chain,
@@ -88,11 +110,12 @@ class Generate(FileWorkload):
             entry={},
             sampling=Sampling(self.spec.temperature, self.spec.samples),
             group=group,
+            request=request,
         )
 
     def question(self, prompt: Prompt) -> str:
         """Return the last message."""
-        return cast("ChatPrompt", prompt).messages[-1]["content"]
+        return cast("ChatPrompt", prompt).question
 
     def is_correct(self, prompt: ChatPrompt, text: str) -> bool:
         """Tell whether the verifier accepts a reply, without its chain of thought."""
@@ -123,19 +146,22 @@ class Generate(FileWorkload):
             return {}
         return {"most_frequent_answer": [ChatAnswer(known.most_common(1)[0][0], 0)] * len(prompts)}
 
-    def _messages(self, row: Row) -> tuple[dict[str, str], ...]:
+    def _conversation(self, row: Row) -> tuple[tuple[dict[str, Any], ...], dict[str, Any]]:
+        """Return the messages of a row, and the fields of a request that shape them, such as tools."""
         if self.spec.messages is None:
             system = [{"role": "system", "content": fill(self.spec.system, row)}] if self.spec.system else []
-            return (*system, {"role": "user", "content": fill(self.spec.prompt or "", row)})
+            return (*system, {"role": "user", "content": fill(self.spec.prompt or "", row)}), {}
         messages = column(row, self.spec.messages)
+        named = {self.spec.group, self.spec.split, self.spec.answer}
+        shaping = {key: row.values[key] for key in SHAPING_FIELDS - named if row.values.get(key)}
         try:
-            messages = json.loads(messages) if isinstance(messages, str) else messages
-            pairs = [(message["role"], message["content"]) for message in messages]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UnusableRowError(f"has no chat messages in the column {self.spec.messages} ({error!r})") from error
-        if not pairs or not all(isinstance(part, str) for pair in pairs for part in pair):
-            raise UnusableRowError(f"has no texts in the messages of the column {self.spec.messages}")
-        return tuple({"role": role, "content": content} for role, content in pairs)
+            messages = parse_json(messages) if isinstance(messages, str) else messages
+            conversation = read_conversation({**shaping, "messages": list(messages)})
+            check_sendable(conversation)
+            return tuple(message.as_request() for message in conversation.messages), dict(conversation.request)
+        except (ValueError, TypeError) as error:
+            reason = f"has no chat messages in the column {self.spec.messages}: the row {error}"
+            raise UnusableRowError(reason) from error
 
 
 def _answer_text(row: Row, name: str, *, is_needed: bool) -> str:

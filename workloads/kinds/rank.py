@@ -7,8 +7,6 @@ probability of a label after it, or the probability of the item's text itself (`
 
 from __future__ import annotations
 
-import csv
-import json
 import math
 import random
 from collections import defaultdict
@@ -19,6 +17,7 @@ from typing import Any, ClassVar, Literal, cast
 from pydantic import Field
 
 from slimserve.core.errors import UserError
+from slimserve.core.text import BadLine, parse_json, read_text, scan_fields, split_lines
 from slimserve.workloads import metrics
 from slimserve.workloads.baselines import ranking_baselines
 from slimserve.workloads.interface import (
@@ -169,7 +168,7 @@ def _list_in(row: Row, name: str) -> list[Any]:
     value = column(row, name)
     if isinstance(value, str):
         try:
-            value = json.loads(value)
+            value = parse_json(value)
         except ValueError as error:
             raise UnusableRowError(f"has no list in the column {name} ({error})") from error
     if not isinstance(value, (list, tuple)):
@@ -210,10 +209,7 @@ def _judged_lists(spec: RankSpec, folder: Path) -> Table:
 
 def _judgements(file: Path, table: Table) -> Iterator[tuple[str, str, str, float]]:
     """Yield place, query id, document id and grade of TREC (four columns) or BEIR judgements (three, with a header)."""
-    try:
-        lines = file.read_bytes().decode("utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError("qrels", file, f"cannot be read ({error})", "give a TREC or BEIR file in UTF-8") from error
+    lines = split_lines(read_text(file, "qrels", "give a TREC or BEIR file in UTF-8"))
     for number, line in enumerate(lines, start=1):
         parts = line.split()
         if not parts or (number == 1 and parts[-1] in {"score", "rel", "relevance"}):
@@ -240,9 +236,5 @@ def _texts_by_id(file: Path) -> dict[str, str]:
             if identifier is not None and text:
                 found[str(identifier)] = text
         return found
-    try:
-        with file.open(encoding="utf-8-sig", newline="") as lines:
-            rows = list(csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError("queries or corpus", file, f"cannot be read ({error})", "give a JSONL or TSV file") from error
-    return {row[0]: row[1] for row in rows if len(row) > 1}
+    rows = scan_fields(file, "queries or corpus", "give a JSONL or TSV file", delimiter="\t", is_quoted=False)
+    return {row[0]: row[1] for _, row in rows if not isinstance(row, BadLine) and len(row) > 1}
