@@ -106,7 +106,7 @@ def _documents(directory: Path, source: str, seed: int) -> Iterator[list[int]]:
     """Yield the token ids of one document after another, in the order that `seed` gives."""
     path = Path(source)
     if path.suffix == ".jsonl":
-        rows = _read_rows(path)
+        rows = _read_rows(path, read_config(directory)["vocab_size"])
         random.Random(seed).shuffle(rows)
         if all("input_ids" in row for row in rows):
             yield from (row["input_ids"] for row in rows)
@@ -123,13 +123,17 @@ def _documents(directory: Path, source: str, seed: int) -> Iterator[list[int]]:
     yield from (tokenizer(text)["input_ids"] for text in texts)
 
 
-def _read_rows(path: Path) -> list[dict[str, Any]]:
+def _read_rows(path: Path, vocabulary: int) -> list[dict[str, Any]]:
     remedy = 'write {"text": "…"} or {"input_ids": [1, 2, 3]} in every line'
     rows = []
     for number, row in read_jsonl(path, "calibration source", remedy):
         if not _is_document(row):
             problem = "has neither a text nor input_ids that are integers"
             raise UserError("calibration source", f"{path}:{number}", problem, remedy)
+        wrong = [token for token in row.get("input_ids", []) if not 0 <= token < vocabulary]
+        if wrong:
+            problem = f"has the token id {wrong[0]} outside 0 to {vocabulary - 1}"
+            raise UserError("calibration source", f"{path}:{number}", problem, "use this model's tokenizer")
         rows.append(row)
     if len({"input_ids" in row for row in rows}) > 1:
         raise UserError("calibration source", path, "mixes text and input_ids", "use one of them in every line")
@@ -138,8 +142,7 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
 
 def _is_document(row: dict[str, Any]) -> bool:
     if "input_ids" in row:
-        ids = row["input_ids"]
-        return isinstance(ids, list) and all(type(token) is int and 0 <= token < 2**31 for token in ids)
+        return isinstance(row["input_ids"], list) and all(type(token) is int for token in row["input_ids"])
     return isinstance(row.get("text"), str)
 
 

@@ -189,6 +189,10 @@ def _read_conversations(file: Path) -> Iterator[_Row]:
                 raise ValueError(dialect_of(row) or "is not a conversation that ends with an assistant message")
             if len(conversation.messages) == 1:
                 raise ValueError("has a reply and nothing before it")
+            if conversation.raw_messages[-1].get("weight") == 0:  # as OpenAI's fine-tuning leaves a reply out
+                raise ValueError("has a reply of weight 0, and training uses the last reply; leave the row out")
+            if isinstance(row.get("label"), bool):
+                raise ValueError("is a rating of a reply (label); keep the rows of good replies, without the label")
             messages = [message.as_request() for message in conversation.messages]
         except ValueError as error:
             raise UserError("data.source", name, str(error), _REMEDY) from error

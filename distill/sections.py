@@ -165,6 +165,9 @@ def _render(
     """
     *before, reply = messages
     text = reply["content"] or ""
+    if THINK_CLOSE in text and THINK_OPEN not in text.partition(THINK_CLOSE)[0]:  # the teacher's template opened it
+        text = f"{THINK_OPEN}\n{text.lstrip()}"
+        reply = {**reply, "content": text}
     if tokenizer.chat_template is None:
         if reply.get("tool_calls") or request.get("tools"):
             raise UserError("conversation", name, "has tools, and the model no chat template", "use a model for tools")
@@ -175,7 +178,7 @@ def _render(
         tools = request.get("tools") or ()
         return render_chat(tokenizer, conversation, name, tools=tools, options=options, add_generation_prompt=is_prompt)
 
-    prompt, full = render(before, is_prompt=True), render(messages)
+    prompt, full = render(before, is_prompt=True), render([*before, reply])
     rest = full[len(prompt) :] if full.startswith(prompt) else ""
     is_open = prompt.rstrip().endswith(THINK_OPEN)
     if full.startswith(prompt) and _holds(rest, text) and (not is_open or THINK_OPEN in text or THINK_CLOSE in rest):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import ClassVar
 
@@ -57,7 +57,7 @@ class Chat(Workload):
         if not options.data:
             raise UserError("--data", "", "is missing", f"name a JSONL file and {REMEDY}")
         file = Path(options.data)
-        changed = file.stat().st_mtime_ns if file.is_file() else 0
+        state = (file.stat().st_mtime_ns, file.stat().st_size) if file.is_file() else (0, 0)
         return [
             ChatPrompt(
                 messages=chat.raw_messages,
@@ -68,12 +68,12 @@ class Chat(Workload):
                 entry={},
                 request=chat.request,
             )
-            for chat in _read_chats(file, changed)[:num_prompts]
+            for chat in _read_chats(file, state)[:num_prompts]
         ]
 
 
-@cache
-def _read_chats(file: Path, changed: int) -> list[Conversation]:  # noqa: ARG001  # a changed file is read again
+@lru_cache(maxsize=2)
+def _read_chats(file: Path, state: tuple[int, int]) -> list[Conversation]:  # noqa: ARG001  # a changed file is read again
     """Return all conversations of a file, so that its last line is checked before a load test begins as well."""
     chats: list[Conversation] = []
     num_replies = 0

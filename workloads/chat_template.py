@@ -8,6 +8,7 @@ from typing import Any
 from slimserve.core.errors import UserError
 from slimserve.core.text import parse_json
 
+_RESERVED = {"", "add_generation_prompt", "chat_template", "conversation", "return_dict", "tokenize", "tools"}
 _ROLES_OF_ALL_TEMPLATES = {"user", "assistant", "tool"}
 
 
@@ -27,30 +28,38 @@ def render_chat(
     Raises UserError that quotes the template and `name`s the conversation if the template raises, or if it leaves out
     the tools or a message.
     """
-    arranged = [_with_parsed_arguments(message, name) for message in messages]
 
-    def rendered(tools: Sequence[Any]) -> str:
-        try:
-            text = tokenizer.apply_chat_template(
-                arranged,
+    variables = options if isinstance(options, Mapping) else {"": options} if options else {}
+    if reserved := [key for key in variables if key in _RESERVED]:
+        problem = f"has chat_template_kwargs that set {reserved[0] or 'no variables'}"
+        raise UserError("conversation", name, problem, "give an object of the template's own variables")
+
+    def rendered(conversation: Sequence[Mapping[str, Any]]) -> str:
+        return str(
+            tokenizer.apply_chat_template(
+                [dict(message) for message in conversation],
                 tools=list(tools) or None,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
-                **(options or {}),
+                **variables,
             )
-        except Exception as error:  # jinja2 and the template's own raise_exception, or any fault in it
-            number = getattr(error, "lineno", None)
-            line = f" in line {number}" if number else ""
-            problem = f"cannot be rendered by the model's chat template, which fails{line}: {error or repr(error)}"
-            remedy = _remedy(error, messages)
-            raise UserError("conversation", name, problem, remedy) from error
-        return str(text)
-
-    text = rendered(tools)
-    if tools and rendered(()) == text:
-        raise UserError(
-            "conversation", name, "has tools, which the model's chat template leaves out", "use a model for tools"
         )
+
+    with_objects = [_with_objects(message, name) for message in messages]
+    try:
+        try:
+            text = rendered(with_objects)
+        except TypeError:  # some templates join the content or the arguments of a tool call as text
+            text = rendered([{**message, "content": message.get("content") or ""} for message in messages])
+    except Exception as error:  # jinja2 and the template's own raise_exception, or any fault in it
+        number = getattr(error, "lineno", None)
+        line = f" in line {number}" if number else ""
+        problem = f"cannot be rendered by the model's chat template, which fails{line}: {error or repr(error)}"
+        raise UserError("conversation", name, problem, _remedy(error, messages)) from error
+    missing = [tool for tool in map(_name_of, tools) if tool not in text]
+    if missing:
+        problem = f"has the tool {missing[0]!r}, which the model's chat template leaves out"
+        raise UserError("conversation", name, problem, "use a model for tools")
     for message in messages:
         content = message.get("content")
         if not all(call["function"]["name"] in text for call in message.get("tool_calls") or ()):
@@ -70,7 +79,7 @@ def _remedy(error: Exception, messages: Sequence[Mapping[str, Any]]) -> str:
     return "change the conversation so that the template accepts it, or correct the template"
 
 
-def _with_parsed_arguments(message: Mapping[str, Any], name: str) -> dict[str, Any]:
+def _with_objects(message: Mapping[str, Any], name: str) -> dict[str, Any]:
     """Return a message whose tool calls have objects as arguments, as templates expect and as vLLM passes them."""
     if not message.get("tool_calls"):
         return dict(message)
@@ -85,3 +94,8 @@ def _with_parsed_arguments(message: Mapping[str, Any], name: str) -> dict[str, A
                 raise UserError("conversation", name, problem, "correct its arguments") from error
         calls.append({**call, "function": {**call["function"], "arguments": arguments}})
     return {**message, "tool_calls": calls}
+
+
+def _name_of(tool: Any) -> str:
+    function = tool.get("function", tool) if isinstance(tool, Mapping) else None
+    return str(function.get("name", "")) if isinstance(function, Mapping) else ""

@@ -145,3 +145,83 @@ def test_a_sampled_reply_keeps_its_own_tokens(tokenizer: Any) -> None:
     assert text_of[C] == "<think>né</think>"
     assert text_of[A] == "5<|im_end|>"
     assert sampled_example(tokenizer, "x", prompt, []).tokens == tuple(prompt)
+
+
+ASSISTANT, END = "<|im_start|>assistant\n", "<|im_end|>"
+TURNS = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}" + ASSISTANT + "{{ CONTENT }}" + END + "\n{% else %}"
+    "<|im_start|>{{ m.role }}\n{{ m.content }}" + END + "\n{% endif %}{% endfor %}"
+)
+WITHOUT_CHAIN = "(m.content or '').split('</think>')[-1].lstrip()"
+ONE_CHAIN = (
+    "{% if '</think>' in m.content and loop.last %}<think>\n"
+    "{{ m.content.split('</think>')[0].split('<think>')[-1].strip() }}\n</think>\n\n{% endif %}{{ REST }}"
+)
+OPENS = "{% if add_generation_prompt %}" + ASSISTANT + "<think>\n{% endif %}"
+PLAIN = "{% if add_generation_prompt %}" + ASSISTANT + "{% endif %}"
+CALLS = "{% for c in m.tool_calls or [] %}[{{ c.function.name }}]{% endfor %}"
+TEMPLATES = {
+    "DeepSeek-R1 and QwQ": TURNS.replace("{{ CONTENT }}", "{{ " + WITHOUT_CHAIN + " }}" + CALLS) + OPENS,
+    "DeepSeek-R1 before it opened the chain": TURNS.replace("{{ CONTENT }}", "{{ " + WITHOUT_CHAIN + " }}") + PLAIN,
+    "Qwen3": TURNS.replace("{{ CONTENT }}", ONE_CHAIN.replace("REST", WITHOUT_CHAIN)) + PLAIN,
+    "Qwen3-Thinking": TURNS.replace("{{ CONTENT }}", ONE_CHAIN.replace("REST", WITHOUT_CHAIN)) + OPENS,
+    "SmolLM2": TURNS.replace("CONTENT", "m.content") + PLAIN,
+    "opens the chain, and keeps the text of the reply": TURNS.replace("CONTENT", "m.content") + OPENS,
+    "opens the chain without a line feed": TURNS.replace("CONTENT", WITHOUT_CHAIN)
+    + OPENS.replace("<think>\n", "<think>"),
+    "its history depends on what follows": "{{ messages | length }}" + TURNS.replace("CONTENT", WITHOUT_CHAIN) + OPENS,
+}
+STUDENT_REPLIES = {
+    "a chain": ("<think>\n2 and 3.\n</think>\n5", "2 and 3.", "5"),
+    "a chain whose opening tag the teacher's template wrote": ("2 and 3.\n</think>\n\n5", "2 and 3.", "5"),
+    "a chain without line feeds": ("<think>2 and 3.</think>5", "2 and 3.", "5"),
+    "no chain": ("5", "", "5"),
+    "an empty chain": ("<think>\n</think>\n5", "", "5"),
+}
+
+
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=list(TEMPLATES))
+@pytest.mark.parametrize(("reply", "chain", "answer"), STUDENT_REPLIES.values(), ids=list(STUDENT_REPLIES))
+def test_a_student_learns_the_chain_and_the_answer_whatever_its_template_does_with_earlier_chains(
+    tokenizer: Any, template: str, reply: str, chain: str, answer: str
+) -> None:
+    student = copy.deepcopy(tokenizer)
+    student.chat_template = template
+    earlier = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "<think>\nold\n</think>\nHello"}]
+    messages = [*earlier, QUESTION, {"role": "assistant", "content": reply}]
+    example = chat_example(student, messages, "x", 500, {2})
+    assert example is not None
+    served = student.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+    assert student.decode(example.tokens[: example.num_prompt]) == served
+    text_of = texts(student, example)
+    learned = served.rpartition("<|im_start|>")[2] + text_of[C] + text_of[A]
+    is_open = "<think>" in served.rpartition("<|im_start|>")[2]
+    num_chains = int(bool(chain) or "</think>" in reply or is_open)
+    assert (learned.count("<think>"), learned.count("</think>")) == (num_chains, num_chains)
+    body = learned.removeprefix("assistant\n").removesuffix(END)
+    assert body.rpartition("</think>")[0].replace("<think>", "").strip() == chain
+    assert body.rpartition("</think>")[2].strip() == answer
+    assert text_of[A].strip() == f"{answer}{END}", "the answer ends with the stop token"
+    assert "<think>\n\n\n" not in learned
+
+
+def test_tool_calls_are_learned_as_the_template_writes_them(tokenizer: Any) -> None:
+    call = {"type": "function", "function": {"name": "add", "arguments": '{"a": 2}'}}
+    reply = {"role": "assistant", "content": None, "tool_calls": [call]}
+    student = copy.deepcopy(tokenizer)
+    student.chat_template = TEMPLATES["DeepSeek-R1 and QwQ"]
+    example = chat_example(student, [QUESTION, reply], "x", 500, {2})
+    assert example is not None
+    assert texts(student, example)[A].strip() == f"[add]{END}"
+    student.chat_template = TURNS.replace("{{ CONTENT }}", "{{ m.content or '' }}" + CALLS) + PLAIN
+    example = chat_example(student, [QUESTION, reply], "x", 500, {2})
+    assert example is not None
+    assert student.decode(example.tokens[example.num_prompt :]) == f"[add]{END}"
+    with pytest.raises(UserError, match="'x' has tool calls, which the model's chat template leaves out"):
+        chat_example(tokenizer, [QUESTION, reply], "x", 500, {2})
+    with pytest.raises(UserError, match="has the tool 'add', which"):
+        answer = {"role": "assistant", "content": "5"}
+        chat_example(tokenizer, [QUESTION, answer], "x", 500, {2}, request={"tools": [call]})
+    student.chat_template = None
+    with pytest.raises(UserError, match="has tools, and the model no chat template"):
+        chat_example(student, [QUESTION, reply], "x", 500, {2})

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 
 from slimserve.core.errors import UserError
 from slimserve.core.openai_client import Target
+from slimserve.distill.data import load_examples
+from slimserve.distill.sections import Section
 from slimserve.distill.settings import TracesSettings
 from slimserve.distill.traces import TraceCounts, write_traces
 from slimserve.workloads import load_workload
@@ -98,3 +100,107 @@ def test_a_failing_server_and_a_workload_without_verifier_are_errors(url: str, t
         ask(url, tmp_path / "traces.jsonl", 4)
     with pytest.raises(UserError, match="has no replies to verify"):
         ask(url, tmp_path / "other.jsonl", 4, workload="recommendation")
+
+
+def served_by(answers: Callable[[str], Any]) -> ThreadingHTTPServer:
+    """Return a running teacher that answers each question with `answers(question)` as JSON."""
+
+    class Scripted(Teacher):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            text = json.dumps(answers(body["messages"][-1]["content"])).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(text)))
+            self.end_headers()
+            self.wfile.write(text)
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Scripted)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return server
+
+
+def chosen(message: Any, finish_reason: str = "stop") -> dict[str, Any]:
+    return {"choices": [{"message": message, "finish_reason": finish_reason}]}
+
+
+@pytest.mark.parametrize("field", ["reasoning", "reasoning_content", "thinking"])
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\u0085", "\v", "\f", "\x1c", "\r\n", "\ufeff"])
+def test_the_chain_of_thought_of_every_server_reaches_the_training_data(
+    tokenizer: Any, smollm2: Path, tmp_path: Path, field: str, separator: str
+) -> None:
+    file = tmp_path / "traces.jsonl"
+    chain = f"first{separator}then"
+    server = served_by(lambda question: chosen({"role": "assistant", "content": TRUTH[question], field: chain}))
+    try:
+        counts = ask(f"http://127.0.0.1:{server.server_port}", file, 8)
+        assert (counts.num_solved, counts.num_chains, counts.num_replies) == (8, 8, 8)
+        again = ask(f"http://127.0.0.1:{server.server_port}", file, 8)
+    finally:
+        server.shutdown()
+    assert (again.num_solved, again.num_replies) == (8, 0), "the file that was written can be read"
+    examples = load_examples(tokenizer, smollm2, str(file), 8, 0, 2048, 0)
+    assert examples.training
+    for example in examples.training:
+        assert chain in tokenizer.decode(
+            [token for token, section in zip(example.tokens, example.sections, strict=True) if section is Section.COT]
+        )
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        [],
+        {},
+        {"choices": []},
+        {"choices": [{"finish_reason": "stop"}]},
+        chosen(None),
+        chosen({"content": 5}),
+        chosen({"content": "5", "reasoning": ["a"]}),
+        {"error": {"message": "the model is loading"}},
+    ],
+)
+def test_a_server_that_answers_without_a_message_is_one_error_line(tmp_path: Path, answer: Any) -> None:
+    server = served_by(lambda _: answer)
+    try:
+        with pytest.raises(UserError, match="/v1/chat/completions' got an answer that cannot be read"):
+            ask(f"http://127.0.0.1:{server.server_port}", tmp_path / "traces.jsonl", 2)
+    finally:
+        server.shutdown()
+
+
+def test_replies_that_are_no_text_or_cut_off_are_counted_and_not_kept(tmp_path: Path) -> None:
+    first = next(iter(TRUTH))
+    server = served_by(
+        lambda question: (
+            chosen({"content": f"{TRUTH[question]}", "reasoning": "\ud83d"})
+            if question == first
+            else chosen({"content": None, "reasoning": "hm"}, "length")
+        )
+    )
+    file = tmp_path / "traces.jsonl"
+    try:
+        counts = ask(f"http://127.0.0.1:{server.server_port}", file, 2)
+    finally:
+        server.shutdown()
+    assert (counts.num_solved, counts.num_replies, counts.num_cut) == (0, 8, 4)
+    assert all(set(json.loads(line)) == {"question"} for line in file.read_text().split("\n") if line)
+
+
+@pytest.mark.parametrize("content", ["my notes", '{"prompt": "a"}\n', '{"question": 5}\n', '{"question": "a"}\nb\n'])
+def test_a_file_of_something_else_is_refused_and_left_as_it_is(url: str, tmp_path: Path, content: str) -> None:
+    file = tmp_path / "notes.jsonl"
+    file.write_text(content)
+    with pytest.raises(UserError, match=r"notes.jsonl:\d+' is not a trace"):
+        ask(url, file, 2)
+    assert file.read_text() == content
+
+
+def test_a_last_trace_without_a_line_feed_is_kept(url: str, tmp_path: Path) -> None:
+    file = tmp_path / "traces.jsonl"
+    ask(url, file, 4)
+    text = file.read_text()
+    file.write_text(text.rstrip("\n"))
+    Teacher.num_requests.clear()
+    assert ask(url, file, 4).num_problems == 4
+    assert not Teacher.num_requests
+    assert file.read_text() == text

@@ -180,15 +180,16 @@ def _judged_lists(spec: RankSpec, folder: Path) -> Table:
     """Return one row per query with its judged documents, and random documents that nobody judged as negatives."""
     if spec.queries is None or spec.corpus is None or spec.qrels is None:
         raise UserError("qrels", spec.qrels, "needs `queries` and `corpus` beside it", "name the files with the texts")
-    queries, corpus = (_texts_by_id(folder / name) for name in (spec.queries, spec.corpus))
+    table = Table()
+    queries, corpus = (_texts_by_id(folder / name, table) for name in (spec.queries, spec.corpus))
     documents = list(corpus)
     judged: dict[str, dict[str, float]] = defaultdict(dict)
-    table = Table()
     first_places: dict[str, str] = {}
     for place, query, document, grade in _judgements(folder / spec.qrels, table):
         if query not in queries or document not in corpus:
             missing = f"query {query!r}" if query not in queries else f"document {document!r}"
-            table.unusable.append(Unusable(place, f"names the {missing}, which has no text"))
+            file = Path(spec.queries if query not in queries else spec.corpus).name
+            table.unusable.append(Unusable(place, f"names the {missing}, which has no text in {file}"))
             continue
         judged[query][document] = grade
         first_places.setdefault(query, place)
@@ -225,16 +226,27 @@ def _judgements(file: Path, table: Table) -> Iterator[tuple[str, str, str, float
             yield place, parts[0], parts[-2], grade
 
 
-def _texts_by_id(file: Path) -> dict[str, str]:
-    """Return texts by id: JSONL with `_id` or `id`, `text` and an optional `title`, or a TSV of id and text."""
+def _texts_by_id(file: Path, table: Table) -> dict[str, str]:
+    """Return texts by id: JSONL with `_id` or `id`, `text` and an optional `title`, or a TSV of id and text.
+
+    Lines without an id are added to the unusable ones of `table`.
+    """
+    found = {}
     if file.suffix.lower() == ".jsonl":
-        table = read_file(file)
-        found = {}
-        for row in table.rows:
+        part = read_file(file)
+        table.unusable += part.unusable
+        for row in part.rows:
             identifier = row.values.get("_id", row.values.get("id"))
             text = " ".join(str(row.values[name]) for name in ("title", "text") if row.values.get(name))
-            if identifier is not None and text:
+            if identifier is None:
+                table.unusable.append(Unusable(row.place, "has no column _id or id"))
+            elif text:
                 found[str(identifier)] = text
         return found
     rows = scan_fields(file, "queries or corpus", "give a JSONL or TSV file", delimiter="\t", is_quoted=False)
-    return {row[0]: row[1] for _, row in rows if not isinstance(row, BadLine) and len(row) > 1}
+    for number, fields in rows:
+        if isinstance(fields, BadLine) or len(fields) < 2:
+            table.unusable.append(Unusable(f"{file.name}:{number}", "is not an id and a text with a tab between"))
+        else:
+            found[fields[0]] = fields[1]
+    return found
