@@ -139,3 +139,10 @@ def test_only_the_registries_name_workloads_and_formats() -> None:
                 text = node.value
                 assert text not in names, f"{file}:{node.lineno} {text!r}"
                 assert " " in text or not listed.search(text), f"{file}:{node.lineno} {text!r}"
+
+
+def test_text_is_split_into_lines_at_line_feeds_only() -> None:
+    for file in product():
+        for node in ast.walk(parse(file)):
+            is_call = isinstance(node, ast.Attribute) and node.attr == "splitlines"
+            assert not is_call, f"{file}:{node.lineno}: str.splitlines also splits at U+2028; use core.text.split_lines"  # type: ignore[attr-defined]
