@@ -41,7 +41,6 @@ from slimserve.workloads.interface import (
     TextReading,
     hash_number,
 )
-from slimserve.workloads.messages import read_answer
 from slimserve.workloads.text import make_documents, text_metrics
 
 if TYPE_CHECKING:
@@ -215,15 +214,9 @@ async def _chat(client: OpenAIClient, prompt: ChatPrompt) -> ChatAnswer:
         body["n"] = sampling.num_samples
     if sampling.temperature > 0:
         body["seed"] = hash_number(prompt.question) % 2**31
-    path = "/v1/chat/completions"
-    answer = await client.post(path, body)
-    texts = [message.content or "" for message, _ in read_answer(answer, path)]
-    usage = answer.get("usage")
-    num_tokens = usage.get("completion_tokens") if isinstance(usage, dict) else None
-    if not isinstance(num_tokens, int):
-        problem = "got an answer without usage.completion_tokens"
-        raise UserError("request", path, problem, "use a server that counts tokens, such as vLLM")
-    return ChatAnswer(texts[0], num_tokens / len(texts), tuple(texts[1:]))
+    answer = await client.post("/v1/chat/completions", body)
+    texts = [choice["message"]["content"] or "" for choice in answer["choices"]]
+    return ChatAnswer(texts[0], answer["usage"]["completion_tokens"] / len(texts), tuple(texts[1:]))
 
 
 async def _read_text(client: OpenAIClient, document: str, num_tokens: int) -> TextReading:

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Protocol
 
 _PLAIN_EVERY_S = 10.0
@@ -20,6 +21,12 @@ class ProgressCallback(Protocol):
 def print_status(message: str) -> None:
     """Print one status line to standard error immediately."""
     print(message, file=sys.stderr, flush=True)
+
+
+@cache
+def print_once(message: str) -> None:
+    """Print a status line unless this process has printed it before."""
+    print_status(message)
 
 
 @contextmanager

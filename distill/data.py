@@ -24,7 +24,7 @@ from slimserve.core.text import read_jsonl
 from slimserve.distill.models import stop_tokens
 from slimserve.distill.sections import Example, chat_example, label_example, text_example
 from slimserve.workloads import is_workload, load_workload, workload_names
-from slimserve.workloads.conversations import dialect_of, read_conversation, unread_line
+from slimserve.workloads.conversations import dialect_of, read_conversation, row_error, unread_line
 from slimserve.workloads.interface import (
     ChatPrompt,
     ChoicePrompt,
@@ -195,7 +195,7 @@ def _read_conversations(file: Path) -> Iterator[_Row]:
                 raise ValueError("is a rating of a reply (label); keep the rows of good replies, without the label")
             messages = [message.as_request() for message in conversation.messages]
         except ValueError as error:
-            raise UserError("data.source", name, str(error), _REMEDY) from error
+            raise row_error("data.source", name, error, _REMEDY) from error
         of_requests = [key for key in conversation.request if key not in _USED_FIELDS]
         of_requests += ["max_tokens"] if conversation.max_tokens is not None else []
         unread.append([key for key in (*conversation.unread, *of_requests) if key not in _OWN_KEYS])

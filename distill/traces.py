@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any, cast
 
 from slimserve.core.errors import UserError
+from slimserve.core.messages import read_answer
 from slimserve.core.openai_client import OpenAIClient, Target, ask_all
 from slimserve.core.text import BadLine, json_problem, scan_jsonl
 from slimserve.distill.settings import TracesSettings
 from slimserve.workloads import load_workload
 from slimserve.workloads.conversations import read_conversation
 from slimserve.workloads.interface import THINK_CLOSE, ChatPrompt, hash_number
-from slimserve.workloads.messages import read_answer
 
 _CONCURRENCY = 16
 _PATH = "/v1/chat/completions"

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from slimserve.core.errors import UserError
-from slimserve.core.text import read_text
+from slimserve.core.text import read_text, split_lines
 
 Arrival = Literal["constant", "poisson", "gamma"]
 _NUMBER = r"(\d+(?:\.\d+)?)"
@@ -115,7 +115,7 @@ def read_trace(file: Path, duration_s: float | None = None) -> list[float]:
     neither, and for times that do not ascend.
     """
     times: list[float] = []
-    for number, line in enumerate(read_text(file, "--trace", "give a text file of timestamps").splitlines(), 1):
+    for number, line in enumerate(split_lines(read_text(file, "--trace", "give a text file of timestamps")), 1):
         if not line.strip():
             continue
         try:

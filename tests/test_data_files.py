@@ -95,7 +95,7 @@ def calibrated(name: str) -> Callable[[Path], list[str]]:
 
 def recommendation(folder: Path) -> list[str]:
     source = Recommendation(data=folder, history_len=2, num_candidates=1)
-    prompts = [one for split in ("calibration", "quality", "load") for one in source.make_prompts(split, 99)]  # type: ignore[arg-type]
+    prompts = [one for split in ("calibration", "quality", "load") for one in source.make_prompts(split, 99)]
     return [cast("ScoringPrompt", one).solved for one in prompts]
 
 

@@ -16,7 +16,14 @@ from typing import ClassVar
 from slimserve.core.errors import UserError
 from slimserve.core.progress import print_status
 from slimserve.core.text import read_jsonl
-from slimserve.workloads.conversations import REMEDY, Conversation, check_sendable, read_conversation, unread_line
+from slimserve.workloads.conversations import (
+    REMEDY,
+    Conversation,
+    check_sendable,
+    read_conversation,
+    row_error,
+    unread_line,
+)
 from slimserve.workloads.interface import (
     Answer,
     ChatPrompt,
@@ -84,7 +91,7 @@ def _read_chats(file: Path, state: tuple[int, int]) -> list[Conversation]:  # no
             num_replies += chat.has_reply
             chats.append(chat.without_reply() if chat.has_reply else chat)
         except ValueError as error:
-            raise UserError("--data", f"{file}:{number}", str(error), REMEDY) from error
+            raise row_error("--data", f"{file}:{number}", error, REMEDY) from error
     if not chats:
         raise UserError("--data", file, "has no conversation", "write one JSON object per line")
     if num_replies:

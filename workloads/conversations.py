@@ -18,8 +18,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from slimserve.core.errors import UserError
+from slimserve.core.messages import Message, is_empty, kind_of, list_of, read_message, text_of
 from slimserve.core.text import parse_json
-from slimserve.workloads.messages import Message, is_empty, kind_of, list_of, read_message, text_of
 
 REMEDY = 'write {"messages": [{"role": "user", "content": "…"}]} or {"prompt": "…"} on each line'
 """What to do about a row that cannot be read."""
@@ -114,6 +115,12 @@ def read_conversation(row: Mapping[str, Any]) -> Conversation:
         rest += [f"extra_body.{key}" for key in extra if key in _SET_BY_LOAD_TEST]
     within = [f"messages.{key}" for message in messages for key in message.unread]
     return Conversation(messages, tuple(raw), _num_tokens_of(row), request, tuple(dict.fromkeys([*rest, *within])))
+
+
+def row_error(field_name: str, place: str, error: ValueError, remedy: str) -> UserError:
+    """Return the error of a row that `read_conversation` refused; a conversion that it names replaces `remedy`."""
+    problem, _, conversion = str(error).partition("; ")
+    return UserError(field_name, place, problem, conversion or remedy)
 
 
 def unread_line(unread: Iterable[Sequence[str]]) -> str:

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
 from slimserve.core.errors import UserError
+from slimserve.core.messages import THINK_CLOSE as THINK_CLOSE
+from slimserve.core.messages import THINK_OPEN as THINK_OPEN
+from slimserve.core.messages import join_reply as join_reply
 
-THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
-"""Tags around the chain of thought in a reply."""
 Split = Literal["calibration", "quality", "load"]
 """Disjoint parts of a workload's data: for recipes and training, for quality, and for load tests."""
 LaunchProfile = Literal["prefill", "decode", "balanced"]
@@ -27,11 +28,6 @@ LaunchProfile = Literal["prefill", "decode", "balanced"]
 
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 _CHOICE = re.compile(r"\d+(,\d+)*")
-
-
-def join_reply(chain_of_thought: str, answer: str) -> str:
-    """Return a reply with its chain of thought between think tags; without a chain, the answer alone."""
-    return f"{THINK_OPEN}\n{chain_of_thought}\n{THINK_CLOSE}\n{answer}" if chain_of_thought else answer
 
 
 def split_of(key: str) -> Split:

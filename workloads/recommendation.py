@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import ClassVar, cast
 
 from slimserve.core.errors import UserError
+from slimserve.core.progress import print_once
 from slimserve.core.text import read_table, split_lines
 from slimserve.workloads import metrics
 from slimserve.workloads.baselines import ranking_baselines
@@ -181,11 +182,16 @@ def load_ratings(directory: Path) -> dict[str, list[Rating]]:
     """
     titles = {row["item_id"]: _title(row) for _, row in _read_atomic(directory, ".item", ("item_id",))}
     dated: dict[str, list[tuple[float, str, Rating]]] = {}
+    num_untitled = 0
     for place, row in _read_atomic(directory, ".inter", ("user_id", "item_id", "rating", "timestamp")):
         rating, timestamp = (_number(row, name, place) for name in ("rating", "timestamp"))
         item = row["item_id"]
-        if item in titles:
+        if item not in titles:
+            num_untitled += 1
+        else:
             dated.setdefault(row["user_id"], []).append((timestamp, item, Rating(titles[item], rating, timestamp)))
+    if num_untitled:
+        print_once(f"{directory}: {num_untitled} ratings are not used, as the .item file lacks their items")
     return {user: [rating for *_, rating in sorted(rows, key=lambda row: row[:2])] for user, rows in dated.items()}
 
 

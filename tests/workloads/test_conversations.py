@@ -10,13 +10,13 @@ from typing import Any, cast
 import pytest
 
 from slimserve.core.errors import UserError
+from slimserve.core.messages import read_answer, read_message
 from slimserve.loadtest.client import ModelClient
 from slimserve.loadtest.prompts import make_prompts
 from slimserve.loadtest.settings import SuiteOptions
 from slimserve.workloads.conversations import read_conversation
 from slimserve.workloads.interface import ChatPrompt
 from slimserve.workloads.kinds import load_workload_file
-from slimserve.workloads.messages import read_answer, read_message
 
 USER = {"role": "user", "content": "2 + 3?"}
 THOUGHT = "<think>\nhm\n</think>\n5"

@@ -248,9 +248,13 @@ BAD_LINES = {
 
 
 @pytest.mark.parametrize(("line", "reason"), BAD_LINES.items(), ids=list(BAD_LINES.values()))
-def test_a_bad_line_is_reported_with_its_place_and_the_others_are_used(write: Write, line: bytes, reason: str) -> None:
-    workload = write(RANK, GOOD + line + b"\n" + GOOD + GOOD)
+def test_a_bad_line_is_reported_with_its_place_and_the_others_are_used(
+    write: Write, line: bytes, reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    workload = write(f'name = "n{len(line)}"\n{RANK}', GOOD + line + b"\n" + GOOD + GOOD)
     (unusable,) = workload.splits.unusable
+    said = f"n{len(line)}: 1 of 4 rows cannot be used: data.jsonl:2 {unusable.reason}"
+    assert said in capsys.readouterr().err
     assert unusable.place == "data.jsonl:2"
     assert reason in unusable.reason
     assert len(workload.make_prompts("quality", 9)) == 3

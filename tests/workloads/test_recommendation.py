@@ -148,3 +148,13 @@ def test_every_label_becomes_a_prompt_after_all_earlier_items_and_labels() -> No
     ]
     assert label_prompts(prompt, 3) == prompts[3:]
     assert {one.group for one in prompts} == {7}
+
+
+def test_ratings_of_items_without_a_title_are_counted_aloud(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.item").write_text("item_id:token\tmovie_title:token_seq\n1\tOne\n")
+    (tmp_path / "a.inter").write_text(
+        "user_id:token\titem_id:token\trating:float\ttimestamp:float\nu\t1\t5\t0\nu\t2\t4\t1\n"
+    )
+    assert [rating.title for rating in load_ratings(tmp_path)["u"]] == ["One"]
+    load_ratings(tmp_path)
+    assert capsys.readouterr().err.count("1 ratings are not used, as the .item file lacks their items") == 1

@@ -20,6 +20,7 @@ from pydantic import Field
 
 from slimserve.core.config import Fraction, StrictModel
 from slimserve.core.errors import UserError
+from slimserve.core.progress import print_once
 from slimserve.workloads.interface import LaunchProfile, Prompt, Split, Workload, hash_number
 from slimserve.workloads.kinds.rows import Row, Table, Unusable, read_dataset, read_file
 
@@ -223,6 +224,8 @@ class FileWorkload(Workload):
                 f"has {len(result.unusable)} of {result.num_rows} rows that cannot be used: {shown}",
                 "correct them, or allow them with max_unusable in the workload file",
             )
+        if result.unusable:
+            print_once(f"{self.name}: {len(result.unusable)} of {result.num_rows} rows cannot be used: {shown}")
         if not any(result.rows.values()):
             raise UserError("workload", self.name, "has no rows", "check the data files")
 

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal, cast
 from pydantic import Field
 
 from slimserve.core.errors import UserError
-from slimserve.core.progress import print_status
+from slimserve.core.progress import print_once
 from slimserve.core.text import parse_json
 from slimserve.workloads import metrics
 from slimserve.workloads.conversations import (
@@ -94,7 +94,7 @@ class Generate(FileWorkload):
             fields = {*SAMPLING_FIELDS, *NUM_TOKENS_FIELDS} - named
             unused = unread_line([[key for key in row.values if key in fields] for row in table.rows])
             if unused:
-                print_status(f"{self.file.name}: not used, as the workload file decides for all rows: {unused}")
+                print_once(f"{self.file.name}: not used, as the workload file decides for all rows: {unused}")
         return table
 
     def make_prompt(self, row: Row, group: int) -> Prompt:

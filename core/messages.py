@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from slimserve.core.errors import UserError
-from slimserve.workloads.interface import THINK_CLOSE, THINK_OPEN, join_reply
 
+THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
+"""Tags around the chain of thought in a reply."""
 _CHAINS = ("reasoning", "reasoning_content", "thinking")
 """Fields of a message that hold its chain of thought, by server and age."""
 _KNOWN_FIELDS = {
@@ -24,6 +25,11 @@ _KNOWN_FIELDS = {
     "tool_call_id",
     "name",
 }
+
+
+def join_reply(chain_of_thought: str, answer: str) -> str:
+    """Return a reply with its chain of thought between think tags; without a chain, the answer alone."""
+    return f"{THINK_OPEN}\n{chain_of_thought}\n{THINK_CLOSE}\n{answer}" if chain_of_thought else answer
 
 
 @dataclass(frozen=True)
@@ -78,10 +84,7 @@ def read_message(value: Any) -> Message:
         raise ValueError("has a message without a role")
     content = value.get("content")
     texts, chains, other = _parts_of(content, role)
-    named = {key: text_of(value[key], key) for key in _CHAINS if value.get(key)}
-    if len({chain.strip() for chain in named.values()}) > 1:
-        raise ValueError(f"has two different chains of thought, in {' and '.join(named)}")
-    reasoning = next(iter(named.values()), "\n".join(chains) or _details_of(value))
+    reasoning = chain_of(value) or "\n".join(chains) or _details_of(value)
     calls = _tool_calls_of(value)
     if content is None and not calls and not reasoning:
         raise ValueError(f"has a message of role {role} without content")
@@ -166,6 +169,14 @@ def _parts_of(content: Any, role: str) -> tuple[list[str], list[str], list[str]]
         else:
             other.append(kind)
     return texts, chains, other
+
+
+def chain_of(value: Mapping[str, Any]) -> str:
+    """Return the chain of thought of a message, or of one event of a stream, from the field that holds it."""
+    named = {key: text_of(value[key], key) for key in _CHAINS if value.get(key)}
+    if len({chain.strip() for chain in named.values()}) > 1:
+        raise ValueError(f"has two different chains of thought, in {' and '.join(named)}")
+    return next(iter(named.values()), "")
 
 
 def _details_of(value: Mapping[str, Any]) -> str:
