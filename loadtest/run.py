@@ -298,8 +298,8 @@ def _run_locust(
             interruption.exits.append(interrupt)
             return
     if locust.returncode != 0 or not rows.exists():
-        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        raise UserError("load", title, f"failed ({lines[-1] if lines else 'no output'})", f"read {log}")
+        lines = log.read_text(encoding="utf-8", errors="replace").strip().split("\n")
+        raise UserError("load", title, f"failed ({lines[-1] if lines[-1] else 'no output'})", f"read {log}")
 
 
 @contextmanager

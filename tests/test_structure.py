@@ -32,8 +32,16 @@ ONLY_IN: dict[str, set[str]] = {
     "compressed_tensors": set(),
 }
 """Files that import a library: vLLM's internals in few files; compressed-tensors in none, as it takes 5 s to import."""
-REGISTRIES = ("workloads/", "loadtest/suites/", "compress/formats/", "compress/settings.py", "compare/settings.py")
-"""Files that define workloads, suites and formats; the two settings files name the recipe `w8a8`, not the format."""
+REGISTRIES = (
+    "workloads/",
+    "loadtest/suites/",
+    "compress/formats/",
+    "compress/settings.py",
+    "compare/settings.py",
+    "core/messages.py",
+)
+"""Files that define workloads, suites and formats; the two settings files name the recipe `w8a8`, not the format, and
+`reasoning` is also a field of chat messages."""
 
 
 def sources(*folders: str) -> Iterator[Path]:
