@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt
@@ -57,3 +59,24 @@ class RequestError(Exception):
     def renamed(self, name: str, new_name: str) -> RequestError:
         """Return the same error for a request that calls the field `name` by `new_name`."""
         return RequestError(self.param.replace(name, new_name), self.problem, self.status)
+
+
+def field_name(location: Sequence[str | int], body: bytes) -> str:
+    """Return the name of the field at pydantic's `location` in a JSON body, such as `documents[1].text`.
+
+    A location also names the branch of a union that failed, as in (`documents`, 1, `str`). Such parts are left out,
+    because the body has no such field. A missing field of the body itself is named.
+    """
+    try:
+        value = json.loads(body)
+    except ValueError:
+        return ""
+    name = ""
+    for part in location:
+        if isinstance(part, int) and isinstance(value, list) and part < len(value):
+            name += f"[{part}]"
+            value = value[part]
+        elif isinstance(part, str) and isinstance(value, dict) and (part in value or not name):
+            name += f".{part}" if name else part
+            value = value.get(part)
+    return name
