@@ -38,7 +38,7 @@ from vllm.v1.metrics.prometheus import get_prometheus_registry
 from slimserve.serve.engine.partial_prefix import SHARED_PREFIX_TOKENS, PartialPrefixConnector
 from slimserve.serve.engine.prompt_tokenizer import PromptTokenizer
 from slimserve.serve.engine.rerank import RerankRequest, as_score_request, load_template, rerank_response
-from slimserve.serve.engine.score_request import RequestError, ScoreRequest, field_name
+from slimserve.serve.engine.score_request import RequestError, ScoreRequest, validation_problem
 from slimserve.serve.engine.scoring import (
     LabelRead,
     ScoringPlan,
@@ -256,9 +256,8 @@ def _route(kind: type[BaseModel], handle: _Handler) -> Callable[[Request], Await
             request_id = f"{kind.__name__.lower()}-{raw_request.headers.get('X-Request-Id') or random_uuid()}"
             return JSONResponse(await handle(scorer, request, request_id))
         except ValidationError as error:
-            first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-            param = field_name(first["loc"], body)
-            return JSONResponse(error_body(400, f"{param or 'body'}: {first['msg']}", param=param or None), 400)
+            param, problem = validation_problem(error, body)
+            return JSONResponse(error_body(400, f"{param or 'body'}: {problem}", param=param or None), 400)
         except RequestError as error:
             return JSONResponse(error_body(error.status, str(error), param=error.param), error.status)
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt
+from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, ValidationError
 
 
 class ScoreRequest(BaseModel):
@@ -61,11 +62,23 @@ class RequestError(Exception):
         return RequestError(self.param.replace(name, new_name), self.problem, self.status)
 
 
-def field_name(location: Sequence[str | int], body: bytes) -> str:
-    """Return the name of the field at pydantic's `location` in a JSON body, such as `documents[1].text`.
+def validation_problem(error: ValidationError, body: bytes) -> tuple[str, str]:
+    """Return the field of a JSON body that is wrong, such as `documents[1]`, and what is wrong with it.
 
-    A location also names the branch of a union that failed, as in (`documents`, 1, `str`). Such parts are left out,
-    because the body has no such field. A missing field of the body itself is named.
+    A field of several types has one error per type; the error of the type that fits best is returned.
+    """
+    errors = error.errors(include_url=False, include_context=False, include_input=False)
+    candidates = [each for each in errors if each["loc"][:1] == errors[0]["loc"][:1]]
+    num_errors = Counter(each["loc"][1:2] for each in candidates)
+    best = min(candidates, key=lambda each: (num_errors[each["loc"][1:2]], -len(each["loc"])))
+    return _field_name(best["loc"], body), best["msg"]
+
+
+def _field_name(location: Sequence[str | int], body: bytes) -> str:
+    """Return the name of the field at pydantic's `location`; empty for the body itself.
+
+    A location also names the type that was tried, as in (`documents`, 1, `str`). Such parts are left out, because the
+    body has no such field. A missing field of the body itself is named.
     """
     try:
         value = json.loads(body)

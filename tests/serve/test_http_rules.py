@@ -22,6 +22,7 @@ PAGE = "https://page.example"
 BEARER = {"Authorization": f"Bearer {KEY}"}
 CHAT = "/v1/chat/completions"
 ASK = {"model": "a", "messages": [{"role": "user", "content": "What is the capital of France?"}]}
+CLIENT = httpx.Client(timeout=20)
 BOTH = pytest.mark.parametrize("kind", ["single", "gateway"])
 
 
@@ -57,8 +58,8 @@ class Sent:
 
 
 def ask(port: int, sent: Sent, **more: str) -> httpx.Response:
-    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
-        return client.request(sent.method, sent.path, content=sent.content, headers=sent.headers | more)
+    url = f"http://127.0.0.1:{port}{sent.path}"
+    return CLIENT.request(sent.method, url, content=sent.content, headers=sent.headers | more)
 
 
 REQUESTS = {
