@@ -98,7 +98,7 @@ class Lifecycle:
         HTTP/1.0 has no chunks, but uvicorn's httptools protocol sends them to such clients as well.
         """
         for connection in self._connections(scope):
-            answer = getattr(connection, "cycle", None)
+            answer: Any = getattr(connection, "cycle", None)
             if hasattr(answer, "chunked_encoding"):
                 answer.chunked_encoding, answer.expected_content_length = False, num_bytes
 
