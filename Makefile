@@ -72,6 +72,7 @@ $(VENV)/.installed: $(LOCK) pyproject.toml
 # Tests open the report in Chromium, and check the deployment files with Prometheus.
 $(VENV)/.test-system: $(VENV)/.installed
 	@sh requirements/system.sh chromium chromium "the test that opens the report in a browser"
+	@sh requirements/system.sh nginx nginx-light "the tests of the API behind a reverse proxy"
 	@sh requirements/system.sh promtool prometheus "the tests of deploy/"
 	@touch $@
 

@@ -26,6 +26,7 @@ from slimserve.serve.launch.process import Engine, EngineSpec, base_url, last_er
 from slimserve.serve.launch.roofline import describe_start
 from slimserve.serve.launch.tune import kept_launch, tune_launch
 from slimserve.serve.policy.access_log import log_to_stderr
+from slimserve.serve.policy.cors import CorsRules
 from slimserve.serve.policy.keys import KEY_VARIABLES
 from slimserve.serve.policy.metrics import gateway_metrics
 
@@ -89,10 +90,11 @@ async def _serve_several(
 ) -> None:
     log_to_stderr()
     keys = config.api_keys()
+    cors = CorsRules.of_arguments([variant.vllm_args for variant in config.variants])
     limits = config.limits
     metrics = gateway_metrics()
     engines = {spec.name: SupervisedEngine(spec, metrics, print_status) for spec in specs}
-    gateway = Gateway(config.variants, engines, metrics, config.aliases, config.default, keys)
+    gateway = Gateway(config.variants, engines, metrics, config.aliases, config.default, keys, cors=cors)
     server = ProxyServer(gateway, limits.max_body_bytes, Timeouts(answer_s=limits.request_timeout_s + _GRACE_S))
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     listener = socket.create_server((config.host, config.port), family=family, backlog=2048)

@@ -24,6 +24,7 @@ ONLY_IN: dict[str, set[str]] = {
         "benches/peers/vllm_bench.py",
         "serve/engine/entry.py",
         "serve/engine/gemm.py",
+        "serve/engine/label_logits.py",
         "serve/engine/logprobs.py",
         "serve/engine/offline.py",
         "serve/engine/partial_prefix.py",

@@ -89,10 +89,24 @@ class Lifecycle:
 
     def abort_connection(self, scope: Scope) -> None:
         """Reset the connection of a request, with what its client has not read; ASGI has no message for this."""
+        for connection in self._connections(scope):
+            connection.transport.abort()
+
+    def end_by_closing(self, scope: Scope, num_bytes: int) -> None:
+        """Let the end of the connection end an answer of unknown length, whose next part has `num_bytes` bytes.
+
+        HTTP/1.0 has no chunks, but uvicorn's httptools protocol sends them to such clients as well.
+        """
+        for connection in self._connections(scope):
+            answer: Any = getattr(connection, "cycle", None)
+            if hasattr(answer, "chunked_encoding"):
+                answer.chunked_encoding, answer.expected_content_length = False, num_bytes
+
+    def _connections(self, scope: Scope) -> list[Any]:
+        """Return uvicorn's connection of a request, if there is one."""
         state = getattr(self.server, "server_state", None)
-        for connection in list(getattr(state, "connections", ())):
-            if getattr(connection, "client", None) == scope.get("client"):
-                connection.transport.abort()
+        connections = list(getattr(state, "connections", ()))
+        return [one for one in connections if getattr(one, "client", None) == scope.get("client")]
 
     def _start(self, scope: Scope, background: list[asyncio.Task[None]]) -> None:
         # uvicorn's access log quotes query strings, in which some clients send their key.

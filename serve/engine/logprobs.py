@@ -1,11 +1,13 @@
-"""Correct `logprobs` for completions that share an engine step with a label read.
+"""Log-probabilities of label reads in full precision, and correct `logprobs` for completions in the same step.
 
-vLLM 0.32's sampler returns one tensor of log-probabilities per step. If any request of the step reads chosen label
-tokens, the tensor holds those tokens for every request. A completion that asked for its most likely tokens then gets
-token 0 with a log-probability of minus infinity instead. `register` completes the tensor: requests without labels get
-their most likely tokens, as in a step of their own.
+vLLM 0.32's sampler returns one tensor of log-probabilities per step. `register` changes it in two ways:
 
-The change is one method of the sampler that CPU engines and vLLM's first GPU model runner use.
+- Label tokens get log-probabilities from logits that are not rounded to the engine's bfloat16 (label_logits.py).
+- If any request of the step reads labels, vLLM's tensor holds label tokens for every request. A completion that asked
+  for its most likely tokens then gets token 0 with a log-probability of minus infinity instead. Requests without
+  labels get their most likely tokens here, as in a step of their own.
+
+Both are in one method of the sampler that CPU engines and vLLM's first GPU model runner use.
 """
 
 from __future__ import annotations
@@ -15,22 +17,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slimserve.serve.engine import label_logits
+from slimserve.serve.engine.label_logits import HeadProduct, exact_logits, refine, take_product
+
 
 def register() -> None:
-    """Make vLLM's sampler keep the most likely tokens of requests that read no labels."""
+    """Make vLLM's sampler refine label log-probabilities and keep other requests' most likely tokens."""
     from vllm.v1.outputs import LogprobsTensors
     from vllm.v1.sample.sampler import Sampler
 
-    if getattr(Sampler, "keeps_most_likely_tokens", False):
+    label_logits.register()
+    if hasattr(Sampler, "vllm_methods"):
         return
     vllm_forward, vllm_gather = Sampler.forward, Sampler.gather_specific_token_logprobs
 
     def forward(self: Any, logits: Tensor, sampling_metadata: Any, *args: Any, **kwargs: Any) -> Any:
         self.num_most_likely = sampling_metadata.max_num_logprobs
+        self.head_product = take_product(logits)
         return vllm_forward(self, logits, sampling_metadata, *args, **kwargs)
 
     def gather(self: Any, logprobs: Tensor, logprob_token_ids: dict[int, list[int]], sampled: Tensor) -> Any:
         labels = vllm_gather(self, logprobs, logprob_token_ids, sampled)
+        product, self.head_product = getattr(self, "head_product", None), None
+        if labels is not None and product is not None and self.logprobs_mode == "raw_logprobs":
+            _refine(labels, logprob_token_ids, product)
         count = getattr(self, "num_most_likely", None)
         if labels is None or count is None or len(logprob_token_ids) == len(logprobs):
             return labels
@@ -56,5 +66,28 @@ def register() -> None:
 
     Sampler.forward = forward
     Sampler.gather_specific_token_logprobs = gather
-    Sampler.keeps_most_likely_tokens = True
     Sampler.vllm_methods = {"forward": vllm_forward, "gather_specific_token_logprobs": vllm_gather}
+
+
+def _refine(labels: Any, logprob_token_ids: dict[int, list[int]], product: HeadProduct) -> None:
+    """Replace the log-probabilities of labels, one group of requests with the same labels at a time."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for row, tokens in logprob_token_ids.items():
+        groups.setdefault(tuple(tokens), []).append(row)
+    device = product.logits_BV.device
+    for labels_of_group, rows_of_group in groups.items():
+        tokens_L = torch.tensor(labels_of_group, device=device)
+        rows_R = torch.tensor(rows_of_group, device=device)
+        exact_RL = exact_logits(product, rows_R, tokens_L)
+        if exact_RL is None:
+            return
+        rounded_RL = product.logits_BV[rows_R[:, None], tokens_L].double()
+        is_first = [token not in labels_of_group[:index] for index, token in enumerate(labels_of_group)]
+        columns_L = torch.arange(1, len(labels_of_group) + 1, device=device)
+        place = (rows_R[:, None], columns_L)
+        refined_RL = refine(labels.logprobs[place], rounded_RL, exact_RL, torch.tensor(is_first, device=device))
+        labels.logprobs[place] = refined_RL
+        # Column 0 has the sampled token, which may be a label.
+        is_sampled_RL = labels.logprob_token_ids[place] == labels.logprob_token_ids[rows_R, :1]
+        sampled_R = torch.where(is_sampled_RL, refined_RL, -torch.inf).amax(-1)
+        labels.logprobs[rows_R, 0] = torch.where(is_sampled_RL.any(-1), sampled_R, labels.logprobs[rows_R, 0])

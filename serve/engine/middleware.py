@@ -20,7 +20,8 @@ from slimserve.serve.engine.lifecycle import Lifecycle
 from slimserve.serve.engine.request_context import RequestContext
 from slimserve.serve.policy.access_log import CLIENT_CLOSED_REQUEST, log_request
 from slimserve.serve.policy.admission import Admission
-from slimserve.serve.policy.errors import ClientDisconnected, Rejection
+from slimserve.serve.policy.cors import CorsRules
+from slimserve.serve.policy.errors import ClientDisconnected, Rejection, no_such_route, wrong_method
 from slimserve.serve.policy.keys import KeyRing, load_api_keys
 from slimserve.serve.policy.limits import Limits
 from slimserve.serve.policy.metrics import RequestMetrics, request_metrics
@@ -55,6 +56,7 @@ class RequestMiddleware:
         limits = limits or Limits.from_environment()
         self._app = app
         self._keys = KeyRing(load_api_keys() if keys is None else keys)
+        self._cors = CorsRules.of_app(app)
         self._stall_timeout_s = stall_timeout_s
         self.metrics = metrics or request_metrics()
         admission = Admission(limits, self._show_slots)
@@ -83,8 +85,9 @@ class RequestMiddleware:
                 receive,
                 send,
                 metrics=self.metrics,
-                abort_connection=self.lifecycle.abort_connection,
+                connections=self.lifecycle,
                 stall_timeout_s=self._stall_timeout_s,
+                cors=self._cors,
             )
             await self._handler(context)
 
@@ -163,11 +166,11 @@ class AuthMiddleware:
         self._keys = keys
 
     async def __call__(self, context: RequestContext) -> None:
-        if context.method != "OPTIONS":
+        if not context.is_preflight:
             if context.path not in OPEN_PATHS:
                 self._keys.check(context.scope["headers"])
             if context.path in CLOSED_PATHS:
-                raise Rejection(404, "not_found", "this server has no such route")
+                raise no_such_route()
         await self._handler(context)
 
 
@@ -180,13 +183,17 @@ class ProbeMiddleware:
         self._lifecycle = lifecycle
 
     async def __call__(self, context: RequestContext) -> None:
-        is_open = context.path in OPEN_PATHS and context.method in {"GET", "HEAD"}
-        if context.method != "OPTIONS" and context.path == "/live":
-            await context.answer(200, {"status": "live"})
-        elif context.method != "OPTIONS" and context.path == "/ready":
-            await context.answer(*await self._lifecycle.readiness(context.scope))
-        elif is_open or context.method == "OPTIONS":
+        if context.is_preflight:
             await self._app(context.scope, context.receive, context.send)
+        elif context.path in {"/live", "/ready"} and context.method not in {"GET", "HEAD"}:
+            raise wrong_method("GET, HEAD")
+        elif context.path == "/live":
+            await context.answer(200, {"status": "live"})
+        elif context.path == "/ready":
+            await context.answer(*await self._lifecycle.readiness(context.scope))
+        elif context.path in OPEN_PATHS and context.method in {"GET", "HEAD"}:
+            # vLLM's own routes do not take HEAD; the server leaves out the body.
+            await self._app(dict(context.scope, method="GET"), context.receive, context.send)
         else:
             await self._handler(context)
 

@@ -25,6 +25,7 @@ from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, ValidationError
 from starlette.datastructures import State
+from starlette.exceptions import HTTPException
 from tokenizers import Tokenizer
 from vllm.engine.protocol import EngineClient
 from vllm.entrypoints.serve.utils.api_utils import load_aware_call, validate_json_request, with_cancellation
@@ -37,7 +38,7 @@ from vllm.v1.metrics.prometheus import get_prometheus_registry
 from slimserve.serve.engine.partial_prefix import SHARED_PREFIX_TOKENS, PartialPrefixConnector
 from slimserve.serve.engine.prompt_tokenizer import PromptTokenizer
 from slimserve.serve.engine.rerank import RerankRequest, as_score_request, load_template, rerank_response
-from slimserve.serve.engine.score_request import RequestError, ScoreRequest
+from slimserve.serve.engine.score_request import RequestError, ScoreRequest, validation_problem
 from slimserve.serve.engine.scoring import (
     LabelRead,
     ScoringPlan,
@@ -48,7 +49,7 @@ from slimserve.serve.engine.scoring import (
     score_response,
 )
 from slimserve.serve.policy.engine_environment import VARIANT_VARIABLE
-from slimserve.serve.policy.errors import error_body
+from slimserve.serve.policy.errors import Rejection, error_body, no_such_route, wrong_method
 from slimserve.serve.policy.exposition import label_series
 from slimserve.serve.policy.limits import Limits
 from slimserve.serve.policy.metrics import score_metrics
@@ -255,9 +256,8 @@ def _route(kind: type[BaseModel], handle: _Handler) -> Callable[[Request], Await
             request_id = f"{kind.__name__.lower()}-{raw_request.headers.get('X-Request-Id') or random_uuid()}"
             return JSONResponse(await handle(scorer, request, request_id))
         except ValidationError as error:
-            first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-            param = ".".join(str(part) for part in first["loc"])
-            return JSONResponse(error_body(400, f"{param or 'body'}: {first['msg']}", param=param or None), 400)
+            param, problem = validation_problem(error, body)
+            return JSONResponse(error_body(400, f"{param or 'body'}: {problem}", param=param or None), 400)
         except RequestError as error:
             return JSONResponse(error_body(error.status, str(error), param=error.param), error.status)
 
@@ -267,6 +267,19 @@ def _route(kind: type[BaseModel], handle: _Handler) -> Callable[[Request], Await
         return response
 
     return route
+
+
+async def http_error(_request: Request, error: Exception) -> Response:
+    """Answer the router's own errors with OpenAI's error object; vLLM's handler knows only FastAPI's subclass."""
+    assert isinstance(error, HTTPException)
+    headers = {name.lower(): value for name, value in (error.headers or {}).items()}
+    if error.status_code == 404:
+        rejection = no_such_route()
+    elif error.status_code == 405:
+        rejection = wrong_method(headers.pop("allow", "other methods"))
+    else:
+        rejection = Rejection(error.status_code, None, error.detail)
+    return JSONResponse(rejection.body(), rejection.status, headers | dict(rejection.headers()))
 
 
 def _metrics() -> Response:
@@ -288,6 +301,7 @@ class SlimservePlugin:
         for path, api_version in (("/rerank", 1), ("/v1/rerank", 1), ("/v2/rerank", 2)):
             self._post(app, path, RerankRequest, _rerank(api_version))
         app.add_api_route("/metrics", _metrics, methods=["GET"], include_in_schema=False)
+        app.add_exception_handler(HTTPException, http_error)
 
     async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:  # noqa: ARG002
         """Create the scorer; vLLM calls this once, after it has set up its own state."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from slimserve.serve.policy.cors import CorsRules, is_preflight
 from slimserve.serve.policy.errors import Rejection
 from slimserve.serve.policy.metrics import RequestMetrics
 from slimserve.serve.policy.request_id import HEADER, request_id_of
@@ -17,6 +17,16 @@ from slimserve.serve.policy.timeouts import LINGER_S, timed_out
 
 WIND_UP_S = 1.0
 """Seconds for the engine to notice that a request was interrupted, and for its client to take the error."""
+
+
+class Connections(Protocol):
+    """What a request needs of the server's connections, for which ASGI has no message."""
+
+    def abort_connection(self, scope: Scope) -> None:
+        """Reset the connection of a request, with what its client has not read."""
+
+    def end_by_closing(self, scope: Scope, num_bytes: int) -> None:
+        """Let the end of the connection end an answer of unknown length, whose next part has `num_bytes` bytes."""
 
 
 class RequestContext:
@@ -33,13 +43,15 @@ class RequestContext:
         send: Send,
         *,
         metrics: RequestMetrics,
-        abort_connection: Callable[[Scope], None],
+        connections: Connections,
         stall_timeout_s: float,
+        cors: CorsRules,
     ) -> None:
         self._send = send
         self._metrics = metrics
-        self._abort_connection = abort_connection
+        self._connections = connections
         self._stall_timeout_s = stall_timeout_s
+        self._cors = cors
         self._loop = asyncio.get_running_loop()
         self._task = asyncio.current_task()
         self._timers: list[asyncio.TimerHandle] = []
@@ -49,6 +61,8 @@ class RequestContext:
         self._in_engine = False
         self._sending_since = 0.0
         self._is_stream = False
+        self._ends_by_closing = False
+        """Whether the client speaks HTTP/1.0, which has no chunks, and the answer has no length."""
         self._last_chunk_at = 0.0
         self._body: bytes | None = b""
         self._body_is_read = False
@@ -59,6 +73,7 @@ class RequestContext:
         self.scope = scope
         self.method: str = scope["method"]
         self.path = route_path(scope)
+        self.is_preflight = is_preflight(self.method, scope["headers"])
         self.id = request_id_of(self.header(HEADER))
         self.started_at = self.now()
         self.queue_s = 0.0
@@ -132,7 +147,15 @@ class RequestContext:
             self._is_stream = any(
                 name == b"content-type" and value.startswith(b"text/event-stream") for name, value in headers
             )
-            message = {**message, "headers": [*headers, (HEADER, self.id.encode())]}
+            headers.append((HEADER, self.id.encode()))
+            self._ends_by_closing = self.scope.get("http_version") == "1.0" and all(
+                name != b"content-length" for name, _ in headers
+            )
+            if self._is_stream:
+                headers.append((b"x-accel-buffering", b"no"))  # nginx would hold tokens back until it has a page.
+            message = {**message, "headers": headers}
+        if self._ends_by_closing:
+            self._connections.end_by_closing(self.scope, len(message.get("body", b"")))
         self._sending_since = now
         await self._send(message)
         self._sending_since = 0.0
@@ -161,10 +184,12 @@ class RequestContext:
                     await self._send_rejection(rejection)
                 elif self._is_stream:
                     event = b"data: " + json.dumps(rejection.body()).encode() + b"\n\n"
+                    if self._ends_by_closing:
+                        self._connections.end_by_closing(self.scope, len(event))
                     await self._send({"type": "http.response.body", "body": event, "more_body": False})
                     self._answer_complete = True
         if not self._answer_complete:
-            self._abort_connection(self.scope)
+            self._connections.abort_connection(self.scope)
 
     async def reject(self, rejection: Rejection) -> None:
         """Answer with an error; if an answer has begun already, reset the connection instead."""
@@ -172,7 +197,7 @@ class RequestContext:
         self.close()
         self.status = rejection.status
         if self._answer_started:
-            self._abort_connection(self.scope)
+            self._connections.abort_connection(self.scope)
         else:
             await self._send_rejection(rejection)
 
@@ -205,6 +230,7 @@ class RequestContext:
             (b"content-type", b"application/json"),
             (b"content-length", str(len(text)).encode()),
             (HEADER, self.id.encode()),
+            *((name.encode(), value.encode()) for name, value in self._cors.answer_headers(self.scope["headers"])),
         ]
         await self._send({"type": "http.response.start", "status": status, "headers": [*own, *headers]})
         self._answer_started = True

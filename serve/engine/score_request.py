@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt
+from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, ValidationError
 
 
 class ScoreRequest(BaseModel):
@@ -57,3 +60,36 @@ class RequestError(Exception):
     def renamed(self, name: str, new_name: str) -> RequestError:
         """Return the same error for a request that calls the field `name` by `new_name`."""
         return RequestError(self.param.replace(name, new_name), self.problem, self.status)
+
+
+def validation_problem(error: ValidationError, body: bytes) -> tuple[str, str]:
+    """Return the field of a JSON body that is wrong, such as `documents[1]`, and what is wrong with it.
+
+    A field of several types has one error per type; the error of the type that fits best is returned.
+    """
+    errors = error.errors(include_url=False, include_context=False, include_input=False)
+    candidates = [each for each in errors if each["loc"][:1] == errors[0]["loc"][:1]]
+    num_errors = Counter(each["loc"][1:2] for each in candidates)
+    best = min(candidates, key=lambda each: (num_errors[each["loc"][1:2]], -len(each["loc"])))
+    return _field_name(best["loc"], body), best["msg"]
+
+
+def _field_name(location: Sequence[str | int], body: bytes) -> str:
+    """Return the name of the field at pydantic's `location`; empty for the body itself.
+
+    A location also names the type that was tried, as in (`documents`, 1, `str`). Such parts are left out, because the
+    body has no such field. A missing field of the body itself is named.
+    """
+    try:
+        value = json.loads(body)
+    except ValueError:
+        return ""
+    name = ""
+    for part in location:
+        if isinstance(part, int) and isinstance(value, list) and part < len(value):
+            name += f"[{part}]"
+            value = value[part]
+        elif isinstance(part, str) and isinstance(value, dict) and (part in value or not name):
+            name += f".{part}" if name else part
+            value = value.get(part)
+    return name

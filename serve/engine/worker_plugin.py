@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def register() -> None:
-    """Apply our changes to vLLM: the matrix product for narrow layers, and correct log-probabilities in mixed steps."""
+    """Apply our changes to vLLM: the matrix product for narrow layers, and label log-probabilities."""
     from slimserve.serve.engine.gemm import register_gemm
     from slimserve.serve.engine.logprobs import register as register_logprobs
 

@@ -17,11 +17,14 @@ import logging
 from collections.abc import Coroutine
 from typing import Any
 
+from httptools import HttpResponseParser
+
 from slimserve.serve.gateway.messages import Answer, ProxyRequest, ServerState, rejection_answer
 from slimserve.serve.gateway.reader import RequestReader
-from slimserve.serve.gateway.upstream import Backend, EngineSide, Headers
+from slimserve.serve.gateway.upstream import Backend, BodyWriter, EngineSide, Headers
 from slimserve.serve.policy.access_log import CLIENT_CLOSED_REQUEST
-from slimserve.serve.policy.errors import Rejection
+from slimserve.serve.policy.cors import is_preflight
+from slimserve.serve.policy.errors import Rejection, wrong_method
 from slimserve.serve.policy.timeouts import LINGER_S, timed_out
 
 MAX_CONNECTIONS = 4096
@@ -54,6 +57,7 @@ class ClientSide(RequestReader):
         self._task: asyncio.Task[None] | None = None
         self._stall: asyncio.TimerHandle | None = None
         self._sent_status = 0
+        self._body_writer: BodyWriter
         self._is_paused = False
 
     # asyncio.Protocol
@@ -103,9 +107,7 @@ class ClientSide(RequestReader):
         elif not isinstance(decision, Backend):
             self._begin_task(self._answer_later(decision))
         elif request.method == "HEAD":
-            self._answer(rejection_answer(Rejection(405, None, "HEAD is not supported here")))
-        elif self._parser.get_http_version() != "1.1":
-            self._answer(rejection_answer(Rejection(505, None, "use HTTP/1.1", close=True)))
+            self._answer(rejection_answer(wrong_method("GET, POST")))
         else:
             self._send_to(decision, request)
 
@@ -158,7 +160,7 @@ class ClientSide(RequestReader):
         if self._is_paused:
             engine.pause(True)
 
-    def relay_head(self, status: int, reason: bytes, headers: Headers, body: bytes) -> asyncio.Transport:
+    def relay_head(self, status: int, reason: bytes, headers: Headers, body: bytes) -> BodyWriter:
         """Write the head of the engine's answer and the body bytes that came with it; return where further bytes go."""
         request = self._request
         assert request is not None
@@ -169,18 +171,23 @@ class ClientSide(RequestReader):
         if not self._keep_alive or self._server.draining:
             self._keep_alive = False
         kept = [header for header in headers if header[0].lower() not in _DROPPED_FROM_ANSWERS]
+        self._body_writer = self._transport
+        if request.is_http_1_0 and any(name.lower() == b"transfer-encoding" for name, _ in kept):
+            kept = [header for header in kept if header[0].lower() != b"transfer-encoding"]
+            self._body_writer = _Unchunked(self._transport)
         self._transport.write(
-            b"HTTP/1.1 %d %b\r\n%b%bx-request-id: %b\r\n\r\n%b"
+            b"HTTP/1.1 %d %b\r\n%b%bx-request-id: %b\r\n\r\n"
             % (
                 status,
                 reason,
                 b"".join(b"%b: %b\r\n" % header for header in kept),
                 b"" if self._keep_alive else b"connection: close\r\n",
                 request.id.encode(),
-                body,
             )
         )
-        return self._transport
+        if body:
+            self._body_writer.write(body)
+        return self._body_writer
 
     def relay_ended(self) -> None:
         """The engine's answer is complete."""
@@ -221,7 +228,7 @@ class ClientSide(RequestReader):
             event = json.dumps(error.body()).encode()
             # Blank lines end an event that was cut off; elsewhere they have no effect.
             events = b"\n\ndata: %b\n\ndata: [DONE]\n\n" % event
-            self._transport.write(b"%x\r\n%b\r\n0\r\n\r\n" % (len(events), events))
+            self._body_writer.write(b"%x\r\n%b\r\n0\r\n\r\n" % (len(events), events))
             self._finish(error.status)
         else:
             self._end_request(error.status)
@@ -237,8 +244,10 @@ class ClientSide(RequestReader):
         assert request is not None
         self._keep_alive &= not (answer.close or self._server.draining)
         headers = [("Content-Type", answer.content_type), ("Content-Length", str(len(answer.body))), *answer.headers]
+        if not is_preflight(request.method, request.headers):
+            headers += self._server.application.cors.answer_headers(request.headers)
         if request.id:
-            headers.append(("X-ProxyRequest-Id", request.id))
+            headers.append(("X-Request-Id", request.id))
         if not self._keep_alive:
             headers.append(("Connection", "close"))
         lines = "".join(f"{name}: {value}\r\n" for name, value in headers)
@@ -307,3 +316,16 @@ class ClientSide(RequestReader):
         if self._engine is not None:
             self._engine.abort()
             self._engine = None
+
+
+class _Unchunked:
+    """Writes the content of a chunked body to an HTTP/1.0 client, for which the end of the connection is its end."""
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self.on_body = transport.write
+        self._parser = HttpResponseParser(self)
+        self._parser.feed_data(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n")
+
+    def write(self, data: bytes) -> None:
+        """Write what `data` adds to the content."""
+        self._parser.feed_data(data)

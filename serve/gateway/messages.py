@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from slimserve.serve.gateway.upstream import Backend, Headers
+from slimserve.serve.policy.cors import CorsRules
 from slimserve.serve.policy.errors import Rejection
 from slimserve.serve.policy.timeouts import BODY_TIMEOUT_S, STALL_TIMEOUT_S
 from slimserve.serve.policy.uploads import UploadLimits
@@ -22,6 +23,8 @@ class ProxyRequest:
     """Time of the first byte, on the event loop's clock."""
     id: str = ""
     method: str = "-"
+    is_http_1_0: bool = False
+    """Whether the client speaks HTTP/1.0, as nginx does by default; it knows no chunks and one request a connection."""
     target: bytes = b""
     headers: Headers = field(default_factory=list)
     body: bytes = b""
@@ -77,6 +80,9 @@ class Timeouts:
 
 class Application(Protocol):
     """Decides what the proxy does with each request."""
+
+    cors: CorsRules
+    """The rules for pages of other origins; they apply to the proxy's own answers."""
 
     def admit(self, request: ProxyRequest) -> None:
         """Raise Rejection to reject a request by its head, before its body is read."""

@@ -106,7 +106,8 @@ class RequestReader(asyncio.Protocol, ABC):
         self._in_head = False
         request.id = request_id_of(request.header(HEADER))
         request.method = self._parser.get_method().decode()
-        self._keep_alive = self._parser.should_keep_alive()
+        request.is_http_1_0 = self._parser.get_http_version() == "1.0"
+        self._keep_alive = self._parser.should_keep_alive() and not request.is_http_1_0
         try:
             self._check_head(request)
             self._server.application.admit(request)
@@ -125,7 +126,7 @@ class RequestReader(asyncio.Protocol, ABC):
             raise Rejection(400, None, "protocol upgrades are not supported")
         version = self._parser.get_http_version()
         if version not in {"1.0", "1.1"}:
-            raise Rejection(505, None, "use HTTP/1.1")
+            raise Rejection(505, None, "use HTTP/1.1 or HTTP/1.0")
         if request.method not in _METHODS:
             raise Rejection(405, None, "unknown method")
         if not request.target.startswith(b"/"):

@@ -24,11 +24,12 @@ from slimserve.serve.gateway.supervisor import State, SupervisedEngine
 from slimserve.serve.gateway.upstream import Backend, fetch
 from slimserve.serve.launch.config import Alias, Variant
 from slimserve.serve.policy.access_log import log_request
-from slimserve.serve.policy.errors import Rejection, draining, error_body
+from slimserve.serve.policy.cors import CorsRules, is_preflight
+from slimserve.serve.policy.errors import Rejection, draining, error_body, no_such_route, wrong_method
 from slimserve.serve.policy.exposition import label_series, merge_expositions
 from slimserve.serve.policy.keys import KeyRing
 from slimserve.serve.policy.metrics import GatewayMetrics
-from slimserve.serve.policy.routes import OPEN_PATHS
+from slimserve.serve.policy.routes import CLOSED_PATHS, OPEN_PATHS, is_known
 
 _SCRAPE_S = 3.0
 _PRINTABLE_PATH = re.compile(r"[\w./-]{1,64}", re.ASCII)
@@ -57,6 +58,7 @@ class Gateway:
         default: str | None = None,
         keys: frozenset[str] = frozenset(),
         registry: CollectorRegistry = REGISTRY,
+        cors: CorsRules | None = None,
     ) -> None:
         self._engines = engines
         self._aliases = {alias.name: alias for alias in aliases}
@@ -64,6 +66,7 @@ class Gateway:
         self._keys = KeyRing(keys)
         self._metrics = metrics
         self._registry = registry
+        self.cors = cors or CorsRules()
         self._facts = {variant.name: _describe(variant) for variant in variants}
         self.is_draining = False
 
@@ -71,14 +74,21 @@ class Gateway:
 
     def admit(self, request: ProxyRequest) -> None:
         path = request.path
+        if is_preflight(request.method, request.headers):
+            return
         if path not in OPEN_PATHS:
             if self.is_draining:
                 raise draining()
             self._keys.check(request.headers)
         if _is_local(path) and request.method not in {"GET", "HEAD"}:
-            raise Rejection(405, None, f"use GET for {path}")
+            raise wrong_method("GET, HEAD")
+        if path in CLOSED_PATHS:
+            raise no_such_route()
 
     def route(self, request: ProxyRequest) -> Backend | Answer | Coroutine[Any, Any, Answer]:
+        if is_preflight(request.method, request.headers):
+            status, headers, body = self.cors.preflight(request.headers)
+            return Answer(status, body, "text/plain; charset=utf-8", tuple(headers))
         if _is_local(request.path):
             return self._answer_locally(request)
         picked = self._pick_variant(request)
@@ -120,6 +130,8 @@ class Gateway:
             model, user = routing.model or self._default, routing.user
         elif not request.body and model is None and request.method != "POST":
             model = next(iter(self._ready() or self._engines))
+        if model is None and not is_known(request.path):
+            return rejection_answer(no_such_route())
         if model is None:
             names = ", ".join((*self._engines, *self._aliases))
             return rejection_answer(Rejection(400, "model_missing", f"`model` is missing; choose from {names}"))

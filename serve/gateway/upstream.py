@@ -17,10 +17,17 @@ vLLM closes idle connections after 5 s. A request sent into a connection that is
 """
 
 
+class BodyWriter(Protocol):
+    """Takes the bytes of an answer's body, with their framing."""
+
+    def write(self, data: bytes) -> None:
+        """Send bytes to the client."""
+
+
 class Reader(Protocol):
     """The client connection that receives the answer of an engine."""
 
-    def relay_head(self, status: int, reason: bytes, headers: Headers, body: bytes) -> asyncio.Transport:
+    def relay_head(self, status: int, reason: bytes, headers: Headers, body: bytes) -> BodyWriter:
         """Take the head of the answer and the body bytes that came with it; return where further bytes go."""
 
     def relay_ended(self) -> None:
@@ -59,7 +66,7 @@ class EngineSide(asyncio.Protocol):
         self.idle_since = 0.0
         self._transport: asyncio.Transport
         self._client: Reader | None = None
-        self._to_client: asyncio.Transport
+        self._to_client: BodyWriter
         self._parser = HttpResponseParser(self)
         self._feed = self._parser.feed_data
         self._head = b""

@@ -10,7 +10,7 @@ class Rejection(Exception):  # noqa: N818 - an answer to the client, not a failu
 
     `code` is the error code in the body and the `reason` label of the rejection counter; without one the body has
     the status as its code. `retry_after_s` becomes the Retry-After header. `close` ends the connection after the
-    answer, which is necessary if the request's body was not read.
+    answer, which is necessary if the request's body was not read. `allow` names the methods that a route takes.
     """
 
     def __init__(
@@ -20,12 +20,14 @@ class Rejection(Exception):  # noqa: N818 - an answer to the client, not a failu
         message: str,
         *,
         retry_after_s: int | None = None,
+        allow: str | None = None,
         close: bool = False,
     ) -> None:
         super().__init__(message)
         self.status = status
         self.code = code
         self.retry_after_s = retry_after_s
+        self.allow = allow
         self.close = close
 
     def body(self) -> dict[str, Any]:
@@ -37,6 +39,8 @@ class Rejection(Exception):  # noqa: N818 - an answer to the client, not a failu
         headers = []
         if self.retry_after_s is not None:
             headers.append(("retry-after", str(self.retry_after_s)))
+        if self.allow is not None:
+            headers.append(("allow", self.allow))
         if self.status == 401:
             headers.append(("www-authenticate", "Bearer"))
         return headers
@@ -69,6 +73,16 @@ def error_body(
 def invalid_key() -> Rejection:
     """Return the answer to a request without a valid API key."""
     return Rejection(401, "invalid_api_key", "the API key is missing or unknown; send Authorization: Bearer KEY")
+
+
+def no_such_route() -> Rejection:
+    """Return the answer to a request for a path that does not exist."""
+    return Rejection(404, "not_found", "this server has no such route")
+
+
+def wrong_method(allow: str) -> Rejection:
+    """Return the answer to a request whose route takes only the methods `allow`, separated by commas."""
+    return Rejection(405, "method_not_allowed", f"this route takes only {allow}", allow=allow)
 
 
 def draining() -> Rejection:

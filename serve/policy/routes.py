@@ -26,6 +26,11 @@ def is_inference(method: str, path: str) -> bool:
     return method == "POST" and path in INFERENCE_PATHS
 
 
+def is_known(path: str) -> bool:
+    """Return whether a route with this path usually exists; models and plugins may add others."""
+    return path in _KNOWN_PATHS
+
+
 def route_label(path: str) -> str:
     """Return the path as a metric label; unknown paths become `other`, so that the set of labels stays small."""
     return path if path in _KNOWN_PATHS else "other"

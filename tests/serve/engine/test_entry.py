@@ -184,6 +184,7 @@ def test_the_command_answers_within_two_seconds_and_ends_on_sigterm() -> None:
 # Internals of vLLM that we use
 
 _ASYNC_LLM = "vllm.v1.engine.async_llm.AsyncLLM"
+_LOGITS_PROCESSOR = "vllm.model_executor.layers.logits_processor.LogitsProcessor"
 _CALLS = [
     # function, number of positional arguments, keyword arguments, file that calls it
     ("vllm.entrypoints.launchers.cli_args.make_arg_parser", 1, "", "serve/engine/entry.py"),
@@ -207,6 +208,8 @@ _CALLS = [
     ("vllm.v1.engine.utils.get_mp_context", 0, "", "serve/engine/entry.py"),
     (f"{_ASYNC_LLM}.generate", 4, "lora_request priority", "serve/engine/plugin.py"),
     ("vllm.inputs.tokens_input", 1, "cache_salt", "serve/engine/plugin.py"),
+    ("vllm.config.get_current_vllm_config", 0, "", "serve/engine/label_logits.py"),
+    (f"{_LOGITS_PROCESSOR}.forward", 4, "skip_gather", "serve/engine/label_logits.py"),
     (
         "vllm.sampling_params.SamplingParams",
         0,

@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 import torch
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.v1.sample.logits_processor import LogitsProcessors
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.sampler import Sampler
@@ -26,17 +27,25 @@ _TOLERANCE_NATS = 2e-3
 @pytest.fixture
 def sampler(monkeypatch: pytest.MonkeyPatch) -> Sampler:
     """Return vLLM's sampler with our change, which is undone afterwards."""
-    _restore_vllm(monkeypatch)
+    restore_vllm(monkeypatch)
     register()
     return Sampler()
 
 
-def _restore_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Undo our change for one test, in case that another test loaded vLLM's plugins into this process."""
-    vllm_methods = getattr(Sampler, "vllm_methods", {})
-    for name in ("forward", "gather_specific_token_logprobs"):
-        monkeypatch.setattr(Sampler, name, vllm_methods.get(name, getattr(Sampler, name)))
-    monkeypatch.setattr(Sampler, "keeps_most_likely_tokens", False, raising=False)
+def restore_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Undo our changes for one test, in case that another test loaded vLLM's plugins into this process."""
+    for changed in (Sampler, LogitsProcessor):
+        vllm_methods = changed.__dict__.get("vllm_methods") or {
+            name: getattr(changed, name) for name in METHODS[changed]
+        }
+        for name in METHODS[changed]:
+            monkeypatch.setattr(changed, name, vllm_methods[name])
+        monkeypatch.setattr(changed, "vllm_methods", None, raising=False)
+        monkeypatch.delattr(changed, "vllm_methods")
+
+
+METHODS = {Sampler: ("forward", "gather_specific_token_logprobs"), LogitsProcessor: ("__init__", "forward")}
+"""vLLM's methods that `register` replaces."""
 
 
 def sample(sampler: Sampler, logits: torch.Tensor, most_likely: int | None, labels: dict[int, list[int]]) -> Any:
@@ -78,10 +87,12 @@ def test_steps_of_one_kind_are_as_in_stock_vllm(sampler: Sampler) -> None:
 
 
 def test_stock_vllm_still_needs_the_change(monkeypatch: pytest.MonkeyPatch) -> None:
-    _restore_vllm(monkeypatch)
+    restore_vllm(monkeypatch)
     torch.manual_seed(0)
     mixed = sample(Sampler(), torch.randn(2, 16), 2, {0: [1, 2]})
-    assert torch.isinf(mixed.logprobs[1, 1:]).all(), "vLLM is mended; serve/engine/logprobs.py is no longer needed"
+    assert torch.isinf(mixed.logprobs[1, 1:]).all(), (
+        "vLLM is mended; serve/engine/logprobs.py needs no merging of two kinds of rows"
+    )
 
 
 @pytest.mark.engine

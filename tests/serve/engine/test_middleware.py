@@ -210,7 +210,9 @@ def test_a_preflight_passes_without_a_key() -> None:
     async def test() -> None:
         app = App()
         async with client(protected(app, keys=frozenset({KEY}))) as http:
-            assert (await http.options("/v1/completions", headers={"Origin": "http://a"})).status_code == 200
+            headers = {"Origin": "http://a", "Access-Control-Request-Method": "POST"}
+            assert (await http.options("/v1/completions", headers=headers)).status_code == 200
+            assert (await http.options("/v1/completions", headers={"Origin": "http://a"})).status_code == 401
 
     run(test)
 

@@ -293,6 +293,8 @@ def test_a_jina_request_is_answered_with_its_documents(url: str) -> None:
         ),
         ("/v1/rerank", {"query": "a", "documents": []}, 400, "documents"),
         ("/v2/rerank", {"query": "a", "documents": ["b" * 10000]}, 400, "documents[0]"),
+        ("/v1/rerank", {"query": "a", "documents": ["b", 3]}, 400, "documents[1]"),
+        ("/v1/rerank", {"query": "a", "documents": ["b", {"title": "c"}]}, 400, "documents[1]"),
     ],
 )
 def test_errors_have_openais_form(url: str, path: str, body: dict[str, Any], status: int, param: str) -> None:
@@ -303,6 +305,14 @@ def test_errors_have_openais_form(url: str, path: str, body: dict[str, Any], sta
     assert caught.value.param == param
     assert caught.value.code == str(status)
     assert caught.value.type == "invalid_request_error"
+
+
+@pytest.mark.parametrize(("method", "path", "status"), [("GET", "/v1/nothing", 404), ("GET", "/v1/score", 405)])
+def test_unknown_routes_and_methods_have_openais_form(url: str, method: str, path: str, status: int) -> None:
+    answer = requests.request(method, url + path, timeout=10)
+    assert answer.status_code == status
+    assert answer.json()["error"].keys() == {"message", "type", "param", "code"}
+    assert (answer.headers.get("allow") == "POST") is (status == 405)
 
 
 def test_bodies_that_are_not_json_are_rejected(url: str) -> None:

@@ -382,7 +382,6 @@ def test_a_request_with_ambiguous_framing_is_rejected_and_its_connection_closed(
         ("DESCRIBE /v1/models RTSP/1.0", 405),
         ("PROPFIND /v1/models HTTP/1.1", 405),
         ("GET /v1/models HTTP/2.0", 505),
-        ("GET /version HTTP/1.0", 505),
         ("GET /live HTTP/1.0", 200),
         ("HEAD /live HTTP/1.1", 200),
         ("POST /live HTTP/1.1", 405),

@@ -1,0 +1,272 @@
+"""Log-probabilities of labels from full-precision logits, against a float64 softmax over the whole vocabulary."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+from vllm.v1.sample.sampler import Sampler
+
+from slimserve.serve.engine import label_logits
+from slimserve.serve.engine.logprobs import register
+from slimserve.serve.engine.scoring import probabilities
+from tests.serve.engine.test_logprobs import restore_vllm, sample
+
+V, D, B = 200, 48, 6
+PADDED = 256
+"""Rows of the output layer in vLLM, which pads the vocabulary to a multiple of 64."""
+
+
+@dataclass
+class Head:
+    """An output layer as vLLM keeps it, and what the reference knows about it."""
+
+    weight_VD: Tensor
+    """The layer in float64."""
+    layer: Any
+    checkpoint: Path | None = None
+    bias_V: Tensor | None = None
+    processor: dict[str, float] = field(default_factory=dict)
+
+
+def plain(tmp_path: Path, **processor: float) -> Head:
+    weight_VD = torch.zeros(PADDED, D, dtype=torch.bfloat16)
+    weight_VD[:V] = torch.randn(V, D)
+    layer = SimpleNamespace(
+        weight=weight_VD, tp_size=1, quant_method=UnquantizedEmbeddingMethod(), cpu_linear=torch.nn.functional.linear
+    )
+    return Head(weight_VD[:V].double(), layer, processor=processor)
+
+
+def biased(tmp_path: Path) -> Head:
+    head = plain(tmp_path)
+    head.bias_V = torch.randn(PADDED, dtype=torch.bfloat16)
+    return head
+
+
+def wrapped_for_lora(tmp_path: Path) -> Head:
+    head = plain(tmp_path)
+    head.layer = SimpleNamespace(base_layer=head.layer, **vars(head.layer))
+    return head
+
+
+def released(tmp_path: Path) -> Head:
+    """Pack the layer and drop the original, as vLLM does if a quantization config leaves out `lm_head`."""
+    head = plain(tmp_path)
+    weight_VD = head.layer.weight
+    save_file({"lm_head.weight": weight_VD[:V].clone()}, tmp_path / "model.safetensors")
+    head.layer = SimpleNamespace(
+        weight=torch.empty(0),
+        tp_size=1,
+        quant_method=UnquantizedLinearMethod(),
+        cpu_linear=lambda x, _weight, bias: torch.nn.functional.linear(x, weight_VD, bias),
+    )
+    head.checkpoint = tmp_path
+    return head
+
+
+def int8(tmp_path: Path, scale_dims: int = 2) -> Head:
+    codes_VD = torch.randint(-127, 128, (V, D), dtype=torch.int8)
+    scale_V = torch.rand(V) * 0.02
+    scale = scale_V[:, None] if scale_dims == 2 else scale_V
+    tensors = {"model.lm_head.weight": codes_VD, "model.embed.weight": torch.zeros(1), "x.lm_head_norm.weight": scale_V}
+    save_file(tensors, tmp_path / "model-00001-of-00002.safetensors")
+    save_file({"model.lm_head.weight_scale": scale.to(torch.float32)}, tmp_path / "model-00002-of-00002.safetensors")
+    weight_VD = codes_VD.double() * scale_V.double()[:, None]
+
+    def apply(_layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
+        return (x.double() @ weight_VD.T).to(torch.bfloat16)
+
+    layer = SimpleNamespace(weight=None, tp_size=1, quant_method=SimpleNamespace(apply=apply))
+    return Head(weight_VD, layer, tmp_path)
+
+
+HEADS: dict[str, Callable[[Path], Head]] = {
+    "plain": plain,
+    "a soft cap (Gemma 2)": lambda path: plain(path, soft_cap=30.0),
+    "a tight soft cap": lambda path: plain(path, soft_cap=2.0),
+    "a divisor (Granite)": lambda path: plain(path, scale=1 / 8),
+    "a factor (Cohere)": lambda path: plain(path, scale=0.0625),
+    "a factor and a soft cap": lambda path: plain(path, scale=1.7, soft_cap=15.0),
+    "a bias": biased,
+    "a wrapper for LoRA": wrapped_for_lora,
+    "packed, and released": released,
+    "INT8": int8,
+    "INT8 with scales of one dimension": lambda path: int8(path, scale_dims=1),
+}
+
+
+@pytest.fixture(autouse=True)
+def _plugin(monkeypatch: pytest.MonkeyPatch) -> None:
+    restore_vllm(monkeypatch)
+    register()
+    torch.manual_seed(3)
+    label_logits._unavailable.cache_clear()
+
+
+def step(head: Head, hidden_BD: Tensor, most_likely: int | None, labels: dict[int, list[int]]) -> Any:
+    """Return the sampler's log-probabilities for one step."""
+    return sample(Sampler(), logits_of(head, hidden_BD), most_likely, labels)
+
+
+def logits_of(head: Head, hidden_BD: Tensor) -> Tensor:
+    model_config = SimpleNamespace(head_dtype=torch.bfloat16, model=str(head.checkpoint or "no directory"))
+    config = VllmConfig()
+    config.model_config = model_config
+    with set_current_vllm_config(config):
+        processor = LogitsProcessor(PADDED, V, **head.processor)
+    logits_BV: Tensor = processor(head.layer, hidden_BD, head.bias_V)
+    assert logits_BV.shape == (len(hidden_BD), V)
+    return logits_BV
+
+
+def reference(head: Head, hidden_D: Tensor, rounded_V: Tensor, labels: list[int]) -> Tensor:
+    """Return the labels' log-probabilities with exact logits of labels and the engine's logits of other tokens."""
+    exact_V = head.weight_VD @ hidden_D.double()
+    if head.bias_V is not None:
+        exact_V = exact_V + head.bias_V[:V].double()
+    if cap := head.processor.get("soft_cap"):
+        exact_V = cap * torch.tanh(exact_V / cap)
+    exact_V = exact_V * head.processor.get("scale", 1.0)
+    assert (exact_V - rounded_V).abs().max() < 0.02 * exact_V.abs().max(), "the reference is not this layer"
+    logits_V = rounded_V.double().clone()
+    logits_V[labels] = exact_V[labels]
+    return logits_V.log_softmax(-1)[labels]
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_labels_get_the_log_probabilities_of_exact_logits(kind: str, tmp_path: Path) -> None:
+    head = HEADS[kind](tmp_path)
+    hidden_BD = torch.randn(B, D).to(torch.bfloat16)
+    rounded_BV = logits_of(head, hidden_BD)
+    best = int(rounded_BV[4].argmax())
+    labels = {0: [5, 9], 1: [5, 9], 2: [7], 4: [best, 3, 199, 3, 0], 5: [11, best]}
+    result = step(head, hidden_BD, None, labels)
+    for row, tokens in labels.items():
+        expected = reference(head, hidden_BD[row], rounded_BV[row], tokens)
+        torch.testing.assert_close(result.logprobs[row, 1 : len(tokens) + 1].double(), expected, rtol=0, atol=2e-6)
+        assert result.logprob_token_ids[row, 1 : len(tokens) + 1].tolist() == tokens
+    assert result.logprobs[4, 0] == result.logprobs[4, 1], "the sampled token is a label and has one value"
+    coarse = rounded_BV.float().log_softmax(-1)
+    assert (result.logprobs[0, 1:3] - coarse[0, [5, 9]]).abs().max() > 1e-4, "the rounded logits would not do"
+
+
+def test_ninety_documents_have_ninety_scores(tmp_path: Path) -> None:
+    head = plain(tmp_path)
+    # Documents differ little in the answer, so the logits have few values in bfloat16.
+    hidden_BD = (torch.randn(1, D) * 2 + torch.randn(90, D) * 0.02).to(torch.bfloat16)
+    labels = [3, 4]
+    with torch.no_grad():
+        head.layer.weight[4] = head.layer.weight[3] + 0.1 * torch.randn(D)
+        head.weight_VD[labels] = head.layer.weight[labels].double()
+
+    def scores(logprobs: Tensor) -> list[float]:
+        return [probabilities(row, apply_softmax=True)[0] for row in logprobs.tolist()]
+
+    ours = scores(step(head, hidden_BD, None, dict.fromkeys(range(90), labels)).logprobs[:, 1:])
+    rounded = scores(logits_of(head, hidden_BD).float().log_softmax(-1)[:, labels])
+    exact = scores((hidden_BD.double() @ head.weight_VD.T)[:, labels])
+    assert len(set(rounded)) < 30
+    assert len(set(ours)) == 90
+    agree = sum((a < b) == (c < d) for (a, c), (b, d) in itertools.combinations(zip(ours, exact, strict=True), 2))
+    assert agree == 90 * 89 / 2
+
+
+def test_completions_in_the_step_keep_their_log_probabilities(tmp_path: Path) -> None:
+    head = plain(tmp_path)
+    hidden_BD = torch.randn(B, D).to(torch.bfloat16)
+    alone = step(head, hidden_BD, 3, {})
+    mixed = step(head, hidden_BD, 3, {1: [2, 3], 4: [8]})
+    for row in (0, 2, 3, 5):
+        assert torch.equal(mixed.logprobs[row, :4], alone.logprobs[row, :4])
+        assert torch.equal(mixed.logprob_token_ids[row, :4], alone.logprob_token_ids[row, :4])
+    assert mixed.selected_token_ranks.tolist() == alone.selected_token_ranks.tolist()
+
+
+def test_equal_inputs_have_equal_scores_in_batches_of_any_size(tmp_path: Path) -> None:
+    head = plain(tmp_path)
+    hidden_BD = torch.randn(64, D).to(torch.bfloat16)
+    hidden_BD[40] = hidden_BD[3]
+    together = step(head, hidden_BD, None, {row: [5, 9] for row in range(64)}).logprobs
+    assert torch.equal(together[3], together[40])
+    for row in (0, 17, 63):
+        alone = step(head, hidden_BD[row : row + 1], None, {0: [5, 9]}).logprobs
+        assert torch.equal(alone[0], together[row])
+
+
+def test_a_lora_adapter_of_the_output_layer_counts(tmp_path: Path) -> None:
+    head = plain(tmp_path)
+    hidden_BD = torch.randn(B, D).to(torch.bfloat16)
+    down, up = torch.randn(2, 1, 4, D).to(torch.bfloat16), torch.randn(2, 1, V, 4).to(torch.bfloat16)
+    adapters = torch.tensor([0, 1, 1, 0, 1, 0])
+    processor = SimpleNamespace(
+        lora_a_stacked=down,
+        lora_b_stacked=up,
+        punica_wrapper=SimpleNamespace(sampler_indices=adapters),
+        soft_cap=None,
+        scale=1.0,
+    )
+    logits_BV = torch.zeros(B, V, dtype=torch.bfloat16)
+    product = label_logits.HeadProduct(processor, head.layer, hidden_BD, None, logits_BV)
+    rows, tokens = torch.tensor([1, 3, 4]), torch.tensor([9, 2])
+    ours = label_logits.exact_logits(product, rows, tokens)
+    for index, row in enumerate(rows.tolist()):
+        adapter = up[adapters[row], 0].double() @ down[adapters[row], 0].double()
+        expected = ((head.weight_VD + adapter) @ hidden_BD[row].double())[tokens]
+        assert ours is not None
+        torch.testing.assert_close(ours[index], expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"tp_size": 2}, "split between processes"),
+        ({"quant_method": SimpleNamespace(), "weight": torch.zeros(V, D // 2, dtype=torch.int8)}, "no checkpoint"),
+    ],
+)
+def test_the_engines_logits_remain_where_no_rows_are_available(
+    change: dict[str, Any], reason: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    head = plain(tmp_path)
+    logits_BV = logits_of(head, torch.randn(B, D).to(torch.bfloat16))
+    vars(head.layer).update(change)
+    result = sample(Sampler(), logits_BV, None, {1: [4, 2]})
+    expected = logits_BV.float().log_softmax(-1)[1, [4, 2]]
+    assert torch.equal(result.logprobs[1, 1:3], expected)
+    assert [record for record in caplog.records if reason in record.message]
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"lm_head.weight_packed": torch.zeros(V, 6, dtype=torch.int32)},
+        {"lm_head.weight": torch.zeros(V, D, dtype=torch.int8)},
+        {"lm_head.weight": torch.zeros(V, D).to(torch.float8_e4m3fn), "lm_head.weight_scale": torch.ones(1)},
+        {"model.embed_tokens.weight": torch.zeros(V, D)},
+        {},
+    ],
+    ids=["packed", "INT8 without scales", "FP8", "no output layer", "no weights"],
+)
+def test_other_formats_of_the_output_layer_are_not_misread(tensors: dict[str, Tensor], tmp_path: Path) -> None:
+    if tensors:
+        save_file(tensors, tmp_path / "model.safetensors")
+    assert label_logits._checkpoint_row(tmp_path, 3) is None
+
+
+def test_logits_that_other_code_replaced_are_left_alone(tmp_path: Path) -> None:
+    head = plain(tmp_path)
+    other_BV = logits_of(head, torch.randn(B, D).to(torch.bfloat16)) * 2
+    result = sample(Sampler(), other_BV, None, {1: [4, 2]})
+    assert torch.equal(result.logprobs[1, 1:3], other_BV.float().log_softmax(-1)[1, [4, 2]])
