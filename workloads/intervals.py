@@ -76,7 +76,7 @@ def _influences(values: NDArray[np.float64], group_of: NDArray[np.intp]) -> NDAr
     """Return each group's influence on the mean of the known values."""
     is_known = ~np.isnan(values)
     centred = np.where(is_known, values - np.mean(values[is_known]), 0.0) if is_known.any() else values
-    return np.bincount(group_of, centred) / max(1, is_known.sum())
+    return np.asarray(np.bincount(group_of, centred) / max(1, is_known.sum()), dtype=np.float64)
 
 
 def paired_difference(samples: NDArray[np.float64]) -> tuple[float, float, float]:
