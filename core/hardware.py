@@ -7,9 +7,11 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -38,6 +40,10 @@ class Hardware:
         On a CPU with AVX2 alone, torch's products in bfloat16 take six times as long as in float32.
         """
         return bool(self.gpus) or bool({"avx512f", "amx_tile", "bf16"} & set(self.isa))
+
+    def serves_in_float32(self, config: Mapping[str, Any]) -> bool:
+        """Tell whether engines here compute the model of this config.json in float32: it is not quantized."""
+        return not (self.has_bf16_products or config.get("quantization_config"))
 
     def as_dict(self) -> dict[str, object]:
         """Return the facts as JSON types, with lists instead of tuples."""

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from slimserve.core.hardware import Hardware
 from slimserve.core.model_config import head_dim_of, num_kv_heads_of
 from slimserve.core.roofline import Precision, Roofline
 
@@ -41,7 +42,7 @@ class ModelCost:
     prefill_flops: int
     """FLOPs of one prompt token in the layers; the output layer runs once per prompt and is not counted."""
     kv_bytes: int
-    """Bytes of keys and values of one token of context at 16 bits, which each later token reads."""
+    """Bytes of keys and values of one token of context, which each later token reads."""
     precision: Precision
     """Precision of the layers' activations, which decides the FLOP/s. If only weights are quantized, it is bf16."""
 
@@ -55,15 +56,22 @@ class ModelCost:
         return flops / self.prefill_flops if flops else None
 
 
-def read_model_cost(directory: Path) -> ModelCost:
-    """Add up the safetensors headers of a Hugging Face model; raises OSError, ValueError or KeyError."""
+def read_model_cost(directory: Path, hardware: Hardware | None = None) -> ModelCost:
+    """Add up the safetensors headers of a Hugging Face model; raises OSError, ValueError or KeyError.
+
+    On `hardware` that serves the model in float32, every value takes four bytes.
+    """
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    is_float32 = hardware is not None and hardware.serves_in_float32(config)
     quantization = config.get("quantization_config") or {}
     tensors: dict[str, tuple[str, list[int]]] = {}
     for file in sorted(directory.glob("*.safetensors")):
         tensors |= _header(file)
     has_output_layer = any(_OUTPUT_LAYER.search(name) for name in tensors)
-    sizes = {name: math.prod(shape) * _DTYPE_BYTES.get(dtype, 2) for name, (dtype, shape) in tensors.items()}
+    sizes = {
+        name: math.prod(shape) * (4 if is_float32 else _DTYPE_BYTES.get(dtype, 2))
+        for name, (dtype, shape) in tensors.items()
+    }
     weight_bytes = sum(sizes.values())
     embedding_bytes = sum(size for name, size in sizes.items() if _EMBEDDING.search(name))
     num_weights = sum(
@@ -75,7 +83,11 @@ def read_model_cost(directory: Path) -> ModelCost:
         weight_bytes=weight_bytes,
         decode_bytes=weight_bytes - (embedding_bytes if has_output_layer else 0),
         prefill_flops=2 * num_weights,
-        kv_bytes=2 * 2 * config["num_hidden_layers"] * num_kv_heads_of(config) * head_dim_of(config),
+        kv_bytes=2
+        * (4 if is_float32 else 2)
+        * config["num_hidden_layers"]
+        * num_kv_heads_of(config)
+        * head_dim_of(config),
         precision=_precision(quantization),
     )
 

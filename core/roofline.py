@@ -22,6 +22,8 @@ from slimserve.core.hardware import Hardware, openmp_library, probe_hardware
 from slimserve.core.progress import print_status
 from slimserve.core.storage import cache_dir, write_atomically
 
+_FORMAT = 2
+"""Version of the cached measurement."""
 _MEASURE_TIMEOUT_S = 60
 _MATRIX_SIZES = (128, 256, 512, 1024, 2048)
 _LONG_PRODUCT_S = 0.05
@@ -39,13 +41,15 @@ class Roofline:
     bandwidth: float
     """Memory read bandwidth in bytes/s."""
     bf16_flops: float
-    """FLOP/s of a large bfloat16 matrix product."""
+    """FLOP/s of a large matrix product in `dense_dtype`."""
     int8_flops: float
     """FLOP/s of a large int8 matrix product; 0 if torch cannot compute it here."""
     source: str
     """`measured` for a CPU, `datasheet` for a GPU."""
     fp8_flops: float = 0.0
     """FLOP/s of a large FP8 matrix product; 0 for hardware that computes FP8 models in bfloat16."""
+    dense_dtype: str = "bf16"
+    """Type in which unquantized models are computed: bf16, or float32 on a CPU without bfloat16 products."""
 
     def computed_precision(self, precision: Precision) -> Precision:
         """Return the precision in which this hardware computes a model whose activations have `precision`."""
@@ -117,7 +121,7 @@ def load_roofline(hardware: Hardware | None = None, measure: bool = True) -> Roo
 
 
 def _cache_file(hardware: Hardware) -> Path:
-    name = re.sub(r"\W+", "-", f"{hardware.cpu} {len(hardware.cores)}").strip("-").lower()
+    name = re.sub(r"\W+", "-", f"{hardware.cpu} {len(hardware.cores)} {_FORMAT}").strip("-").lower()
     return cache_dir("roofline") / f"{name}.json"
 
 
@@ -125,15 +129,17 @@ def _measure() -> Roofline:
     """Measure for about two seconds; the best of several runs excludes the load of other programs."""
     import torch
 
-    torch.set_num_threads(len(probe_hardware().cores))
+    hardware = probe_hardware()
+    torch.set_num_threads(len(hardware.cores))
     memory, vector = torch.ones(8192, 16384), torch.ones(16384)  # 512 MiB, above any cache
     bandwidth = memory.numel() * 4 / _best_s(lambda: memory @ vector)
-    bf16 = _matrix_flops(lambda size: torch.ones(size, size, dtype=torch.bfloat16), torch.matmul)
+    dtype, name = (torch.bfloat16, "bf16") if hardware.has_bf16_products else (torch.float32, "float32")
+    dense = _matrix_flops(lambda size: torch.ones(size, size, dtype=dtype), torch.matmul)
     try:
         int8 = _matrix_flops(lambda size: torch.ones(size, size, dtype=torch.int8), torch._int_mm)
     except RuntimeError:
         int8 = 0.0
-    return Roofline(bandwidth, bf16, int8, "measured")
+    return Roofline(bandwidth, dense, int8, "measured", dense_dtype=name)
 
 
 def _matrix_flops(make: Callable[[int], Any], multiply: Callable[[Any, Any], object]) -> float:

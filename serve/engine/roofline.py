@@ -10,6 +10,7 @@ from pathlib import Path
 
 from prometheus_client import REGISTRY, CollectorRegistry
 
+from slimserve.core.hardware import probe_hardware
 from slimserve.core.model_cost import ModelCost, read_model_cost
 from slimserve.core.roofline import Roofline, load_roofline
 from slimserve.serve.policy.engine_environment import ENGINE_LOG_VARIABLE
@@ -27,7 +28,7 @@ async def export_roofline(directory: str, window_s: float = _WINDOW_S) -> None:
     """
     log = os.environ.get(ENGINE_LOG_VARIABLE, "")
     text = await asyncio.to_thread(Path(log).read_text, encoding="utf-8", errors="replace") if log else ""
-    cost = await asyncio.to_thread(read_model_cost, Path(directory))
+    cost = await asyncio.to_thread(read_model_cost, Path(directory), probe_hardware())
     hardware = await asyncio.to_thread(load_roofline, None, False)
     metrics = roofline_metrics()
     set_constants(metrics, cost, hardware, chosen_kernels(text))

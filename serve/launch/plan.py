@@ -127,7 +127,7 @@ def plan_launch(
                 "candidates also share the last, partly filled block of their prefix instead of computing it each",
             )
         )
-    is_float32 = not (hardware.has_bf16_products or config.get("quantization_config"))
+    is_float32 = hardware.serves_in_float32(config)
     if is_float32:
         reason = "float32 products are six times as fast as bfloat16 on this CPU; weights take twice the memory"
         arguments.append(Choice("--dtype", "float32", reason))

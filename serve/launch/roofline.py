@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from slimserve.core.hardware import probe_hardware
 from slimserve.core.model_cost import ModelCost, read_model_cost
 from slimserve.core.roofline import Roofline, load_roofline
 from slimserve.serve.policy.engine_log import chosen_kernels, start_phases
@@ -17,7 +18,7 @@ def describe_start(directory: Path, log: Path) -> list[str]:
     lines = [f"start: {phases}"] if phases else []
     try:
         roofline = load_roofline(measure=False)
-        return lines + describe_roofline(read_model_cost(directory), roofline, chosen_kernels(text))
+        return lines + describe_roofline(read_model_cost(directory, probe_hardware()), roofline, chosen_kernels(text))
     except (OSError, ValueError, KeyError) as error:  # these lines are information only; serving continues
         return [*lines, f"the roofline is unknown: the model's cost could not be read ({error})"]
 
@@ -39,6 +40,7 @@ def describe_roofline(cost: ModelCost, hardware: Roofline | None, kernels: Mappi
     if prefill is not None:
         flops = prefill * cost.prefill_flops
         kind = hardware.computed_precision(cost.precision)
-        tflops = f"{flops / 1e12:.2f} {kind} TFLOP/s ({hardware.source})"
+        products = hardware.dense_dtype if kind == "bf16" else kind
+        tflops = f"{flops / 1e12:#.3g} {products} TFLOP/s ({hardware.source})"
         lines.append(f"prefill roofline {prefill:.0f} tokens/s at {tflops}")
     return lines

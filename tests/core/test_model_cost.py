@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from slimserve.compress.formats import get_format
 from slimserve.compress.quantize import round_to_nearest
+from slimserve.core.hardware import Hardware
 from slimserve.core.model_cost import ModelCost, read_model_cost
 from slimserve.core.roofline import Roofline
 
@@ -38,6 +39,20 @@ def test_a_tied_embedding_table_is_read_at_every_decode_step_and_costs_no_prefil
     assert cost.prefill_flops == 2 * 5 * 8
     assert cost.kv_bytes == 2 * 2 * 3 * 2 * 2  # key and value, 2 bytes, 3 layers, 2 heads, 2 values each
     assert cost.precision == "bf16"
+
+
+def test_a_cpu_that_serves_in_float32_reads_twice_the_bytes_unless_the_model_is_quantized(tmp_path: Path) -> None:
+    avx2 = Hardware(cpu="x", cores=(0,), memory_gib=1.0, isa=("avx2",), gpus=())
+    directory = save(tmp_path, layer("mlp.up_proj", 5, 8))
+    half, full = read_model_cost(directory), read_model_cost(directory, avx2)
+    assert (full.weight_bytes, full.decode_bytes, full.kv_bytes) == (
+        2 * half.weight_bytes,
+        2 * half.decode_bytes,
+        2 * half.kv_bytes,
+    )
+    assert full.prefill_flops == half.prefill_flops
+    quantized = save(tmp_path, layer("mlp.up_proj", 5, 8), quantization_config={"config_groups": {"group_0": _INT8}})
+    assert read_model_cost(quantized, avx2) == read_model_cost(quantized)
 
 
 def test_an_untied_embedding_table_is_not_read_and_the_output_layer_costs_no_prefill_flops(

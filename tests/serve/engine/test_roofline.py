@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 import slimserve.serve.engine.roofline
 from slimserve.core.model_cost import ModelCost
+from slimserve.core.hardware import Hardware
 from slimserve.core.roofline import Roofline
 from slimserve.serve.engine.roofline import TokenRates, set_constants
 from slimserve.serve.policy.metrics import RooflineMetrics
@@ -62,6 +63,8 @@ def test_the_metrics_of_a_model_and_its_engines_log_are_exported(
     monkeypatch.setenv("SLIMSERVE_ENGINE_LOG", str(log))
     monkeypatch.setattr("slimserve.serve.engine.roofline.roofline_metrics", lambda: metrics)
     monkeypatch.setattr("slimserve.serve.engine.roofline.load_roofline", lambda hardware, measure: HARDWARE)
+    cpu = Hardware(cpu="x", cores=(0,), memory_gib=1.0, isa=("avx512f",), gpus=())
+    monkeypatch.setattr("slimserve.serve.engine.roofline.probe_hardware", lambda: cpu)
     weight = {"model.layers.0.mlp.up_proj.weight": torch.zeros(5, 8, dtype=torch.bfloat16)}
     save_file(weight, tmp_path / "model.safetensors")
     sizes = {"hidden_size": 8, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 3}
