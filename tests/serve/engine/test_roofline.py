@@ -12,8 +12,8 @@ from prometheus_client import CollectorRegistry, Counter
 from safetensors.torch import save_file
 
 import slimserve.serve.engine.roofline
-from slimserve.core.model_cost import ModelCost
 from slimserve.core.hardware import Hardware
+from slimserve.core.model_cost import ModelCost
 from slimserve.core.roofline import Roofline
 from slimserve.serve.engine.roofline import TokenRates, set_constants
 from slimserve.serve.policy.metrics import RooflineMetrics
