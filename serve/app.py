@@ -22,7 +22,7 @@ from slimserve.serve.gateway.routing import Gateway
 from slimserve.serve.gateway.supervisor import SupervisedEngine, supervise
 from slimserve.serve.launch.config import ResolvedServeConfig
 from slimserve.serve.launch.plan import LaunchPlan
-from slimserve.serve.launch.process import Engine, EngineSpec, base_url, last_error
+from slimserve.serve.launch.process import Engine, EngineSpec, base_url, exit_reason
 from slimserve.serve.launch.roofline import describe_start
 from slimserve.serve.launch.tune import kept_launch, tune_launch
 from slimserve.serve.policy.access_log import log_to_stderr
@@ -81,7 +81,7 @@ def _serve_one(config: ResolvedServeConfig, spec: EngineSpec) -> Iterator[str]:
         yield _curl_line(config, spec.url, spec.name)
         yield "press Ctrl-C to stop"
         status = engine.wait()
-        problem = f"exited by itself (exit status {status}: {last_error(spec.log)})"
+        problem = f"exited by itself ({exit_reason(spec.log, status)})"
         raise UserError("engine", spec.name, problem, f"read {spec.log}")
 
 

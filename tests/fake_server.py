@@ -116,7 +116,9 @@ class _Handler(BaseHTTPRequestHandler):
 
 def main() -> None:
     if os.environ.get("FAKE_DIES"):
-        print("some noise\nValueError: the head size is odd\nRuntimeError: engine failed")
+        print("WARNING: may cause fd limit errors like `OSError: too many open files`\nProcess EngineCore:")
+        print("Traceback (most recent call last):\n  File x\nValueError: the head size is odd")
+        print("Traceback (most recent call last):\n  File y\nRuntimeError: failed. See root cause above.")
         sys.exit(3)
     if os.environ.get("FAKE_STUBBORN"):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)

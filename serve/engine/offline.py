@@ -12,9 +12,12 @@ import json
 import os
 import subprocess
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from slimserve.serve.policy.engine_log import failure_reason
 
 _KV_BYTES = 64 * 2**20
 
@@ -29,7 +32,7 @@ class VllmAnswer:
     greedy: list[list[int]] = field(default_factory=list)
     """Greedy continuation as token ids, one list per prompt."""
     error: str = ""
-    """Last line of the exception if the checkpoint did not load or run, else empty."""
+    """Cause if the checkpoint did not load or run, else empty."""
 
 
 def ask_vllm(
@@ -62,7 +65,10 @@ def ask_vllm(
                     num_answers += 1
                     yield VllmAnswer(**json.loads(line))
             if process.wait() != 0 and num_answers < len(models):
-                yield VllmAnswer(str(models[num_answers]), error=f"vLLM ended with exit status {process.returncode}")
+                output = log.read_text(encoding="utf-8", errors="replace") if log else ""
+                reason = failure_reason(output, process.returncode)
+                error = f"vLLM ended with exit status {process.returncode}: {reason}"
+                yield VllmAnswer(str(models[num_answers]), error=error)
         finally:
             process.kill()
             process.wait()
@@ -91,8 +97,7 @@ def _answer(model: str, prompts: list[list[int]], greedy_tokens: int) -> VllmAns
         ]
         return VllmAnswer(model, logprobs, [list(output.outputs[0].token_ids) for output in outputs])
     except Exception as error:  # any exception while loading is the answer
-        lines = [line for line in str(error).split("\n") if line.strip()] or [type(error).__name__]
-        return VllmAnswer(model, error=lines[-1][-500:])
+        return VllmAnswer(model, error=failure_reason("".join(traceback.format_exception(error)), 1))
     finally:
         del llm
         cleanup_dist_env_and_memory()

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from slimserve.core.errors import UserError
 from slimserve.serve.gateway.upstream import Backend, fetch
-from slimserve.serve.launch.process import EngineProcess, EngineSpec, free_port, last_error
+from slimserve.serve.launch.process import EngineProcess, EngineSpec, exit_reason, free_port
 from slimserve.serve.launch.roofline import describe_start
 from slimserve.serve.policy.metrics import GatewayMetrics
 
@@ -132,7 +132,7 @@ class SupervisedEngine:
         while not await self._is_healthy(timeouts.health_interval_s):
             if (status := self._process.poll()) is not None:
                 self._failed_starts_s.append(loop.time())
-                return f"exited before it was ready (exit status {status}: {last_error(self.spec.log)})"
+                return f"exited before it was ready ({exit_reason(self.spec.log, status)})"
             if loop.time() - self._start_s > timeouts.ready_s:
                 self._failed_starts_s.append(loop.time())
                 return f"was not ready after {timeouts.ready_s:.0f} s"
@@ -157,7 +157,7 @@ class SupervisedEngine:
             self._num_restarts_in_a_row = 0
         if status is None:
             return f"did not answer /health for {timeouts.max_failed_checks * timeouts.health_interval_s:.0f} s"
-        return f"exited by itself (exit status {status}: {last_error(self.spec.log)})"
+        return f"exited by itself ({exit_reason(self.spec.log, status)})"
 
     async def _watch_health(self) -> None:
         """Return once the engine has failed too many health checks in a row."""

@@ -21,6 +21,7 @@ from slimserve.core.errors import UserError
 from slimserve.core.progress import progress
 from slimserve.serve.launch.plan import LaunchPlan
 from slimserve.serve.policy.engine_environment import ENGINE_LOG_VARIABLE, MODEL_DIR_VARIABLE, VARIANT_VARIABLE
+from slimserve.serve.policy.engine_log import failure_reason
 from slimserve.serve.policy.keys import KEYS_FILE_VARIABLE
 from slimserve.serve.policy.limits import LIMITS_VARIABLE, Limits
 
@@ -143,7 +144,7 @@ class Engine:
     """A running vLLM server, as a context manager that stops it at the end.
 
     Entering raises UserError if the port is taken, or if the engine exits before it is ready; the message then has
-    the error from its log.
+    the cause from its log.
     """
 
     def __init__(self, spec: EngineSpec) -> None:
@@ -218,7 +219,7 @@ class Engine:
                     raise UserError(
                         "engine",
                         self.spec.name,
-                        f"exited before it was ready (exit status {status}: {last_error(self.spec.log)})",
+                        f"exited before it was ready ({exit_reason(self.spec.log, status)})",
                         f"read {self.spec.log}",
                     )
                 if elapsed > _READY_TIMEOUT_S:
@@ -273,8 +274,6 @@ def _phase(log: Path) -> str:
     return reached[-1] if reached else "importing"
 
 
-def last_error(log: Path) -> str:
-    """Return the log line with the first exception, or the last line, at most 300 characters."""
-    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").split("\n") if line.strip()]
-    named = [line for line in lines if any(word in line for word in ("Error:", "error:", "Exception:"))]
-    return (named or lines or ["no output"])[-1 if not named else 0][-300:]
+def exit_reason(log: Path, status: int) -> str:
+    """Return the exit status of a server with the cause of its end, as its log tells it."""
+    return f"exit status {status}: {failure_reason(log.read_text(encoding='utf-8', errors='replace'), status)}"

@@ -53,7 +53,7 @@ def test_a_server_that_ignores_sigterm_is_killed(tmp_path: Path, monkeypatch: py
     assert not psutil.pid_exists(engine.pid)
 
 
-def test_a_server_that_dies_at_start_is_reported_with_its_first_error(
+def test_a_server_that_dies_at_start_is_reported_with_its_cause_and_its_log(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FAKE_DIES", "1")
