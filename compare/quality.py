@@ -10,7 +10,8 @@ import asyncio
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -20,7 +21,8 @@ from pydantic import TypeAdapter
 
 from slimserve.compare.results import TEXT
 from slimserve.core.errors import UserError
-from slimserve.core.openai_client import OpenAIClient, Target, ask_all
+from slimserve.core.messages import read_answer
+from slimserve.core.openai_client import OpenAIClient, Target, ask_all, count_of
 from slimserve.core.progress import print_status, progress
 from slimserve.core.storage import write_atomically
 from slimserve.core.text import read_jsonl
@@ -198,6 +200,9 @@ def _sha256_of(document: Any) -> str:
     return hashlib.sha256(json.dumps(document, sort_keys=True, default=str).encode()).hexdigest()
 
 
+_CHAT_PATH = "/v1/chat/completions"
+
+
 class _UnsupportedError(Exception):
     """The server lacks an endpoint or an option."""
 
@@ -214,25 +219,42 @@ async def _chat(client: OpenAIClient, prompt: ChatPrompt) -> ChatAnswer:
         body["n"] = sampling.num_samples
     if sampling.temperature > 0:
         body["seed"] = hash_number(prompt.question) % 2**31
-    answer = await client.post("/v1/chat/completions", body)
-    texts = [choice["message"]["content"] or "" for choice in answer["choices"]]
-    return ChatAnswer(texts[0], answer["usage"]["completion_tokens"] / len(texts), tuple(texts[1:]))
+    answer = await client.post(_CHAT_PATH, body)
+    texts = [message.text for message, _ in read_answer(answer, _CHAT_PATH)]
+    num_tokens = count_of(answer.get("usage"), "completion_tokens")
+    # NaN is left out of means, where the server does not count.
+    return ChatAnswer(texts[0], math.nan if num_tokens is None else num_tokens / len(texts), tuple(texts[1:]))
 
 
 async def _read_text(client: OpenAIClient, document: str, num_tokens: int) -> TextReading:
     """Return the log-probabilities of a document's tokens; _UnsupportedError if the server cannot give them."""
     tokens = (await client.try_post("/tokenize", {"prompt": document, "add_special_tokens": False})).get("tokens")
-    if not tokens:
+    if not isinstance(tokens, list) or not tokens:
         raise _UnsupportedError("no /tokenize")
     tokens = tokens[:num_tokens]
     body = {"prompt": tokens, "max_tokens": 1, "temperature": 0, "prompt_logprobs": _NUM_LOGPROBS}
-    choices = (await client.try_post("/v1/completions", body)).get("choices") or [{}]
-    positions = (choices[0].get("prompt_logprobs") or [])[1:]
-    if not positions:
-        raise _UnsupportedError("no prompt_logprobs")
-    tops = [{int(token): round(float(entry["logprob"]), 5) for token, entry in one.items()} for one in positions]
-    logprobs = tuple(top[token] for top, token in zip(tops, tokens[1:], strict=True))
-    return TextReading(tuple(tokens), logprobs, tuple(tops))
+    answer = await client.try_post("/v1/completions", body)
+    with _of_foreign_server():
+        positions = _prompt_logprobs(answer)[1:]
+        if not positions:
+            raise _UnsupportedError("no prompt_logprobs")
+        tops = [{int(token): round(float(entry["logprob"]), 5) for token, entry in one.items()} for one in positions]
+        logprobs = tuple(top[token] for top, token in zip(tops, tokens[1:], strict=True))
+        return TextReading(tuple(tokens), logprobs, tuple(tops))
+
+
+@contextmanager
+def _of_foreign_server() -> Iterator[None]:
+    """Report values of an answer that are missing or of another type as something that the server lacks."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise _UnsupportedError(f"its answer is of another form, {type(error).__name__}: {error}") from error
+
+
+def _prompt_logprobs(answer: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the log-probabilities of the first choice by position; empty if the server gives none."""
+    return ((answer.get("choices") or [{}])[0].get("prompt_logprobs")) or []
 
 
 class _Scorer:
@@ -249,8 +271,11 @@ class _Scorer:
         is_stock = self._scoring == _STOCK_SCORING
         labels = [await self._token_id(client, label) for label in prompt.labels] if is_stock else []
         scoring = SCORING[self._scoring]
-        answer = await client.post(scoring.path, scoring.body(prompt, labels))
-        scores = tuple(float(score) for score in scoring.scores(answer, prompt.labels))
+        scores = await client.ask(
+            scoring.path,
+            scoring.body(prompt, labels),
+            lambda answer: tuple(float(score) for score in scoring.scores(answer, prompt.labels)),
+        )
         if len(scores) != len(prompt.items) or not all(map(math.isfinite, scores)):
             problem = f"returned {len(scores)} scores for {len(prompt.items)} items, or scores that are not numbers"
             raise UserError("quality request", scoring.path, problem, "read the server's log")
@@ -275,14 +300,17 @@ class _Scorer:
             (await client.try_post("/tokenize", {"prompt": whole})).get("tokens") or []
             for whole in (query, query + text)
         ]
-        common = next((at for at, pair in enumerate(zip(*parts, strict=False)) if pair[0] != pair[1]), len(parts[0]))
         body = {"prompt": parts[1], "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
-        choices = (await client.try_post("/v1/completions", body)).get("choices") or [{}]
-        positions = choices[0].get("prompt_logprobs") or []
-        if not parts[1] or len(positions) != len(parts[1]):
-            raise _UnsupportedError("neither /v1/score nor /tokenize with prompt_logprobs")
-        read = zip(parts[1][common:], positions[common:], strict=True)
-        return math.fsum(float(position[str(token)]["logprob"]) for token, position in read)
+        answer = await client.try_post("/v1/completions", body)
+        with _of_foreign_server():
+            common = next(
+                (at for at, pair in enumerate(zip(*parts, strict=False)) if pair[0] != pair[1]), len(parts[0])
+            )
+            positions = _prompt_logprobs(answer)
+            if not parts[1] or len(positions) != len(parts[1]):
+                raise _UnsupportedError("neither /v1/score nor /tokenize with prompt_logprobs")
+            read = zip(parts[1][common:], positions[common:], strict=True)
+            return math.fsum(float(position[str(token)]["logprob"]) for token, position in read)
 
     async def _find_scoring(self, client: OpenAIClient, prompt: ScoringPrompt) -> str:
         """Choose our /v1/score, else vLLM's own endpoint, else the log-probabilities of completions."""
@@ -302,7 +330,8 @@ class _Scorer:
 
     async def _token_id(self, client: OpenAIClient, label: str) -> int:
         if label not in self._token_ids:
-            tokens = (await client.post("/tokenize", {"prompt": label, "add_special_tokens": False}))["tokens"]
+            body = {"prompt": label, "add_special_tokens": False}
+            tokens = await client.ask("/tokenize", body, lambda answer: list(answer["tokens"]))
             if len(tokens) != 1:
                 problem = f"is {len(tokens)} tokens of {client.target.model}"
                 raise UserError("label", label, problem, "choose labels of one token each")

@@ -74,6 +74,7 @@ _NATIVE = re.compile(
 _USAGE_ERROR = re.compile(r"\S+: error: (.+)")
 _SERVER_ERROR = re.compile(r"(?:ERROR|CRITICAL):\s+(\S.*)")
 _COMPILE_ERROR = re.compile(r"(?:fatal )?error: .+")
+_PYDANTIC_HEAD = re.compile(r"^\d+ validation errors? for (\w+) (?:Value error, )?")
 _PYDANTIC_DETAILS = re.compile(r"\s*\[type=.*$|^\s*For further information visit .*$", re.MULTILINE)
 _MAX_CHARACTERS = 360
 _SIGNALS = {
@@ -187,6 +188,7 @@ def _failures_of(lines: list[tuple[int, _Line]], process: str) -> Iterator[_Fail
             root = None
             owner = owner if before.startswith("Process ") else process
         text = " ".join(_PYDANTIC_DETAILS.sub("", "\n".join(message)).split())
+        text = _PYDANTIC_HEAD.sub(r"\1: ", text)
         rest = "\n".join(line.text for _, line in lines[end : end + 200])
         failure = _Failure(owner, match["type"].rpartition(".")[2], text, at, root, rest)
         if not before.startswith(_IGNORED):

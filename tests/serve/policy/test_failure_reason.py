@@ -91,13 +91,12 @@ LOGS: dict[str, tuple[str, int, str]] = {
             traceback(PYDANTIC.format("User-specified max_model_len (99999) is greater than the derived max_model_len"))
         ),
         1,
-        "ValidationError: 1 validation error for ModelConfig Value error, User-specified max_model_len (99999) is greater "
-        "than the derived max_model_len",
+        "ValidationError: ModelConfig: User-specified max_model_len (99999) is greater than the derived max_model_len",
     ),
     "unsupported architecture": (
         of_server(traceback(PYDANTIC.format("Model architectures ['FooForCausalLM'] are not supported for now."))),
         1,
-        "Value error, Model architectures ['FooForCausalLM'] are not supported for now.",
+        "ValidationError: ModelConfig: Model architectures ['FooForCausalLM'] are not supported for now.",
     ),
     "architecture that cannot be inspected": (
         of_server(
