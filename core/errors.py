@@ -1,5 +1,13 @@
 """The error that a user sees: which field, which value, what is wrong, and what to do."""
 
+from __future__ import annotations
+
+import sys
+import traceback
+from pathlib import Path
+
+_OWN_FOLDER = Path(__file__).resolve().parent.parent
+
 
 class UserError(Exception):
     """A mistake that the user can correct; the command line prints it in one line and exits with code 2.
@@ -19,3 +27,19 @@ class UserError(Exception):
         text = " ".join(super().__str__().split())
         # Half of a surrogate pair, which JSON may hold, can be neither printed nor sent.
         return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def exception_text(error: BaseException) -> str:
+    """Return an exception that a user's code or data raised in one line, with the user's file and line if it has one.
+
+    A file of the user is any outside of this package, the standard library and the installed packages.
+    """
+    text = " ".join(f"{type(error).__name__}: {error}".removesuffix(": ").split())
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_of_user(frame.filename)]
+    return f"{text}, {frames[-1].filename}:{frames[-1].lineno}" if frames else text
+
+
+def _is_of_user(filename: str) -> bool:
+    file = Path(filename)
+    libraries = (sys.prefix, sys.base_prefix, str(_OWN_FOLDER))
+    return file.is_file() and not str(file.resolve()).startswith(libraries) and "site-packages" not in file.parts

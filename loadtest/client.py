@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
 
 from slimserve.core.errors import UserError
+from slimserve.core.openai_client import count_of, server_sentence
 from slimserve.loadtest.choices import CHOICE_PATH, choice_body, choice_logprobs
 from slimserve.loadtest.http_client import Exchange, HttpClient
 from slimserve.loadtest.rows import Row
@@ -18,6 +20,18 @@ from slimserve.workloads.interface import ChatPrompt, ChoicePrompt, Prompt, Scor
 
 _NUM_LOGPROBS = 5
 """Largest number that every OpenAI-compatible server accepts for completions."""
+_PROBE_TIMEOUT_S = 30.0
+_REFUSED = {400, 422}
+"""Statuses of a server that does not know an option of a request."""
+_STREAM_OPTIONS: tuple[dict[str, Any], ...] = (
+    {"stream_options": {"include_usage": True, "continuous_usage_stats": True}},
+    {"stream_options": {"include_usage": True}},
+    {},
+)
+"""Options of a stream that make a server count tokens, those that count most first."""
+_MAX_ERROR_BYTES = 65536
+_MAX_SENTENCES = 200
+"""Number of different explanations that are kept, since some servers write a request's id into each."""
 _PROBE = ScoringPrompt("Water is wet:", (" it is.",), (" yes", " no"), (True,), 0)
 
 
@@ -42,14 +56,17 @@ class ModelClient:
     """Client of one model on one server. Call `prepare` before the load to probe what the server supports."""
 
     def __init__(self, url: str, model: str, headers: Mapping[str, str], timeout_s: float, endpoint: str) -> None:
+        self.sentences: Counter[tuple[str, str]] = Counter()
+        """How often the server explained each kind of failure with each sentence."""
         self._http = HttpClient(url, headers, timeout_s)
+        self._probe_http = HttpClient(url, headers, min(timeout_s, _PROBE_TIMEOUT_S))
         self._model = model
         self._endpoint = endpoint
         self._label_ids: dict[str, int] = {}
-        self._counts_chunks = True
+        self._stream_options = _STREAM_OPTIONS[0]
 
     def prepare(self, prompts: Sequence[Prompt]) -> None:
-        """Find the scoring endpoint, and whether the server counts the tokens of each chunk.
+        """Find the scoring endpoint, and the options of a stream with which the server counts its tokens.
 
         A server that does not respond is not an error here; its failures are counted under load. Raises UserError for
         an unknown endpoint.
@@ -61,8 +78,14 @@ class ModelClient:
             choices = [name for name in SCORING if name != "rerank"] if is_auto else [self._endpoint]
             self._endpoint = next((name for name in choices if self._can_score(name)), choices[0])
         if any(isinstance(prompt, ChatPrompt) for prompt in prompts):
-            body = self._chat_body(ChatPrompt(({"role": "user", "content": "Ready?"},), 1, "", "", "", {}), False)
-            self._counts_chunks = self._http.post("/v1/chat/completions", msgspec.json.encode(body)).status != 400
+            probe = ChatPrompt(({"role": "user", "content": "Ready?"},), 1, "", "", "", {})
+            for self._stream_options in _STREAM_OPTIONS:
+                body = msgspec.json.encode(self._chat_body(probe, False))
+                if self._probe_http.post("/v1/chat/completions", body).status not in _REFUSED:
+                    break
+            else:
+                self._stream_options = _STREAM_OPTIONS[0]  # refused for another reason
+        self._probe_http.close()
 
     def make_request(self, number: int, kind: str, prompt: Prompt, exact_tokens: bool) -> PreparedRequest:
         """Return the request for prompt `number`."""
@@ -76,7 +99,7 @@ class ModelClient:
             num_choices = len(prompt.choices)
             return PreparedRequest(kind, number, CHOICE_PATH, msgspec.json.encode(body), 1, num_choices=num_choices)
         if isinstance(prompt, TextPrompt):
-            body = {"prompt": prompt.text, **self._stream_options(prompt.num_tokens, exact_tokens)}
+            body = {"prompt": prompt.text, **self._stream_body(prompt.num_tokens, exact_tokens)}
             fixed_tokens = prompt.num_tokens if exact_tokens else 0
             path = "/v1/completions"
             return PreparedRequest(kind, number, path, msgspec.json.encode(body), fixed_tokens=fixed_tokens)
@@ -94,76 +117,92 @@ class ModelClient:
         `scheduled_s` counts from `epoch`, a time of perf_counter.
         """
         exchange = self._http.post(request.path, request.body)
-        if request.num_items:
-            return self._score_row(request, exchange, scheduled_s, epoch)
-        answer = read_stream(exchange.pieces) if exchange.status == 200 else None
-        error = failure_of(exchange) or (answer.error if answer else None)
-        return Row(
+        read = self._score_row if request.num_items else self._stream_row
+        try:
+            row, sentence = read(request, exchange)
+        except Exception as error:  # a server may answer anything, and one answer must not end the load
+            row, sentence = Row(0.0, 0.0, 0.0, error=f"unreadable answer ({type(error).__name__})"), str(error)
+        if row.error is not None and (len(self.sentences) < _MAX_SENTENCES or (row.error, sentence) in self.sentences):
+            self.sentences[row.error, sentence] += 1
+        return replace(
+            row,
             scheduled_s=scheduled_s,
             sent_s=exchange.sent_s - epoch,
             end_s=exchange.end_s - epoch,
-            arrivals=tuple((chunk.at_s - epoch, chunk.num_tokens) for chunk in answer.chunks) if answer else (),
-            prompt_tokens=answer.prompt_tokens if answer else 0,
-            output_tokens=answer.output_tokens if answer else 0,
-            error=error,
+            arrivals=tuple((at_s - epoch, num_tokens) for at_s, num_tokens in row.arrivals),
             kind=request.kind,
             prompt=request.prompt,
-            first_answer_s=answer.first_answer_s - epoch if answer and answer.first_answer_s is not None else None,
-            cached_tokens=answer.cached_tokens if answer else None,
-            finish_reason=answer.finish_reason if answer else None,
-            text=join_reply(answer.reasoning, answer.text) if answer else "",
+            first_answer_s=row.first_answer_s - epoch if row.first_answer_s is not None else None,
             fixed_tokens=request.fixed_tokens,
         )
 
     def close(self) -> None:
         self._http.close()
 
-    def _score_row(self, request: PreparedRequest, exchange: Exchange, scheduled_s: float, epoch: float) -> Row:
+    def _stream_row(self, request: PreparedRequest, exchange: Exchange) -> tuple[Row, str]:  # noqa: ARG002
+        """Return what a stream tells, with times in the clock of the exchange, and what the server says of an error."""
+        failure = failure_of(exchange)
+        if exchange.status != 200:
+            return Row(0.0, 0.0, 0.0, error=failure), server_sentence(exchange.body)
+        answer = read_stream(exchange.pieces)
+        row = Row(
+            *(0.0, 0.0, 0.0),
+            arrivals=tuple(answer.chunks),
+            prompt_tokens=answer.prompt_tokens,
+            output_tokens=answer.output_tokens,
+            error=failure or answer.error,
+            first_answer_s=answer.first_answer_s,
+            cached_tokens=answer.cached_tokens,
+            finish_reason=answer.finish_reason,
+            text=join_reply(answer.reasoning, answer.text),
+        )
+        return row, "" if failure else answer.sentence
+
+    def _score_row(self, request: PreparedRequest, exchange: Exchange) -> tuple[Row, str]:
+        """Return the scores, or the error and what the server says of it."""
         error = failure_of(exchange)
         scores: tuple[float, ...] = ()
-        usage: dict[str, Any] = {}
+        usage: Any = None
         if error is None:
             try:
                 answer = msgspec.json.decode(exchange.body)
-                usage = answer.get("usage") or {}
+                usage = answer.get("usage")
+                if answer.get("error"):
+                    raise ValueError("error")
                 if request.num_choices:
                     scores = tuple(choice_logprobs(answer))
                 else:
-                    scores = tuple(SCORING[self._endpoint].scores(answer, request.labels))
+                    scores = tuple(map(float, SCORING[self._endpoint].scores(answer, request.labels)))
                 if len(scores) != (request.num_choices or request.num_items):
                     error = "wrong number of scores"
                 elif not all(map(math.isfinite, scores)):
                     error = "label not among the log-probabilities"
             except (msgspec.MsgspecError, UnicodeDecodeError):
                 error = "broken json"
-            except (AttributeError, KeyError, TypeError, ValueError, IndexError):
+            except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError):
                 error = "no scores"
-        return Row(
-            scheduled_s=scheduled_s,
-            sent_s=exchange.sent_s - epoch,
-            end_s=exchange.end_s - epoch,
-            prompt_tokens=int(usage.get("prompt_tokens") or 0),
+        row = Row(
+            *(0.0, 0.0, 0.0),
+            prompt_tokens=count_of(usage, "prompt_tokens") or 0,
             num_items=request.num_items,
             error=error,
-            kind=request.kind,
-            prompt=request.prompt,
-            cached_tokens=(usage.get("prompt_tokens_details") or {}).get("cached_tokens"),
+            cached_tokens=count_of(usage.get("prompt_tokens_details"), "cached_tokens")
+            if isinstance(usage, dict)
+            else None,
             scores=scores if error is None else (),
         )
+        return row, server_sentence(exchange.body[:_MAX_ERROR_BYTES]) if error else ""
 
     def _chat_body(self, prompt: ChatPrompt, exact_tokens: bool) -> dict[str, Any]:
-        body = {"messages": prompt.messages, **self._stream_options(prompt.max_tokens, exact_tokens)}
-        # The fields of the user's row take precedence; the reader of rows keeps none that shape the stream.
-        return {**body, **prompt.request}
+        return {"messages": prompt.messages, **self._stream_body(prompt.max_tokens, exact_tokens)}
 
-    def _stream_options(self, max_tokens: int, exact_tokens: bool) -> dict[str, Any]:
-        stream_options = {"include_usage": True} | ({"continuous_usage_stats": True} if self._counts_chunks else {})
+    def _stream_body(self, max_tokens: int, exact_tokens: bool) -> dict[str, Any]:
         body = {
             "model": self._model,
             "max_tokens": max_tokens,
             "temperature": 0,
             "stream": True,
-            "stream_options": stream_options,
+            **self._stream_options,
         }
         return body | ({"ignore_eos": True} if exact_tokens else {})
 
@@ -171,18 +210,18 @@ class ModelClient:
         if endpoint == "generative_scoring" and not self._find_label_ids():
             return False
         body = {"model": self._model, **SCORING[endpoint].body(_PROBE, list(self._label_ids.values()))}
-        return self._http.post(SCORING[endpoint].path, msgspec.json.encode(body)).status == 200
+        return self._probe_http.post(SCORING[endpoint].path, msgspec.json.encode(body)).status == 200
 
     def _find_label_ids(self) -> bool:
         """Look up the token id of each label with vLLM's /tokenize; false if a label is not one token."""
         for label in _PROBE.labels:
             body = {"model": self._model, "prompt": label, "add_special_tokens": False}
-            exchange = self._http.post("/tokenize", msgspec.json.encode(body))
+            exchange = self._probe_http.post("/tokenize", msgspec.json.encode(body))
             try:
                 tokens = msgspec.json.decode(exchange.body)["tokens"] if exchange.status == 200 else []
-            except (msgspec.MsgspecError, KeyError, TypeError):
+            except (msgspec.MsgspecError, UnicodeDecodeError, LookupError, TypeError):
                 tokens = []
-            if len(tokens) != 1:
+            if not isinstance(tokens, list) or len(tokens) != 1:
                 return False
             self._label_ids[label] = tokens[0]
         return True

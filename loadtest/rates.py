@@ -89,12 +89,13 @@ def _measure(
         num_used += len(at_rate.scheduled_s())
         folder = output / f"{rate:.4g}rps-seed{seed}"
         summary, _ = run_suite(suite, target, at_rate, folder, on_result=on_result)
-        met = all(outcome.is_met for outcome in summary.objectives)
+        met = summary.num_succeeded > 0 and all(outcome.is_met for outcome in summary.objectives)
         text = ", ".join(
             f"{outcome.text} {'met' if outcome.is_met else 'missed'} ({_value_text(outcome.value)})"
             for outcome in summary.objectives
         )
-        print_status(f"{rate:.4g} requests/s: {text or f'{summary.num_requests} requests'}")
+        counts = f"{summary.num_requests} requests, {summary.num_requests - summary.num_succeeded} failed"
+        print_status(f"{rate:.4g} requests/s: {text or counts}")
         points.append(RatePoint(rate, seed, met, summary))
         return points[-1]
 

@@ -18,12 +18,13 @@ from typing import Any, cast
 
 import msgspec
 
-from slimserve.core.errors import UserError
+from slimserve.core.errors import UserError, exception_text
 from slimserve.core.openai_client import Target
 from slimserve.core.progress import ProgressCallback, print_status, progress
 from slimserve.core.provenance import provenance
 from slimserve.core.statistics import percentile
 from slimserve.core.storage import write_atomically
+from slimserve.loadtest.arrivals import read_trace
 from slimserve.loadtest.prompts import MIXED, make_prompts, suite_name, suite_names
 from slimserve.loadtest.rows import Row, decode_row, read_rows
 from slimserve.loadtest.server_metrics import ServerMonitor, disagreements
@@ -31,6 +32,7 @@ from slimserve.loadtest.settings import LoadSettings, suite_arguments
 from slimserve.loadtest.slo import goodput, parse_objective
 from slimserve.loadtest.stall import longest_stall_s
 from slimserve.loadtest.summary import ClientCounts, LoadSummary, summarize
+from slimserve.serve.policy.engine_log import failure_reason
 from slimserve.workloads import is_workload, load_workload, workload_argument
 from slimserve.workloads.interface import Answer, ChatAnswer, Estimate, Prompt
 from slimserve.workloads.metrics import evaluate
@@ -87,7 +89,7 @@ def run_suite(
     if suite != MIXED and not is_workload(suite):
         raise UserError("suite", suite, "is unknown", f"choose from {', '.join(suite_names())}")
     settings.check()
-    make_prompts(suite, settings.suite, 1)  # bad data is rejected before any work
+    _check_workload(suite, settings)
     output.mkdir(parents=True, exist_ok=True)
     name = suite_name(suite)
     rows_file = output / f"{name}.rows.jsonl"
@@ -96,8 +98,11 @@ def run_suite(
         file.unlink(missing_ok=True)
     arguments = _locust_arguments(suite, target, settings, rows_file, report_file, cluster)
     interruption = _Interruption()
+    if settings.trace:
+        for line in read_trace(Path(settings.trace), settings.trace_unit).notes(settings.total_s):
+            print_status(line)
     with ServerMonitor(target) as monitor:
-        _run_locust(arguments, _title(suite, target, settings), settings, rows_file, interruption)
+        _run_locust(arguments, _title(suite, target, settings), settings, rows_file, report_file, interruption)
     rows = read_rows(rows_file) if rows_file.exists() else []
     client_report = msgspec.json.decode(report_file.read_bytes()) if report_file.exists() else {}
     report_file.unlink(missing_ok=True)
@@ -110,6 +115,19 @@ def run_suite(
         print_status(f"interrupted; the results so far are in {output}")
         raise interruption.exits[0]
     return summary, rows
+
+
+def _check_workload(suite: str, settings: LoadSettings) -> None:
+    """Make one prompt, so that most faults of the data are reported before any work."""
+    try:
+        prompts = make_prompts(suite, settings.suite, 1)
+    except UserError:
+        raise
+    except Exception as error:  # a user's workload may raise anything
+        problem = f"cannot make its requests ({exception_text(error)})"
+        raise UserError("workload", suite, problem, "correct the workload or its data") from error
+    if not prompts:
+        raise UserError("workload", suite, "yields no request", "give it more data")
 
 
 def write_document(
@@ -148,17 +166,52 @@ def _summarize(
             f"{summary.num_repeats} of {len(rows)} requests repeated an earlier prompt, which a prefix cache answers: "
             "use a shorter run or more data"
         )
-    if any(row.output_tokens > sum(count for _, count in row.arrivals) for row in rows if row.error is None):
+    if any(
+        row.arrivals and row.output_tokens > sum(count for _, count in row.arrivals)
+        for row in rows
+        if row.error is None
+    ):
         warnings.append("the server does not count the tokens of each chunk: gaps and tokens/s refer to chunks")
+    num_whole = sum(row.error is None and not row.num_items and not row.arrivals for row in rows)
+    if num_whole:
+        warnings.append(
+            f"{num_whole} of {len(rows)} answers were not streamed, although the requests ask for a stream: "
+            "they have no time to first token and no time between tokens"
+        )
+    if settings.trace:
+        warnings += read_trace(Path(settings.trace), settings.trace_unit).notes(settings.total_s)
+    sentences = _sentences(client_report, summary.errors)
     invalid = _client_faults(summary, client)
     if interrupted_after_s is not None:
         invalid.append(f"interrupted after {interrupted_after_s:.0f} of {settings.total_s:.0f} s")
-    elif not client_report:
+    elif "num_processes" not in client_report:
         invalid.append("the load did not end by itself: a worker was lost")
     if not summary.num_requests:
         invalid.append("no request was scheduled in the measured window")
-    evaluated = _evaluate(suite, settings, rows, summary, end_s)
-    return replace(evaluated, server=counts, client=client, warnings=warnings, invalid=invalid)
+    elif not summary.num_succeeded:
+        invalid.append(f"no request succeeded: {_most_frequent_error(summary.errors, sentences)}")
+    try:
+        summary = _evaluate(suite, settings, rows, summary, end_s)
+    except Exception as error:  # a user's verifier may raise anything; the latencies are right nevertheless
+        warnings.append(
+            f"the answers could not be evaluated: {error if isinstance(error, UserError) else exception_text(error)}"
+        )
+    return replace(summary, server=counts, client=client, warnings=warnings, invalid=invalid, error_sentences=sentences)
+
+
+def _sentences(client_report: Mapping[str, Any], errors: Mapping[str, int]) -> dict[str, str]:
+    """Return what the server said most often about each kind of error."""
+    sentences: dict[str, str] = {}
+    for error, sentence, _ in client_report.get("sentences", []):  # the most frequent ones come first
+        if sentence and error in errors:
+            sentences.setdefault(error, sentence)
+    return sentences
+
+
+def _most_frequent_error(errors: Mapping[str, int], sentences: Mapping[str, str]) -> str:
+    error, count = max(errors.items(), key=lambda entry: entry[1])
+    quote = f": {sentences[error]}" if error in sentences else ""
+    return f"{count} × {error}{quote}"
 
 
 def _evaluate(
@@ -251,6 +304,7 @@ def _locust_arguments(
     distributed: list[str] = []
     if cluster is not None:
         distributed += ["--master", "--expect-workers", str(cluster.expect_workers)]
+        distributed += ["--expect-workers-max-wait", f"{_STARTUP_TIMEOUT_S:.0f}"]
         distributed += ["--master-bind-host", cluster.bind_host, "--master-bind-port", str(cluster.bind_port)]
     elif settings.processes > 1:
         distributed += ["--processes", str(settings.processes)]
@@ -265,7 +319,7 @@ def _locust_arguments(
         *("--rows", str(rows), "--client-report", str(report)),
         *("--load-seconds", str(settings.total_s), "--timeout", str(settings.timeout_s), "--seed", str(settings.seed)),
         *(f"--rate={settings.rate}", f"--arrival={settings.arrival}", f"--burstiness={settings.burstiness}"),
-        *(f"--trace={settings.trace}", *suite_arguments(settings.suite)),
+        *(f"--trace={settings.trace}", f"--trace-unit={settings.trace_unit}", *suite_arguments(settings.suite)),
     ]
 
 
@@ -277,8 +331,14 @@ def _locustfile(suite: str) -> Path:
 
 
 def _run_locust(
-    arguments: Sequence[str], title: str, settings: LoadSettings, rows: Path, interruption: _Interruption
+    arguments: Sequence[str],
+    title: str,
+    settings: LoadSettings,
+    rows: Path,
+    report: Path,
+    interruption: _Interruption,
 ) -> None:
+    """Run Locust to its end; UserError with its own reason if it fails or does not begin or end in time."""
     log = rows.with_name(rows.name.replace(".rows.jsonl", ".locust.log"))
     with (
         log.open("wb") as log_file,
@@ -291,15 +351,22 @@ def _run_locust(
             while locust.poll() is None:
                 time.sleep(_POLL_INTERVAL_S)
                 view.update()
-                if time.monotonic() - started > _STARTUP_TIMEOUT_S + settings.total_s + settings.timeout_s:
+                elapsed_s = time.monotonic() - started
+                if elapsed_s > _STARTUP_TIMEOUT_S and not report.exists():
+                    raise UserError("load", title, f"did not begin within {_STARTUP_TIMEOUT_S:.0f} s", f"read {log}")
+                if elapsed_s > _STARTUP_TIMEOUT_S + settings.total_s + settings.timeout_s:
                     raise UserError("load", title, "did not end in time", f"read {log}")
         except SystemExit as interrupt:
             interruption.after_s = view.elapsed_s
             interruption.exits.append(interrupt)
             return
+    failure = msgspec.json.decode(report.read_bytes()).get("failure") if report.exists() else None
+    if failure:
+        report.unlink()
+        raise UserError(**{**failure, "remedy": failure["remedy"] or f"read {log}"})
     if locust.returncode != 0 or not rows.exists():
-        lines = log.read_text(encoding="utf-8", errors="replace").strip().split("\n")
-        raise UserError("load", title, f"failed ({lines[-1] if lines[-1] else 'no output'})", f"read {log}")
+        output = log.read_text(encoding="utf-8", errors="replace")
+        raise UserError("load", title, f"failed ({failure_reason(output, locust.returncode, 'Locust')})", f"read {log}")
 
 
 @contextmanager

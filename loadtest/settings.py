@@ -6,7 +6,7 @@ from pathlib import Path
 
 from slimserve.core.config import Duration, Settings, setting
 from slimserve.core.errors import UserError
-from slimserve.loadtest.arrivals import Arrival, parse_rate, read_trace, scheduled_times
+from slimserve.loadtest.arrivals import Arrival, TraceUnit, parse_rate, read_trace, scheduled_times
 from slimserve.loadtest.slo import parse_objective
 from slimserve.workloads.interface import SizeDistribution
 
@@ -54,6 +54,11 @@ class LoadSettings(Settings):
     arrival: Arrival = setting("poisson", "Distribution of the times between open-loop requests.", panel=_TRAFFIC)
     burstiness: float = setting(1.0, "Variance of gamma arrivals relative to Poisson arrivals.", panel=_TRAFFIC)
     trace: str = setting("", "File of timestamps to replay as an open loop.", panel=_TRAFFIC, metavar="FILE")
+    trace_unit: TraceUnit = setting(
+        "auto",
+        "Unit of the trace's numbers; auto knows dialects and times since 1970, and means seconds otherwise.",
+        panel=_TRAFFIC,
+    )
     users: int = setting(
         4, "Number of closed-loop users; each sends a request when its last one is answered.", panel=_TRAFFIC, ge=1
     )
@@ -107,7 +112,7 @@ class LoadSettings(Settings):
     def scheduled_s(self) -> list[float]:
         """Return the scheduled time of each open-loop request in seconds from the start."""
         if self.trace:
-            return read_trace(Path(self.trace), self.total_s)
+            return read_trace(Path(self.trace), self.trace_unit).until(self.total_s)
         return scheduled_times(parse_rate(self.rate, self.total_s), self.arrival, self.burstiness, self.seed)
 
 

@@ -95,7 +95,7 @@ class LoadSummary:
     requests_per_s: float
     """Successful requests that ended in the window, per second."""
     output_tokens_per_s: float
-    """Streamed tokens that arrived in the window, per second."""
+    """Tokens that arrived in the window, per second; those of an answer without a stream arrive at its end."""
     items_per_s: float
     prompt_tokens_mean: float | None
     output_tokens_mean: float | None
@@ -120,6 +120,13 @@ class LoadSummary:
     warnings: list[str] = field(default_factory=list)
     by_kind: dict[str, LoadSummary] = field(default_factory=dict)
     """Summary of each workload of a mixed run."""
+    error_sentences: dict[str, str] = field(default_factory=dict)
+    """What the server said most often about each kind of error."""
+
+    @property
+    def num_succeeded(self) -> int:
+        """Number of requests of the window that were answered without an error."""
+        return self.num_requests - sum(self.errors.values())
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -142,6 +149,7 @@ def summarize(rows: Sequence[Row], begin_s: float, end_s: float) -> LoadSummary:
     good = [row for row in scheduled if row.error is None]
     ended = [row for row in rows if row.error is None and begin_s <= row.end_s < end_s]
     arrived = sum(count for row in rows for at, count in row.arrivals if begin_s <= at < end_s)
+    arrived += sum(row.output_tokens for row in ended if not row.arrivals)
     window_s = end_s - begin_s
     counted = [row for row in good if row.cached_tokens is not None]
     num_counted = sum(row.prompt_tokens for row in counted)

@@ -4,15 +4,20 @@ In an open loop a dispatcher sends each request at its scheduled time, regardles
 In a closed loop each user sends its next request when the last one is answered. With Locust's master and workers, each
 worker sends its share (every k-th request, or its users) and sends its raw rows to the master. So metrics over several
 workers are as exact as over one process.
+
+Locust logs the exceptions of listeners and greenlets and continues, so a run would wait for a worker that failed. Here
+every function that Locust or gevent calls is guarded: its exception ends the run, with the reason in the client report.
 """
 
 from __future__ import annotations
 
+import functools
 import gc
 import itertools
 import logging
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +30,7 @@ from locust.env import Environment
 from locust.runners import MasterRunner, WorkerRunner
 
 from slimserve.core.config import validated
-from slimserve.core.errors import UserError
+from slimserve.core.errors import UserError, exception_text
 from slimserve.core.openai_client import auth_headers
 from slimserve.loadtest.client import ModelClient, PreparedRequest
 from slimserve.loadtest.prompts import MAX_PROMPTS, make_prompts
@@ -33,8 +38,9 @@ from slimserve.loadtest.rows import Row, encode_row
 from slimserve.loadtest.settings import LoadSettings, SuiteOptions
 from slimserve.loadtest.stall import StallWatch
 from slimserve.loadtest.timer import Timer
+from slimserve.workloads.interface import Prompt
 
-_TRAFFIC_FIELDS = ("rate", "arrival", "burstiness", "trace", "timeout_s", "seed")
+_TRAFFIC_FIELDS = ("rate", "arrival", "burstiness", "trace", "trace_unit", "timeout_s", "seed")
 """Fields of `LoadSettings` that are options of the locustfiles as well."""
 _PAUSE_AFTER_FAILURE_S = 0.5
 """Pause of a closed-loop user after a failure, so that a server that rejects at once causes no busy loop."""
@@ -44,8 +50,38 @@ _START_DELAY_S = 0.5
 """Seconds from when all processes are ready until the load begins, so that every worker gets the message."""
 _TIMEOUT_MARGIN_S = 10.0
 """Seconds after the timeout within which every request has ended."""
-_NO_WORKER_TIMEOUT_S = 15.0
-"""Seconds after which a master without workers gives up."""
+_NO_WORKER_TIMEOUT_S = 4.0
+"""Seconds without all workers after which a master gives up; Locust notices the loss of one after 3 s."""
+
+
+def _guarded(function: Callable[..., object]) -> Callable[..., None]:
+    """Return a function that takes the environment first and ends the run with the reason if `function` raises."""
+
+    @functools.wraps(function)
+    def run(environment: Environment, *arguments: Any, **options: Any) -> None:
+        try:
+            function(environment, *arguments, **options)
+        except (Exception, SystemExit) as error:  # a workload's code may raise anything, or exit
+            _fail(environment, error)
+
+    return run
+
+
+def _fail(environment: Environment, error: BaseException) -> None:
+    """End the run with an error; that of a worker goes to its master."""
+    if not isinstance(error, UserError):
+        logging.getLogger("slimserve").error("the load ends because of an exception", exc_info=error)
+        error = UserError("load", environment.parsed_options.suite, f"failed ({exception_text(error)})", "")
+    logging.getLogger("slimserve").error("%s", error)
+    reason = {"field": error.field, "value": str(error.value), "problem": error.problem, "remedy": error.remedy}
+    environment.process_exit_code = 2
+    sink = getattr(environment, "slimserve_sink", None)
+    if isinstance(environment.runner, WorkerRunner):
+        environment.runner.send_message("slimserve_failed", reason)
+    elif sink is not None:
+        sink.fail(reason)
+    else:
+        gevent.spawn(environment.runner.quit)
 
 
 class SuiteUser(User):
@@ -63,7 +99,7 @@ class SuiteUser(User):
         if run.is_open_loop or run.is_over:
             gevent.sleep(1)
         else:
-            run.send_next()
+            _guarded(lambda _: run.send_next())(self.environment)
 
 
 class TrafficRun:
@@ -101,20 +137,29 @@ class TrafficRun:
         count = min(len(self._scheduled_s), MAX_PROMPTS) if self.is_open_loop else MAX_PROMPTS
         # In a thread, because Locust's master drops a worker that does not respond for three seconds.
         prompts = gevent.get_hub().threadpool.spawn(make_prompts, self._suite, settings.suite, count).get()
+        if not prompts:
+            raise UserError("workload", self._suite, "yields no request", "give it more data")
         self._client.prepare([prompt for _, prompt in prompts])
-        exact = settings.suite.exact_tokens
-        self._prepared = [
-            self._client.make_request(number, kind, prompt, exact) for number, (kind, prompt) in enumerate(prompts)
-        ]
+        self._prepared = [self._make_request(number, kind, prompt) for number, (kind, prompt) in enumerate(prompts)]
         gc.collect()
         gc.freeze()  # garbage collections during the load skip the prepared requests
+
+    def _make_request(self, number: int, kind: str, prompt: Prompt) -> PreparedRequest:
+        try:
+            return self._client.make_request(number, kind, prompt, self._settings.suite.exact_tokens)
+        except (TypeError, ValueError) as error:  # such as half a surrogate pair in a text
+            problem = f"cannot be sent as JSON ({exception_text(error)})"
+            raise UserError(kind, f"prompt {number + 1}", problem, "correct the data") from error
 
     def begin(self, epoch: float, index: int, count: int) -> None:
         """Begin at `epoch` (perf_counter) as worker `index` of `count`; each sends every `count`-th request."""
         self._epoch = epoch
         self._requests = itertools.islice(itertools.cycle(self._prepared), index, None, count)
         self._cpu_begin_s = time.process_time()
-        gevent.spawn(self._dispatch, self._scheduled_s[index::count])
+        self._spawn(self._dispatch, self._scheduled_s[index::count])
+
+    def _spawn(self, function: Callable[..., object], *arguments: object) -> Any:
+        return gevent.spawn(_guarded(lambda _: function(*arguments)), self._environment)
 
     def send_next(self) -> None:
         """Send the next request of a closed loop."""
@@ -128,6 +173,7 @@ class TrafficRun:
 
     def _dispatch(self, scheduled_s: list[float]) -> None:
         """Begin the load, send its scheduled requests, end it, and wait for the requests in flight."""
+        self._environment.slimserve_sink.begin()
         timer = Timer()
         timer.wait_until(self._epoch)
         watch = StallWatch(self._epoch)
@@ -137,7 +183,7 @@ class TrafficRun:
             timer.wait_until(self._epoch + at_s)
             if self.is_over:
                 break
-            gevent.spawn(self._send, next(self._requests), at_s)
+            self._spawn(self._send, next(self._requests), at_s)
         if self._seconds:
             timer.wait_until(self._epoch + self._seconds)
         timer.close()
@@ -150,7 +196,8 @@ class TrafficRun:
             gevent.sleep(0.02)
         watching.kill()
         watch.tick()
-        self._environment.slimserve_sink.end({"cpu_frac": cpu_frac, "stalls": watch.stalls})
+        sentences = [[*key, count] for key, count in self._client.sentences.items()]
+        self._environment.slimserve_sink.end({"cpu_frac": cpu_frac, "stalls": watch.stalls, "sentences": sentences})
 
     def _send(self, request: PreparedRequest, scheduled_s: float) -> Row:
         self.num_running += 1
@@ -191,10 +238,23 @@ class RowFile:
         self._file = Path(options.rows).open("wb") if options.rows else None  # noqa: SIM115  # stays open for the run
         self._report = options.client_report
         self._num_processes = 1
+        self._has_failed = False
         self._ended: list[dict[str, Any]] = []
 
     def expect(self, num_workers: int) -> None:
         self._num_processes = num_workers
+
+    def begin(self) -> None:
+        """Note that the load has begun."""
+        self._write_report({"begun": True})
+
+    def fail(self, reason: dict[str, str]) -> None:
+        """End the run because of an error; the first one is reported."""
+        if not self._has_failed:
+            self._has_failed = True
+            self._write_report({"failure": reason})
+        self._environment.process_exit_code = 2
+        gevent.spawn(self.stop)  # from a greenlet of its own, because stopping ends those of the users
 
     def keep(self, row: Row) -> None:
         self.keep_lines(encode_row(row))
@@ -209,14 +269,24 @@ class RowFile:
         self._ended.append(process)
         if len(self._ended) < self._num_processes:
             return
-        if self._report:
-            report = {
+        sentences: Counter[tuple[str, str]] = Counter()
+        for one in self._ended:
+            for error, sentence, count in one["sentences"]:
+                sentences[error, sentence] += count
+        self._write_report(
+            {
+                "begun": True,
                 "num_processes": len(self._ended),
                 "cpu_frac": max(one["cpu_frac"] for one in self._ended),
                 "stalls": [stall for one in self._ended for stall in one["stalls"]],
+                "sentences": [[*key, count] for key, count in sentences.most_common()],
             }
-            Path(self._report).write_bytes(msgspec.json.encode(report))
+        )
         self.stop()
+
+    def _write_report(self, report: dict[str, Any]) -> None:
+        if self._report and (not self._has_failed or "failure" in report):
+            Path(self._report).write_bytes(msgspec.json.encode(report))
 
     def stop(self) -> None:
         """End the run; with Locust's web page, stop the load but keep the page."""
@@ -233,6 +303,9 @@ class RowSender:
         self._runner = runner
         self._lines: list[bytes] = []
         gevent.spawn(self._send_regularly)
+
+    def begin(self) -> None:
+        """Do nothing, since the master itself begins the load."""
 
     def keep(self, row: Row) -> None:
         self._lines.append(encode_row(row))
@@ -287,23 +360,25 @@ def register(user: type[SuiteUser]) -> None:
         elif isinstance(runner, MasterRunner):
             runner.register_message("slimserve_ready", _note_ready)
             runner.register_message("slimserve_rows", _keep_rows)
+            runner.register_message("slimserve_failed", _note_failed)
             runner.register_message("slimserve_end", _note_end)
 
     @events.test_start.add_listener
+    @_guarded
     def _start(environment: Environment, **_: object) -> None:
         runner = environment.runner
         if isinstance(runner, MasterRunner):
             environment.slimserve_sink = RowFile(environment)
             environment.slimserve_ready, environment.slimserve_ended = set(), set()
-            gevent.spawn(_lead_workers, environment)
+            gevent.spawn(_guarded(_lead_workers), environment)
             return
         run = environment.slimserve_run = TrafficRun(environment)
         if isinstance(runner, WorkerRunner):
-            gevent.spawn(_prepare_worker, runner, run)
+            gevent.spawn(_guarded(_prepare_worker), environment)
         else:
             environment.slimserve_sink = RowFile(environment)
-            if _is_prepared(run, environment):
-                run.begin(time.perf_counter() + _START_DELAY_S, 0, 1)
+            run.prepare()
+            run.begin(time.perf_counter() + _START_DELAY_S, 0, 1)
 
     @events.test_stopping.add_listener
     def _stop(environment: Environment, **_: object) -> None:
@@ -316,35 +391,26 @@ def _flag(text: str) -> bool:
     return text.lower() in {"1", "true", "yes"}
 
 
-def _is_prepared(run: TrafficRun, environment: Environment) -> bool:
-    """Prepare the run; on an invalid option log the error, end this process and return false."""
-    try:
-        run.prepare()
-    except UserError as error:
-        logging.getLogger("slimserve").error("%s", error)
-        environment.process_exit_code = 2
-        gevent.spawn(environment.runner.quit)
-        return False
-    return True
-
-
-def _prepare_worker(runner: WorkerRunner, run: TrafficRun) -> None:
-    if _is_prepared(run, runner.environment):
-        runner.send_message("slimserve_ready")
+def _prepare_worker(environment: Environment) -> None:
+    environment.slimserve_run.prepare()
+    environment.runner.send_message("slimserve_ready")
 
 
 def _lead_workers(environment: Environment) -> None:
     """Start all workers at the same time when all are ready; end the run when all remaining workers have ended."""
     runner = environment.runner
-    begun_s = time.perf_counter()
-    while not (alive := _alive(runner)) or not alive <= environment.slimserve_ready:
-        if not alive and time.perf_counter() - begun_s > _NO_WORKER_TIMEOUT_S:
-            logging.getLogger("slimserve").error("no worker connected; start one with --worker")
-            environment.process_exit_code = 2
-            environment.slimserve_sink.stop()
-            return
+    options: Any = environment.parsed_options
+    expected = max(options.expect_workers, 1) if options.headless else 1
+    complete_s = time.perf_counter()
+    while len(alive := _alive(runner)) < expected or not alive <= environment.slimserve_ready:
+        if len(alive) >= expected:
+            complete_s = time.perf_counter()
+        elif time.perf_counter() - complete_s > _NO_WORKER_TIMEOUT_S:
+            problem = f"has {len(alive)} of {expected} workers, as the others ended before the load began"
+            raise UserError("load", options.suite, problem, "")
         gevent.sleep(0.1)
     environment.slimserve_sink.expect(len(alive))
+    environment.slimserve_sink.begin()
     at = time.time() + _START_DELAY_S
     for index, worker in enumerate(sorted(alive)):
         runner.send_message("slimserve_begin", {"at": at, "index": index, "count": len(alive)}, worker)
@@ -359,19 +425,28 @@ def _alive(runner: MasterRunner) -> set[str]:
     return {node.id for node in (*clients.ready, *clients.spawning, *clients.running)}
 
 
+@_guarded
 def _note_ready(environment: Environment, msg: Any, **_: object) -> None:
     environment.slimserve_ready.add(msg.node_id)
 
 
+@_guarded
 def _keep_rows(environment: Environment, msg: Any, **_: object) -> None:
     environment.slimserve_sink.keep_lines(msg.data)
 
 
+@_guarded
 def _note_end(environment: Environment, msg: Any, **_: object) -> None:
     environment.slimserve_ended.add(msg.node_id)
     environment.slimserve_sink.end(msg.data)
 
 
+@_guarded
+def _note_failed(environment: Environment, msg: Any, **_: object) -> None:
+    environment.slimserve_sink.fail(msg.data)
+
+
+@_guarded
 def _begin_worker(environment: Environment, msg: Any, **_: object) -> None:
     """Begin at the time of the master's clock; differences between machines' clocks shift their requests."""
     epoch = time.perf_counter() + msg.data["at"] - time.time()

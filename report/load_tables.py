@@ -120,6 +120,7 @@ def _request_lines(summary: LoadSummary) -> list[Line]:
     lines = [
         Line("scheduled in the window", f"{summary.num_requests:,}"),
         Line("errors", _counts_text(summary.errors) or "none"),
+        *(Line(f"reason of {error}", sentence) for error, sentence in summary.error_sentences.items()),
         Line("finish reasons", _counts_text(summary.finish_reasons) or NOT_KNOWN),
         Line(
             "mean prompt / output tokens",

@@ -121,8 +121,8 @@ class _Failure:
         return _shortened(f"{self.type}: {message}" if message else self.type)
 
 
-def failure_reason(log: str, exit_status: int) -> str:
-    """Return one sentence that says why an engine ended, from its log and the exit status of its server.
+def failure_reason(log: str, exit_status: int, name: str = "the server") -> str:
+    """Return one sentence that says why an engine ended, from its log and the exit status of its server, or of `name`.
 
     This is the exception, native crash or signal of the process that failed first, with the exception that caused it
     if both tell something. Warnings, and exceptions that vLLM handled before, are not reasons.
@@ -134,7 +134,7 @@ def failure_reason(log: str, exit_status: int) -> str:
         (_shortened(match["what"] or match["fatal"] or match["segfault"]) for match in _NATIVE.finditer(log)), ""
     )
     is_of_engine = any(failure.is_consequence and _ELSEWHERE.search(failure.message) for failure in failures)
-    killed = _killed_process(log) or (("the server", -exit_status) if exit_status < 0 else None)
+    killed = _killed_process(log) or ((name, -exit_status) if exit_status < 0 else None)
     if killed:
         return native or _signal_text(*killed)
     if is_of_engine:

@@ -57,6 +57,7 @@ def loadtest(
         )
         print_summary(suite, target, summary)
         is_met = not summary.objectives or (not summary.invalid and all(one.is_met for one in summary.objectives))
+        is_met = is_met and summary.num_succeeded > 0
     typer.echo(f"report, metrics and raw rows: {folder}")
     if not is_met:
         raise typer.Exit(1)

@@ -77,13 +77,126 @@ def test_a_stream_may_arrive_byte_by_byte() -> None:
         (event("a") + b"data: \xff\xfe\n\n" + DONE, "invalid utf-8"),
         (event("a") + b'data: {"error": {"message": "x"}}\n\n' + DONE, "error in stream"),
         (b"<html>no</html>\n", "broken event stream"),
-        (b'{"choices": []}\n', "broken event stream"),
+        (b'{"choices": []}\n', "no reply in answer"),
+        (b'{"choices": null}', "no reply in answer"),
+        (b'{"choices": [{"finish_reason": "stop"}]}', "no reply in answer"),
+        (b'{"choices": [{"message": {"content": ""}}]}', "empty answer"),
+        (b'{"error": {"message": "no"}}', "error in answer"),
+        (b'{"object": "error", "message": "no"}', "error in answer"),
+        (b"[]", "no reply in answer"),
+        (b'{"message": {"content": "ollama"}}\n{"done": true}\n', "broken json"),
+        (b"pong", "half an event at the end"),
+        (b"pong\n", "broken event stream"),
+        (event("a") + b'event: error\ndata: {"message": "x"}\n\n', "error in stream"),
+        (event("a") + b'data: {"object": "error", "message": "x"}\n\n' + DONE, "error in stream"),
+        (event("a") + b'data: {"error": "x"}\n\n' + DONE, "error in stream"),
+        (event("a") + b"event: error\ndata: x", "error in stream"),
+        (event("a") + b"data: null\n\n" + DONE, "broken json"),
+        (event("a") + b'data: {"choices": ["x"]}\n\n' + DONE, "broken json"),
     ],
 )
 def test_each_broken_stream_has_its_own_error(body: bytes, error: str) -> None:
     answer = read(body)
     assert answer.error == error
     assert answer.text == ("a" if body.startswith(event("a")) else ""), "text before the error is kept"
+
+
+@pytest.mark.parametrize(
+    ("body", "sentence"),
+    [
+        (event("a") + b'data: {"error": {"message": "out of memory", "code": 500}}\n\n' + DONE, "out of memory"),
+        (event("a") + b'event: error\ndata: {"message": "prompt too long"}\n\n', "prompt too long"),
+        (event("a") + b"event: error\ndata: overloaded\n\n", "overloaded"),
+        (b'{"error": "no such model"}', "no such model"),
+        (b"<html><head><title>Sign in</title></head></html>", "Sign in"),
+        (b"upstream connect error\n", "upstream connect error"),
+        (event("a") + b"data: {broken}\n\n" + DONE, "{broken}"),
+    ],
+)
+def test_what_the_server_says_about_an_error_is_kept(body: bytes, sentence: str) -> None:
+    assert read(body).sentence == sentence
+
+
+def dialect(*choices: object, usage: object = "absent", **rest: object) -> bytes:
+    document = {"choices": list(choices), **({} if usage == "absent" else {"usage": usage}), **rest}
+    return b"data: " + json.dumps(document).encode() + b"\n\n"
+
+
+@pytest.mark.parametrize(
+    ("parts", "text", "reasoning", "counts"),
+    [
+        ([event("a"), event("b"), dialect(usage={"completion_tokens": 7})], "ab", "", (2, 7)),
+        ([event("a"), b'data: {"choices": null, "usage": {"completion_tokens": 7}}\n\n'], "a", "", (1, 7)),
+        ([event("a"), b'data: {"usage": {"completion_tokens": 7, "prompt_tokens": null}}\n\n'], "a", "", (1, 7)),
+        ([dialect({"delta": {"content": "a"}}, usage=None)], "a", "", (1, 1)),
+        ([dialect({"delta": {"content": "a"}}, usage={"completion_tokens": None})], "a", "", (1, 1)),
+        ([dialect({"delta": {"content": "a"}}, usage={"completion_tokens": 1.0})], "a", "", (1, 1)),
+        ([dialect({"delta": {"content": "a"}}, usage={"completion_tokens": "1"})], "a", "", (1, 1)),
+        ([dialect({"delta": {"content": "a"}}, usage=[])], "a", "", (1, 1)),
+        (
+            [dialect({"delta": {"content": "a"}}, usage={"completion_tokens": 1, "prompt_tokens_details": 0})],
+            "a",
+            "",
+            (1, 1),
+        ),
+        ([dialect({"delta": None, "finish_reason": "stop"}), event("a")], "a", "", (1, 1)),
+        ([dialect({"message": {"content": "a"}})], "a", "", (1, 1)),
+        ([dialect({"delta": {"content": [{"type": "text", "text": "a"}]}})], "a", "", (1, 1)),
+        ([dialect({"delta": {"reasoning_content": "h", "reasoning": "h"}}), event("a")], "a", "h", (2, 2)),
+        ([dialect({"delta": {"reasoning": "h", "reasoning_details": [{"text": "h"}]}}), event("a")], "a", "h", (2, 2)),
+        ([dialect({"delta": {"content": "a", "tool_calls": []}, "finish_reason": 3})], "a", "", (1, 1)),
+        ([dialect({"delta": {"tool_calls": [{"index": 0, "function": {"name": "f"}}]}})], "", "", (1, 1)),
+        ([dialect({"delta": {"function_call": {"arguments": "{"}}})] * 3, "", "", (3, 3)),
+        ([dialect({"delta": {"refusal": "no"}})], "", "", (1, 1)),
+        ([b'data: {"type": "ping"}\n\n', event("a")], "a", "", (1, 1)),
+        ([b"event: ping\ndata: {}\n\n", b"retry: 3\nx-trace: 1\n\n", event("a")], "a", "", (1, 1)),
+        ([b"\xef\xbb\xbf" + event("a")], "a", "", (1, 1)),
+        ([event("a").replace(b"data: ", b"data:")], "a", "", (1, 1)),
+        ([event("a").replace(b"\n", b"\r")], "a", "", (1, 1)),
+        ([event("a").replace(b"\n", b"\r\n")], "a", "", (1, 1)),
+        ([b'data: {"choices":\ndata: [{"text": "a"}]}\n\n'], "a", "", (1, 1)),
+        ([event("a\u2028b")], "a\u2028b", "", (1, 1)),
+    ],
+)
+def test_a_stream_is_read_in_the_dialects_of_servers(
+    parts: list[bytes], text: str, reasoning: str, counts: tuple[int, int]
+) -> None:
+    answer = read(*parts, DONE)
+    assert (answer.error, answer.text, answer.reasoning) == (None, text, reasoning)
+    assert (sum(chunk.num_tokens for chunk in answer.chunks), answer.output_tokens) == counts
+
+
+def test_an_answer_of_tool_calls_begins_with_its_first_call() -> None:
+    call = dialect({"delta": {"tool_calls": [{"index": 0}]}})
+    assert read(call, call, DONE).first_answer_s == 0
+    assert read(event(reasoning="hm"), call, call, DONE).first_answer_s == 1
+
+
+def test_a_stream_may_end_after_its_finish_reason_without_done() -> None:
+    assert read(event("a"), dialect({"delta": {}, "finish_reason": "stop"})).error is None
+
+
+@pytest.mark.parametrize("usage", [{"prompt_tokens": 7, "completion_tokens": 3}, None])
+def test_a_complete_answer_instead_of_a_stream_has_no_times_of_tokens(usage: object) -> None:
+    choice = {"message": {"content": "ab", "reasoning": "h"}, "finish_reason": "stop"}
+    body = json.dumps({"choices": [choice], "usage": usage}).encode()
+    answer = read(body[:9], body[9:])
+    assert (answer.error, answer.text, answer.reasoning, answer.finish_reason) == (None, "ab", "h", "stop")
+    assert (answer.chunks, answer.output_tokens) == ([], 3 if usage else 0)
+
+
+def test_usual_events_and_all_others_are_read_alike() -> None:
+    numbers = random.Random(5)
+    values: list[object] = ["", "a", None, 3, [], ["x"], [{"type": "text", "text": "b"}], {"x": 1}, True]
+    for _ in range(2000):
+        keys = numbers.sample(["content", "reasoning", "reasoning_content", "tool_calls", "refusal"], 2)
+        delta = {key: numbers.choice(values) for key in keys}
+        choice = {numbers.choice(["delta", "message"]): delta, "finish_reason": numbers.choice(["stop", None])}
+        data = json.dumps({"choices": [choice]}).encode()
+        usual, other = (
+            read_stream([(0.0, b"data: " + data + b"\n\n" + DONE)]) for data in (data, data[:-1] + b', "object": 3}')
+        )
+        assert usual == other
 
 
 def test_comments_other_fields_and_carriage_returns_are_ignored() -> None:
