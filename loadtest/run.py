@@ -366,7 +366,9 @@ def _run_locust(
         raise UserError(**{**failure, "remedy": failure["remedy"] or f"read {log}"})
     if locust.returncode != 0 or not rows.exists():
         output = log.read_text(encoding="utf-8", errors="replace")
-        raise UserError("load", title, f"failed ({failure_reason(output, locust.returncode, 'Locust')})", f"read {log}")
+        reason = failure_reason(output, locust.returncode, "Locust")
+        problem = f"failed (exit status {locust.returncode}: {reason})"
+        raise UserError("load", title.removeprefix("load "), problem, f"read {log}")
 
 
 @contextmanager
