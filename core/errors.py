@@ -6,7 +6,8 @@ import sys
 import traceback
 from pathlib import Path
 
-_OWN_FOLDER = Path(__file__).resolve().parent.parent
+_LIBRARIES = (str(Path(__file__).parent.parent), sys.prefix, sys.base_prefix)
+"""Folders of this package, the installed packages and the standard library."""
 
 
 class UserError(Exception):
@@ -40,6 +41,4 @@ def exception_text(error: BaseException) -> str:
 
 
 def _is_of_user(filename: str) -> bool:
-    file = Path(filename)
-    libraries = (sys.prefix, sys.base_prefix, str(_OWN_FOLDER))
-    return file.is_file() and not str(file.resolve()).startswith(libraries) and "site-packages" not in file.parts
+    return not filename.startswith(_LIBRARIES) and "site-packages" not in filename and Path(filename).is_file()

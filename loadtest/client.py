@@ -60,6 +60,8 @@ class ModelClient:
         """How often the server explained each kind of failure with each sentence."""
         self._http = HttpClient(url, headers, timeout_s)
         self._probe_http = HttpClient(url, headers, min(timeout_s, _PROBE_TIMEOUT_S))
+        self._silence: Exchange | None = None
+        """The exchange that a server left without an answer before the load."""
         self._model = model
         self._endpoint = endpoint
         self._label_ids: dict[str, int] = {}
@@ -79,12 +81,9 @@ class ModelClient:
             self._endpoint = next((name for name in choices if self._can_score(name)), choices[0])
         if any(isinstance(prompt, ChatPrompt) for prompt in prompts):
             probe = ChatPrompt(({"role": "user", "content": "Ready?"},), 1, "", "", "", {})
-            for self._stream_options in _STREAM_OPTIONS:
-                body = msgspec.json.encode(self._chat_body(probe, False))
-                if self._probe_http.post("/v1/chat/completions", body).status not in _REFUSED:
-                    break
-            else:
-                self._stream_options = _STREAM_OPTIONS[0]  # refused for another reason
+            self._find_stream_options(probe)
+        elif any(isinstance(prompt, TextPrompt) for prompt in prompts):
+            self._find_stream_options(TextPrompt("Ready?", 1, 0))
         self._probe_http.close()
 
     def make_request(self, number: int, kind: str, prompt: Prompt, exact_tokens: bool) -> PreparedRequest:
@@ -206,17 +205,33 @@ class ModelClient:
         }
         return body | ({"ignore_eos": True} if exact_tokens else {})
 
+    def _find_stream_options(self, prompt: Prompt) -> None:
+        for self._stream_options in _STREAM_OPTIONS:
+            request = self.make_request(0, "", prompt, False)
+            if self._probe(request.path, request.body).status not in _REFUSED:
+                return
+        self._stream_options = _STREAM_OPTIONS[0]  # refused for another reason
+
+    def _probe(self, path: str, body: bytes) -> Exchange:
+        """Send one request before the load; a server that did not answer one before is not asked again."""
+        if self._silence is not None:
+            return self._silence
+        exchange = self._probe_http.post(path, body)
+        if exchange.error and not exchange.status:
+            self._silence = exchange
+        return exchange
+
     def _can_score(self, endpoint: str) -> bool:
         if endpoint == "generative_scoring" and not self._find_label_ids():
             return False
         body = {"model": self._model, **SCORING[endpoint].body(_PROBE, list(self._label_ids.values()))}
-        return self._probe_http.post(SCORING[endpoint].path, msgspec.json.encode(body)).status == 200
+        return self._probe(SCORING[endpoint].path, msgspec.json.encode(body)).status == 200
 
     def _find_label_ids(self) -> bool:
         """Look up the token id of each label with vLLM's /tokenize; false if a label is not one token."""
         for label in _PROBE.labels:
             body = {"model": self._model, "prompt": label, "add_special_tokens": False}
-            exchange = self._probe_http.post("/tokenize", msgspec.json.encode(body))
+            exchange = self._probe("/tokenize", msgspec.json.encode(body))
             try:
                 tokens = msgspec.json.decode(exchange.body)["tokens"] if exchange.status == 200 else []
             except (msgspec.MsgspecError, UnicodeDecodeError, LookupError, TypeError):

@@ -23,6 +23,7 @@ from slimserve.core.storage import write_atomically
 from slimserve.loadtest.rows import read_rows
 from slimserve.loadtest.slo import Metric, samples_of
 from slimserve.report import comparison_plots as plots
+from slimserve.report import terminal
 from slimserve.report.comparison_tables import Cell, Table, Tables, VariantRow
 from slimserve.report.page import (
     Line,
@@ -86,21 +87,16 @@ def reported(folder: Path) -> Iterator[None]:
 
 def print_table(comparison: Comparison) -> None:
     """Print the report's first tables, without their intervals, and the verdict to standard output."""
-    from rich.box import SIMPLE
     from rich.console import Console
-    from rich.table import Table as RichTable
     from rich.text import Text
 
     console = Console()
     tables = Tables(comparison)
     overview = tables.overview()
     for table in (overview, *(tables.workload(workload) for workload in comparison.workloads)):
-        printed = RichTable(title=table.title, box=SIMPLE, padding=(0, 1, 0, 0))
-        for column, heading in enumerate(table.headings):
-            printed.add_column(Text(heading), justify="right" if column else "left", overflow="fold")
-        for row in table.rows:
-            printed.add_row(*map(Text, [row.name, *(text for text, _ in row.cells)]))
-        console.print(printed)
+        rows = [[row.name, *(text for text, _ in row.cells)] for row in table.rows]
+        terminal.print_table(console, table.headings, rows, title=table.title)
+        console.print()
     for sentence in _invalid_loads(comparison):
         console.print(Text(sentence, style="yellow"))
     for row in overview.rows:

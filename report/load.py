@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from slimserve.core.openai_client import Target
 from slimserve.core.storage import write_atomically
@@ -12,11 +12,9 @@ from slimserve.loadtest.rows import Row
 from slimserve.loadtest.slo import Metric, samples_of
 from slimserve.loadtest.summary import LoadSummary, load_summary
 from slimserve.report import plots
-from slimserve.report.load_tables import LATENCY_HEADINGS, Part, interval_cell, objective_lines, parts_of
+from slimserve.report.load_tables import LATENCY_HEADINGS, interval_cell, objective_lines, parts_of
 from slimserve.report.page import Plot, environment_lines, ms_text, number_text, render_page, setting_lines
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
+from slimserve.report.terminal import print_table
 
 CurvePoint = tuple[float, LoadSummary, bool]
 """An offered rate in requests/s, the summary of its run, and whether every objective was met."""
@@ -32,47 +30,27 @@ def print_summary(suite: str, target: Target, summary: LoadSummary) -> None:
         console.print(Text(f"INVALID: {reason}", style="bold red"))
     title = f"{suite} on {target.model} at {target.url}, {summary.window_s:.0f} s"
     for part in parts_of(title, summary):
-        console.print(Text(part.title, style="bold"))
-        for table in _tables(part):
-            console.print(table)
+        console.print(Text(f"{part.title}\n", style="bold"))
+        if part.latencies:
+            rows = [[label, *("\n".join(filter(None, cell)) for cell in cells)] for label, *cells in part.latencies]
+            print_table(console, LATENCY_HEADINGS, rows)
+        label_width = max(len(line.label) for _, lines in part.sections for line in lines)
+        for section, lines in part.sections:
+            console.print(Text(f"\n{section}", style="bold"))
+            pairs = [(f"  {line.label:{label_width}}", line.text) for line in lines]
+            print_table(console, ("", ""), pairs, numbers=False)
+        console.print()
     for warning in summary.warnings:
         console.print(Text(f"warning: {warning}", style="yellow"))
 
 
-def _tables(part: Part) -> Iterator[RenderableType]:
-    from rich.box import SIMPLE
-    from rich.table import Table
-    from rich.text import Text
-
-    latencies = Table(box=SIMPLE, padding=(0, 1, 0, 0))
-    for number, heading in enumerate(LATENCY_HEADINGS):
-        latencies.add_column(heading, justify="right" if number else "left", no_wrap=number > 0)
-    for label, *cells in part.latencies:
-        latencies.add_row(label, *("\n".join(filter(None, cell)) for cell in cells))
-    if part.latencies:
-        yield latencies
-    values = Table(box=SIMPLE, show_header=False)
-    for title, lines in part.sections:
-        values.add_section()
-        values.add_row(Text(title, style="bold"), "")
-        for line in lines:
-            values.add_row(Text(f"  {line.label}"), Text(line.text))
-    yield values
-
-
 def print_curve(points: Sequence[CurvePoint]) -> None:
     """Print the results of each rate to standard output."""
-    from rich.box import SIMPLE
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table(box=SIMPLE, padding=(0, 1, 0, 0))
-    for heading in ("requests/s", *_CURVE_HEADINGS):
-        table.add_column(heading, justify="right", overflow="fold")
-    for point in sorted(points, key=lambda point: point[0]):
-        rate, *cells = _curve_row(*point)
-        table.add_row(rate, *(text for text, _ in cells))
-    Console().print(table)
+    ordered = [_curve_row(*point) for point in sorted(points, key=lambda point: point[0])]
+    rows = [[rate, *(text for text, _ in cells)] for rate, *cells in ordered]
+    print_table(Console(), ("requests/s", *_CURVE_HEADINGS), rows)
 
 
 def write_html(document: Mapping[str, Any], rows: Sequence[Row], directory: Path) -> Path:

@@ -45,12 +45,20 @@ def stream(*parts: bytes) -> bytes:
     return _SSE_HEAD + b"".join(map(chunk, parts)) + b"0\r\n\r\n"
 
 
-def status(code: int) -> bytes:
-    return b'HTTP/1.1 %d Whatever\r\nContent-Length: 12\r\n\r\n{"error": 1}' % code
+def status(code: int, body: bytes = b'{"error": 1}', kind: bytes = b"application/json") -> bytes:
+    """Return a complete response that is no stream."""
+    head = b"HTTP/1.1 %d Whatever\r\nContent-Type: %b\r\nContent-Length: %d\r\n\r\n" % (code, kind, len(body))
+    return head + body
+
+
+def event(document: object) -> bytes:
+    return b"data: " + json.dumps(document).encode() + b"\n\n"
 
 
 DONE = b"data: [DONE]\n\n"
 TOKENS = token(usage=1) + token(usage=2)
+USAGE = {"prompt_tokens": 5, "completion_tokens": 2}
+CALL = {"delta": {"tool_calls": [{"index": 0, "function": {"name": "f", "arguments": "{}"}}]}}
 ANSWERS: dict[str, tuple[bytes, str | None]] = {
     "good": (stream(TOKENS, DONE), None),
     "no-usage": (stream(token(), token(), DONE), None),
@@ -71,11 +79,39 @@ ANSWERS: dict[str, tuple[bytes, str | None]] = {
     "closes-in-answer": (b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{", "closed in mid-answer"),
     "closes-at-once": (b"", "closed before an answer"),
     "resets": (_SSE_HEAD + chunk(TOKENS), "connection reset"),
+    "tool-calls": (stream(event({"choices": [CALL]}), event({"choices": [CALL]}), DONE), None),
+    "null-choices": (stream(token(), token(), event({"choices": None, "usage": USAGE}), DONE), None),
+    "no-choices": (stream(token(), token(), event({"usage": USAGE}), DONE), None),
+    "null-usage": (stream(token(), token(), event({"choices": [], "usage": None}), DONE), None),
+    "reasoning": (stream(event({"choices": [{"delta": {"reasoning": "h"}}]}), token(), DONE), None),
+    "other-lines": (stream(b": ping\r\n\r\n", TOKENS.replace(b"data: ", b"data:").replace(b"\n", b"\r\n"), DONE), None),
+    "not-streamed": (
+        status(200, json.dumps({"choices": [{"message": {"content": "a b"}}], "usage": USAGE}).encode()),
+        None,
+    ),
+    "no-message": (status(200, b'{"choices": [{"index": 0}]}'), "no reply in answer"),
+    "error-with-200": (status(200, b'{"error": {"message": "no such adapter"}}'), "error in answer"),
+    "web-page": (status(200, b"<html><title>Sign in</title></html>", b"text/html"), "broken event stream"),
+    "http-400": (status(400, b'{"error": {"message": "max_tokens is too large: 4096"}}'), "http 400"),
+    "http-422": (status(422, b'{"detail": [{"loc": ["body", "n"], "msg": "Field required"}]}'), "http 422"),
+    "http-502": (status(502, b"<html><title>502 Bad Gateway</title></html>", b"text/html"), "http 502"),
+    "error-text": (stream(TOKENS, b"event: error\ndata: overloaded\n\n"), "error in stream"),
     "never-answers": (b"", "timeout"),
     "stops-in-stream": (_SSE_HEAD + chunk(TOKENS), "timeout"),
 }
-"""Response and expected kind of failure by model name; None for a good response."""
-_KEPT_OPEN = {name for name, (_, error) in ANSWERS.items() if error is None or error.startswith("http")}
+"""Response and expected kind of failure by model name; None for a good response, which has two tokens."""
+SENTENCES = {
+    "error-event": "out of memory",
+    "error-with-200": "no such adapter",
+    "web-page": "Sign in",
+    "http-400": "max_tokens is too large: 4096",
+    "http-422": "n: Field required",
+    "http-502": "502 Bad Gateway",
+    "error-text": "overloaded",
+    "no-events": "welcome",
+}
+"""What the server says about the failure, by model name."""
+_KEPT_OPEN = {name for name, (_, error) in ANSWERS.items() if error is None or error.startswith("http ")}
 
 
 class FaultyServer:

@@ -1,19 +1,30 @@
+import json
 import time
+from collections.abc import Iterator
 from typing import cast
 
 import pytest
 
 from slimserve.core.errors import UserError
 from slimserve.loadtest.client import ModelClient
+from slimserve.loadtest.http_client import Exchange
 from slimserve.loadtest.rows import Row
 from slimserve.loadtest.timer import Timer
 from slimserve.workloads.interface import ChatPrompt, Prompt, ScoringPrompt
 from tests.fake_server import CHUNKS, GAP_S, SCORE_S, TTFT_S
+from tests.loadtest.faulty_server import ANSWERS, SENTENCES
+from tests.loadtest.test_http_client import faulty_server
 
 _TOLERANCE_S = 0.015
 """Tolerance for the scheduling noise of a test machine, for the best of five tries."""
 _CHAT = ChatPrompt(({"role": "user", "content": "?"},), 20, "", "", "", {})
 _CANDIDATES = ScoringPrompt("history", ("a", "b"), (" yes", " no"), (True, False), 0)
+
+
+@pytest.fixture(scope="module")
+def faulty_url() -> Iterator[str]:
+    with faulty_server() as port:
+        yield f"http://127.0.0.1:{port}"
 
 
 def ask(url: str, model: str, prompt: Prompt, endpoint: str = "auto", count: int = 1) -> list[Row]:
@@ -68,6 +79,76 @@ def test_scores_are_the_first_labels_share(fake_url: str, endpoint: str, score: 
 def test_each_scoring_fault_has_its_own_error(fake_url: str, model: str, endpoint: str, error: str) -> None:
     (row,) = ask(fake_url, model, _CANDIDATES, endpoint)
     assert (row.error, row.scores) == (error, ())
+
+
+@pytest.mark.parametrize("model", ANSWERS)
+def test_each_answer_of_a_foreign_server_is_a_row_with_what_the_server_says(faulty_url: str, model: str) -> None:
+    error = ANSWERS[model][1]
+    client = ModelClient(faulty_url, model, {}, 0.5, "auto")
+    row = client.send(client.make_request(0, "chat", _CHAT, False), 0.0, time.perf_counter())
+    assert row.error == error
+    if error is None:
+        assert row.output_tokens == 2
+        assert row.text or model == "tool-calls"
+        assert bool(row.arrivals) == (model != "not-streamed")
+    if model in SENTENCES:
+        assert client.sentences == {(error, SENTENCES[model]): 1}
+    client.close()
+
+
+_SCORE_ANSWERS: list[object] = [
+    *(None, [], {}, "x", 3, {"scores": None}, {"scores": 3}, {"scores": [None, None]}, {"scores": [[], []]}),
+    *({"scores": [["x"], ["y"]]}, {"scores": {"a": 1}}, {"scores": [[{}], [0.5]]}, {"error": {"message": "no"}}),
+]
+
+
+@pytest.mark.parametrize("usage", [None, [], 3, {"prompt_tokens": None}, {"prompt_tokens_details": 3}])
+@pytest.mark.parametrize("answer", _SCORE_ANSWERS, ids=json.dumps)
+def test_scores_of_any_form_are_an_error_and_no_exception(answer: object, usage: object) -> None:
+    client = ModelClient("http://127.0.0.1:1", "m", {}, 1.0, "score")
+    request = client.make_request(0, "recommendation", _CANDIDATES, False)
+    document = {**answer, "usage": usage} if isinstance(answer, dict) else answer
+    exchange = Exchange(0.0, 200, {}, [(0.0, json.dumps(document).encode())])
+    client._http.post = lambda path, body: exchange  # type: ignore[method-assign]
+    row = client.send(request, 0.0, 0.0)
+    assert row.error == "no scores"
+    assert row.scores == ()
+
+
+@pytest.mark.parametrize(
+    ("refused", "options"),
+    [
+        ((), {"include_usage": True, "continuous_usage_stats": True}),
+        ((b"continuous_usage_stats",), {"include_usage": True}),
+        ((b"stream_options",), None),
+        ((b"model",), {"include_usage": True, "continuous_usage_stats": True}),
+    ],
+)
+def test_options_of_a_stream_that_a_server_refuses_are_left_out(
+    refused: tuple[bytes, ...], options: dict[str, bool] | None
+) -> None:
+    client = ModelClient("http://127.0.0.1:1", "m", {}, 1.0, "auto")
+
+    def post(path: str, body: bytes) -> Exchange:
+        return Exchange(0.0, 422 if any(word in body for word in refused) else 200)
+
+    client._probe_http.post = post  # type: ignore[method-assign]
+    client.prepare([_CHAT])
+    body = json.loads(client.make_request(0, "chat", _CHAT, False).body)
+    assert body.get("stream_options") == options
+
+
+def test_a_server_that_does_not_answer_is_probed_once() -> None:
+    client = ModelClient("http://127.0.0.1:1", "m", {}, 1.0, "auto")
+    paths: list[str] = []
+
+    def post(path: str, body: bytes) -> Exchange:
+        paths.append(path)
+        return Exchange(0.0, error="timeout")
+
+    client._probe_http.post = post  # type: ignore[method-assign]
+    client.prepare([_CHAT, _CANDIDATES])
+    assert len(paths) == 1
 
 
 def test_an_unknown_endpoint_is_rejected(fake_url: str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,11 +20,17 @@ from slimserve.loadtest.settings import LoadSettings
 from slimserve.loadtest.summary import load_summary
 from slimserve.report.load import write_html
 from slimserve.serve.launch.process import free_port
-from tests.loadtest.faulty_server import ANSWERS
+from tests.loadtest.faulty_server import ANSWERS, SENTENCES
 from tests.loadtest.test_http_client import faulty_server
 
 _SETTINGS = LoadSettings(
-    rate="40", arrival="constant", duration_s=1.05, warmup_s=0, cooldown_s=0, timeout_s=1.0, slos=("errors=1%",)
+    rate="40",
+    arrival="constant",
+    duration_s=(2 * len(ANSWERS) - 0.5) / 40,
+    warmup_s=0,
+    cooldown_s=0,
+    timeout_s=1.0,
+    slos=("errors=1%",),
 )
 
 
@@ -33,7 +40,11 @@ def test_each_fault_is_counted_under_its_own_name_and_none_ends_the_run(tmp_path
         summary, rows = run_suite("reasoning", target, _SETTINGS, tmp_path, on_result=write_html)
     assert len(rows) == 2 * len(ANSWERS) == summary.num_requests
     assert summary.errors == Counter(2 * [error for _, error in ANSWERS.values() if error])
-    assert Counter(row.error for row in rows)[None] == 2 * 2, "a server without a usage field is not an error"
+    assert {row.sent_s >= row.scheduled_s for row in rows} == {True}
+    assert any("answers were not streamed" in warning for warning in summary.warnings)
+    for model, sentence in SENTENCES.items():
+        if model not in {"error-event", "web-page"}:  # another model has the same kind of failure
+            assert summary.error_sentences[str(ANSWERS[model][1])] in {sentence, "out of memory", "welcome", "Sign in"}
     assert all(
         row.output_tokens == 2 for row in rows if row.error in {None, "closed in mid-stream", "connection reset"}
     )
@@ -43,6 +54,18 @@ def test_each_fault_is_counted_under_its_own_name_and_none_ends_the_run(tmp_path
     page = (tmp_path / "reasoning.html").read_text()
     for error in summary.errors:
         assert error in page
+
+
+def test_a_run_in_which_nothing_succeeded_fails_and_quotes_the_server(tmp_path: Path) -> None:
+    with faulty_server() as port:
+        command = [sys.executable, "-m", "slimserve", "loadtest", "reasoning", "--url", f"http://127.0.0.1:{port}"]
+        command += ["--model", "http-400", "--rate", "20", "--duration", "1s", "--warmup", "0", "--cooldown", "0"]
+        done = subprocess.run([*command, "-o", str(tmp_path)], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1, done.stderr
+    output = " ".join(done.stdout.split())
+    assert re.search(r"INVALID: no request succeeded: \d+ × http 400: max_tokens is too large: 4096", output)
+    assert "reason of http 400 max_tokens is too large: 4096" in output
+    assert "max_tokens is too large: 4096" in (tmp_path / "reasoning.html").read_text()
 
 
 def test_a_self_signed_certificate_is_counted_as_an_error(tmp_path: Path) -> None:
