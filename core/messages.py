@@ -13,12 +13,12 @@ from slimserve.core.errors import UserError
 
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 """Tags around the chain of thought in a reply."""
-_CHAINS = ("reasoning", "reasoning_content", "thinking")
+CHAIN_FIELDS = ("reasoning", "reasoning_content", "thinking")
 """Fields of a message that hold its chain of thought, by server and age."""
 _KNOWN_FIELDS = {
     "role",
     "content",
-    *_CHAINS,
+    *CHAIN_FIELDS,
     "reasoning_details",
     "tool_calls",
     "function_call",
@@ -173,7 +173,7 @@ def _parts_of(content: Any, role: str) -> tuple[list[str], list[str], list[str]]
 
 def chain_of(value: Mapping[str, Any]) -> str:
     """Return the chain of thought of a message, or of one event of a stream, from the field that holds it."""
-    named = {key: text_of(value[key], key) for key in _CHAINS if value.get(key)}
+    named = {key: text_of(value[key], key) for key in CHAIN_FIELDS if value.get(key)}
     if len({chain.strip() for chain in named.values()}) > 1:
         raise ValueError(f"has two different chains of thought, in {' and '.join(named)}")
     return next(iter(named.values()), "")

@@ -164,7 +164,7 @@ def read_trace(file: Path, unit: TraceUnit = "auto") -> Trace:
     (Mooncake and AIPerf write milliseconds) or from the size of a time since 1970, and otherwise means seconds. Raises
     UserError that names the line for one that is none of these, and for times that do not ascend.
     """
-    lines = read_text(file, "--trace", "give a text file of timestamps").removeprefix("\ufeff").split("\n")
+    lines = split_lines(read_text(file, "--trace", "give a text file of timestamps"))
     rows = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
     if not rows:
         raise UserError("--trace", file, "is empty", _TRACE_SYNTAX)

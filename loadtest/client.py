@@ -193,7 +193,9 @@ class ModelClient:
         return row, server_sentence(exchange.body[:_MAX_ERROR_BYTES]) if error else ""
 
     def _chat_body(self, prompt: ChatPrompt, exact_tokens: bool) -> dict[str, Any]:
-        return {"messages": prompt.messages, **self._stream_body(prompt.max_tokens, exact_tokens)}
+        body = {"messages": prompt.messages, **self._stream_body(prompt.max_tokens, exact_tokens)}
+        # The fields of the user's row take precedence; the reader of rows keeps none that shape the stream.
+        return {**body, **prompt.request}
 
     def _stream_body(self, max_tokens: int, exact_tokens: bool) -> dict[str, Any]:
         body = {

@@ -39,8 +39,9 @@ class StreamError(Exception):
 
 class _Delta(msgspec.Struct):
     content: str | None = None
+    reasoning: str | None = None  # these three are messages.CHAIN_FIELDS
     reasoning_content: str | None = None
-    reasoning: str | None = None
+    thinking: str | None = None
     tool_calls: Any = None
     function_call: Any = None
     refusal: Any = None
@@ -234,7 +235,7 @@ def _read_events(pieces: list[tuple[float, bytes]], answer: StreamedReply, parts
         for choice in event.choices or ():
             delta = choice.delta or _NO_DELTA
             text += choice.text or delta.content or ""
-            thought += delta.reasoning_content or delta.reasoning or ""
+            thought += delta.reasoning or delta.reasoning_content or delta.thinking or ""
             has_tool_calls |= bool(delta.tool_calls or delta.function_call or delta.refusal or delta.audio)
             answer.finish_reason = choice.finish_reason or answer.finish_reason
         if text:

@@ -4,6 +4,7 @@ import random
 
 import pytest
 
+from slimserve.core.messages import CHAIN_FIELDS
 from slimserve.loadtest.sse import StreamedReply, events, read_stream
 
 DONE = b"data: [DONE]\n\n"
@@ -189,7 +190,7 @@ def test_usual_events_and_all_others_are_read_alike() -> None:
     numbers = random.Random(5)
     values: list[object] = ["", "a", None, 3, [], ["x"], [{"type": "text", "text": "b"}], {"x": 1}, True]
     for _ in range(2000):
-        keys = numbers.sample(["content", "reasoning", "reasoning_content", "tool_calls", "refusal"], 2)
+        keys = numbers.sample(["content", *CHAIN_FIELDS, "tool_calls", "refusal"], 2)
         delta = {key: numbers.choice(values) for key in keys}
         choice = {numbers.choice(["delta", "message"]): delta, "finish_reason": numbers.choice(["stop", None])}
         data = json.dumps({"choices": [choice]}).encode()
