@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partialmethod
 from typing import Protocol
 
 _PLAIN_EVERY_S = 10.0
@@ -20,6 +21,22 @@ class ProgressCallback(Protocol):
 def print_status(message: str) -> None:
     """Print one status line to standard error immediately."""
     print(message, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def hidden_bars() -> Iterator[None]:
+    """Hide the progress bars of libraries if standard error is no terminal, where each update would be a line."""
+    if sys.stderr.isatty():
+        yield
+        return
+    from tqdm.std import tqdm
+
+    shown = tqdm.__init__
+    tqdm.__init__ = partialmethod(shown, disable=True)
+    try:
+        yield
+    finally:
+        tqdm.__init__ = shown
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from slimserve.core.statistics import percentile
+from slimserve.core.tokenizer import load_tokenizer, render_chat
 from slimserve.workloads.interface import ChatPrompt, Estimate, HarnessPrompt, Prompt, ScoringPrompt, Split, TextPrompt
 from slimserve.workloads.intervals import estimate
 from slimserve.workloads.kinds.base import FileWorkload
@@ -58,7 +59,7 @@ class WorkloadReport:
 def check_workload(workload: FileWorkload, model: Path | None = None) -> WorkloadReport:
     """Return the report of a workload file; lengths in tokens need the directory of a model with a tokenizer."""
     splits = workload.splits
-    tokenizer = _tokenizer(model) if model is not None else None
+    tokenizer = load_tokenizer(model) if model is not None else None
     quality: Sequence[Prompt] = workload.make_prompts("quality", len(splits.rows["quality"]))
     baselines = workload.baselines(quality) if quality else {}
     values = {name: workload.metric_data(quality, answers) for name, answers in baselines.items()}
@@ -79,12 +80,6 @@ def check_workload(workload: FileWorkload, model: Path | None = None) -> Workloa
     )
 
 
-def _tokenizer(model: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(model)
-
-
 def _lengths(tokenizer: Any, prompts: Sequence[Prompt]) -> TokenLengths:
     counts = sorted(
         float(len(tokenizer(_rendered(prompt, tokenizer))["input_ids"])) for prompt in prompts[:_NUM_TOKENIZED]
@@ -103,7 +98,8 @@ def _rendered(prompt: Prompt, tokenizer: Any) -> str:
     if not isinstance(prompt, ChatPrompt):
         return prompt.query
     if tokenizer is not None and tokenizer.chat_template is not None:
-        return str(tokenizer.apply_chat_template(list(prompt.messages), tokenize=False, add_generation_prompt=True))
+        options = {"tokenize": False, "add_generation_prompt": True}
+        return str(render_chat(tokenizer, prompt.messages, tokenizer.name_or_path, **options))
     return "\n".join(f"{message['role']}: {message['content']}" for message in prompt.messages)
 
 

@@ -18,7 +18,7 @@ from transformers import LlamaConfig
 from slimserve.compress.build import build_variant
 from slimserve.compress.recipe import Calibrate, Prune, Quantize, Recipe, load_recipe
 from slimserve.core.errors import UserError
-from slimserve.core.model import weight_files
+from slimserve.core.model_files import weight_files
 from slimserve.core.storage import sha256_of_files
 
 from .conftest import TinyModel, make_tiny

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from slimserve.core.errors import UserError
-from slimserve.core.model import weight_files
+from slimserve.core.model_files import weight_files
 from slimserve.core.storage import sha256_of_files
 from slimserve.distill.recipe import load_distill_recipe
 from slimserve.distill.run import distill
