@@ -27,8 +27,8 @@ from slimserve.compress.runner import BetweenRounds, RunResult, StepRunner, peak
 from slimserve.compress.steps import BoundStep, bind
 from slimserve.core.errors import UserError
 from slimserve.core.model import model_name
-from slimserve.core.model_config import dtype_of, read_decoder_config
-from slimserve.core.model_files import model_hash
+from slimserve.core.model_config import read_decoder_config
+from slimserve.core.model_files import model_hash, stored_dtype
 from slimserve.core.progress import print_status
 from slimserve.core.storage import (
     atomic_directory,
@@ -150,7 +150,7 @@ def _check(plan: _Plan, target: Path) -> None:
         print_status(line)
     last = plan.recipe.steps[-1] if plan.recipe.steps else None
     quantize = last if isinstance(last, Quantize) else None
-    if quantize is not None and dtype_of(plan.config) == "float16":
+    if quantize is not None and stored_dtype(plan.directory) == "float16":
         print_status(
             f"{plan.name}: the variant states the dtype bfloat16, because vLLM's CPU kernels of quantized layers have "
             "no float16"

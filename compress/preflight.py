@@ -6,6 +6,7 @@ against the tensors, finite weights, one block of the forward pass, tokenizer, c
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -23,6 +24,8 @@ from slimserve.core.model_files import TensorHeader, read_tensors
 from slimserve.core.tokenizer import check_tokenizer
 
 _FLOATS = {"F16", "BF16", "F32", "F64"}
+_WHOLE_OR_NULL = ("sliding_window", "max_window_layers")
+"""Keys that transformers passes on without a check for model types that do not define them."""
 _PROBE_TOKENS = 4
 _NUM_NAMED = 3
 
@@ -42,20 +45,39 @@ def check_model(directory: Path, config: Mapping[str, Any], roles: LayerRoles) -
 
 
 def _check_architecture(directory: Path, config: Mapping[str, Any]) -> None:
-    """Raise UserError if vLLM would not take the model for one that generates text."""
-    architectures = config.get("architectures") or []
-    if isinstance(architectures, str) or not all(str(one).lower().endswith("forcausallm") for one in architectures):
+    """Raise UserError if vLLM would not take the model for one that generates text, or transformers not build it."""
+    architectures, file = config.get("architectures") or [], directory / CONFIG_FILE
+    if not isinstance(architectures, list) or not all(str(one).endswith("ForCausalLM") for one in architectures):
         raise UserError(
             CONFIG_FILE,
-            directory / CONFIG_FILE,
+            file,
             f"has the architectures {architectures}, so vLLM would not load it as a model that generates text",
             "give a model whose architecture ends with ForCausalLM",
         )
+    if "text_config" in config:
+        raise UserError(
+            CONFIG_FILE, file, "has a text_config, as models of several media have", "give the text model alone"
+        )
+    for key in _WHOLE_OR_NULL:
+        if not (config.get(key) is None or type(config[key]) is int):
+            raise UserError(
+                CONFIG_FILE,
+                file,
+                f"has {key} {json.dumps(config[key])[:60]}, which is neither a whole number nor null",
+                "write the value of the original model",
+            )
 
 
 def _check_tensors(directory: Path, config: Mapping[str, Any], roles: LayerRoles) -> Iterator[str]:
     """Compare names, shapes and dtypes of the tensors with the config; yield a line about those that are not read."""
-    tensors, expected = read_tensors(directory), expected_tensors(config, roles)
+    tensors = read_tensors(directory)
+    blocks, _, rest = roles.block.partition("{index}")
+    found = {name.removeprefix(blocks).partition(rest)[0] for name in tensors if name.startswith(blocks)}
+    lost = next((index for index in range(config["num_hidden_layers"]) if found and str(index) not in found), None)
+    if lost is not None:
+        problem, remedy = "is missing from the checkpoint", "check num_hidden_layers in config.json"
+        raise UserError("weights", roles.block.format(index=lost), problem, remedy)
+    expected = expected_tensors(config, roles)
     for name, dimensions in expected.items():
         if name not in tensors:
             raise _missing(name, tensors, directory, roles)
@@ -102,12 +124,6 @@ def _missing(name: str, tensors: Collection[str], directory: Path, roles: LayerR
         problem = "is missing, and config.json does not set tie_word_embeddings"
         remedy = "set tie_word_embeddings to true if the output layer is the embedding, or restore the weights"
         return UserError("weights", name, problem, remedy)
-    block = roles.block.partition("{index}")[0]
-    if name.startswith(block):
-        number = name.removeprefix(block).split(".")[0]
-        if not any(one.startswith(f"{block}{number}.") for one in tensors):
-            problem, remedy = "is missing from the checkpoint", "check num_hidden_layers in config.json"
-            return UserError("weights", f"{block}{number}.", problem, remedy)
     return UserError("weights", name, "is missing from the checkpoint", "download the model again, or check model_type")
 
 

@@ -16,15 +16,15 @@ CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
 _ABSENT_IF_EMPTY = ("quantization_config", "compression_config", "text_config")
 """Keys whose null or empty value means the same as no key. Elsewhere a null may replace a default of the model type."""
-_POSITIVE = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "max_position_embeddings",
-)
-"""Sizes that are whole numbers above 0 wherever a config states them."""
+_LARGEST = {
+    "vocab_size": 10**8,
+    "hidden_size": 10**7,
+    "intermediate_size": 10**7,
+    "num_hidden_layers": 10**4,
+    "num_attention_heads": 10**5,
+    "max_position_embeddings": 10**9,
+}
+"""Sizes that are whole numbers above 0 wherever a config states them, with bounds that no model reaches."""
 _MAY_BE_NULL = {"intermediate_size"}
 """Sizes that some model types derive if they are null."""
 _OTHER_NAMES = {
@@ -35,7 +35,7 @@ _OTHER_NAMES = {
 }
 """Names of a size in the configs of older model types, such as GPT-2."""
 _STATED = (
-    *_POSITIVE,
+    *_LARGEST,
     "num_key_value_heads",
     "head_dim",
     "tie_word_embeddings",
@@ -50,7 +50,7 @@ _STATED = (
 def read_config(directory: Path) -> dict[str, Any]:
     """Return the content of config.json; keys whose null means that they are absent are left out.
 
-    Raises UserError that names the file and the key if it is not a JSON object or a size is not a whole number above 0.
+    Raises UserError that names the file and the key if it is not a JSON object or a size is not a whole number.
     """
     file = directory / CONFIG_FILE
     if not file.is_file():
@@ -62,13 +62,13 @@ def read_config(directory: Path) -> dict[str, Any]:
         if not config.get(key, True):
             del config[key]
     stated = text_config_of(config)
-    for key in _POSITIVE:
+    for key in _LARGEST:
         value = stated.get(key, 1)
-        if not (value is None and key in _MAY_BE_NULL) and (type(value) is not int or value < 1):
+        if not (value is None and key in _MAY_BE_NULL) and (type(value) is not int or not 0 < value < _LARGEST[key]):
             raise UserError(
                 CONFIG_FILE,
                 file,
-                f"has {key} {json.dumps(value)[:60]}, which is not a whole number above 0",
+                f"has {key} {json.dumps(value)[:60]}, which is not a whole number from 1 to {_LARGEST[key] - 1}",
                 "write the value of the original model",
             )
     for key in ("quantization_config", "text_config"):

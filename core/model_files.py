@@ -183,7 +183,8 @@ def _weight_map(directory: Path) -> dict[str, str]:
     """Return the file name of each tensor from the index."""
     index = directory / INDEX_FILE
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        document = json.loads(index.read_text(encoding="utf-8"))
+        weight_map, _ = document["weight_map"], document["metadata"]
         names = set(weight_map.values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError("weights index", index, f"cannot be read ({error!r})", "restore the file") from error

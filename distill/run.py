@@ -265,7 +265,11 @@ def _save(student: Any, models: _Models, output: Path) -> None:
     """Write the student as bfloat16 in the Hugging Face layout, with its tokenizer and chat template."""
     if hasattr(student, "merge_and_unload"):
         student = student.merge_and_unload()
-    _save_pretrained(student.to(torch.bfloat16), output)
+    try:
+        _save_pretrained(student.to(torch.bfloat16), output)
+    except (ValueError, TypeError, AttributeError, RuntimeError) as error:
+        problem = f"could not be saved ({error})"
+        raise UserError("student", models.student_directory, problem, "report this; the training is kept") from error
     copy_companions(models.student_directory, output)
 
 

@@ -90,7 +90,10 @@ def test_garbage_in_place_of_weights_is_rejected(model_copy: Path) -> None:
 
 
 def test_a_missing_shard_is_named(model_copy: Path) -> None:
-    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    index = {
+        "metadata": {},
+        "weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"},
+    }
     (model_copy / "model.safetensors.index.json").write_text(json.dumps(index))
     (model_copy / "model.safetensors").rename(model_copy / "model-00001-of-00002.safetensors")
     with pytest.raises(UserError, match="has no model-00002-of-00002.safetensors"):
