@@ -72,8 +72,9 @@ def _check_tensors(directory: Path, config: Mapping[str, Any], roles: LayerRoles
     """Compare names, shapes and dtypes of the tensors with the config; yield a line about those that are not read."""
     tensors = read_tensors(directory)
     blocks, _, rest = roles.block.partition("{index}")
-    found = {name.removeprefix(blocks).partition(rest)[0] for name in tensors if name.startswith(blocks)}
-    lost = next((index for index in range(config["num_hidden_layers"]) if found and str(index) not in found), None)
+    present = {name.removeprefix(blocks).partition(rest)[0] for name in tensors if name.startswith(blocks)}
+    numbers = range(config["num_hidden_layers"])
+    lost = next((index for index in numbers if present and str(index) not in present), None)
     if lost is not None:
         problem, remedy = "is missing from the checkpoint", "check num_hidden_layers in config.json"
         raise UserError("weights", roles.block.format(index=lost), problem, remedy)

@@ -117,10 +117,12 @@ def stored_dtype(directory: Path) -> str | None:
 
     It is a name such as `float16`; None if the tensors have several dtypes or another one.
     """
-    names = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
     stated = dtype_of(read_config(directory))
+    if stated is not None or not any(directory.glob("*.safetensors")):
+        return stated
+    names = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
     found = {names[header.dtype] for header in read_tensors(directory).values() if header.dtype in names}
-    return stated or (found.pop() if len(found) == 1 else None)
+    return found.pop() if len(found) == 1 else None
 
 
 def has_tokenizer(directory: Path) -> bool:

@@ -230,7 +230,7 @@ def test_a_disk_without_room_for_the_variant_is_refused_before_any_work(
     outside = 4 * (67 * 24 + 24)
     assert needed_bytes(tiny_llama.directory, config, roles_of(config), 1, None) == 2 * stored - outside
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(storage.shutil, "disk_usage", lambda _: usage._replace(free=stored))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=stored))
     with pytest.raises(UserError, match="could not be written .* MiB free, and the work needs .* free some disk space"):
         make(tiny_llama, tmp_path / "out" / "variant", PRUNE)
     assert not (tmp_path / "out").exists()
