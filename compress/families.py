@@ -48,6 +48,8 @@ class LayerRoles:
     """Layers that have a bias if the config's key is true."""
     norms_heads: bool = False
     """True if the blocks have norms of the query and key heads."""
+    reads_sliding_window: bool = True
+    """False if transformers and vLLM attend to all tokens even if the config states a sliding window."""
     reads_head_dim: bool = True
     """True if vLLM reads head_dim from the config. Else it divides the hidden size by the heads, so all heads stay."""
 
@@ -101,7 +103,7 @@ _ATTENTION = (*_GATED.attention_producers, _GATED.attention_consumer)
 _MLP = (*_GATED.mlp_producers, _GATED.mlp_consumer)
 
 FAMILIES: dict[str, LayerRoles] = {
-    "llama": replace(_GATED, biased_if={"attention_bias": _ATTENTION, "mlp_bias": _MLP}),
+    "llama": replace(_GATED, biased_if={"attention_bias": _ATTENTION, "mlp_bias": _MLP}, reads_sliding_window=False),
     "mistral": _GATED,
     "qwen2": replace(_GATED, always_biased=_GATED.attention_producers, reads_head_dim=False),
     "qwen3": replace(_GATED, biased_if={"attention_bias": _ATTENTION}, norms_heads=True),

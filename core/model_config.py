@@ -98,6 +98,11 @@ def read_decoder_config(directory: Path) -> dict[str, Any]:
         raise UserError(
             CONFIG_FILE, file, f"is refused by transformers ({error})", "write the value of the original model"
         ) from error
+    dtype = getattr(parsed, "dtype", None)
+    if dtype is not None and not getattr(dtype, "is_floating_point", False):
+        raise UserError(
+            CONFIG_FILE, file, f"has the dtype {dtype}, which is no float type", "write a dtype as bfloat16"
+        )
     stated = {key: getattr(parsed, key) for key in _STATED if hasattr(parsed, key)}
     config |= {key: value for key, value in stated.items() if value is not None}
     heads, kv_heads = config.get("num_attention_heads", 1), num_kv_heads_of(config) if "hidden_size" in config else 1

@@ -198,8 +198,8 @@ def test_a_mutated_model_gives_a_variant_that_check_accepts_or_one_line(
         try:
             directory = resolve_model(str(folder))
             variant = build_variant(str(folder), directory, "own", recipe, tmp_path / f"variant-{case}")
-            # transformers imports compressed-tensors for a quantized model, which takes seconds.
-            findings = islice(check_variant(variant), 2 if case % len(RECIPES) == 2 else 3)
+            # transformers takes long, most of all for a quantized model, so it loads every second other variant.
+            findings = islice(check_variant(variant), 2 if case % len(RECIPES) == 2 or case % 2 else 3)
             problems += [f"case {case}: {finding}" for finding in findings if not finding.passed]
             odd = {file.name for file in variant.iterdir()} & {Path(name).name for name in SPARE_FILES}
             if odd - {"additional_chat_templates"}:
