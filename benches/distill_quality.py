@@ -28,13 +28,15 @@ from benches.served import MODEL, our_spec
 from slimserve.compare.quality import ask_prompts
 from slimserve.compress.build import build_variant
 from slimserve.compress.recipe import Calibrate, Prune, Recipe, load_recipe
-from slimserve.core.model import model_hash, resolve_model
+from slimserve.core.model import resolve_model
+from slimserve.core.model_files import model_hash
 from slimserve.core.openai_client import Target
 from slimserve.core.progress import print_status
 from slimserve.core.provenance import bench_line
 from slimserve.core.storage import cache_dir, write_atomically
+from slimserve.core.tokenizer import load_tokenizer
 from slimserve.distill.data import load_examples
-from slimserve.distill.models import load_model, load_tokenizer
+from slimserve.distill.models import load_model
 from slimserve.distill.recipe import DistillRecipe
 from slimserve.distill.run import distill
 from slimserve.distill.sections import label_example

@@ -32,7 +32,8 @@ from benches.heldout import negative_log_likelihood, packed_tokens, write_tokens
 from benches.peers.environment import peer_python, peer_variables
 from benches.peers.measure import measure
 from slimserve.core.hardware import probe_hardware
-from slimserve.core.model import count_parameters, model_hash, resolve_model
+from slimserve.core.model import resolve_model
+from slimserve.core.model_files import count_parameters, model_hash
 from slimserve.core.progress import print_status
 from slimserve.core.provenance import bench_line
 from slimserve.core.storage import cache_dir, sha256_of_files, write_atomically

@@ -18,7 +18,8 @@ from slimserve.compare.results import VariantResult
 from slimserve.compress.recipe import MIXED, load_recipe
 from slimserve.core.errors import UserError
 from slimserve.core.hardware import probe_hardware
-from slimserve.core.model import count_parameters, model_hash, model_name, resolve_model
+from slimserve.core.model import model_name, resolve_model
+from slimserve.core.model_files import count_parameters, model_hash
 from slimserve.core.openai_client import Target
 from slimserve.core.provenance import versions
 from slimserve.core.roofline import load_roofline

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +11,9 @@ from torch import Tensor
 
 from slimserve.compress.families import roles_of
 from slimserve.compress.reference import reference_logits, reference_shapes
-from slimserve.core.errors import UserError
+from slimserve.core.model_config import read_decoder_config
 from slimserve.core.storage import cache_dir
+from slimserve.core.tokenizer import load_tokenizer
 from slimserve.serve.engine.offline import VllmAnswer, ask_vllm
 
 _NUM_PROMPTS, _NUM_TOKENS, _GREEDY_TOKENS = 2, 48, 12
@@ -30,7 +30,7 @@ class Finding:
 
 def check_variant(directory: Path) -> Iterator[Finding]:
     """Run the checks one after another, cheap ones first; a wrong shape ends them, because nothing would load."""
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    config = read_decoder_config(directory)
     roles_of(config)
     shapes = _compare_shapes(directory)
     yield shapes
@@ -45,7 +45,7 @@ def check_variant(directory: Path) -> Iterator[Finding]:
     answer = next(ask_vllm([directory], [prompt.tolist() for prompt in prompts], _GREEDY_TOKENS, log))
     yield _compare("vLLM", reference, answer, f"read {log}")
     if not answer.error:
-        yield Finding("greedy text", True, _text(directory, answer.greedy[0]))
+        yield Finding("greedy text", True, repr(load_tokenizer(directory).decode(answer.greedy[0])))
 
 
 def _compare_shapes(directory: Path) -> Finding:
@@ -136,12 +136,3 @@ def _compare(name: str, reference: Reference, answer: VllmAnswer, hint: str = ""
     off, noise = deviations(reference, answer)
     detail = f"log-probabilities differ by {off:.3f} nats on average; bf16 rounding alone causes {noise:.3f}"
     return Finding(name, off < tolerance(noise), detail)
-
-
-def _text(directory: Path, tokens: list[int]) -> str:
-    from transformers import AutoTokenizer
-
-    try:
-        return repr(AutoTokenizer.from_pretrained(directory).decode(tokens))
-    except Exception as error:  # transformers raises whatever the tokenizer raised
-        raise UserError("tokenizer", directory, f"cannot be loaded ({error})", "restore its files") from error

@@ -13,15 +13,24 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
+from slimserve.compress.checkpoint import CheckpointWriter, open_dense
+from slimserve.compress.families import LayerRoles
 from slimserve.compress.forward import Block
 from slimserve.compress.steps import Detail
-from slimserve.core.model import weight_files
+from slimserve.core.model_config import CONFIG_FILE, read_config, read_decoder_config
+from slimserve.core.model_files import (
+    INDEX_FILE,
+    WEIGHTS_FILE,
+    copy_companions,
+    has_derived_tensors,
+    read_tensors,
+    weight_files,
+)
 from slimserve.core.storage import write_atomically
-from slimserve.core.variant import MANIFEST_FILE, StepRecord
+from slimserve.core.variant import StepRecord
 
 RESUMABLE = "step-*/state.json"
 """Pattern of the files in a work folder from which a build can resume."""
-_WEIGHT_SUFFIXES = {".safetensors", ".bin", ".gguf", ".pt", ".pth"}
 
 
 class StepFolder:
@@ -82,21 +91,26 @@ class StepFolder:
         return self._blocks / f"block-{index:05d}.safetensors"
 
 
-def place_checkpoint(source: Path, output: Path, link: bool) -> None:
-    """Put weights, config and companion files into the variant; weights are hard links if `link` and possible."""
+def place_checkpoint(source: Path, output: Path, roles: LayerRoles, link: bool) -> None:
+    """Put weights, config and companion files into the variant.
+
+    Weight files are hard links if `link` and possible; files with tensors that loaders do not read are written anew.
+    """
     copy_companions(source, output)
-    index = source / "model.safetensors.index.json"
-    for file in [*weight_files(source), source / "config.json", *([index] if index.is_file() else [])]:
+    reader = open_dense(source, read_decoder_config(source), roles)
+    files = weight_files(source)
+    if has_derived_tensors(source) or len(reader.names) < len(read_tensors(source)):
+        writer = CheckpointWriter(output)
+        for name in reader.names:
+            writer.add({name: reader.read(name)})
+        writer.close()
+        files = []
+    elif files[0].name != WEIGHTS_FILE:
+        files.append(source / INDEX_FILE)
+    for file in files:
         if not (link and _link(file, output / file.name)):
             shutil.copyfile(file, output / file.name)
-
-
-def copy_companions(source: Path, output: Path) -> None:
-    """Copy tokenizer, chat template and generation settings: all files except weights, config and manifest."""
-    for file in source.iterdir():
-        is_weights = file.suffix in _WEIGHT_SUFFIXES or ".safetensors." in file.name
-        if file.is_file() and not is_weights and file.name not in {"config.json", MANIFEST_FILE}:
-            shutil.copyfile(file, output / file.name)
+    (output / CONFIG_FILE).write_text(json.dumps(read_config(source), indent=2) + "\n", encoding="utf-8")
 
 
 def _link(file: Path, target: Path) -> bool:

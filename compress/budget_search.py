@@ -24,8 +24,8 @@ from slimserve.compress.reference import divergences
 from slimserve.compress.runner import StepRunner
 from slimserve.compress.steps import ErrorProfile, bind
 from slimserve.core.errors import UserError
-from slimserve.core.model import count_parameters, weight_files
-from slimserve.core.model_config import read_config
+from slimserve.core.model_config import read_decoder_config
+from slimserve.core.model_files import count_parameters, weight_files
 from slimserve.core.progress import print_status
 from slimserve.core.storage import write_atomically
 from slimserve.core.variant import StepRecord, read_manifest
@@ -54,7 +54,7 @@ class BudgetSearch:
         """Return the pruned checkpoint that meets the budget, and the records of the search and its steps."""
         assert self.step.keep is not None
         start = time.monotonic()
-        dense = budget.Shape.of(with_sizes(read_config(self.directory)))
+        dense = budget.Shape.of(with_sizes(read_decoder_config(self.directory)))
         folder = StepFolder(self.runner.work, "budget")
         record = folder.path / "finalists.json"
         if not record.is_file():
@@ -94,7 +94,7 @@ class BudgetSearch:
     def _find_finalists(self, folder: StepFolder) -> dict[str, Any]:
         """Return the shapes of least estimated error with their costs, and the limit; plain JSON."""
         assert self.step.keep is not None
-        config = with_sizes(read_config(self.directory))
+        config = with_sizes(read_decoder_config(self.directory))
         last = self.recipe.steps[-1]
         num_bytes = sum(file.stat().st_size for file in weight_files(self.directory))
         allowance = budget.Budget(

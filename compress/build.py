@@ -19,18 +19,28 @@ from slimserve.compress.artifacts import RESUMABLE, place_checkpoint
 from slimserve.compress.budget_search import BudgetSearch
 from slimserve.compress.calibration import CalibrationData, check_source, load_calibration, source_files
 from slimserve.compress.families import LayerRoles, roles_of
+from slimserve.compress.formats import get_format
+from slimserve.compress.preflight import check_model, needed_bytes
 from slimserve.compress.prune import pruning_method
-from slimserve.compress.recipe import Recipe
+from slimserve.compress.recipe import Quantize, Recipe
 from slimserve.compress.runner import BetweenRounds, RunResult, StepRunner, peak_rss_bytes
 from slimserve.compress.steps import BoundStep, bind
 from slimserve.core.errors import UserError
-from slimserve.core.model import model_hash, model_name
-from slimserve.core.model_config import read_config
+from slimserve.core.model import model_name
+from slimserve.core.model_config import read_decoder_config
+from slimserve.core.model_files import model_hash, stored_dtype
 from slimserve.core.progress import print_status
-from slimserve.core.storage import atomic_directory, cache_dir, sha256_of_files, work_folder, write_remedy
+from slimserve.core.storage import (
+    atomic_directory,
+    cache_dir,
+    check_free_space,
+    sha256_of_files,
+    work_folder,
+    write_remedy,
+)
 from slimserve.core.variant import BaseModelRecord, Manifest, StepRecord, disk_bytes, read_manifest, write_manifest
 
-_BUILD_FORMAT = 3
+_BUILD_FORMAT = 4
 """Raise this number if the same recipe starts to give other bytes, so that old builds are not reused."""
 
 
@@ -49,13 +59,15 @@ def build_variant(
     interrupted one is resumed. `between_rounds` is called after each step that another step follows, again if a build
     is resumed; it has no influence on reuse.
 
-    Raises UserError if the model's family is unknown, a step does not fit the model's shapes, `target` holds something
+    Everything that building, loading and serving will need is checked first. Raises UserError if the model's family is
+    unknown, its files do not fit each other, a step does not fit the model's shapes, `target` holds something
     else, the disk is full, or a weight or activation is not finite.
     """
     plan = _make_plan(model, directory, recipe_name, recipe)
     target = target or cache_dir("variants") / f"{plan.name}-{plan.key}"
     if target.exists():
         return _reuse(target, plan)
+    _check(plan, target)
     try:
         with work_folder(target, plan.key, RESUMABLE) as work:
             calibration = _load_calibration(directory, recipe) if plan.needs_data else None
@@ -83,6 +95,8 @@ class _Plan:
     recipe: Recipe
     name: str
     base: BaseModelRecord
+    config: dict[str, Any]
+    """config.json with all sizes stated."""
     roles: LayerRoles
     steps: list[BoundStep]
     """Steps on the dense shapes, without the first one if it has a budget: its shape is not known yet."""
@@ -98,7 +112,7 @@ class _Plan:
 
 
 def _make_plan(model: str, directory: Path, recipe_name: str, recipe: Recipe) -> _Plan:
-    config = read_config(directory)
+    config = read_decoder_config(directory)
     if recipe.steps and "quantization_config" in config:
         raise UserError("model", model, "is quantized already", "give the dense model that it was made from")
     roles = roles_of(config)
@@ -121,12 +135,30 @@ def _make_plan(model: str, directory: Path, recipe_name: str, recipe: Recipe) ->
         recipe=recipe,
         name=f"{model_name(model, directory)}-{recipe_name}",
         base=base,
+        config=config,
         roles=roles,
         steps=steps,
         needs_data=needs_data,
         source_sha256=source_sha256,
         inputs=_inputs(base.sha256, recipe.model_dump(mode="json"), needs_data, source_sha256),
     )
+
+
+def _check(plan: _Plan, target: Path) -> None:
+    """Raise UserError for everything that would fail later, and print what is repaired."""
+    for line in check_model(plan.directory, plan.config, plan.roles):
+        print_status(line)
+    last = plan.recipe.steps[-1] if plan.recipe.steps else None
+    quantize = last if isinstance(last, Quantize) else None
+    if quantize is not None and stored_dtype(plan.directory) == "float16":
+        print_status(
+            f"{plan.name}: the variant states the dtype bfloat16, because vLLM's CPU kernels of quantized layers have "
+            "no float16"
+        )
+    if plan.recipe.budget is None:  # a budget's shape is not known yet; its finalists are built as recipes of their own
+        planned = plan.steps[-1].planned_config if plan.steps else plan.config
+        bits = get_format(quantize.format).num_bits if quantize else None
+        check_free_space(target, needed_bytes(plan.directory, planned, plan.roles, len(plan.steps), bits))
 
 
 def _inputs(model_sha256: str, resolved_recipe: dict[str, Any], needs_data: bool, source_sha256: str) -> str:
@@ -173,7 +205,7 @@ def _run(plan: _Plan, runner: StepRunner) -> RunResult:
     pruned, records = BudgetSearch(runner, plan.directory, recipe, budget).run(build_finalist)
     if runner.between_rounds and recipe.steps[1:]:
         pruned = runner.between_rounds(pruned)
-    steps = bind(recipe.steps[1:], read_config(pruned), plan.roles, recipe.calibration.seed)
+    steps = bind(recipe.steps[1:], read_decoder_config(pruned), plan.roles, recipe.calibration.seed)
     result = runner.run(pruned, steps)
     return RunResult(result.checkpoint, result.num_parameters, [*records, *result.records])
 
@@ -182,7 +214,7 @@ def _write_variant(target: Path, plan: _Plan, result: RunResult, calibration: Ca
     with atomic_directory(target) as output:
         start = time.monotonic()
         # Without steps the result is the user's own model, which must not share files with the variant.
-        place_checkpoint(result.checkpoint, output, link=bool(plan.recipe.steps))
+        place_checkpoint(result.checkpoint, output, plan.roles, link=bool(plan.recipe.steps))
         manifest = Manifest(
             name=plan.name,
             recipe=plan.recipe_name,

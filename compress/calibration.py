@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from slimserve.compress.recipe import MIXED
+from slimserve.core.chat_template import render_chat
 from slimserve.core.errors import UserError
-from slimserve.core.model_config import read_config
+from slimserve.core.model_config import read_decoder_config
 from slimserve.core.text import read_jsonl, read_text
+from slimserve.core.tokenizer import encode, load_tokenizer
 from slimserve.workloads import is_workload, load_workload, workload_names
-from slimserve.workloads.chat_template import render_chat
 from slimserve.workloads.interface import ChatPrompt, Prompt
 
 _FIRST_PROMPTS = 64
@@ -85,12 +86,17 @@ def load_calibration(
             f"has {len(ids)} tokens, less than one sequence of {sequence_length}",
             "give more text, or lower calibration.sequence_length",
         )
-    tokens_NT = torch.tensor(ids[: found * sequence_length], dtype=torch.int64).view(found, sequence_length)
-    vocabulary = read_config(directory)["vocab_size"]
-    if int(tokens_NT.min()) < 0 or int(tokens_NT.max()) >= vocabulary:
+    ids = ids[: found * sequence_length]
+    vocabulary = read_decoder_config(directory)["vocab_size"]
+    odd = next((token for token in ids if not 0 <= token < vocabulary), None)
+    if odd is not None:
         raise UserError(
-            "calibration source", source, f"has token ids outside 0 to {vocabulary - 1}", "use this model's tokenizer"
+            "calibration source",
+            source,
+            f"has token ids outside 0 to {vocabulary - 1}, such as {odd}",
+            "use this model's tokenizer",
         )
+    tokens_NT = torch.tensor(ids, dtype=torch.int64).view(found, sequence_length)
     detail = {
         "source": source,
         "seed": seed,
@@ -106,24 +112,25 @@ def _documents(directory: Path, source: str, seed: int) -> Iterator[list[int]]:
     """Yield the token ids of one document after another, in the order that `seed` gives."""
     path = Path(source)
     if path.suffix == ".jsonl":
-        rows = _read_rows(path, read_config(directory)["vocab_size"])
+        rows = _read_rows(path, read_decoder_config(directory)["vocab_size"])
         random.Random(seed).shuffle(rows)
-        if all("input_ids" in row for row in rows):
-            yield from (row["input_ids"] for row in rows)
+        if all("input_ids" in row for _, row in rows):
+            yield from (row["input_ids"] for _, row in rows)
             return
-        texts = [row["text"] for row in rows]
+        texts = [(f"{path}:{number}", row["text"]) for number, row in rows]
     elif path.suffix == ".txt":
         paragraphs = read_text(path, "calibration source").split("\n\n")
-        texts = [paragraph.strip() for paragraph in paragraphs if paragraph.strip()]
+        texts = [(source, paragraph.strip()) for paragraph in paragraphs if paragraph.strip()]
         random.Random(seed).shuffle(texts)
     else:
         yield from _workload_documents(directory, source, seed)
         return
-    tokenizer = _tokenizer(directory)
-    yield from (tokenizer(text)["input_ids"] for text in texts)
+    tokenizer = load_tokenizer(directory)
+    yield from (encode(tokenizer, text, where) for where, text in texts)
 
 
-def _read_rows(path: Path, vocabulary: int) -> list[dict[str, Any]]:
+def _read_rows(path: Path, vocabulary: int) -> list[tuple[int, dict[str, Any]]]:
+    """Return the rows of a JSONL file with the numbers of their lines; token ids are below `vocabulary`."""
     remedy = 'write {"text": "…"} or {"input_ids": [1, 2, 3]} in every line'
     rows = []
     for number, row in read_jsonl(path, "calibration source", remedy):
@@ -134,8 +141,8 @@ def _read_rows(path: Path, vocabulary: int) -> list[dict[str, Any]]:
         if wrong:
             problem = f"has the token id {wrong[0]} outside 0 to {vocabulary - 1}"
             raise UserError("calibration source", f"{path}:{number}", problem, "use this model's tokenizer")
-        rows.append(row)
-    if len({"input_ids" in row for row in rows}) > 1:
+        rows.append((number, row))
+    if len({"input_ids" in row for _, row in rows}) > 1:
         raise UserError("calibration source", path, "mixes text and input_ids", "use one of them in every line")
     return rows
 
@@ -147,7 +154,7 @@ def _is_document(row: dict[str, Any]) -> bool:
 
 
 def _workload_documents(directory: Path, source: str, seed: int) -> Iterator[list[int]]:
-    tokenizer = _tokenizer(directory)
+    tokenizer = load_tokenizer(directory)
     names = workload_names() if source == MIXED else source.split(",")
     for prompts in zip(*(_prompts(name, seed) for name in names), strict=False):
         for prompt in prompts:
@@ -171,22 +178,11 @@ def document_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
     Raises UserError if the model's chat template fails.
     """
     if not isinstance(prompt, ChatPrompt):
-        ids: list[int] = tokenizer(prompt.solved)["input_ids"]
-        return ids
+        return encode(tokenizer, prompt.solved, "workload")
     messages = [*prompt.messages, {"role": "assistant", "content": prompt.solution}]
     if tokenizer.chat_template is None:
-        plain: list[int] = tokenizer("\n\n".join(message["content"] or "" for message in messages))["input_ids"]
-        return plain
+        return encode(tokenizer, "\n\n".join(message["content"] or "" for message in messages), "workload")
     tools, options = prompt.request.get("tools") or (), prompt.request.get("chat_template_kwargs")
     text = render_chat(tokenizer, messages, f"of {prompt.kind}", tools=tools, options=options)
     chat: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     return chat
-
-
-def _tokenizer(directory: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(directory)
-    except Exception as error:  # transformers raises whatever the tokenizer's files made it raise
-        raise UserError("tokenizer", directory, f"cannot be loaded ({error})", "restore its files") from error

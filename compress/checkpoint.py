@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from slimserve.compress.families import LayerRoles, expected_tensors
 from slimserve.core.errors import UserError
-from slimserve.core.model import weight_files
+from slimserve.core.model_files import INDEX_FILE, WEIGHTS_FILE, read_tensors
 
 _FLOAT_DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 _SHARD_BYTES = 2**29
@@ -20,23 +22,23 @@ _SHARD_BYTES = 2**29
 
 
 class CheckpointReader:
-    """Reads single tensors of a model directory by name."""
+    """Reads single tensors of a model directory by name; `names` leaves out what loaders do not read either."""
 
-    def __init__(self, directory: Path) -> None:
-        self._file_of: dict[str, Path] = {}
-        for file in weight_files(directory):
-            with safe_open(file, framework="pt") as tensors:
-                self._file_of.update(dict.fromkeys(tensors.keys(), file))
+    def __init__(self, directory: Path, names: Container[str] | None = None) -> None:
+        """Read the headers; `names` are the tensors that belong to the model, None stands for all."""
+        self._tensors = {
+            name: header for name, header in read_tensors(directory).items() if names is None or name in names
+        }
 
     @property
     def names(self) -> list[str]:
-        return list(self._file_of)
+        return list(self._tensors)
 
     def read(self, name: str) -> Tensor:
         """Return one tensor. Raises UserError with its name if it is missing or contains NaN or infinity."""
-        if name not in self._file_of:
-            raise UserError("weights", name, "is missing from the checkpoint", "download the model again")
-        with safe_open(self._file_of[name], framework="pt") as tensors:
+        if name not in self._tensors:
+            raise UserError("weights", name, "is missing from the checkpoint", "check the sizes in config.json")
+        with safe_open(self._tensors[name].file, framework="pt") as tensors:
             tensor: Tensor = tensors.get_tensor(name)
         if (
             tensor.dtype in _FLOAT_DTYPES
@@ -48,7 +50,14 @@ class CheckpointReader:
 
     def read_prefix(self, prefix: str) -> dict[str, Tensor]:
         """Return all tensors whose names begin with `prefix`, by the rest of their names."""
-        return {name.removeprefix(prefix): self.read(name) for name in self._file_of if name.startswith(prefix)}
+        return {name.removeprefix(prefix): self.read(name) for name in self._tensors if name.startswith(prefix)}
+
+
+def open_dense(directory: Path, config: Mapping[str, Any], roles: LayerRoles) -> CheckpointReader:
+    """Return a reader of the tensors that the config describes; of a quantized model it returns every tensor."""
+    if "quantization_config" in config:
+        return CheckpointReader(directory)
+    return CheckpointReader(directory, expected_tensors(config, roles))
 
 
 class CheckpointWriter:
@@ -74,7 +83,7 @@ class CheckpointWriter:
         """Write the last shard and give all shards their final names; several shards get an index."""
         self._flush()
         if len(self._shards) == 1:
-            self._shards[0][0].rename(self._directory / "model.safetensors")
+            self._shards[0][0].rename(self._directory / WEIGHTS_FILE)
             return
         weight_map = {}
         for number, (shard, names) in enumerate(self._shards, start=1):
@@ -83,7 +92,7 @@ class CheckpointWriter:
             weight_map.update(dict.fromkeys(names, final))
         index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
         text = json.dumps(index, indent=2)
-        (self._directory / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+        (self._directory / INDEX_FILE).write_text(text, encoding="utf-8")
 
     def _flush(self) -> None:
         if not self._pending:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from slimserve.core.errors import UserError
@@ -42,6 +42,14 @@ class LayerRoles:
     up: str
     mlp_consumer: str
     """Down projection of the MLP; its input columns are the neurons."""
+    always_biased: tuple[str, ...] = ()
+    """Layers that have a bias whatever the config says."""
+    biased_if: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Layers that have a bias if the config's key is true."""
+    norms_heads: bool = False
+    """True if the blocks have norms of the query and key heads."""
+    reads_sliding_window: bool = True
+    """False if transformers and vLLM attend to all tokens even if the config states a sliding window."""
     reads_head_dim: bool = True
     """True if vLLM reads head_dim from the config. Else it divides the hidden size by the heads, so all heads stay."""
 
@@ -91,11 +99,14 @@ _GATED = LayerRoles(
     mlp_consumer="mlp.down_proj",
 )
 
+_ATTENTION = (*_GATED.attention_producers, _GATED.attention_consumer)
+_MLP = (*_GATED.mlp_producers, _GATED.mlp_consumer)
+
 FAMILIES: dict[str, LayerRoles] = {
-    "llama": _GATED,
+    "llama": replace(_GATED, biased_if={"attention_bias": _ATTENTION, "mlp_bias": _MLP}, reads_sliding_window=False),
     "mistral": _GATED,
-    "qwen2": replace(_GATED, reads_head_dim=False),
-    "qwen3": _GATED,
+    "qwen2": replace(_GATED, always_biased=_GATED.attention_producers, reads_head_dim=False),
+    "qwen3": replace(_GATED, biased_if={"attention_bias": _ATTENTION}, norms_heads=True),
 }
 """Layer roles by the `model_type` of config.json. Qwen2.5 has the type qwen2, SmolLM2 the type llama."""
 
@@ -118,3 +129,44 @@ def roles_of(config: Mapping[str, Any]) -> LayerRoles:
             "model_type", model_type, "is not a supported model family", f"supported: {', '.join(FAMILIES)}"
         )
     return FAMILIES[model_type]
+
+
+Dimension = tuple[str, int]
+"""One dimension of a tensor: the keys of the config that state it, and its size."""
+
+
+def expected_tensors(config: Mapping[str, Any], roles: LayerRoles) -> dict[str, tuple[Dimension, ...]]:
+    """Return the dimensions of every tensor that transformers and vLLM read for a dense model, by name.
+
+    `config` must state all sizes.
+    """
+    head_dim = head_dim_of(config)
+    hidden, vocabulary = ("hidden_size", config["hidden_size"]), ("vocab_size", config["vocab_size"])
+    neurons = ("intermediate_size", config["intermediate_size"])
+    queries = ("num_attention_heads and head_dim", config["num_attention_heads"] * head_dim)
+    keys = ("num_key_value_heads and head_dim", num_kv_heads_of(config) * head_dim)
+    layers = {
+        roles.query: (queries, hidden),
+        roles.key: (keys, hidden),
+        roles.value: (keys, hidden),
+        roles.attention_consumer: (hidden, queries),
+        roles.gate: (neurons, hidden),
+        roles.up: (neurons, hidden),
+        roles.mlp_consumer: (hidden, neurons),
+    }
+    biased = set(roles.always_biased).union(*(roles.biased_if[key] for key in roles.biased_if if config.get(key)))
+    block: dict[str, tuple[Dimension, ...]] = {f"{layer}.weight": sizes for layer, sizes in layers.items()}
+    block |= {f"{layer}.bias": layers[layer][:1] for layer in biased}
+    block |= {f"{norm}.weight": (hidden,) for norm in (roles.attention_norm, roles.mlp_norm)}
+    if roles.norms_heads:
+        block |= {f"{norm}.weight": (("head_dim", head_dim),) for norm in (roles.query_norm, roles.key_norm)}
+    tensors: dict[str, tuple[Dimension, ...]] = {
+        roles.embedding: (vocabulary, hidden),
+        roles.final_norm: (hidden,),
+    }
+    if not config.get("tie_word_embeddings"):
+        tensors[roles.head] = (vocabulary, hidden)
+    for index in range(config["num_hidden_layers"]):
+        prefix = roles.block.format(index=index)
+        tensors |= {prefix + name: sizes for name, sizes in block.items()}
+    return tensors

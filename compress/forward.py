@@ -57,7 +57,7 @@ class Decoder:
         self._eps = float(parsed.rms_norm_eps)
         self.head_dim = head_dim_of(config)
         self._activation = _activation(parsed.hidden_act)
-        self._mask = _window_mask(parsed, num_tokens)
+        self._mask = _window_mask(parsed, num_tokens) if roles.reads_sliding_window else None
         self._cos_TH, self._sin_TH = _rotary_tables(parsed, self.head_dim, num_tokens, dtype)
 
     def producer_input(self, sublayer: Sublayer, block: Mapping[str, Tensor], x_BTD: Tensor) -> Tensor:

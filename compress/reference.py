@@ -5,7 +5,6 @@ It is the reference for engines, and it measures the quality that compression co
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from slimserve.compress.checkpoint import CheckpointReader, iterate_blocks
+from slimserve.compress.checkpoint import CheckpointReader, iterate_blocks, open_dense
 from slimserve.compress.families import LayerRoles, roles_of
 from slimserve.compress.formats import find_format
 from slimserve.compress.formats.head import round_head_inputs, unpack_head
 from slimserve.compress.forward import Block, Decoder, Linear, OuterTensors, dense_linear, read_outer_tensors
+from slimserve.core.model_config import read_decoder_config
 
 
 @torch.inference_mode()
@@ -31,9 +31,9 @@ def reference_logits(
     per-token grid, as an engine should. The checkpoint is read block by block, so memory holds one block and all hidden
     states. Raises UserError for an unknown model family or quantization format.
     """
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    config = read_decoder_config(directory)
     roles = roles_of(config)
-    reader = CheckpointReader(directory)
+    reader = open_dense(directory, config, roles)
     outer = read_outer_tensors(reader, roles)
     decoder = Decoder(config, roles, max(len(sequence) for sequence in sequences), dtype)
     states = [outer.embedding_VD[sequence].to(dtype)[None] for sequence in sequences]
@@ -120,7 +120,7 @@ def reference_block(block: Block, roles: LayerRoles, quantization: Mapping[str, 
 
 def reference_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
     """Return the shapes of a checkpoint's tensors by name, with quantized layers unpacked as in a dense model."""
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    config = read_decoder_config(directory)
     roles = roles_of(config)
     reader = CheckpointReader(directory)
     shapes: dict[str, tuple[int, ...]] = {}

@@ -15,16 +15,16 @@ from typing import Any
 
 import torch
 
-from slimserve.compress.artifacts import StepFolder, copy_companions
+from slimserve.compress.artifacts import StepFolder
 from slimserve.compress.calibration import CalibrationData
-from slimserve.compress.checkpoint import CheckpointReader, CheckpointWriter, iterate_blocks
+from slimserve.compress.checkpoint import CheckpointReader, CheckpointWriter, iterate_blocks, open_dense
 from slimserve.compress.families import LayerRoles
 from slimserve.compress.forward import Block, Decoder
 from slimserve.compress.steps import BoundStep, Detail, Visitor
 from slimserve.compress.stream import Stream
 from slimserve.core.hardware import probe_hardware
-from slimserve.core.model import count_parameters
-from slimserve.core.model_config import read_config
+from slimserve.core.model_config import CONFIG_FILE, read_decoder_config
+from slimserve.core.model_files import copy_companions, count_parameters
 from slimserve.core.progress import print_status, progress
 from slimserve.core.storage import atomic_directory
 from slimserve.core.variant import StepRecord
@@ -79,7 +79,8 @@ class StepRunner:
     def walk(self, title: str, checkpoint: Path, visitor: Visitor, folder: StepFolder) -> tuple[float, list[Detail]]:
         """Show every block to `visitor`, save what it returns in `folder`; return the seconds and the details."""
         start = time.monotonic()
-        reader, config = CheckpointReader(checkpoint), read_config(checkpoint)
+        config = read_decoder_config(checkpoint)
+        reader = open_dense(checkpoint, config, self.roles)
         num_blocks = config["num_hidden_layers"]
         details, before_s = folder.read_progress()
         if details:
@@ -123,7 +124,8 @@ class StepRunner:
 
     def _write_checkpoint(self, before: Path, step: BoundStep, details: list[Detail], folder: StepFolder) -> None:
         """Write the step's checkpoint from its blocks, renumbered if some are left out."""
-        reader, config = CheckpointReader(before), read_config(before)
+        config = read_decoder_config(before)
+        reader = open_dense(before, config, self.roles)
         with atomic_directory(folder.checkpoint) as output:
             writer = CheckpointWriter(output)
             num_written = 0
@@ -138,7 +140,6 @@ class StepRunner:
                     new_prefix = self.roles.block.format(index=num_written)
                     writer.add({new_prefix + name: tensor for name, tensor in block.items()})
                     num_written += 1
-            # The file may hold more blocks than the config counts. They are dropped: stock vLLM refuses them.
             blocks_prefix = self.roles.block.partition("{index}")[0]
             for name in reader.names:
                 if not name.startswith(blocks_prefix):
@@ -146,7 +147,7 @@ class StepRunner:
             writer.close()
             copy_companions(before, output)
             text = json.dumps(step.config(config, details), indent=2) + "\n"
-            (output / "config.json").write_text(text, encoding="utf-8")
+            (output / CONFIG_FILE).write_text(text, encoding="utf-8")
 
 
 def peak_rss_bytes() -> int:

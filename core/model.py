@@ -8,21 +8,25 @@ once to bf16, so its weights are *dequantized Q4_1*, not the original ones.
 from __future__ import annotations
 
 import importlib.util
-import json
-import math
+import os
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from slimserve.core.errors import UserError
-from slimserve.core.progress import print_status
+from slimserve.core.model_config import CONFIG_FILE, read_config, text_config_of
+from slimserve.core.model_files import DOWNLOADED, has_tokenizer, loadable_directory, read_tensors
+from slimserve.core.progress import hidden_bars, print_status
 from slimserve.core.storage import atomic_directory, cache_dir, sha256_of_files
 from slimserve.core.variant import BaseModelRecord, Manifest, StepRecord, read_manifest, write_manifest
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _UNPACKED_FORMAT = "1"
+EMBEDDING = "model.embed_tokens.weight"
+"""Name of the embedding in almost every decoder."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +56,7 @@ def resolve_model(argument: str) -> Path:
             raise UserError("model", argument, "is not a file", "check the path of the .gguf file")
         return _unpack_gguf(path, path.stem)
     if path.is_dir():
-        check_model_directory(path)
-        return path
+        return _checked(path)
     if _HUB_ID.fullmatch(argument):
         return _download(argument)
     raise UserError(
@@ -65,77 +68,54 @@ def resolve_model(argument: str) -> Path:
 
 
 def model_name(argument: str, directory: Path) -> str:
-    """Return the name of a resolved model: the name in its manifest, or else the last part of the argument."""
+    """Return the name of a resolved model: that of a symlink or of its manifest, or the last part of the argument."""
+    path = Path(os.path.abspath(Path(argument).expanduser()))  # resolve() would follow the link
+    if path.is_dir() and path.is_symlink():
+        return path.name
     manifest = read_manifest(directory)
     if manifest:
         return manifest.name
-    return directory.resolve().name if Path(argument).is_dir() else argument.rsplit("/", 1)[-1]
+    return path.name if path.is_dir() else argument.rsplit("/", 1)[-1]
 
 
 def check_model_directory(directory: Path) -> None:
-    """Raise UserError unless `directory` has a readable config, a tokenizer and complete safetensors files."""
-    config_file = directory / "config.json"
-    if not config_file.is_file():
+    """Raise UserError unless `directory` has a readable config, complete weights that fit it, and a tokenizer."""
+    config = read_config(directory)
+    if not isinstance(config.get("model_type"), str):
         raise UserError(
-            "model", directory, "has no config.json", "give the directory that save_pretrained or a download made"
+            CONFIG_FILE, directory / CONFIG_FILE, "has no model_type", "restore the file from the original model"
         )
-    try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError("config.json", config_file, f"is not JSON ({error})", "restore the file") from error
-    if not isinstance(config, dict) or "model_type" not in config:
-        raise UserError("config.json", config_file, "has no model_type", "restore the file from the original model")
-    if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+    _check_output_layer(config, directory)
+    if not has_tokenizer(directory):
         raise UserError("model", directory, "has no tokenizer", "copy the tokenizer files of its base model into it")
-    for file in weight_files(directory):
-        read_tensor_shapes(file)
 
 
-def weight_files(directory: Path) -> list[Path]:
-    """Return the safetensors files of a model directory: all files that its index names, or all there are."""
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names: Iterable[str] = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, AttributeError) as error:
-            raise UserError("weights index", index, f"cannot be read ({error!r})", "restore the file") from error
-        files = sorted(directory / name for name in names)
-        missing = [file.name for file in files if not file.is_file()]
-        if missing:
-            raise UserError("model", directory, f"has no {missing[0]}, which its index names", "download it again")
-    else:
-        files = sorted(directory.glob("*.safetensors"))
-    if not files:
-        raise UserError("model", directory, "has no .safetensors weights", "save the model with safetensors")
-    return files
+def _check_output_layer(config: Mapping[str, Any], directory: Path) -> None:
+    """Raise UserError if the config and the weights disagree about the vocabulary or the output layer.
 
-
-def read_tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every tensor from a safetensors file's header; UserError if the file is incomplete."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, framework="numpy") as tensors:
-            return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+    Loaders would start with an arbitrary output layer or fail minutes later.
+    """
+    tensors, stated = read_tensors(directory), text_config_of(config)
+    embedding = tensors.get(EMBEDDING)
+    if embedding is None:
+        return
+    rows, vocabulary = embedding.shape[0] if embedding.shape else 0, stated.get("vocab_size", 0)
+    file = directory / CONFIG_FILE
+    if vocabulary and rows != vocabulary:
         raise UserError(
-            "weights file", file, f"is corrupt or cut short ({error})", "download or build the model again"
-        ) from error
-
-
-def count_parameters(directory: Path) -> int:
-    """Count the elements of all weight tensors from the files' headers, without the scales of a quantized model."""
-    shapes = {name: shape for file in weight_files(directory) for name, shape in read_tensor_shapes(file).items()}
-    return sum(math.prod(shape) for name, shape in shapes.items() if not name.endswith("_scale"))
-
-
-def model_hash(directory: Path) -> str:
-    """Return the SHA-256 of config, tokenizer and weights, which is equal for directories that behave equally."""
-    described = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
-    described |= {"tokenizer.model", "chat_template.jinja"}
-    return sha256_of_files(
-        [*weight_files(directory), *(file for file in directory.iterdir() if file.name in described)]
-    )
+            CONFIG_FILE,
+            file,
+            f"has vocab_size {vocabulary}, but {EMBEDDING} has {rows} rows",
+            f"set vocab_size to {rows} if the weights are the right ones",
+        )
+    has_head = any(name.startswith("lm_head.") for name in tensors)
+    if stated.get("tie_word_embeddings") is False and not has_head:
+        raise UserError(
+            CONFIG_FILE,
+            file,
+            "has tie_word_embeddings false, but the weights have no lm_head.weight",
+            "set tie_word_embeddings to true if the output layer is the embedding, or restore the weights",
+        )
 
 
 def builtin_file(name: str) -> Path:
@@ -164,13 +144,14 @@ def _unpack_gguf(file: Path, name: str) -> Path:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            file.parent,
-            gguf_file=file.name,
-            dtype=torch.bfloat16,
-            quantization_config=GgufConfig(dequantize=True),
-        )
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        with hidden_bars():
+            model = AutoModelForCausalLM.from_pretrained(
+                file.parent,
+                gguf_file=file.name,
+                dtype=torch.bfloat16,
+                quantization_config=GgufConfig(dequantize=True),
+            )
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     except Exception as error:  # the GGUF reader, config and tokenizer raise many types
         raise UserError(
             "model", file, f"cannot be unpacked ({error})", "check the file, or give a Hugging Face directory"
@@ -205,9 +186,8 @@ def _download(hub_id: str) -> Path:
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        directory = Path(
-            snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "*.jinja", "tokenizer.model"])
-        )
+        with hidden_bars():
+            directory = Path(snapshot_download(hub_id, allow_patterns=list(DOWNLOADED)))
     except (RepositoryNotFoundError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
         raise UserError(
             "model",
@@ -215,5 +195,9 @@ def _download(hub_id: str) -> Path:
             "is neither a local directory nor available from the Hugging Face hub",
             f"check the name, the network and HF_HUB_OFFLINE ({type(error).__name__})",
         ) from error
+    return _checked(directory)
+
+
+def _checked(directory: Path) -> Path:
     check_model_directory(directory)
-    return directory
+    return loadable_directory(directory)

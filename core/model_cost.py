@@ -7,17 +7,16 @@ prefill is FLOP/s over FLOPs. Attention is not counted, so the prefill roofline 
 
 from __future__ import annotations
 
-import json
 import math
 import re
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from slimserve.core.hardware import Hardware
-from slimserve.core.model_config import head_dim_of, num_kv_heads_of
+from slimserve.core.model_config import kv_values_of, read_config
+from slimserve.core.model_files import read_tensors
 from slimserve.core.roofline import Precision, Roofline
 
 _DTYPE_BYTES = {
@@ -57,16 +56,14 @@ class ModelCost:
 
 
 def read_model_cost(directory: Path, hardware: Hardware | None = None) -> ModelCost:
-    """Add up the safetensors headers of a Hugging Face model; raises OSError, ValueError or KeyError.
+    """Add up the safetensors headers of a Hugging Face model; raises OSError, UserError or KeyError.
 
     On `hardware` that serves the model in float32, every value takes four bytes.
     """
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    config = read_config(directory)
     is_float32 = hardware is not None and hardware.serves_in_float32(config)
     quantization = config.get("quantization_config") or {}
-    tensors: dict[str, tuple[str, list[int]]] = {}
-    for file in sorted(directory.glob("*.safetensors")):
-        tensors |= _header(file)
+    tensors = {name: (header.dtype, header.shape) for name, header in read_tensors(directory).items()}
     has_output_layer = any(_OUTPUT_LAYER.search(name) for name in tensors)
     sizes = {
         name: math.prod(shape) * (4 if is_float32 else _DTYPE_BYTES.get(dtype, 2))
@@ -83,25 +80,13 @@ def read_model_cost(directory: Path, hardware: Hardware | None = None) -> ModelC
         weight_bytes=weight_bytes,
         decode_bytes=weight_bytes - (embedding_bytes if has_output_layer else 0),
         prefill_flops=2 * num_weights,
-        kv_bytes=2
-        * (4 if is_float32 else 2)
-        * config["num_hidden_layers"]
-        * num_kv_heads_of(config)
-        * head_dim_of(config),
+        kv_bytes=(4 if is_float32 else 2) * kv_values_of(config),
         precision=_precision(quantization),
     )
 
 
-def _header(file: Path) -> dict[str, tuple[str, list[int]]]:
-    """Return dtype and shape of each tensor of a safetensors file."""
-    with file.open("rb") as handle:
-        (length,) = struct.unpack("<Q", handle.read(8))
-        header: dict[str, Any] = json.loads(handle.read(length))
-    return {name: (entry["dtype"], entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
-
-
 def _num_values(
-    name: str, tensors: Mapping[str, tuple[str, list[int]]], num_bytes: int, quantization: Mapping[str, Any]
+    name: str, tensors: Mapping[str, tuple[str, tuple[int, ...]]], num_bytes: int, quantization: Mapping[str, Any]
 ) -> int:
     """Return the number of weights that a tensor holds, of which several may share an element."""
     dtype, shape = tensors[name]

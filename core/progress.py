@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partialmethod
 from typing import Protocol
 
 _PLAIN_EVERY_S = 10.0
@@ -27,6 +27,22 @@ def print_status(message: str) -> None:
 def print_once(message: str) -> None:
     """Print a status line unless this process has printed it before."""
     print_status(message)
+
+
+@contextmanager
+def hidden_bars() -> Iterator[None]:
+    """Hide the progress bars of libraries if standard error is no terminal, where each update would be a line."""
+    if sys.stderr.isatty():
+        yield
+        return
+    from tqdm.std import tqdm
+
+    shown = tqdm.__init__
+    tqdm.__init__ = partialmethod(shown, disable=True)
+    try:
+        yield
+    finally:
+        tqdm.__init__ = shown
 
 
 @contextmanager

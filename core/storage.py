@@ -83,9 +83,9 @@ def building_path(target: Path) -> Path:
 def work_folder(target: Path, key: str, resumable: str) -> Iterator[Path]:
     """Yield the folder beside `target` in which it is built, `.NAME.building`; it is removed at the end.
 
-    After an interruption it stays if it has a file that matches `resumable`, so that the same command can resume. It is
-    removed after a UserError, which would recur, unless a full disk caused it. A folder with another `key` is emptied
-    first. Raises UserError if another process builds the same target.
+    If the work is interrupted or fails, the folder stays if it has a file that matches `resumable`, so that the same
+    command can resume. Work of another `key`, that is of another model or other settings, is set aside under another
+    name, and is used again when its key returns. Raises UserError if another process builds the same target.
     """
     work = building_path(target)
     work.mkdir(parents=True, exist_ok=True)
@@ -97,21 +97,11 @@ def work_folder(target: Path, key: str, resumable: str) -> Iterator[Path]:
             "output directory", target, "is being built by another process", "wait for it, or name another folder"
         ) from error
     with held:
-        identity = work / "identity"
-        if not identity.is_file() or identity.read_text(encoding="utf-8") != key:
-            for leftover in work.iterdir():
-                if leftover.is_dir():
-                    shutil.rmtree(leftover)
-                elif leftover.name != "lock":
-                    leftover.unlink()
-            write_atomically(identity, key)
+        _swap_work(work, key)
         try:
             yield work
-        except BaseException as error:
-            from safetensors import SafetensorError
-
-            is_hopeless = isinstance(error, UserError) and not isinstance(error.__cause__, OSError | SafetensorError)
-            if not is_hopeless and any(work.glob(resumable)):
+        except BaseException:
+            if any(work.glob(resumable)):
                 print_status(
                     f"unfinished work is in {work}; run the same command to resume, or delete the folder to start over"
                 )
@@ -119,6 +109,55 @@ def work_folder(target: Path, key: str, resumable: str) -> Iterator[Path]:
                 shutil.rmtree(work, ignore_errors=True)
             raise
         shutil.rmtree(work)
+
+
+def _swap_work(work: Path, key: str) -> None:
+    """Set work of another key aside, and bring work of this key back."""
+    identity = work / "identity"
+    found = identity.read_text(encoding="utf-8") if identity.is_file() else ""
+    if found == key:
+        return
+    contents = [entry for entry in work.iterdir() if entry.name != "lock"]
+    if contents != [identity] and contents:
+        aside = _aside_path(work, found)
+        while aside.exists():
+            aside = aside.with_name(f"{aside.name}-2")
+        aside.mkdir()
+        for entry in contents:
+            entry.rename(aside / entry.name)
+        print_status(
+            f"unfinished work of another model or other settings was set aside in {aside}; delete the folder if you do "
+            "not return to them"
+        )
+    kept = _aside_path(work, key)
+    if kept.is_dir():
+        for entry in kept.iterdir():
+            entry.rename(work / entry.name)
+        kept.rmdir()
+        print_status(f"continuing the work that was set aside in {kept}")
+    write_atomically(identity, key)
+
+
+def _aside_path(work: Path, key: str) -> Path:
+    return work.with_name(f"{work.name}-{hashlib.sha256(key.encode()).hexdigest()[:8]}")
+
+
+def check_free_space(target: Path, num_bytes: float) -> None:
+    """Raise UserError if the disk of `target`, which need not exist, has less than `num_bytes` bytes free.
+
+    Bytes of unfinished work on the target count as free, because resuming uses them.
+    """
+    folder = next(parent for parent in target.absolute().parents if parent.is_dir())
+    free = shutil.disk_usage(folder).free
+    free += sum(file.stat().st_size for file in building_path(target).rglob("*") if file.is_file())
+    if free < num_bytes:
+        raise UserError(
+            "output directory",
+            target,
+            f"could not be written (its disk has {free / 2**20:.1f} MiB free, and the work needs at least "
+            f"{num_bytes / 2**20:.1f} MiB)",
+            "free some disk space or name another folder",
+        )
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from slimserve.core.errors import UserError
+from slimserve.core.generation import repair_generation_config
+from slimserve.core.model_config import read_decoder_config
 
 _PROBE_TOKENS = 8
 _HEAD_TOLERANCE = 1e-3
-
-
-def load_tokenizer(directory: Path) -> Any:
-    """Load the tokenizer of a model; UserError if its files cannot be read."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(directory)
-    except Exception as error:  # transformers passes on any exception that a broken file causes
-        raise UserError("tokenizer", directory, f"cannot be loaded ({error})", "restore its files") from error
 
 
 def load_model(directory: Path, dtype: torch.dtype) -> nn.Module:
@@ -33,16 +24,21 @@ def load_model(directory: Path, dtype: torch.dtype) -> nn.Module:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    if "quantization_config" in config:
+    if "quantization_config" in read_decoder_config(directory):
         raise UserError("model", directory, "is quantized and cannot be trained", "give the unquantized model")
     logging.disable_progress_bar()
     try:
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
+        model: nn.Module
+        model, loading = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, output_loading_info=True)
     except Exception as error:  # transformers passes on any exception that a broken file causes
         raise UserError(
             "model", directory, f"cannot be loaded ({error})", "check its files with slimserve check"
         ) from error
+    missing = sorted(loading["missing_keys"])
+    if missing:  # transformers would start them at random
+        raise UserError(
+            "weights", missing[0], f"is missing from {directory}", "restore the weights, or check config.json"
+        )
     _check_head(model, directory)
     return model
 
@@ -64,10 +60,8 @@ def check_same_tokens(teacher: Any, student: Any, teacher_name: object) -> None:
 def stop_tokens(directory: Path, tokenizer: Any) -> frozenset[int]:
     """Return the tokens that end a reply: the tokenizer's and those of generation_config.json."""
     ids = {tokenizer.eos_token_id}
-    file = directory / "generation_config.json"
-    if file.is_file():
-        configured = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
-        ids |= set(configured) if isinstance(configured, list) else {configured}
+    configured = repair_generation_config(directory)[0].get("eos_token_id")
+    ids |= set(configured) if isinstance(configured, list) else {configured}
     return frozenset(ids - {None})
 
 

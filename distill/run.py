@@ -11,6 +11,7 @@ import io
 import json
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stderr
@@ -22,13 +23,17 @@ import torch
 from torch import Tensor, nn
 
 from slimserve.core.errors import UserError
-from slimserve.core.model import count_parameters, model_hash, model_name, resolve_model
+from slimserve.core.generation import repair_generation_config
+from slimserve.core.model import model_name, resolve_model
+from slimserve.core.model_config import GENERATION_FILE, read_decoder_config
+from slimserve.core.model_files import copy_companions, count_parameters, model_hash
 from slimserve.core.progress import print_status
 from slimserve.core.roofline import load_roofline
-from slimserve.core.storage import atomic_directory, building_path, work_folder
+from slimserve.core.storage import atomic_directory, building_path, check_free_space, work_folder
+from slimserve.core.tokenizer import check_tokenizer, load_tokenizer
 from slimserve.core.variant import BaseModelRecord, Manifest, StepRecord, read_manifest, write_manifest
 from slimserve.distill.data import Examples, load_examples
-from slimserve.distill.models import check_same_tokens, load_model, load_tokenizer, stop_tokens
+from slimserve.distill.models import check_same_tokens, load_model, stop_tokens
 from slimserve.distill.recipe import DistillRecipe
 from slimserve.distill.sampling import Sampler, make_process_sampler
 from slimserve.distill.state import CHECKPOINT
@@ -39,6 +44,8 @@ from slimserve.distill.validation import make_evaluator
 
 _FORMAT = 1
 """Version of the training; raise it when the same recipe makes a different student."""
+_STATE_BYTES = 12
+"""Bytes of a parameter in the saved state of a training."""
 LOG_FILE = "training.jsonl"
 """Log in the student's directory with one row per step."""
 
@@ -95,6 +102,7 @@ def _distill(
     processes.wait_for_everyone()
     if is_done:
         return _reuse(target, key)
+    _check_student(models, recipe, target)
     tokenizer = load_tokenizer(models.student_directory)
     if models.teacher_directory is not None:
         check_same_tokens(load_tokenizer(models.teacher_directory), tokenizer, teacher)
@@ -123,6 +131,18 @@ def _distill(
                 _write_manifest(output, models, recipe, recipe_name, examples, result, job, key, write_step)
     print_status(f"distilled {target.name}: {_summary(result)}; written to {target}")
     return target
+
+
+def _check_student(models: _Models, recipe: DistillRecipe, target: Path) -> None:
+    """Raise UserError if the student could not be saved or served after its training; print what is repaired."""
+    directory = models.student_directory
+    for line in check_tokenizer(directory, read_decoder_config(directory)["vocab_size"]):
+        print_status(line)
+    for line in repair_generation_config(directory)[1]:
+        print_status(line)
+    # A checkpoint has float32 weights and two moments; the best weights are float32, the student is bfloat16.
+    each = _STATE_BYTES * (not recipe.training.lora_rank) + 4 * (recipe.training.keep == "best") + 2
+    check_free_space(target, each * count_parameters(directory))
 
 
 @contextmanager
@@ -166,6 +186,7 @@ def _make_job(
 ) -> TrainingJob:
     training, loss = recipe.training, recipe.loss
     student = load_model(models.student_directory, torch.float32)
+    _check_saving(student, models.student_directory)
     if training.lora_rank:
         student = _with_lora(student, training.lora_rank, recipe.data.seed)
     online = None
@@ -230,15 +251,40 @@ def _complete_student(job: TrainingJob, models: _Models, weights: Mapping[str, T
     return student
 
 
+def _check_saving(student: Any, directory: Path) -> None:
+    """Save the student without its weights, so that what transformers refuses to save is known before the training."""
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            _save_pretrained(student, Path(folder), state_dict={})
+    except Exception as error:  # transformers checks all settings, with many types
+        problem = f"could not be saved after the training ({error})"
+        raise UserError("student", directory, problem, "correct its config.json or generation_config.json") from error
+
+
 def _save(student: Any, models: _Models, output: Path) -> None:
     """Write the student as bfloat16 in the Hugging Face layout, with its tokenizer and chat template."""
     if hasattr(student, "merge_and_unload"):
         student = student.merge_and_unload()
-    student.to(torch.bfloat16).save_pretrained(output)
-    for file in models.student_directory.iterdir():
-        is_companion = file.suffix in {".json", ".jinja", ".model", ".txt"} and ".safetensors" not in file.name
-        if file.is_file() and is_companion and not (output / file.name).exists() and file.name != "slimserve.json":
-            shutil.copyfile(file, output / file.name)
+    try:
+        _save_pretrained(student.to(torch.bfloat16), output)
+    except (ValueError, TypeError, AttributeError, RuntimeError) as error:
+        problem = f"could not be saved ({error})"
+        raise UserError("student", models.student_directory, problem, "report this; the training is kept") from error
+    copy_companions(models.student_directory, output)
+
+
+def _save_pretrained(student: Any, output: Path, **options: Any) -> None:
+    """Save config and weights; the generation settings are copied from the student's directory instead."""
+    from transformers import GenerationConfig
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    settings, student.generation_config = student.generation_config, GenerationConfig()
+    try:
+        student.save_pretrained(output, **options)
+    finally:
+        student.generation_config = settings
+    (output / GENERATION_FILE).unlink(missing_ok=True)
 
 
 def _write_manifest(

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
+from slimserve.core.chat_template import render_chat
 from slimserve.core.errors import UserError
 from slimserve.core.text import split_lines
-from slimserve.workloads.chat_template import render_chat
 from slimserve.workloads.interface import THINK_CLOSE, THINK_OPEN, ScoringPrompt
 
 _MARKER = "SLIMSERVE-REPLY"

@@ -34,7 +34,8 @@ from pydantic import Field, model_validator
 from slimserve.compare.settings import CompareSettings, ComparisonSettings, ExistingModel
 from slimserve.core.config import Settings, StrictModel, load_toml, setting, validated
 from slimserve.core.errors import UserError
-from slimserve.core.model import model_hash, resolve_model
+from slimserve.core.model import resolve_model
+from slimserve.core.model_files import model_hash
 from slimserve.core.progress import print_status
 from slimserve.core.storage import write_atomically
 from slimserve.distill.recipe import DistillRecipe

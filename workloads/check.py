@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from slimserve.core.chat_template import render_chat
 from slimserve.core.statistics import percentile
-from slimserve.workloads.chat_template import render_chat
+from slimserve.core.tokenizer import load_tokenizer
 from slimserve.workloads.interface import ChatPrompt, Estimate, HarnessPrompt, Prompt, ScoringPrompt, Split, TextPrompt
 from slimserve.workloads.intervals import estimate
 from slimserve.workloads.kinds.base import FileWorkload
@@ -59,7 +60,7 @@ class WorkloadReport:
 def check_workload(workload: FileWorkload, model: Path | None = None) -> WorkloadReport:
     """Return the report of a workload file; lengths in tokens need the directory of a model with a tokenizer."""
     splits = workload.splits
-    tokenizer = _tokenizer(model) if model is not None else None
+    tokenizer = load_tokenizer(model) if model is not None else None
     quality: Sequence[Prompt] = workload.make_prompts("quality", len(splits.rows["quality"]))
     baselines = workload.baselines(quality) if quality else {}
     values = {name: workload.metric_data(quality, answers) for name, answers in baselines.items()}
@@ -78,12 +79,6 @@ def check_workload(workload: FileWorkload, model: Path | None = None) -> Workloa
         floor=next((metric.floor for metric in primary.values()), None),
         baselines={name: estimate(metric) for name, metric in primary.items()},
     )
-
-
-def _tokenizer(model: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(model)
 
 
 def _lengths(tokenizer: Any, prompts: Sequence[Prompt]) -> TokenLengths:

@@ -18,6 +18,7 @@ from slimserve.compress.recipe import Quantize
 from slimserve.compress.steps.interface import Detail
 from slimserve.compress.stream import Stream
 from slimserve.core.errors import UserError
+from slimserve.core.model_config import dtype_of
 
 
 class QuantizeStep:
@@ -109,7 +110,7 @@ class QuantizeStep:
         if int8_head:
             described = add_head(described)
         untied = {"tie_word_embeddings": False} if int8_head else {}
-        return {**before, **untied, "quantization_config": described}
+        return {**_without_float16(before), **untied, "quantization_config": described}
 
     def describe(self, details: Sequence[Detail]) -> dict[str, Any]:
         described: dict[str, Any] = {"format": self._step.format, "method": self._step.method}
@@ -194,6 +195,14 @@ class QuantizeStep:
             key=lambda one: -max(details[one[0]]["output_error"][layer] for layer in one[1]),
         )
         return sorted(ranked[: self._step.keep_worst])
+
+
+def _without_float16(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the config with bfloat16 in place of float16, for which vLLM's CPU kernels of quantized layers abort."""
+    if dtype_of(config) not in {None, "float16"}:
+        return dict(config)
+    keys = {"dtype", "torch_dtype"} & config.keys() or {"dtype"}
+    return {**config, **dict.fromkeys(sorted(keys), "bfloat16")}
 
 
 def _belongs(name: str, layers: Sequence[str]) -> bool:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from slimserve.core.errors import UserError
-from slimserve.core.model import weight_files
+from slimserve.core.model_files import read_tensors
 
 _MAX_CACHED_ROWS = 4096
 _log = logging.getLogger("slimserve.labels")
@@ -165,16 +165,14 @@ def _checkpoint_row(directory: Path, token: int) -> Tensor | None:
 @lru_cache(4)
 def _head_files(directory: Path) -> dict[str, tuple[Path, str]]:
     """Return file and name of each tensor of the output layer by suffix; nothing if INT8 codes have zero points."""
-    from safetensors import SafetensorError, safe_open
 
-    parts = {}
     try:
-        for file in weight_files(directory):
-            with safe_open(file, framework="pt") as tensors:
-                names = [name for name in tensors.keys() if ".lm_head." in f".{name}"]  # noqa: SIM118 - no mapping
-                parts.update({name.rpartition(".")[2]: (file, name) for name in names})
-    except (OSError, SafetensorError, UserError):
+        tensors = read_tensors(directory)
+    except UserError:
         return {}
+    parts = {
+        name.rpartition(".")[2]: (header.file, name) for name, header in tensors.items() if ".lm_head." in f".{name}"
+    }
     return {} if "weight_zero_point" in parts else parts
 
 

@@ -17,6 +17,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from slimserve.core.model_config import read_config
+from slimserve.core.model_files import stored_dtype
 from slimserve.serve.policy.engine_log import failure_reason
 
 _KV_BYTES = 64 * 2**20
@@ -77,12 +79,16 @@ def ask_vllm(
 def _answer(model: str, prompts: list[list[int]], greedy_tokens: int) -> VllmAnswer:
     from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm.platforms import current_platform
 
     llm = None
     try:
         longest = max(len(prompt) for prompt in prompts)
+        # vLLM's CPU kernels of quantized layers abort the process for float16.
+        is_half = "quantization_config" in read_config(Path(model)) and stored_dtype(Path(model)) == "float16"
         llm = LLM(
             model,
+            dtype="bfloat16" if is_half and current_platform.is_cpu() else "auto",
             enforce_eager=True,
             max_model_len=longest + greedy_tokens,
             max_num_seqs=4,

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from slimserve.core.hardware import Hardware, openmp_library
-from slimserve.core.model_config import head_dim_of, num_kv_heads_of
+from slimserve.core.model_config import kv_values_of, read_config, size_of
+from slimserve.core.model_files import stored_dtype
 from slimserve.core.storage import cache_dir
 from slimserve.serve.policy.engine_environment import PACKED_GEMM_VARIABLE
 
@@ -71,7 +72,7 @@ def plan_launch(
     )
     if hardware.gpus:
         return LaunchPlan(_on_gpu(profile, num_variants), everywhere)
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    config = read_config(directory)
     environment = [
         *everywhere,
         *(_one_process(hardware.cores) if hardware.numa_nodes == 1 else _worker_process(hardware.cores)),
@@ -127,12 +128,16 @@ def plan_launch(
                 "candidates also share the last, partly filled block of their prefix instead of computing it each",
             )
         )
+    is_quantized = bool(config.get("quantization_config"))
     is_float32 = hardware.serves_in_float32(config)
     if is_float32:
         reason = "float32 products are six times as fast as bfloat16 on this CPU; weights take twice the memory"
         arguments.append(Choice("--dtype", "float32", reason))
+    elif is_quantized and stored_dtype(directory) == "float16":
+        reason = "vLLM's CPU kernels of quantized layers have no float16, the dtype of this model"
+        arguments.append(Choice("--dtype", "bfloat16", reason))
     longest = _longest_sequence(config, kv_bytes, 4 if is_float32 else 2)
-    if longest < config.get("max_position_embeddings", longest):
+    if longest is not None and longest < (size_of(config, "max_position_embeddings") or longest):
         arguments.append(Choice("--max-model-len", str(longest), "the longest sequence that the KV space holds"))
     return LaunchPlan(tuple(arguments), tuple(environment))
 
@@ -191,9 +196,15 @@ def _worker_process(cores: Sequence[int]) -> tuple[Choice, ...]:
     )
 
 
-def _longest_sequence(config: Mapping[str, Any], kv_bytes: int, bytes_per_value: int) -> int:
-    """Return the number of tokens of one sequence that fit into `kv_bytes`, in full blocks."""
-    bytes_per_token = 2 * config["num_hidden_layers"] * num_kv_heads_of(config) * head_dim_of(config) * bytes_per_value
+def _longest_sequence(config: Mapping[str, Any], kv_bytes: int, bytes_per_value: int) -> int | None:
+    """Return the number of tokens of one sequence that fit into `kv_bytes`, in full blocks.
+
+    None if the config states no sizes of attention.
+    """
+    try:
+        bytes_per_token = kv_values_of(config) * bytes_per_value
+    except KeyError:
+        return None
     return int(kv_bytes // bytes_per_token // _BLOCK_SIZE * _BLOCK_SIZE)
 
 

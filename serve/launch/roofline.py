@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from slimserve.core.errors import UserError
 from slimserve.core.hardware import probe_hardware
 from slimserve.core.model_cost import ModelCost, read_model_cost
 from slimserve.core.roofline import Roofline, load_roofline
@@ -19,7 +20,7 @@ def describe_start(directory: Path, log: Path) -> list[str]:
     try:
         roofline = load_roofline(measure=False)
         return lines + describe_roofline(read_model_cost(directory, probe_hardware()), roofline, chosen_kernels(text))
-    except (OSError, ValueError, KeyError) as error:  # these lines are information only; serving continues
+    except (OSError, UserError, KeyError) as error:  # these lines are information only; serving continues
         return [*lines, f"the roofline is unknown: the model's cost could not be read ({error})"]
 
 

@@ -10,11 +10,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     MistralConfig,
     PreTrainedConfig,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
 )
@@ -62,8 +66,15 @@ def make_tiny(config: PreTrainedConfig, directory: Path) -> TinyModel:
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter)
     model.save_pretrained(directory)
-    (directory / "tokenizer.json").write_text("{}")
+    save_tokenizer(directory, config.vocab_size)
     return TinyModel(directory, model)
+
+
+def save_tokenizer(directory: Path, vocab_size: int = 67) -> None:
+    """Save a tokenizer of whole words with as many tokens as the tiny models have."""
+    words = Tokenizer(WordLevel({f"w{number}": number for number in range(vocab_size)}, unk_token="w0"))
+    words.pre_tokenizer = WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(directory)
 
 
 @pytest.fixture(params=CONFIGS)

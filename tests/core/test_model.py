@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from slimserve.core.errors import UserError
-from slimserve.core.model import model_hash, model_name, read_tensor_shapes, resolve_model, weight_files
+from slimserve.core.model import model_name, resolve_model
+from slimserve.core.model_files import model_hash, read_tensors
 from slimserve.core.variant import read_manifest
 
 
@@ -19,8 +20,7 @@ def test_the_builtin_model_is_unpacked_and_says_that_it_was_dequantized(smollm2:
     assert manifest is not None
     assert manifest.base.note == "dequantized Q4_1"
     assert manifest.num_parameters == 134_515_008
-    shapes = {name: shape for file in weight_files(smollm2) for name, shape in read_tensor_shapes(file).items()}
-    assert shapes["model.embed_tokens.weight"] == (49152, 576)
+    assert read_tensors(smollm2)["model.embed_tokens.weight"].shape == (49152, 576)
 
 
 def test_a_directory_is_used_as_it_is(model_copy: Path) -> None:
@@ -90,8 +90,12 @@ def test_garbage_in_place_of_weights_is_rejected(model_copy: Path) -> None:
 
 
 def test_a_missing_shard_is_named(model_copy: Path) -> None:
-    index = {"weight_map": {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    index = {
+        "metadata": {},
+        "weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"},
+    }
     (model_copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    (model_copy / "model.safetensors").rename(model_copy / "model-00001-of-00002.safetensors")
     with pytest.raises(UserError, match="has no model-00002-of-00002.safetensors"):
         resolve_model(str(model_copy))
 

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from slimserve.core.errors import UserError
-from slimserve.core.model import weight_files
+from slimserve.core.model_files import weight_files
 from slimserve.core.storage import sha256_of_files
+from slimserve.distill import run
 from slimserve.distill.recipe import load_distill_recipe
 from slimserve.distill.run import distill
 from tests.distill.conftest import make_recipe, save_tiny
@@ -101,9 +102,11 @@ def test_the_same_student_is_reused_and_another_is_not_overwritten(
 
 @pytest.mark.parametrize("size", ["100k", "17m"])
 def test_a_full_disk_is_one_error_and_the_run_resumes_when_there_is_room(
-    tiny_student: Path, tiny_teacher: Path, tmp_path: Path, size: str
+    tiny_student: Path, tiny_teacher: Path, tmp_path: Path, size: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The disk has no room for the saved state (14 MB), or room for the state but not for the student as well."""
+    # Another process may fill the disk after the check.
+    monkeypatch.setattr(run, "check_free_space", lambda *_: None)
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)], capture_output=True)
@@ -120,6 +123,77 @@ def test_a_full_disk_is_one_error_and_the_run_resumes_when_there_is_room(
         assert sha256_of_files(weight_files(again)) == sha256_of_files(weight_files(reference))
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_student_with_contradictory_generation_settings_is_trained_and_saved(
+    tiny_student: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tiny_student / "generation_config.json").write_text('{"do_sample": false, "temperature": 0.9, "eos_token_id": 2}')
+    (tiny_student / "additional_chat_templates").mkdir()
+    (tiny_student / "additional_chat_templates" / "tool.jinja").write_text("{{ messages[0]['content'] }}")
+    (tiny_student / "trainer_state.json").write_text("{}")
+    recipe = make_recipe(loss={"kd_weight": 0.0}, stages=[{"steps": 1}])
+    target = distill(str(tiny_student), None, recipe, tmp_path / "out")
+    assert "do_sample is set to true" in capfd.readouterr().err
+    settings = json.loads((target / "generation_config.json").read_text())
+    assert settings == {"do_sample": True, "temperature": 0.9, "eos_token_id": 2}
+    assert (target / "additional_chat_templates" / "tool.jinja").is_file()
+    assert not (target / "trainer_state.json").exists()
+
+
+def _set(file: Path, **changes: Any) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+BROKEN: list[tuple[Callable[[Path], Any], str]] = [
+    (lambda folder: (folder / "generation_config.json").write_text("{"), "generation_config.json: .* is not JSON"),
+    (lambda folder: (folder / "chat_template.jinja").write_text("{% if %}"), "chat template: .*TemplateSyntaxError"),
+    (lambda folder: (folder / "tokenizer.json").write_text("{}"), "tokenizer: .* cannot be loaded"),
+    (lambda folder: _set(folder / "config.json", max_position_embeddings=None), "has max_position_embeddings null"),
+    (lambda folder: _set(folder / "config.json", tie_word_embeddings=False), "the weights have no lm_head.weight"),
+    (lambda folder: _set(folder / "config.json", vocab_size=49_000), "has vocab_size 49000"),
+    (lambda folder: _set(folder / "config.json", num_hidden_layers=3), "'model.layers.2.*' is missing from"),
+    (lambda folder: _set(folder / "config.json", rms_norm_eps=None), "field 'rms_norm_eps'"),
+    (lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"), "in pickle files"),
+    (lambda folder: _set(folder / "config.json", quantization_config={"quant_method": "x"}), "is quantized and cannot"),
+]
+
+
+@pytest.mark.parametrize(("damage", "message"), BROKEN)
+def test_a_student_that_could_not_be_saved_or_served_is_refused_before_the_training(
+    tiny_student: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    damage: Callable[[Path], Any],
+    message: str,
+) -> None:
+    monkeypatch.setattr(run, "train", lambda _: pytest.fail("the training began"))
+    damage(tiny_student)
+    with pytest.raises(UserError, match=message) as caught:
+        distill(str(tiny_student), None, make_recipe(loss={"kd_weight": 0.0}), tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_what_transformers_refuses_to_save_is_known_before_the_training(
+    tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise ValueError("of a reason that nobody foresaw")
+
+    monkeypatch.setattr("transformers.PreTrainedConfig.save_pretrained", refuse)
+    monkeypatch.setattr(run, "train", lambda _: pytest.fail("the training began"))
+    with pytest.raises(UserError, match="could not be saved after the training .of a reason that nobody foresaw"):
+        distill(str(tiny_student), None, make_recipe(loss={"kd_weight": 0.0}), tmp_path / "out")
+
+
+def test_a_disk_without_room_for_the_training_is_refused_before_it(
+    tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=14_000_000))
+    with pytest.raises(UserError, match="13.4 MiB free, and the work needs at least"):
+        distill(str(tiny_student), None, make_recipe(loss={"kd_weight": 0.0}), tmp_path / "out")
 
 
 def test_recommendation_is_validated_on_its_labels(tiny_student: Path, tmp_path: Path) -> None:

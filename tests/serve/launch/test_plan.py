@@ -4,6 +4,8 @@ from pathlib import Path
 from typing import cast
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from slimserve.core.hardware import Hardware
 from slimserve.serve.launch import plan as module
@@ -54,6 +56,36 @@ def test_a_cpu_without_bf16_products_computes_unquantized_models_in_float32(tmp_
     long = {"num_hidden_layers": 80, "num_key_value_heads": 9, "max_position_embeddings": 131072}
     longest = [int(planned(tmp_path, machine, **long)["--max-model-len"]) for machine in (CPU, avx2)]
     assert longest[0] // 64 * 32 == longest[1]  # a key and a value take four bytes instead of two
+
+
+@pytest.mark.parametrize("stated", [{"dtype": "float16"}, {"torch_dtype": "float16"}, {"dtype": None}])
+def test_a_quantized_float16_model_is_computed_in_bfloat16_on_a_cpu(tmp_path: Path, stated: dict[str, object]) -> None:
+    """vLLM's CPU kernels of quantized layers abort the engine's start for float16."""
+    save_file({"model.layers.0.mlp.up_proj.weight_scale": torch.ones(3, 1).half()}, tmp_path / "model.safetensors")
+    config = CONFIG | stated
+    for quantization, expected in (({"quant_method": "compressed-tensors"}, "bfloat16"), (None, None)):
+        (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
+        arguments = {choice.name: choice for choice in plan_launch(tmp_path, CPU).arguments}
+        assert (arguments["--dtype"].value if "--dtype" in arguments else None) == expected
+        if expected:
+            assert "no float16" in arguments["--dtype"].reason
+            assert "--dtype" not in {
+                choice.name for choice in plan_launch(tmp_path, replace(CPU, gpus=("NVIDIA H100",))).arguments
+            }
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "gpt2", "n_layer": 2, "n_head": 4, "n_embd": 8, "n_positions": 64},
+        {"model_type": "gemma3", "text_config": CONFIG},
+        {"model_type": "mamba", "hidden_size": 8, "num_hidden_layers": 2},
+        CONFIG | {"quantization_config": None, "num_key_value_heads": None, "head_dim": None},
+    ],
+)
+def test_configs_with_other_names_nulls_or_a_text_config_get_a_plan(tmp_path: Path, config: dict[str, object]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert "--block-size" in {choice.name for choice in plan_launch(tmp_path, CPU).arguments}
 
 
 def test_only_a_cpu_with_amx_has_a_packed_kernel_to_choose(tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from slimserve.core.chat_template import render_chat
 from slimserve.core.errors import UserError
-from slimserve.workloads.chat_template import render_chat
 
 USER = {"role": "user", "content": "Hi"}
 SYSTEM = {"role": "system", "content": "Be short."}
