@@ -178,7 +178,7 @@ def test_settings_that_describe_no_load_are_rejected(settings: LoadSettings, fie
     ("suite", "options", "request_types"),
     [
         ("reasoning", ["--rate", "4", "--load-seconds", "3"], ("TTFT", "ITL", "POST")),
-        ("recommendation", ["--users", "2", "--run-time", "3s"], ("POST",)),
+        ("recommendation", ["--users", "2", "--run-time", "8s"], ("POST",)),
     ],
 )
 def test_a_suite_is_a_plain_locustfile_with_token_statistics(
