@@ -24,3 +24,15 @@ def test_plain_lines_are_rare(capsys: pytest.CaptureFixture[str]) -> None:
         for done in range(1000):
             tick(done)
     assert len(capsys.readouterr().err.splitlines()) == 2
+
+
+def test_progress_bars_of_libraries_stay_out_of_a_log(capsys: pytest.CaptureFixture[str]) -> None:
+    from tqdm.auto import tqdm
+
+    from slimserve.core.progress import hidden_bars
+
+    with hidden_bars():
+        assert list(tqdm(range(3), desc="unpacking")) == [0, 1, 2]
+    assert capsys.readouterr().err == ""
+    list(tqdm(range(3), desc="unpacking"))
+    assert "unpacking" in capsys.readouterr().err
