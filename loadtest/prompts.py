@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+from slimserve.core.errors import UserError
 from slimserve.loadtest.settings import SuiteOptions
 from slimserve.workloads import load_suite_names, load_workload, workload_names
 from slimserve.workloads.interface import Prompt
@@ -32,6 +33,8 @@ def make_prompts(suite: str, options: SuiteOptions, num_prompts: int) -> list[tu
     """
     first = options.first_prompt
     known = _in_order(suite, options, first + num_prompts)
+    if not known:
+        raise UserError("workload", suite, "has no prompt for load", "give data with more rows, or shorter histories")
     if len(known) < first + num_prompts:
         first %= len(known)
         known = [*known[first:], *known[:first]]

@@ -92,3 +92,17 @@ def test_histories_longer_than_every_users_are_rejected() -> None:
 def test_an_invalid_size_is_rejected(text: str) -> None:
     with pytest.raises(UserError, match="is not a size"):
         SizeDistribution("--candidates", text)
+
+
+def test_a_workload_without_a_prompt_for_load_is_rejected(tmp_path: Path) -> None:
+    file = tmp_path / "none.py"
+    file.write_text(
+        "from slimserve.workloads.reasoning import Reasoning\n"
+        "class Nothing(Reasoning):\n"
+        "    name = 'nothing'\n"
+        "    def load_prompts(self, options, num_prompts):\n"
+        "        return []\n"
+        "WORKLOAD = Nothing()\n"
+    )
+    with pytest.raises(UserError, match="has no prompt for load"):
+        make_prompts(str(file), SuiteOptions(), 4)
