@@ -118,10 +118,10 @@ SIDE_FILES = [
     ("tokenizer.json", "{}", "tokenizer: .* cannot be loaded"),
     ("tokenizer.json", "{not json", "tokenizer.json: .* is not JSON"),
     ("tokenizer_config.json", "[]", "tokenizer_config.json: .* is not a JSON object"),
-    ("chat_template.jinja", "{% if %}", "chat template: .*TemplateSyntaxError"),
-    ("chat_template.jinja", "{{ raise_exception('no') }}", "cannot render a conversation of the roles user .*: no"),
-    ("chat_template.jinja", "{{ 1 // 0 }}", "ZeroDivisionError"),
-    ("chat_template.jinja", "{{ messages[0]['no']['x'] }}", "UndefinedError"),
+    ("chat_template.jinja", "{% if %}", "chat template, which fails in line 1: Expected an expression"),
+    ("chat_template.jinja", "{{ raise_exception('no') }}", "chat template, which fails: no"),
+    ("chat_template.jinja", "{{ 1 // 0 }}", "which fails: integer division or modulo by zero"),
+    ("chat_template.jinja", "{{ messages[0]['no']['x'] }}", "which fails: .* has no attribute 'no'"),
     ("generation_config.json", "{", "generation_config.json: .* is not JSON"),
     ("generation_config.json", "[]", "generation_config.json: .* is not a JSON object"),
 ]
@@ -148,7 +148,7 @@ def test_a_chat_template_that_refuses_a_calibration_prompt_is_one_line(
     template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}w1"
     (tiny_llama.directory / "chat_template.jinja").write_text(template)
     messages = ({"role": "system", "content": "w1"}, {"role": "user", "content": "w2"})
-    with pytest.raises(UserError, match="the roles system, user, assistant .*no system role"):
+    with pytest.raises(UserError, match="which fails: no system role"):
         document_ids(load_tokenizer(tiny_llama.directory), ChatPrompt(messages, 9, "chat", "w3", "w3", {}))
 
 
@@ -169,7 +169,7 @@ def test_calibration_ids_outside_the_vocabulary_are_named(tiny_llama: TinyModel,
     data = tmp_path / "data.jsonl"
     data.write_text(json.dumps({"input_ids": [1, 2**70]}))
     recipe = Recipe(summary="", calibration=Calibrate(source=str(data), sequence_length=2), steps=(GPTQ,))
-    with pytest.raises(UserError, match=f"outside 0 to 66, such as {2**70}"):
+    with pytest.raises(UserError, match=f"token id {2**70} outside 0 to 66"):
         build_variant("tiny", tiny_llama.directory, "own", recipe, tmp_path / "variant")
 
 
