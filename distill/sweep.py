@@ -146,11 +146,11 @@ def _metrics_of(row: Mapping[str, Any]) -> dict[str, float]:
     return {**row["validation"], **row.get("evaluation", {})}
 
 
-def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return a table of all points."""
+def table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Return the headings and the cells of a table with one row per point."""
     names = list(dict.fromkeys(name for row in rows for name in _metrics_of(row)))
     head = ["sections", "window", "span", "steps", "tokens", "minutes", "peak GiB", "TFLOP", *names]
-    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    lines = []
     for row in rows:
         metrics = _metrics_of(row)
         cells = [
@@ -164,8 +164,14 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
             f"{row['flops'] / 1e12:.0f}",
             *(f"{metrics[name]:.4g}" if name in metrics else "" for name in names),
         ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        lines.append(cells)
+    return head, lines
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the table of all points as Markdown."""
+    head, lines = table(rows)
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (head, ["---"] * len(head), *lines))
 
 
 def plot(rows: Sequence[Mapping[str, Any]], file: Path) -> None:

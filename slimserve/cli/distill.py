@@ -52,13 +52,16 @@ def sweep(settings: SweepSettings, data: dict[str, Any]) -> None:
 
     The same command resumes an interrupted sweep.
     """
-    from slimserve.distill.sweep import make_points, markdown
+    from rich.console import Console
+
+    from slimserve.distill.sweep import make_points, table
     from slimserve.distill.sweep import sweep as run
+    from slimserve.report.terminal import print_table
 
     points = make_points(settings.lead_spans, settings.windows, settings.sections, settings.controls)
     recipe = load_distill_recipe(settings.recipe, settings.assignments, {"data": data})
     rows = run(settings.student, settings.teacher, recipe, points, settings.output)
-    typer.echo(markdown(rows))
+    print_table(Console(), *table(rows), title="lead spans, windows and sections")
     typer.echo(settings.output)
 
 
