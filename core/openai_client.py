@@ -213,7 +213,10 @@ class OpenAIClient:
         except ValueError as error:
             problem = f"was not answered with JSON but with {server_sentence(response.content)!r}"
             raise UserError("request", path, problem, "check the address of the server") from error
-        if not isinstance(answer, dict) or answer.get("error"):
+        if not isinstance(answer, dict):
+            problem = f"got an answer that cannot be read: not an object but {server_sentence(response.content)!r}"
+            raise UserError("request", path, problem, "check the address of the server")
+        if answer.get("error"):
             problem = f"was answered with an error: {server_sentence(response.content)}"
             raise UserError("request", path, problem, "read the server's log")
         return answer

@@ -195,7 +195,7 @@ MORE = {
 @pytest.fixture(autouse=True)
 def _one_tokenizer(monkeypatch: pytest.MonkeyPatch, tokenizer: Any) -> None:
     """Loading the tokenizer takes half a second."""
-    monkeypatch.setattr(calibration, "_tokenizer", lambda _: tokenizer)
+    monkeypatch.setattr(calibration, "load_tokenizer", lambda _: tokenizer)
 
 
 BORDERS = {

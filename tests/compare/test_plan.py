@@ -26,5 +26,5 @@ def test_no_two_load_tests_share_a_seed() -> None:
 def test_the_plan_says_what_is_measured() -> None:
     text = "\n".join(describe_plan(FULL, ["recommendation", "reasoning"], ["dense", "w8a8"], "dense"))
     assert "plan: 2 variants in 2 round(s), dense first: dense, w8a8" in text
-    assert "128 recommendation, 256 reasoning" in text
+    assert "160 recommendation, 256 reasoning" in text
     assert "10 tests of 16 s" in text

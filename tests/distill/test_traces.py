@@ -156,13 +156,21 @@ def test_the_chain_of_thought_of_every_server_reaches_the_training_data(
         chosen(None),
         chosen({"content": 5}),
         chosen({"content": "5", "reasoning": ["a"]}),
-        {"error": {"message": "the model is loading"}},
     ],
 )
 def test_a_server_that_answers_without_a_message_is_one_error_line(tmp_path: Path, answer: Any) -> None:
     server = served_by(lambda _: answer)
     try:
         with pytest.raises(UserError, match="/v1/chat/completions' got an answer that cannot be read"):
+            ask(f"http://127.0.0.1:{server.server_port}", tmp_path / "traces.jsonl", 2)
+    finally:
+        server.shutdown()
+
+
+def test_a_server_that_answers_with_an_error_is_quoted(tmp_path: Path) -> None:
+    server = served_by(lambda _: {"error": {"message": "the model is loading"}})
+    try:
+        with pytest.raises(UserError, match="was answered with an error: the model is loading"):
             ask(f"http://127.0.0.1:{server.server_port}", tmp_path / "traces.jsonl", 2)
     finally:
         server.shutdown()

@@ -350,7 +350,6 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_sequences(tiny_st
     assert str(file) in str(caught.value)
     assert json.loads(file.read_text())["sequences"][0].startswith("reasoning/")
     assert not (tmp_path / "out").exists()
-    assert not (tmp_path / ".out.building").exists()
 
 
 def test_the_learning_rate_rises_and_then_falls() -> None:

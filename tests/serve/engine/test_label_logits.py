@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,7 +84,11 @@ def int8(tmp_path: Path, scale_dims: int = 2) -> Head:
     scale = scale_V[:, None] if scale_dims == 2 else scale_V
     tensors = {"model.lm_head.weight": codes_VD, "model.embed.weight": torch.zeros(1), "x.lm_head_norm.weight": scale_V}
     save_file(tensors, tmp_path / "model-00001-of-00002.safetensors")
-    save_file({"model.lm_head.weight_scale": scale.to(torch.float32)}, tmp_path / "model-00002-of-00002.safetensors")
+    scales = {"model.lm_head.weight_scale": scale.to(torch.float32)}
+    save_file(scales, tmp_path / "model-00002-of-00002.safetensors")
+    files = dict.fromkeys(tensors, "model-00001-of-00002.safetensors")
+    index = {"weight_map": files | dict.fromkeys(scales, "model-00002-of-00002.safetensors")}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     weight_VD = codes_VD.double() * scale_V.double()[:, None]
 
     def apply(_layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
