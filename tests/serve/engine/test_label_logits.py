@@ -87,7 +87,7 @@ def int8(tmp_path: Path, scale_dims: int = 2) -> Head:
     scales = {"model.lm_head.weight_scale": scale.to(torch.float32)}
     save_file(scales, tmp_path / "model-00002-of-00002.safetensors")
     files = dict.fromkeys(tensors, "model-00001-of-00002.safetensors")
-    index = {"weight_map": files | dict.fromkeys(scales, "model-00002-of-00002.safetensors")}
+    index = {"metadata": {}, "weight_map": files | dict.fromkeys(scales, "model-00002-of-00002.safetensors")}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     weight_VD = codes_VD.double() * scale_V.double()[:, None]
 
