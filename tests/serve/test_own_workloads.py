@@ -24,7 +24,7 @@ from tests.serve.conftest import NAME
 pytestmark = pytest.mark.engine
 CAPITALS = ("Paris", "London", "Berlin", "Madrid", "Rome", "Vienna", "Lisbon", "Athens")
 COUNTRIES = ("France", "England", "Germany", "Spain", "Italy", "Austria", "Portugal", "Greece")
-NUM_CHOICES, NUM_SUMS = map(int, os.environ.get("LM_EVAL_ROWS", "24,12").split(","))
+NUM_CHOICES, NUM_SUMS = map(int, os.environ.get("LM_EVAL_ROWS", "12,8").split(","))
 """Documents of the two lm-eval tasks; 100,50 takes seven minutes with AVX2 alone."""
 ALL_QUALITY = "[split]\ncalibration = 0\nquality = 1\nload = 0\n"
 

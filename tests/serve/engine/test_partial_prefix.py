@@ -226,19 +226,19 @@ def hits(url: str) -> float:
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("prefix_tokens", [10, 95, 200, 607])
+@pytest.mark.parametrize("prefix_tokens", [10, 95, 607])
 def test_scores_are_those_of_prompts_computed_alone(scoring_url: str, prefix_tokens: int) -> None:
     url, rng = scoring_url, random.Random(prefix_tokens)
 
     def tokens(count: int) -> list[int]:
         return rng.choices(range(100, 49_000), k=count)
 
-    query, items = tokens(prefix_tokens), [tokens(rng.randrange(1, 30)) for _ in range(12)]
+    query, items = tokens(prefix_tokens), [tokens(rng.randrange(1, 30)) for _ in range(6)]
     labels = tokens(6)
     before = hits(url)
     body = {"query": query, "items": items, "label_token_ids": labels, "apply_softmax": True}
     scores = httpx.post(f"{url}/v1/score", json=body, timeout=60).raise_for_status().json()["scores"]
-    assert hits(url) - before == 11 * (prefix_tokens % BLOCK), "all but the first load the last block from the copy"
+    assert hits(url) - before == 5 * (prefix_tokens % BLOCK), "all but the first load the last block from the copy"
     alone = []
     for item_tokens in items:
         one = body | {"items": [item_tokens], "cache_salt": str(rng.random())}
