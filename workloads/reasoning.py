@@ -1,9 +1,9 @@
 """Reasoning: a problem, a chain of thought between think tags, and an answer that a verifier checks.
 
-Problems come from the procedural generators of `reasoning-gym`. Three of four are sums of two or three digits, of which
-SmolLM2-135M gets about half right once it has seen four worked examples (after two it gets an eighth right). The fourth
-is a word problem of `gsm_symbolic` with its worked derivation, which makes the model write a long chain; that model
-solves almost none. Each prompt shows worked examples of its kind from the calibration split, short and long ones in
+Problems come from the procedural generators of `reasoning-gym`. Three of four are sums of two or three digits; after
+four worked examples SmolLM2-135M solves most of two digits and few of three. The fourth is a word problem of
+`gsm_symbolic` with its worked derivation, which makes the model write a long chain; that model solves almost none. Each
+prompt shows worked examples of its kind from the calibration split, short and long ones in
 turn, and then asks.
 
 The generators seed problem i with `seed + i`, so the streams of nearby seeds overlap. Splits are therefore drawn from
