@@ -98,15 +98,15 @@ def run_suite(
         file.unlink(missing_ok=True)
     arguments = _locust_arguments(suite, target, settings, rows_file, report_file, cluster)
     interruption = _Interruption()
-    if settings.trace:
-        for line in read_trace(Path(settings.trace), settings.trace_unit).notes(settings.total_s):
-            print_status(line)
+    notes = read_trace(Path(settings.trace), settings.trace_unit).notes(settings.total_s) if settings.trace else []
+    for line in notes:
+        print_status(line)
     with ServerMonitor(target) as monitor:
         _run_locust(arguments, _title(suite, target, settings), settings, rows_file, report_file, interruption)
     rows = read_rows(rows_file) if rows_file.exists() else []
     client_report = msgspec.json.decode(report_file.read_bytes()) if report_file.exists() else {}
     report_file.unlink(missing_ok=True)
-    summary = _summarize(suite, settings, rows, monitor, client_report, interruption.after_s)
+    summary = _summarize(suite, settings, rows, monitor, client_report, interruption.after_s, notes)
     extra = {"calibration": dict(calibration)} if calibration else {}
     document = write_document(output / f"{name}.json", name, target, settings, {**extra, "summary": summary.as_dict()})
     if on_result is not None:
@@ -120,14 +120,12 @@ def run_suite(
 def _check_workload(suite: str, settings: LoadSettings) -> None:
     """Make one prompt, so that most faults of the data are reported before any work."""
     try:
-        prompts = make_prompts(suite, settings.suite, 1)
+        make_prompts(suite, settings.suite, 1)
     except UserError:
         raise
     except Exception as error:  # a user's workload may raise anything
         problem = f"cannot make its requests ({exception_text(error)})"
         raise UserError("workload", suite, problem, "correct the workload or its data") from error
-    if not prompts:
-        raise UserError("workload", suite, "yields no request", "give it more data")
 
 
 def write_document(
@@ -147,6 +145,7 @@ def _summarize(
     monitor: ServerMonitor,
     client_report: Mapping[str, Any],
     interrupted_after_s: float | None,
+    notes: Sequence[str],
 ) -> LoadSummary:
     end_s = settings.warmup_s + settings.duration_s
     if interrupted_after_s is not None and rows:
@@ -178,8 +177,7 @@ def _summarize(
             f"{num_whole} of {len(rows)} answers were not streamed, although the requests ask for a stream: "
             "they have no time to first token and no time between tokens"
         )
-    if settings.trace:
-        warnings += read_trace(Path(settings.trace), settings.trace_unit).notes(settings.total_s)
+    warnings += notes
     sentences = _sentences(client_report, summary.errors)
     invalid = _client_faults(summary, client)
     if interrupted_after_s is not None:

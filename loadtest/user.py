@@ -137,8 +137,6 @@ class TrafficRun:
         count = min(len(self._scheduled_s), MAX_PROMPTS) if self.is_open_loop else MAX_PROMPTS
         # In a thread, because Locust's master drops a worker that does not respond for three seconds.
         prompts = gevent.get_hub().threadpool.spawn(make_prompts, self._suite, settings.suite, count).get()
-        if not prompts:
-            raise UserError("workload", self._suite, "yields no request", "give it more data")
         self._client.prepare([prompt for _, prompt in prompts])
         self._prepared = [self._make_request(number, kind, prompt) for number, (kind, prompt) in enumerate(prompts)]
         gc.collect()
