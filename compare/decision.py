@@ -96,7 +96,7 @@ class DecisionRule:
 
         For shares of successes the posterior is that of the four kinds of pairs with Jeffreys' prior, because a
         bootstrap of a few discordant pairs looks certain. For other metrics it is Student's t around the estimate. Its
-        standard deviation is the exact one for means, and that of a paired bootstrap over groups for other metrics.
+        standard deviation is linearized over groups for means, and comes from a paired bootstrap for other metrics.
         Metrics that are better when lower are mirrored.
         """
         floor = reference.floor

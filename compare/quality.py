@@ -48,6 +48,7 @@ from slimserve.workloads.text import make_documents, text_metrics
 if TYPE_CHECKING:
     from slimserve.workloads.kinds.lm_eval import LmEval
 
+_CHAT_PATH = "/v1/chat/completions"
 _NUM_LOGPROBS = 20
 """Log-probabilities per position; vLLM gives at most 20 by default."""
 _CHARACTERS_PER_TOKEN = 6
@@ -198,9 +199,6 @@ def _parse_answer(line: dict[str, Any]) -> KeptAnswer:
 
 def _sha256_of(document: Any) -> str:
     return hashlib.sha256(json.dumps(document, sort_keys=True, default=str).encode()).hexdigest()
-
-
-_CHAT_PATH = "/v1/chat/completions"
 
 
 class _UnsupportedError(Exception):

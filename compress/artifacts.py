@@ -94,7 +94,8 @@ class StepFolder:
 def place_checkpoint(source: Path, output: Path, roles: LayerRoles, link: bool) -> None:
     """Put weights, config and companion files into the variant.
 
-    Weight files are hard links if `link` and possible; files with tensors that loaders do not read are written anew.
+    With `link`, weight files are hard links where the file system allows it. If the files hold tensors that loaders do
+    not read, the weights are written again without them.
     """
     copy_companions(source, output)
     reader = open_dense(source, read_decoder_config(source), roles)

@@ -183,6 +183,6 @@ def document_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
     if tokenizer.chat_template is None:
         return encode(tokenizer, "\n\n".join(message["content"] or "" for message in messages), "workload")
     tools, options = prompt.request.get("tools") or (), prompt.request.get("chat_template_kwargs")
-    text = render_chat(tokenizer, messages, f"of {prompt.kind}", tools=tools, options=options)
+    text = render_chat(tokenizer, messages, f"a prompt of {prompt.kind}", tools=tools, options=options)
     chat: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     return chat

@@ -28,7 +28,6 @@ def render_chat(
     Raises UserError that quotes the template and `name`s the conversation if the template raises, or if it leaves out
     the tools or a message.
     """
-
     variables = options if isinstance(options, Mapping) else {"": options} if options else {}
     if reserved := [key for key in variables if key in _RESERVED]:
         problem = f"has chat_template_kwargs that set {reserved[0] or 'no variables'}"

@@ -35,9 +35,10 @@ class Hardware:
 
     @property
     def has_bf16_products(self) -> bool:
-        """Tell whether this machine multiplies bfloat16 matrices at least as fast as float32 ones.
+        """Tell whether this machine has instructions for products in bfloat16, or emulates them in AVX-512.
 
-        On a CPU with AVX2 alone, torch's products in bfloat16 take six times as long as in float32.
+        On a CPU with AVX2 alone, torch's products in bfloat16 take six times as long as in float32 (measured). AVX-512
+        without bfloat16 instructions, and Arm, were not measured.
         """
         return bool(self.gpus) or bool({"avx512f", "amx_tile", "bf16"} & set(self.isa))
 

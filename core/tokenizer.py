@@ -48,7 +48,7 @@ def check_tokenizer(directory: Path, vocab_size: int) -> Iterator[str]:
     beyond = [token for token, number in tokenizer.get_vocab().items() if number >= vocab_size]
     if tokenizer.chat_template is not None:
         question = [{"role": "user", "content": "What is 2 + 3?"}]
-        text = render_chat(tokenizer, question, f"of one question, with {directory}", add_generation_prompt=True)
+        text = render_chat(tokenizer, question, f"a question to {directory}", add_generation_prompt=True)
         used = next((token for token in beyond if token in text), None)
         if used is not None:
             raise UserError(

@@ -130,7 +130,7 @@ class Trace:
     times_s: tuple[float, ...]
     """Time of each request in seconds, ascending from 0."""
     reading: str
-    """How the times were read, such as `milliseconds, as Mooncake and AIPerf write them`."""
+    """Unit and form in which the times were read, such as `milliseconds, as Mooncake and AIPerf write them`."""
     unused: tuple[str, ...]
     """Names of the other fields."""
 

@@ -57,7 +57,7 @@ class ModelClient:
 
     def __init__(self, url: str, model: str, headers: Mapping[str, str], timeout_s: float, endpoint: str) -> None:
         self.sentences: Counter[tuple[str, str]] = Counter()
-        """How often the server explained each kind of failure with each sentence."""
+        """Number of failures by kind and by the server's explanation."""
         self._http = HttpClient(url, headers, timeout_s)
         self._probe_http = HttpClient(url, headers, min(timeout_s, _PROBE_TIMEOUT_S))
         self._silence: Exchange | None = None
@@ -139,7 +139,7 @@ class ModelClient:
         self._http.close()
 
     def _stream_row(self, request: PreparedRequest, exchange: Exchange) -> tuple[Row, str]:  # noqa: ARG002
-        """Return what a stream tells, with times in the clock of the exchange, and what the server says of an error."""
+        """Return the row of a streamed answer, with times of the exchange's clock, and the server's explanation."""
         failure = failure_of(exchange)
         if exchange.status != 200:
             return Row(0.0, 0.0, 0.0, error=failure), server_sentence(exchange.body)
@@ -158,7 +158,7 @@ class ModelClient:
         return row, "" if failure else answer.sentence
 
     def _score_row(self, request: PreparedRequest, exchange: Exchange) -> tuple[Row, str]:
-        """Return the scores, or the error and what the server says of it."""
+        """Return the row of a score request, and the server's explanation if it failed."""
         error = failure_of(exchange)
         scores: tuple[float, ...] = ()
         usage: Any = None

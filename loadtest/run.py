@@ -198,7 +198,7 @@ def _summarize(
 
 
 def _sentences(client_report: Mapping[str, Any], errors: Mapping[str, int]) -> dict[str, str]:
-    """Return what the server said most often about each kind of error."""
+    """Return the server's most frequent explanation of each kind of error."""
     sentences: dict[str, str] = {}
     for error, sentence, _ in client_report.get("sentences", []):  # the most frequent ones come first
         if sentence and error in errors:

@@ -33,7 +33,7 @@ class StreamError(Exception):
         self.kind = kind
         """Name of the failure."""
         self.sentence = sentence
-        """What the server says about it, in one line."""
+        """The server's own explanation in one line; empty if it gives none."""
         super().__init__(kind)
 
 
@@ -104,12 +104,12 @@ class StreamedReply:
     error: str | None = None
     """Kind of failure; everything before it is kept."""
     sentence: str = ""
-    """What the server says about the failure, in one line."""
+    """The server's own explanation of the failure in one line; empty if it gives none."""
 
 
 @dataclass
 class _Parts:
-    """What arrived so far."""
+    """The parts of a reply that have arrived."""
 
     texts: list[tuple[float, str]] = field(default_factory=list)
     thoughts: list[str] = field(default_factory=list)

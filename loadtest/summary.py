@@ -121,7 +121,7 @@ class LoadSummary:
     by_kind: dict[str, LoadSummary] = field(default_factory=dict)
     """Summary of each workload of a mixed run."""
     error_sentences: dict[str, str] = field(default_factory=dict)
-    """What the server said most often about each kind of error."""
+    """The server's most frequent explanation of each kind of error."""
 
     @property
     def num_succeeded(self) -> int:

@@ -256,13 +256,18 @@ NO_TEXTS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
 }
 
 
-@pytest.mark.parametrize(("damage", "message"), NO_TEXTS.values(), ids=list(NO_TEXTS))
-@pytest.mark.parametrize("reader", READERS.values(), ids=list(READERS))
+@pytest.mark.parametrize(
+    ("reader", "damage", "message"),
+    [
+        pytest.param(reader, damage, message, id=f"{name}-{damaged}")
+        for name, reader in READERS.items()
+        for damaged, (damage, message) in NO_TEXTS.items()
+        if "surrogate" not in message or "json" in reader.file  # only JSON can write half of a pair
+    ],
+)
 def test_what_is_no_text_is_one_error_line_that_names_the_line(
     tmp_path: Path, reader: Reader, damage: Callable[[bytes], bytes], message: str
 ) -> None:
-    if "surrogate" in message and "json" not in reader.file:
-        pytest.skip("only JSON can write half of a surrogate pair")
     content = reader.rows(["a first text", "another one", "and a third"]).encode()
     number = content[: content.index(b"another")].count(b"\n") + 1
     (tmp_path / reader.file).write_bytes(damage(content))

@@ -100,7 +100,7 @@ def _rendered(prompt: Prompt, tokenizer: Any) -> str:
         return prompt.query
     if tokenizer is not None and tokenizer.chat_template is not None:
         tools, options = prompt.request.get("tools") or (), prompt.request.get("chat_template_kwargs")
-        name = f"of {prompt.kind}"
+        name = f"a prompt of {prompt.kind}"
         return render_chat(tokenizer, prompt.messages, name, tools=tools, options=options, add_generation_prompt=True)
     return "\n".join(f"{message['role']}: {message['content']}" for message in prompt.messages)
 

@@ -23,7 +23,7 @@ from slimserve.core.messages import Message, is_empty, kind_of, list_of, read_me
 from slimserve.core.text import parse_json
 
 REMEDY = 'write {"messages": [{"role": "user", "content": "…"}]} or {"prompt": "…"} on each line'
-"""What to do about a row that cannot be read."""
+"""Remedy in the errors about rows that cannot be read."""
 NUM_TOKENS_FIELDS = ("max_tokens", "max_completion_tokens", "output_tokens", "output_len")
 """Fields for the largest number of tokens of a reply, by OpenAI's API and its benchmarks."""
 # fmt: off

@@ -1,10 +1,9 @@
 """Reasoning: a problem, a chain of thought between think tags, and an answer that a verifier checks.
 
-Problems come from the procedural generators of `reasoning-gym`. Three of four are sums of two or three digits; after
-four worked examples SmolLM2-135M solves most of two digits and few of three. The fourth is a word problem of
-`gsm_symbolic` with its worked derivation, which makes the model write a long chain; that model solves almost none. Each
-prompt shows worked examples of its kind from the calibration split, short and long ones in
-turn, and then asks.
+Problems come from the procedural generators of `reasoning-gym`. Three of four are sums of two or three numbers of one
+digit. After four worked examples SmolLM2-135M solves most sums of two numbers and few of three. Every fourth problem is
+a word problem of `gsm_symbolic` with its worked derivation, which makes the model write a long chain; that model solves
+almost none. Each prompt first shows worked examples of its kind from the calibration split, short and long in turn.
 
 The generators seed problem i with `seed + i`, so the streams of nearby seeds overlap. Splits are therefore drawn from
 one stream and divided by a hash of the question.
@@ -132,16 +131,8 @@ class Reasoning(Workload):
 @cache
 def _examples(kind: str) -> tuple[dict[str, Any], ...]:
     """Return the first calibration problems of which no two neighbours have the same number of steps."""
-    examples: list[dict[str, Any]] = []
-    length = 0
-    for entry in _entries(kind, "calibration"):
-        before, length = length, len(re.findall(r"=", chain_of_thought(kind, entry)))
-        if length == before:
-            continue
-        examples.append(entry)
-        if len(examples) == KINDS[kind].num_examples:
-            break
-    return tuple(examples)
+    runs = itertools.groupby(_entries(kind, "calibration"), lambda entry: chain_of_thought(kind, entry).count("="))
+    return tuple(next(run) for _, run in itertools.islice(runs, KINDS[kind].num_examples))
 
 
 def _worked(kind: str, entry: dict[str, Any]) -> tuple[dict[str, str], dict[str, str]]:

@@ -165,7 +165,6 @@ def _checkpoint_row(directory: Path, token: int) -> Tensor | None:
 @lru_cache(4)
 def _head_files(directory: Path) -> dict[str, tuple[Path, str]]:
     """Return file and name of each tensor of the output layer by suffix; nothing if INT8 codes have zero points."""
-
     try:
         tensors = read_tensors(directory)
     except UserError:

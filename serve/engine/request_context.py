@@ -20,7 +20,7 @@ WIND_UP_S = 1.0
 
 
 class Connections(Protocol):
-    """What a request needs of the server's connections, for which ASGI has no message."""
+    """The server's connections, for the two actions on them that ASGI has no message for."""
 
     def abort_connection(self, scope: Scope) -> None:
         """Reset the connection of a request, with what its client has not read."""

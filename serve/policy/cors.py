@@ -30,7 +30,7 @@ def is_preflight(method: str, headers: Iterable[tuple[bytes, bytes]]) -> bool:
 
 
 class CorsRules:
-    """Which pages may call a server, and the headers that tell their browser so."""
+    """The pages that may call a server, and the headers that tell their browsers so."""
 
     def __init__(self, middleware: CORSMiddleware | None = None) -> None:
         self._rules = middleware or _middleware(["*"], ["*"], ["*"], False)
