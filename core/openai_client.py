@@ -175,7 +175,11 @@ def server_sentence(body: bytes) -> str:
     except (ValueError, RecursionError):
         title = _TITLE.search(text)
         message = html.unescape(title[1] if title else _TAG.sub(" ", text))
-    line = " ".join(message.split())
+    return _one_line(message)
+
+
+def _one_line(text: str) -> str:
+    line = " ".join(text.split())
     return line if len(line) <= _NUM_SHOWN_CHARACTERS else line[: _NUM_SHOWN_CHARACTERS - 2].rstrip() + " …"
 
 
@@ -214,7 +218,7 @@ class OpenAIClient:
             problem = f"was not answered with JSON but with {server_sentence(response.content)!r}"
             raise UserError("request", path, problem, "check the address of the server") from error
         if not isinstance(answer, dict):
-            problem = f"got an answer that cannot be read: not an object but {server_sentence(response.content)!r}"
+            problem = f"was answered with JSON that is not an object: {_one_line(response.text)}"
             raise UserError("request", path, problem, "check the address of the server")
         if answer.get("error"):
             problem = f"was answered with an error: {server_sentence(response.content)}"

@@ -68,7 +68,8 @@ def test_a_variant_is_built_served_evaluated_loaded_and_reported(tmp_path: Path)
     assert 0 < recommendation["server"]["prefix_cache_hit_frac"] < 1
     assert variant["bottlenecks"]["recommendation"]["limited_by"] == "prefill"
     assert variant["costs"]["reasoning"]["per_million_output_tokens"]["median"] > 0
-    assert [run["rate_rps"] for run in one["at_rate"]["recommendation"]] == [0.3]
+    loaded = [run["rate_rps"] for run in one["at_rate"].get("recommendation", [])]
+    assert loaded + one["overloaded"].get("recommendation", []) == [0.3], "loaded, or far above a slow CPU's capacity"
     assert document["verdict"]["decisions"][0]["ruling"] == "keeps"
     assert set(document["verdict"]["uninformative"]) <= {"recommendation", "reasoning"}, "so few prompts may not tell"
     assert "<svg" in (tmp_path / "report.html").read_text()
