@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,13 +14,13 @@ from torch import Tensor
 
 from slimserve.compress.calibration import document_ids
 from slimserve.compress.reference import nll_per_token, reference_logits
-from slimserve.workloads.interface import ChatPrompt, Prompt, Split, Workload
+from slimserve.workloads.interface import Split, Workload
 from slimserve.workloads.reasoning import Reasoning
 from slimserve.workloads.recommendation import Recommendation
 
 SEQUENCE_LENGTH = 512
 _PROMPTS_DRAWN = 400
-"""Number of prompts drawn from each workload; the quality split has only about 600 different sums."""
+"""Number of prompts drawn from each workload."""
 
 
 def packed_tokens(
@@ -44,7 +43,7 @@ def packed_tokens(
         for prompt in prompts:
             if len(tokens) >= num_wanted * length:
                 break
-            tokens += document_ids(tokenizer, _without_examples(prompt))
+            tokens += document_ids(tokenizer, prompt)
         if len(tokens) < num_wanted * length:
             raise RuntimeError(f"{workload.name} has {len(tokens)} {split} tokens, {num_wanted * length} are needed")
         sequences.append(torch.tensor(tokens[: num_wanted * length]).reshape(num_wanted, length))
@@ -64,8 +63,3 @@ def negative_log_likelihood(directory: Path, sequences: Sequence[Tensor]) -> flo
         for logits_TV, tokens_T in zip(reference_logits(directory, sequences), sequences, strict=True)
     ]
     return float(torch.cat(losses).double().mean())
-
-
-def _without_examples(prompt: Prompt) -> Prompt:
-    """Remove the worked examples at the start of a reasoning prompt, which are the same in every split."""
-    return replace(prompt, messages=prompt.messages[-1:]) if isinstance(prompt, ChatPrompt) else prompt

@@ -105,7 +105,7 @@ def _prompt(entry: dict[str, Any]) -> ChatPrompt:
         ({"role": "user", "content": entry["question"]},),
         _MAX_REPLY,
         _KIND,
-        chain_of_thought(_KIND, entry),
+        chain_of_thought(entry),
         entry["answer"],
         entry,
     )

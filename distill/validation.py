@@ -99,11 +99,17 @@ def _mean_losses(losses_3N: Tensor, sections: Sequence[Section], chosen: Collect
 
 def make_evaluator(examples: Examples, max_tokens: int) -> Callable[[nn.Module], Mapping[str, float]] | None:
     """Return a function that measures the AUC of the validation examples' labels; None if they have none."""
-    if not examples.labels or not examples.validation:
+    pairs = zip(examples.validation, examples.groups, strict=True) if examples.labels else []
+    scored, groups = [], []
+    for example, group in pairs:
+        if group is not None:
+            scored.append(example)
+            groups.append(group)
+    if not scored:
         return None
 
     def evaluate(student: nn.Module) -> Mapping[str, float]:
-        estimates = label_metrics(student, examples.validation, examples.labels, examples.groups, max_tokens)
+        estimates = label_metrics(student, scored, examples.labels, groups, max_tokens)
         return {name: estimates[name].value for name in ("auc", "within_group_auc")}
 
     return evaluate

@@ -13,6 +13,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -247,7 +248,7 @@ class MetricData:
     """Best possible value; None if there is none."""
     higher_is_better: bool = True
 
-    @property
+    @cached_property
     def value(self) -> float:
         """The metric over all rows."""
         return self.statistic(list(range(len(self.groups))))
@@ -351,6 +352,13 @@ class Workload(ABC):
     @abstractmethod
     def make_prompts(self, split: Split, num_prompts: int, seed: int = 0) -> list[Prompt]:
         """Return the first `num_prompts` prompts of a split in the order of `seed`; fewer if it has no more."""
+
+    def score_calibration_prompts(self, num_prompts: int, seed: int = 0) -> list[Prompt]:
+        """Return prompts of the calibration split, drawn as those of the quality split are.
+
+        A calibration of scores holds for prompts that are drawn alike; a recipe's calibration does not depend on it.
+        """
+        return self.make_prompts("calibration", num_prompts, seed)
 
     @abstractmethod
     def metric_data(self, prompts: Sequence[Prompt], answers: Sequence[Answer]) -> dict[str, MetricData]:

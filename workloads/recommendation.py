@@ -1,11 +1,14 @@
 """Recommendation: a user's rating history, then candidate items to be ranked by the probability of a label.
 
-The history is the shared prefix, one line per film in the order of time. A candidate is the short suffix
-`Title (year):`, and its score is the probability of " yes" against " no"::
+The history is the shared prefix, one line per film in the order of time, with the share of users who liked the film. A
+candidate is the short suffix up to the colon, and its score is the probability of " yes" against " no"::
 
-    Toy Story (1995): yes
-    GoldenEye (1995): no
-    Four Rooms (1995):          <- candidate
+    Toy Story (1995), liked by 71%: yes
+    GoldenEye (1995), liked by 43%: no
+    Four Rooms (1995), liked by 46%:          <- candidate
+
+The share is that of the calibration split's users, without the user who is asked about; a film that none of them rated
+has none. A title alone says too little: SmolLM2-135M knows no films, and ranks them by title no better than chance.
 
 The data is MovieLens-100K as RecBole atomic files, read by path from the installed `recbole` package because its terms
 forbid redistribution. Any directory works that has one `.inter` file (user_id, item_id, rating, timestamp) and one
@@ -49,6 +52,8 @@ from slimserve.workloads.interface import (
 
 LABELS = (" yes", " no")
 _LIKED_FROM = 4.0
+_PSEUDO_COUNTS = 5
+"""Weight of the overall share of liked items in the share of one item, in ratings."""
 _DATA = "recommendation data"
 
 
@@ -88,18 +93,30 @@ class Recommendation(Workload):
         For quality, every user's first list comes before any user's second one, so that users with long histories do
         not count more than others while there are others.
         """
+        return self._prompts(split, num_prompts, seed, is_by_user=split == "quality")
+
+    def score_calibration_prompts(self, num_prompts: int, seed: int = 0) -> list[Prompt]:
+        """Return lists of the calibration split's users, every user's first one before any second one.
+
+        Users say yes less often in later lists, so that lists in another order would have another share of yes.
+        """
+        return self._prompts("calibration", num_prompts, seed, is_by_user=True)
+
+    def _prompts(self, split: Split, num_prompts: int, seed: int, *, is_by_user: bool) -> list[Prompt]:
         drawn: list[tuple[int, Prompt]] = []
         span = self.history_len + self.num_candidates
-        for user, ratings in load_ratings(self.data or movielens_directory()).items():
+        of_users = load_ratings(self.data or movielens_directory())
+        opinions = _Opinions(of_users)
+        for user, ratings in of_users.items():
             if split_of(user) != split:
                 continue
             last = len(ratings) - span
             for number, start in enumerate(range(max(0, last) if self.is_latest_only else 0, last + 1, span)):
                 history = ratings[start : start + self.history_len]
                 candidates = ratings[start + self.history_len : start + span]
-                drawn.append((number, _scoring_prompt(user, history, candidates)))
+                drawn.append((number, _scoring_prompt(user, history, candidates, opinions)))
         random.Random(seed).shuffle(drawn)
-        if split == "quality":
+        if is_by_user:
             drawn.sort(key=lambda one: one[0])
         return [prompt for _, prompt in drawn[:num_prompts]]
 
@@ -116,8 +133,9 @@ class Recommendation(Workload):
     def baselines(self, prompts: Sequence[Prompt]) -> dict[str, list[Answer]]:
         """Return the share of "yes" in the history, the popularity of the items in the calibration split, and both."""
         ratings = load_ratings(self.data or movielens_directory())
+        opinions = _Opinions(ratings)
         known = [one for user, rows in ratings.items() if split_of(user) == "calibration" for one in rows]
-        training = [(f"{rating.title}:", rating.liked) for rating in known]
+        training = [(opinions.item(rating), rating.liked) for rating in known]
         return ranking_baselines(cast("Sequence[ScoringPrompt]", prompts), training, [])
 
     def load_prompts(self, options: LoadOptions, num_prompts: int) -> list[Prompt]:
@@ -223,11 +241,39 @@ def _title(row: dict[str, str]) -> str:
     return f"{title} ({year})" if year else title
 
 
-def _scoring_prompt(user: str, history: list[Rating], candidates: list[Rating]) -> ScoringPrompt:
-    lines = [f"{rating.title}:{LABELS[0] if rating.liked else LABELS[1]}\n" for rating in history]
+class _Opinions:
+    """The share of the calibration split's users who liked each item."""
+
+    def __init__(self, of_users: Mapping[str, Sequence[Rating]]) -> None:
+        self._counts: dict[str, list[int]] = {}
+        for user, ratings in of_users.items():
+            if split_of(user) == "calibration":
+                for rating in ratings:
+                    counts = self._counts.setdefault(rating.title, [0, 0])
+                    counts[0] += rating.liked
+                    counts[1] += 1
+        liked, total = (sum(counts[at] for counts in self._counts.values()) for at in (0, 1))
+        self._rate = liked / total if total else 0.5
+
+    def item(self, rating: Rating, is_counted: bool = False) -> str:
+        """Return the text of an item up to its label; `is_counted` if this rating is one of those counted."""
+        liked, total = self._counts.get(rating.title, (0, 0))
+        if is_counted:
+            liked, total = liked - rating.liked, total - 1
+        if not total:
+            return f"{rating.title}:"
+        share = (liked + _PSEUDO_COUNTS * self._rate) / (total + _PSEUDO_COUNTS)
+        return f"{rating.title}, liked by {share:.0%}:"
+
+
+def _scoring_prompt(
+    user: str, history: Sequence[Rating], candidates: Sequence[Rating], opinions: _Opinions
+) -> ScoringPrompt:
+    is_counted = split_of(user) == "calibration"
+    lines = [f"{opinions.item(rating, is_counted)}{LABELS[0] if rating.liked else LABELS[1]}\n" for rating in history]
     return ScoringPrompt(
         query="".join(lines),
-        items=tuple(f"{rating.title}:" for rating in candidates),
+        items=tuple(opinions.item(rating, is_counted) for rating in candidates),
         labels=LABELS,
         truth=tuple(rating.liked for rating in candidates),
         group=hash_number(user),

@@ -119,7 +119,7 @@ def _likeliest(top: Mapping[int, float]) -> int:
 
 
 def _solved(prompt: Prompt) -> str:
-    """Return a prompt with its true answer, without the worked examples before it."""
+    """Return a prompt with its true answer, without the messages before the last one."""
     if not isinstance(prompt, ChatPrompt):
         return prompt.solved if isinstance(prompt, ScoringPrompt) else f"{prompt.solved}\n\n"
     return f"{prompt.messages[-1]['content']}\n{prompt.solution}\n\n"

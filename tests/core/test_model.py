@@ -3,9 +3,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from slimserve.core.errors import UserError
-from slimserve.core.model import model_name, resolve_model
+from slimserve.core.model import BUILTIN_MODELS, model_name, resolve_model
 from slimserve.core.model_files import model_hash, read_tensors
 from slimserve.core.variant import read_manifest
 
@@ -21,6 +22,24 @@ def test_the_builtin_model_is_unpacked_and_says_that_it_was_dequantized(smollm2:
     assert manifest.base.note == "dequantized Q4_1"
     assert manifest.num_parameters == 134_515_008
     assert read_tensors(smollm2)["model.embed_tokens.weight"].shape == (49152, 576)
+
+
+def test_the_tuned_model_is_the_builtin_one_plus_its_adapter(smollm2: Path) -> None:
+    adapter = BUILTIN_MODELS["smollm2-135m-tuned"].adapter
+    assert adapter is not None
+    assert sum(file.stat().st_size for file in adapter.iterdir()) <= 4 * 2**20
+    tuned = resolve_model("smollm2-135m-tuned")
+    manifest = read_manifest(tuned)
+    assert manifest is not None
+    assert manifest.base.note == "dequantized Q4_1, with a LoRA adapter"
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    lora = load_file(adapter / "adapter_model.safetensors")
+    name = "model.layers.7.mlp.down_proj"
+    low, high = (lora[f"base_model.model.{name}.lora_{part}.weight"].double() for part in "AB")
+    base, merged = (load_file(folder / "model.safetensors")[f"{name}.weight"].double() for folder in (smollm2, tuned))
+    expected = base + settings["lora_alpha"] / settings["r"] * high @ low
+    assert ((merged - expected).abs() <= expected.abs() * 2**-8 + 1e-6).all()
+    assert (expected - base).abs().max() > 1e-3
 
 
 def test_a_directory_is_used_as_it_is(model_copy: Path) -> None:

@@ -39,6 +39,15 @@ def test_users_in_validation_are_not_in_training(tokenizer: Any, smollm2: Path) 
     assert examples.training[0].sections.count(Section.ANSWER) == 40
 
 
+def test_joined_workloads_give_equal_shares_and_only_scored_items_have_users(tokenizer: Any, smollm2: Path) -> None:
+    examples = load_examples(tokenizer, smollm2, "reasoning+recommendation", 8, 4, 2048, 0)
+    assert [one.name.split("/")[0] for one in examples.training] == ["reasoning"] * 4 + ["recommendation"] * 4
+    assert [group is None for group in examples.groups] == [True, True, False, False]
+    assert [tokenizer.decode([label]) for label in examples.labels] == [" yes", " no"]
+    alone = load_examples(tokenizer, smollm2, "recommendation", 4, 2, 2048, 0)
+    assert (examples.training[4:], examples.validation[2:]) == (alone.training, alone.validation)
+
+
 def test_a_file_may_mix_all_forms_of_conversations(tokenizer: Any, smollm2: Path, tmp_path: Path) -> None:
     file = tmp_path / "chats.jsonl"
     rows: list[dict[str, Any]] = [{"prompt": f"p{number}", "completion": "c"} for number in range(40)]

@@ -42,6 +42,26 @@ def test_a_prompt_is_the_history_in_the_order_of_time_and_then_the_candidates(tm
     assert prompt.labels == (" yes", " no")
 
 
+def test_items_show_the_share_of_other_calibration_users_who_liked_them(tmp_path: Path) -> None:
+    users = [str(number) for number in range(1000) if split_of(str(number)) == "calibration"][:5]
+    asked = user_of("quality")
+    ratings = [(user, item, 5 if place <= item else 1) for place, user in enumerate(users) for item in (0, 1)]
+    rows = [f"{user}\t{item}\t{rating}\t{item}" for user, item, rating in [*ratings, (asked, 0, 1), (asked, 1, 1)]]
+    (tmp_path / "own.inter").write_text("\n".join(["user_id\titem_id\trating\ttimestamp", *rows]) + "\n")
+    (tmp_path / "own.item").write_text("item_id\tmovie_title\n0\tA\n1\tB\n")
+    workload = Recommendation(tmp_path, history_len=1, num_candidates=1)
+    overall = 3 / 10
+    (prompt,) = candidate_lists(workload, "quality")
+    assert prompt.query == f"A, liked by {(1 + 5 * overall) / 10:.0%}: no\n"
+    assert prompt.items == (f"B, liked by {(2 + 5 * overall) / 10:.0%}:",)
+    # A calibration user's own rating does not count, so the share does not give the label away.
+    own = {prompt.truth[0]: prompt.items[0] for prompt in candidate_lists(workload, "calibration")}
+    assert own == {
+        True: f"B, liked by {(1 + 5 * overall) / 9:.0%}:",
+        False: f"B, liked by {(2 + 5 * overall) / 9:.0%}:",
+    }
+
+
 def test_prompts_of_a_user_do_not_overlap(tmp_path: Path) -> None:
     data = write_atomic_files(tmp_path, user_of("load"), 11)
     prompts = candidate_lists(Recommendation(data, history_len=3, num_candidates=2), "load")
