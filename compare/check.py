@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from slimserve.compress.families import roles_of
+from slimserve.compress.decoder import decoder_of
+from slimserve.compress.formats import find_format
 from slimserve.compress.reference import reference_logits, reference_shapes
+from slimserve.core.hardware import probe_hardware
 from slimserve.core.model_config import read_decoder_config
 from slimserve.core.storage import cache_dir
 from slimserve.core.tokenizer import load_tokenizer
@@ -31,7 +34,7 @@ class Finding:
 def check_variant(directory: Path) -> Iterator[Finding]:
     """Run the checks one after another, cheap ones first; a wrong shape ends them, because nothing would load."""
     config = read_decoder_config(directory)
-    roles_of(config)
+    decoder_of(config)  # raises for a model that is no decoder
     shapes = _compare_shapes(directory)
     yield shapes
     if not shapes.passed:
@@ -41,6 +44,10 @@ def check_variant(directory: Path) -> Iterator[Finding]:
     finite = bool(torch.isfinite(reference.exact).all())
     yield Finding("plain torch", finite, "logits are finite" if finite else "logits are NaN or infinite")
     yield _compare("transformers", reference, _ask_transformers(directory, prompts))
+    refusal = _gpu_reason(config)
+    if refusal is not None:
+        yield Finding("vLLM", True, f"not asked on this machine: {refusal}")
+        return
     log = cache_dir("logs") / f"check-{directory.name}.log"
     answer = next(ask_vllm([directory], [prompt.tolist() for prompt in prompts], _GREEDY_TOKENS, log))
     yield _compare("vLLM", reference, answer, f"read {log}")
@@ -48,21 +55,22 @@ def check_variant(directory: Path) -> Iterator[Finding]:
         yield Finding("greedy text", True, repr(load_tokenizer(directory).decode(answer.greedy[0])))
 
 
+def _gpu_reason(config: Mapping[str, Any]) -> str | None:
+    """Return the reason why vLLM has no kernel for the model on this machine; None if it may have one."""
+    quantization = config.get("quantization_config")
+    quant_format = find_format(quantization) if quantization else None
+    if quant_format is None or not quant_format.needs_gpu or probe_hardware().gpus:
+        return None
+    return quant_format.gpu_reason
+
+
 def _compare_shapes(directory: Path) -> Finding:
     """Compare the shapes that transformers makes from the config with those in the files, unpacked if quantized."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(directory)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    with torch.device("meta"):
-        expected = {
-            name: tuple(tensor.shape) for name, tensor in AutoModelForCausalLM.from_config(config).state_dict().items()
-        }
-    actual = reference_shapes(directory)
-    if config.tie_word_embeddings:
-        expected.pop("lm_head.weight", None)
-        actual.pop("lm_head.weight", None)
+    config = read_decoder_config(directory)
+    decoder = decoder_of(config)
+    expected, actual = dict(decoder.shapes), reference_shapes(directory)
+    if decoder.is_tied:
+        actual.pop(decoder.head, None)
     wrong = [
         f"{name}: {actual.get(name, 'missing')} in the file, {expected.get(name, 'nothing')} according to the config"
         for name in sorted(expected.keys() | actual.keys())

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
@@ -20,6 +20,42 @@ _PANEL = 192
 """Columns of a Hessian that are mirrored at once."""
 _MIN_BLOCK = 128
 """Columns of the diagonal blocks at which the recursion ends; only these blocks are computed below the diagonal."""
+
+
+class Activations(Protocol):
+    """Activations `[N, T, I]`, read and written a few sequences at a time."""
+
+    def write(self, first: int, x_BTI: Tensor) -> None:
+        """Store a batch of sequences; the first has the index `first`."""
+
+    def read(self, first: int, count: int) -> Tensor:
+        """Return up to `count` sequences from index `first` on, `[B, T, I]`."""
+
+    def batches(self, count: int) -> Iterator[tuple[int, Tensor]]:
+        """Yield the index of the first sequence of each batch, and the batch of up to `count` sequences."""
+
+    def delete(self) -> None:
+        """Free the space."""
+
+
+class MemoryActivations:
+    """Activations `[N, T, I]` in one tensor, on a GPU or in pinned memory."""
+
+    def __init__(self, values_NTI: Tensor) -> None:
+        self._values_NTI = values_NTI
+
+    def write(self, first: int, x_BTI: Tensor) -> None:
+        self._values_NTI[first : first + len(x_BTI)] = x_BTI
+
+    def read(self, first: int, count: int) -> Tensor:
+        return self._values_NTI[first : first + count]
+
+    def batches(self, count: int) -> Iterator[tuple[int, Tensor]]:
+        for first in range(0, len(self._values_NTI), count):
+            yield first, self.read(first, count)
+
+    def delete(self) -> None:
+        self._values_NTI = self._values_NTI[:0].clone()
 
 
 class ActivationFile:
@@ -37,7 +73,7 @@ class ActivationFile:
         """Store a batch of sequences; the first has the index `first`."""
         with self.path.open("r+b") as file:
             file.seek(first * self._sequence_bytes)
-            file.write(_bytes_of(x_BTI.to(self._dtype).contiguous()))
+            file.write(_bytes_of(x_BTI.to(self._dtype).cpu().contiguous()))
 
     def read(self, first: int, count: int) -> Tensor:
         """Return up to `count` sequences from index `first` on, `[B, T, I]`.
@@ -77,10 +113,10 @@ class Hessian:
     the end.
     """
 
-    def __init__(self, width: int, layer: str, wants_peak: bool = False) -> None:
+    def __init__(self, width: int, layer: str, wants_peak: bool = False, device: torch.device | str = "cpu") -> None:
         self._layer = layer
-        self._sum_II = torch.zeros(width, width)
-        self.peak_I = torch.zeros(width) if wants_peak else None
+        self._sum_II = torch.zeros(width, width, device=device)
+        self.peak_I = torch.zeros(width, device=device) if wants_peak else None
         self.num_tokens = 0
 
     def add(self, x_BTI: Tensor) -> None:

@@ -14,8 +14,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 
 from slimserve.compress.checkpoint import CheckpointWriter, open_dense
-from slimserve.compress.families import LayerRoles
-from slimserve.compress.forward import Block
+from slimserve.compress.decoder import Block, decoder_of
 from slimserve.compress.steps import Detail
 from slimserve.core.model_config import CONFIG_FILE, read_config, read_decoder_config
 from slimserve.core.model_files import (
@@ -58,7 +57,7 @@ class StepFolder:
 
     def write_block(self, index: int, block: Block) -> None:
         """Save a finished block; it counts only after `write_progress`."""
-        save_file({name: tensor.contiguous() for name, tensor in block.items()}, self._block_file(index))
+        save_file({name: tensor.cpu().contiguous() for name, tensor in block.items()}, self._block_file(index))
 
     def read_block(self, index: int) -> Block:
         """Return a finished block."""
@@ -91,17 +90,18 @@ class StepFolder:
         return self._blocks / f"block-{index:05d}.safetensors"
 
 
-def place_checkpoint(source: Path, output: Path, roles: LayerRoles, link: bool) -> None:
+def place_checkpoint(source: Path, output: Path, link: bool) -> None:
     """Put weights, config and companion files into the variant.
 
     With `link`, weight files are hard links where the file system allows it. If the files hold tensors that loaders do
     not read, the weights are written again without them.
     """
     copy_companions(source, output)
-    reader = open_dense(source, read_decoder_config(source), roles)
+    config = read_decoder_config(source)
+    reader = open_dense(source, config)
     files = weight_files(source)
     if has_derived_tensors(source) or len(reader.names) < len(read_tensors(source)):
-        writer = CheckpointWriter(output)
+        writer = CheckpointWriter(output, decoder_of(config).stored_name)
         for name in reader.names:
             writer.add({name: reader.read(name)})
         writer.close()

@@ -7,20 +7,23 @@ the blocks ranks the shapes; `budget_search.py` builds and evaluates the best on
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import torch
 
-from slimserve.compress.families import SUBLAYERS, LayerRoles, Sublayer
+from slimserve.compress.decoder import Block, Decoder, decoder_of
+from slimserve.compress.families import without_layers
 from slimserve.compress.formats import get_format
 from slimserve.compress.formats.head import head_bytes
-from slimserve.compress.forward import Block, Decoder, dense_linear
 from slimserve.compress.recipe import AnyStep, Keep, Prune, PruneDepth, Quantize
+from slimserve.compress.roles import Kind, PruneRole, find_role
 from slimserve.core.errors import UserError
 
 NUM_FINALISTS = 3
@@ -54,14 +57,20 @@ class Shape:
 
     def apply_to(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Return the config of the model in this shape; `config` must state all sizes."""
-        num_q_per_kv = config["num_attention_heads"] // config["num_key_value_heads"]
-        return {
-            **config,
-            "intermediate_size": self.width,
-            "num_key_value_heads": self.kv_groups,
-            "num_attention_heads": self.kv_groups * num_q_per_kv,
-            "num_hidden_layers": self.depth,
-        }
+        dense, after = Shape.of(config), dict(config)
+        if self.width < dense.width:
+            after = find_role(config, "mlp").config(after, self.width)
+        if self.kv_groups < dense.kv_groups:
+            after = find_role(config, "attention").config(after, self.kv_groups)
+        return without_layers(after, set(range(self.depth, dense.depth)))
+
+
+def usable_roles(config: Mapping[str, Any]) -> dict[Kind, PruneRole]:
+    """Return the units that a budget can remove. Raises UserError if there are neither neurons nor KV groups."""
+    roles: dict[Kind, PruneRole] = {"mlp": find_role(config, "mlp")}
+    with suppress(UserError):
+        roles["attention"] = find_role(config, "attention")
+    return roles
 
 
 @dataclass(frozen=True)
@@ -99,16 +108,17 @@ class Budget:
         self,
         keep: Keep,
         config: Mapping[str, Any],
-        roles: LayerRoles,
         num_parameters: int,
         num_bytes: int,
         quantization: Quantize | None,
     ) -> None:
         """Measure the dense model; `config` must state all sizes, `num_bytes` is the size of its weight files."""
         self.dense = Shape.of(config)
-        self._keep, self._config, self._roles, self._quantization = keep, config, roles, quantization
-        self._timer = BlockTimer(config, roles) if keep.speedup is not None else None
-        self._outside = num_parameters - _block_weights(config, self.dense, roles) * self.dense.depth
+        self._keep, self._config, self._quantization = keep, config, quantization
+        self.roles = usable_roles(config)
+        self._decoder = decoder_of(config)
+        self._timer = BlockTimer(config) if keep.speedup is not None else None
+        self._outside = num_parameters - self._block_weights(self.dense) * self.dense.depth
         """Parameters that pruning does not remove: embedding, head, norms and biases."""
         self._bytes_each = num_bytes / num_parameters
         if keep.speedup is not None:
@@ -124,15 +134,15 @@ class Budget:
         if self._timer is not None:
             return self._timer.relative_seconds(shape)
         if self._keep.parameters is not None:
-            return self._outside + _block_weights(self._config, shape, self._roles) * shape.depth
+            return self._outside + self._block_weights(shape) * shape.depth
         outside = self._outside * self._bytes_each
         if self._quantization is None:
-            return outside + _block_weights(self._config, shape, self._roles) * shape.depth * self._bytes_each
+            return outside + self._block_weights(shape) * shape.depth * self._bytes_each
         return outside + self._quantized_bytes(shape, self._quantization)
 
     def _quantized_bytes(self, shape: Shape, step: Quantize) -> float:
         """Return the bytes of all blocks, at most what `keep_worst` leaves dense, and what an INT8 head adds."""
-        layers = _layer_sizes(self._config, shape, self._roles)
+        layers = self._layer_sizes(shape)
         quant_format = get_format(step.format)
         group, _ = quant_format.choose_group_size(step.group_size, [inputs for _, inputs in layers.values()])
         sizes = {
@@ -140,9 +150,9 @@ class Budget:
             for layer, (outputs, inputs) in layers.items()
         }
         total = sum(sizes.values()) * shape.depth
-        gate = self._roles.gate
-        outputs, inputs = layers[gate]
-        total += step.keep_worst * 2 * (outputs * inputs * self._bytes_each - sizes[gate])
+        mlp = list(self.roles["mlp"].producers)
+        dense = sum(math.prod(layers[layer]) for layer in mlp) * self._bytes_each
+        total += step.keep_worst * (dense - sum(sizes[layer] for layer in mlp))
         if step.head == "int8":
             vocabulary, hidden = self._config["vocab_size"], self._config["hidden_size"]
             total += head_bytes(vocabulary, hidden)
@@ -181,7 +191,19 @@ class Budget:
 
     @property
     def _fewest_groups(self) -> int:
-        return 1 if self._roles.reads_head_dim else self.dense.kv_groups
+        return 1 if "attention" in self.roles else self.dense.kv_groups
+
+    def _layer_sizes(self, shape: Shape) -> dict[str, tuple[int, int]]:
+        """Return the output and input features of each linear layer of a block."""
+        shapes = self._decoder.block_shapes(0)
+        sizes = {layer: shapes[f"{layer}.weight"] for layer in self._decoder.linears(0)}
+        for kind, role in self.roles.items():
+            sizes |= role.layer_sizes(self._decoder, shape.width if kind == "mlp" else shape.kv_groups)
+        return {layer: (size[0], size[1]) for layer, size in sizes.items()}
+
+    def _block_weights(self, shape: Shape) -> int:
+        """Return the number of weights in a block's linear layers."""
+        return sum(outputs * inputs for outputs, inputs in self._layer_sizes(shape).values())
 
     def measure(self, shape: Shape) -> float:
         """Return the cost of one shape; a time is measured again instead of interpolated."""
@@ -210,7 +232,7 @@ def rank(shapes: Sequence[Shape], dense: Shape, curves: Sequence[Mapping[str, An
     return sorted(candidates, key=lambda candidate: candidate.estimated_error)
 
 
-def profile_sizes(config: Mapping[str, Any]) -> dict[Sublayer, list[int]]:
+def profile_sizes(config: Mapping[str, Any]) -> dict[Kind, list[int]]:
     """Return the sizes of each sublayer at which the error curves are measured, from the dense size down."""
     dense = Shape.of(config)
     widths = {round(dense.width * (1 - (1 - _MIN_WIDTH_FRAC) * i / (_NUM_WIDTHS - 1))) for i in range(_NUM_WIDTHS)}
@@ -224,9 +246,8 @@ class BlockTimer:
     and head are not included, because pruning does not change them.
     """
 
-    def __init__(self, config: Mapping[str, Any], roles: LayerRoles) -> None:
-        self._config, self._roles, self._dense = config, roles, Shape.of(config)
-        self._decoder = Decoder(config, roles, _TIMED_TOKENS, torch.bfloat16)
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self._config, self._dense = config, Shape.of(config)
         self._curves: dict[int, list[list[float]]] = {}
 
     def relative_seconds(self, shape: Shape) -> float:
@@ -248,45 +269,26 @@ class BlockTimer:
     @torch.inference_mode()
     def seconds(self, shapes: Sequence[Shape]) -> list[float]:
         """Return the median seconds of one block of each shape; the shapes are timed in turn."""
-        hidden = self._config["hidden_size"]
-        x_1TD = torch.randn(1, _TIMED_TOKENS, hidden, dtype=self._decoder.dtype)
-        blocks = [self._random_block(shape, hidden) for shape in shapes]
+        decoders = [
+            Decoder(Shape(shape.width, shape.kv_groups, 1).apply_to(self._config), torch.bfloat16) for shape in shapes
+        ]
+        x_1TD = torch.randn(1, _TIMED_TOKENS, decoders[0].hidden_size, dtype=torch.bfloat16)
+        blocks = [_random_block(decoder) for decoder in decoders]
         taken: list[list[float]] = [[] for _ in shapes]
         for number in range(_NUM_TIMINGS + 1):
-            for block, times in zip(blocks, taken, strict=True):
+            for decoder, block, times in zip(decoders, blocks, taken, strict=True):
                 start = time.perf_counter()
-                self._decoder.block(block, dense_linear(block), x_1TD)
+                decoder.run(0, block, x_1TD)
                 if number:  # the first round is a warm-up
                     times.append(time.perf_counter() - start)
         return [statistics.median(times) for times in taken]
 
-    def _random_block(self, shape: Shape, hidden: int) -> Block:
-        roles = self._roles
-        sizes = _layer_sizes(self._config, shape, roles)
-        block = {f"{layer}.weight": torch.randn(size).mul_(0.02).bfloat16() for layer, size in sizes.items()}
-        norms = {f"{roles.norm(sublayer)}.weight": torch.ones(hidden, dtype=torch.bfloat16) for sublayer in SUBLAYERS}
-        return block | norms
 
-
-def _layer_sizes(config: Mapping[str, Any], shape: Shape, roles: LayerRoles) -> dict[str, tuple[int, int]]:
-    """Return the output and input features of each linear layer of a block."""
-    hidden, head_dim = config["hidden_size"], config["head_dim"]
-    queries = config["num_attention_heads"] // config["num_key_value_heads"] * shape.kv_groups * head_dim
-    keys = shape.kv_groups * head_dim
+def _random_block(decoder: Decoder) -> Block:
     return {
-        roles.query: (queries, hidden),
-        roles.key: (keys, hidden),
-        roles.value: (keys, hidden),
-        roles.attention_consumer: (hidden, queries),
-        roles.gate: (shape.width, hidden),
-        roles.up: (shape.width, hidden),
-        roles.mlp_consumer: (hidden, shape.width),
+        name: torch.randn(shape).mul_(0.02).bfloat16() if len(shape) > 1 else torch.ones(shape, dtype=torch.bfloat16)
+        for name, shape in decoder.block_shapes(0).items()
     }
-
-
-def _block_weights(config: Mapping[str, Any], shape: Shape, roles: LayerRoles) -> int:
-    """Return the number of weights in a block's linear layers."""
-    return sum(outputs * inputs for outputs, inputs in _layer_sizes(config, shape, roles).values())
 
 
 def _interpolate(points: Sequence[Sequence[float]], at: int) -> float:

@@ -100,13 +100,12 @@ class BudgetSearch:
         allowance = budget.Budget(
             self.step.keep,
             config,
-            self.runner.roles,
             count_parameters(self.directory),
             num_bytes,
             last if isinstance(last, Quantize) else None,
         )
         shapes = self._usable_shapes(allowance, config)
-        profile = ErrorProfile(self.step, config, self.runner.roles)
+        profile = ErrorProfile(self.step, config, allowance.roles)
         _, curves = self.runner.walk(f"{self.runner.name}: error curves", self.directory, profile, folder)
         finalists = budget.rank(shapes, allowance.dense, curves)[: budget.NUM_FINALISTS]
         return {
@@ -120,7 +119,7 @@ class BudgetSearch:
         shapes, refusal = [], None
         for shape in allowance.shapes(self.step.multiple):
             try:
-                bind(self.recipe.steps[1:], shape.apply_to(config), self.runner.roles, self.recipe.calibration.seed)
+                bind(self.recipe.steps[1:], shape.apply_to(config), self.recipe.calibration.seed)
             except UserError as error:
                 refusal = error
             else:

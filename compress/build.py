@@ -18,7 +18,8 @@ from safetensors import SafetensorError
 from slimserve.compress.artifacts import RESUMABLE, place_checkpoint
 from slimserve.compress.budget_search import BudgetSearch
 from slimserve.compress.calibration import CalibrationData, check_source, load_calibration, source_files
-from slimserve.compress.families import LayerRoles, roles_of
+from slimserve.compress.decoder import decoder_of
+from slimserve.compress.device import choose_device
 from slimserve.compress.formats import get_format
 from slimserve.compress.preflight import check_model, needed_bytes
 from slimserve.compress.prune import pruning_method
@@ -26,7 +27,7 @@ from slimserve.compress.recipe import Quantize, Recipe
 from slimserve.compress.runner import BetweenRounds, RunResult, StepRunner, peak_rss_bytes
 from slimserve.compress.steps import BoundStep, bind
 from slimserve.core.errors import UserError
-from slimserve.core.model import model_name
+from slimserve.core.model import model_name, text_model_of
 from slimserve.core.model_config import read_decoder_config
 from slimserve.core.model_files import model_hash, stored_dtype
 from slimserve.core.progress import print_status
@@ -40,7 +41,7 @@ from slimserve.core.storage import (
 )
 from slimserve.core.variant import BaseModelRecord, Manifest, StepRecord, disk_bytes, read_manifest, write_manifest
 
-_BUILD_FORMAT = 4
+_BUILD_FORMAT = 5
 """Raise this number if the same recipe starts to give other bytes, so that old builds are not reused."""
 
 
@@ -51,6 +52,7 @@ def build_variant(
     recipe: Recipe,
     target: Path | None,
     between_rounds: BetweenRounds | None = None,
+    device: str = "cpu",
 ) -> Path:
     """Compress the model in `directory` and return the variant's directory.
 
@@ -63,6 +65,8 @@ def build_variant(
     unknown, its files do not fit each other, a step does not fit the model's shapes, `target` holds something
     else, the disk is full, or a weight or activation is not finite.
     """
+    chosen = choose_device(device)
+    directory = text_model_of(directory)
     plan = _make_plan(model, directory, recipe_name, recipe)
     target = target or cache_dir("variants") / f"{plan.name}-{plan.key}"
     if target.exists():
@@ -71,8 +75,8 @@ def build_variant(
     try:
         with work_folder(target, plan.key, RESUMABLE) as work:
             calibration = _load_calibration(directory, recipe) if plan.needs_data else None
-            runner = StepRunner(plan.name, work, plan.roles, calibration, between_rounds)
-            result = _run(plan, runner)
+            runner = StepRunner(plan.name, work, calibration, between_rounds, chosen)
+            result = _run(plan, runner, device)
             manifest = _write_variant(target, plan, result, calibration)
     except (OSError, SafetensorError) as error:
         raise UserError(
@@ -97,7 +101,6 @@ class _Plan:
     base: BaseModelRecord
     config: dict[str, Any]
     """config.json with all sizes stated."""
-    roles: LayerRoles
     steps: list[BoundStep]
     """Steps on the dense shapes, without the first one if it has a budget: its shape is not known yet."""
     needs_data: bool
@@ -115,11 +118,11 @@ def _make_plan(model: str, directory: Path, recipe_name: str, recipe: Recipe) ->
     config = read_decoder_config(directory)
     if recipe.steps and "quantization_config" in config:
         raise UserError("model", model, "is quantized already", "give the dense model that it was made from")
-    roles = roles_of(config)
+    decoder_of(config)  # raises if transformers has no such decoder
     budget = recipe.budget
     if budget:
         pruning_method(budget.method)  # raises now instead of after the search, which takes minutes
-    steps = bind(recipe.steps[1:] if budget else recipe.steps, config, roles, recipe.calibration.seed)
+    steps = bind(recipe.steps[1:] if budget else recipe.steps, config, recipe.calibration.seed)
     needs_data = budget is not None or any(step.needs_data for step in steps)
     source_sha256 = ""
     if needs_data:
@@ -136,7 +139,6 @@ def _make_plan(model: str, directory: Path, recipe_name: str, recipe: Recipe) ->
         name=f"{model_name(model, directory)}-{recipe_name}",
         base=base,
         config=config,
-        roles=roles,
         steps=steps,
         needs_data=needs_data,
         source_sha256=source_sha256,
@@ -146,7 +148,7 @@ def _make_plan(model: str, directory: Path, recipe_name: str, recipe: Recipe) ->
 
 def _check(plan: _Plan, target: Path) -> None:
     """Raise UserError for everything that would fail later, and print what is repaired."""
-    for line in check_model(plan.directory, plan.config, plan.roles):
+    for line in check_model(plan.directory, plan.config):
         print_status(line)
     last = plan.recipe.steps[-1] if plan.recipe.steps else None
     quantize = last if isinstance(last, Quantize) else None
@@ -158,7 +160,7 @@ def _check(plan: _Plan, target: Path) -> None:
     if plan.recipe.budget is None:  # a budget's shape is not known yet; its finalists are built as recipes of their own
         planned = plan.steps[-1].planned_config if plan.steps else plan.config
         bits = get_format(quantize.format).num_bits if quantize else None
-        check_free_space(target, needed_bytes(plan.directory, planned, plan.roles, len(plan.steps), bits))
+        check_free_space(target, needed_bytes(plan.directory, planned, len(plan.steps), bits))
 
 
 def _inputs(model_sha256: str, resolved_recipe: dict[str, Any], needs_data: bool, source_sha256: str) -> str:
@@ -193,19 +195,19 @@ def _load_calibration(directory: Path, recipe: Recipe) -> CalibrationData:
     return data
 
 
-def _run(plan: _Plan, runner: StepRunner) -> RunResult:
+def _run(plan: _Plan, runner: StepRunner, device: str) -> RunResult:
     """Run the budget search, if there is one, and all other steps."""
     recipe, budget = plan.recipe, plan.recipe.budget
     if budget is None:
         return runner.run(plan.directory, plan.steps)
 
     def build_finalist(name: str, finalist: Recipe, target: Path) -> Path:
-        return build_variant(plan.model, plan.directory, name, finalist, target)
+        return build_variant(plan.model, plan.directory, name, finalist, target, device=device)
 
     pruned, records = BudgetSearch(runner, plan.directory, recipe, budget).run(build_finalist)
     if runner.between_rounds and recipe.steps[1:]:
         pruned = runner.between_rounds(pruned)
-    steps = bind(recipe.steps[1:], read_decoder_config(pruned), plan.roles, recipe.calibration.seed)
+    steps = bind(recipe.steps[1:], read_decoder_config(pruned), recipe.calibration.seed)
     result = runner.run(pruned, steps)
     return RunResult(result.checkpoint, result.num_parameters, [*records, *result.records])
 
@@ -214,7 +216,7 @@ def _write_variant(target: Path, plan: _Plan, result: RunResult, calibration: Ca
     with atomic_directory(target) as output:
         start = time.monotonic()
         # Without steps the result is the user's own model, which must not share files with the variant.
-        place_checkpoint(result.checkpoint, output, plan.roles, link=bool(plan.recipe.steps))
+        place_checkpoint(result.checkpoint, output, link=bool(plan.recipe.steps))
         manifest = Manifest(
             name=plan.name,
             recipe=plan.recipe_name,

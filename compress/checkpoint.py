@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from slimserve.compress.families import LayerRoles, expected_tensors
+from slimserve.compress.decoder import decoder_of
 from slimserve.core.errors import UserError
 from slimserve.core.model_files import INDEX_FILE, WEIGHTS_FILE, read_tensors
 
@@ -24,10 +24,20 @@ _SHARD_BYTES = 2**29
 class CheckpointReader:
     """Reads single tensors of a model directory by name; `names` leaves out what loaders do not read either."""
 
-    def __init__(self, directory: Path, names: Container[str] | None = None) -> None:
-        """Read the headers; `names` are the tensors that belong to the model, None stands for all."""
+    def __init__(
+        self,
+        directory: Path,
+        names: Container[str] | None = None,
+        rename: Callable[[str], str] = lambda name: name,
+    ) -> None:
+        """Read the headers; `names` are the tensors that belong to the model, None stands for all.
+
+        `rename` gives the name under which a tensor is read from the name that it has in the files.
+        """
+        headers = read_tensors(directory)
+        self._stored = {rename(stored): stored for stored in headers}
         self._tensors = {
-            name: header for name, header in read_tensors(directory).items() if names is None or name in names
+            name: headers[stored] for name, stored in self._stored.items() if names is None or name in names
         }
 
     @property
@@ -39,7 +49,7 @@ class CheckpointReader:
         if name not in self._tensors:
             raise UserError("weights", name, "is missing from the checkpoint", "check the sizes in config.json")
         with safe_open(self._tensors[name].file, framework="pt") as tensors:
-            tensor: Tensor = tensors.get_tensor(name)
+            tensor: Tensor = tensors.get_tensor(self._stored[name])
         if (
             tensor.dtype in _FLOAT_DTYPES
             and tensor.numel()
@@ -53,18 +63,19 @@ class CheckpointReader:
         return {name.removeprefix(prefix): self.read(name) for name in self._tensors if name.startswith(prefix)}
 
 
-def open_dense(directory: Path, config: Mapping[str, Any], roles: LayerRoles) -> CheckpointReader:
-    """Return a reader of the tensors that the config describes; of a quantized model it returns every tensor."""
-    if "quantization_config" in config:
-        return CheckpointReader(directory)
-    return CheckpointReader(directory, expected_tensors(config, roles))
+def open_dense(directory: Path, config: Mapping[str, Any]) -> CheckpointReader:
+    """Return a reader by the names of transformers' modules; of a quantized model it returns every tensor."""
+    decoder = decoder_of(config)
+    names = None if "quantization_config" in config else decoder.shapes
+    return CheckpointReader(directory, names, decoder.module_name)
 
 
 class CheckpointWriter:
     """Writes tensors as safetensors shards of about 0.5 GiB, with an index if there are several."""
 
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
+    def __init__(self, directory: Path, rename: Callable[[str], str] = lambda name: name) -> None:
+        """Write into `directory`; `rename` gives the name in the files from that of transformers' modules."""
+        self._directory, self._rename = directory, rename
         self._pending: dict[str, Tensor] = {}
         self._pending_bytes = 0
         self._shards: list[tuple[Path, list[str]]] = []
@@ -76,7 +87,7 @@ class CheckpointWriter:
             size = tensor.numel() * tensor.element_size()
             if self._pending and self._pending_bytes + size > _SHARD_BYTES:
                 self._flush()
-            self._pending[name] = tensor.contiguous()
+            self._pending[self._rename(name)] = tensor.contiguous()
             self._pending_bytes += size
 
     def close(self) -> None:

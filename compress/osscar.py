@@ -85,7 +85,7 @@ def refit(
     factor_KK, damping = factorize(hessian_II[kept_I[:, None], kept_I], damping, mean_diagonal)
     if target_IO is not None:
         return torch.cholesky_solve(target_IO[kept_I], factor_KK).T.contiguous(), damping
-    is_removed_I = torch.ones(len(hessian_II), dtype=torch.bool)
+    is_removed_I = torch.ones(len(hessian_II), dtype=torch.bool, device=hessian_II.device)
     is_removed_I[kept_I] = False
     removed_R = is_removed_I.nonzero().flatten()
     lost_KO = hessian_II[kept_I[:, None], removed_R] @ weight_OI[:, removed_R].T
@@ -106,7 +106,7 @@ class Tableau:
         self.matrix_II = inverse_II
         self.weight_IO = solution_IO.clone(memory_format=torch.contiguous_format)
         self.group_size = group_size
-        self.is_kept_U = torch.ones(len(inverse_II) // group_size, dtype=torch.bool)
+        self.is_kept_U = torch.ones(len(inverse_II) // group_size, dtype=torch.bool, device=inverse_II.device)
         self.loss = 0.0
 
     @property
@@ -193,7 +193,7 @@ class Tableau:
 
 def expand_groups(groups: Tensor, group_size: int) -> Tensor:
     """Return the int64 indices of all features of `groups`, in the order of the groups."""
-    return (groups[:, None] * group_size + torch.arange(group_size)).flatten()
+    return (groups[:, None] * group_size + torch.arange(group_size, device=groups.device)).flatten()
 
 
 def _invert_definite(matrix_SS: Tensor) -> Tensor:

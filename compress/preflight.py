@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 from slimserve.compress.checkpoint import CheckpointReader, iterate_blocks, open_dense
-from slimserve.compress.families import LayerRoles, expected_tensors
-from slimserve.compress.forward import Decoder, dense_linear
+from slimserve.compress.decoder import Decoder, decoder_of
+from slimserve.compress.families import with_sizes
 from slimserve.core.errors import UserError
 from slimserve.core.generation import repair_generation_config
-from slimserve.core.model_config import CONFIG_FILE
+from slimserve.core.model_config import CONFIG_FILE, size_of
 from slimserve.core.model_files import TensorHeader, read_tensors
 from slimserve.core.tokenizer import check_tokenizer
 
@@ -30,15 +30,15 @@ _PROBE_TOKENS = 4
 _NUM_NAMED = 3
 
 
-def check_model(directory: Path, config: Mapping[str, Any], roles: LayerRoles) -> Iterator[str]:
+def check_model(directory: Path, config: Mapping[str, Any]) -> Iterator[str]:
     """Check the dense model in `directory`, whose config states all sizes; yield lines about what is repaired.
 
     Raises UserError for the first thing that would make the build, transformers or vLLM fail, or compute another model.
     """
     _check_architecture(directory, config)
     if "quantization_config" not in config:
-        yield from _check_tensors(directory, config, roles)
-        _check_values(directory, config, roles)
+        yield from _check_tensors(directory, config)
+        _check_values(directory, config)
     yield from check_tokenizer(directory, config["vocab_size"])
     _, repairs = repair_generation_config(directory)
     yield from repairs
@@ -54,10 +54,6 @@ def _check_architecture(directory: Path, config: Mapping[str, Any]) -> None:
             f"has the architectures {architectures}, so vLLM would not load it as a model that generates text",
             "give a model whose architecture ends with ForCausalLM",
         )
-    if "text_config" in config:
-        raise UserError(
-            CONFIG_FILE, file, "has a text_config, as models of several media have", "give the text model alone"
-        )
     for key in _WHOLE_OR_NULL:
         if not (config.get(key) is None or type(config[key]) is int):
             raise UserError(
@@ -68,20 +64,21 @@ def _check_architecture(directory: Path, config: Mapping[str, Any]) -> None:
             )
 
 
-def _check_tensors(directory: Path, config: Mapping[str, Any], roles: LayerRoles) -> Iterator[str]:
+def _check_tensors(directory: Path, config: Mapping[str, Any]) -> Iterator[str]:
     """Compare names, shapes and dtypes of the tensors with the config; yield a line about those that are not read."""
-    tensors = read_tensors(directory)
-    blocks, _, rest = roles.block.partition("{index}")
+    decoder = decoder_of(config)
+    stored = read_tensors(directory)
+    tensors = {decoder.module_name(name): header for name, header in stored.items()}
+    blocks, _, rest = decoder.block.partition("{index}")
     present = {name.removeprefix(blocks).partition(rest)[0] for name in tensors if name.startswith(blocks)}
     numbers = range(config["num_hidden_layers"])
     lost = next((index for index in numbers if present and str(index) not in present), None)
     if lost is not None:
         problem, remedy = "is missing from the checkpoint", "check num_hidden_layers in config.json"
-        raise UserError("weights", roles.block.format(index=lost), problem, remedy)
-    expected = expected_tensors(config, roles)
-    for name, dimensions in expected.items():
+        raise UserError("weights", decoder.block.format(index=lost), problem, remedy)
+    for name, sizes in decoder.shapes.items():
         if name not in tensors:
-            raise _missing(name, tensors, directory, roles)
+            raise _missing(decoder.stored_name(name), stored, directory, decoder)
         header = tensors[name]
         if header.dtype not in _FLOATS:
             raise UserError(
@@ -90,21 +87,17 @@ def _check_tensors(directory: Path, config: Mapping[str, Any], roles: LayerRoles
                 f"has the dtype {header.dtype}, although config.json describes no quantization",
                 "give the dense model, or restore its config.json",
             )
-        sizes = tuple(size for _, size in dimensions)
         if header.shape != sizes:
             problem = f"has the shape {header.shape} in the file"
             if len(header.shape) == len(sizes):
-                keys, size, found = next(
-                    (keys, size, found)
-                    for (keys, size), found in zip(dimensions, header.shape, strict=True)
-                    if size != found
-                )
+                size, found = next(pair for pair in zip(sizes, header.shape, strict=True) if pair[0] != pair[1])
+                keys = _keys_of(size, config)
                 problem = f"has {found} instead of {size}, the size by {keys} in config.json ({problem})"
             raise UserError("weights", name, problem, "correct config.json, or use the weights that belong to it")
-    yield from _check_spare(tensors, expected, roles, directory)
+    yield from _check_spare(tensors, decoder, directory)
 
 
-def _missing(name: str, tensors: Collection[str], directory: Path, roles: LayerRoles) -> UserError:
+def _missing(name: str, tensors: Collection[str], directory: Path, decoder: Decoder) -> UserError:
     """Return the error for a missing tensor, with its likely cause."""
     prefix = next((one.removesuffix(name) for one in tensors if one.endswith(name)), None)
     if prefix:
@@ -121,51 +114,59 @@ def _missing(name: str, tensors: Collection[str], directory: Path, roles: LayerR
             f'M.from_pretrained({str(directory)!r}).save_pretrained({f"{directory}-fixed"!r})" and copy the tokenizer'
         )
         return UserError("weights", name, problem, remedy)
-    if name == roles.head:
+    if name == decoder.stored_name(decoder.head):
         problem = "is missing, and config.json does not set tie_word_embeddings"
         remedy = "set tie_word_embeddings to true if the output layer is the embedding, or restore the weights"
         return UserError("weights", name, problem, remedy)
     return UserError("weights", name, "is missing from the checkpoint", "download the model again, or check model_type")
 
 
-def _check_spare(
-    tensors: Mapping[str, TensorHeader],
-    expected: Collection[str],
-    roles: LayerRoles,
-    directory: Path,
-) -> Iterator[str]:
+def _check_spare(tensors: Mapping[str, TensorHeader], decoder: Decoder, directory: Path) -> Iterator[str]:
     """Yield a line about tensors that loaders do not read; UserError if a tied model has an output layer of its own."""
-    spare = [name for name in tensors if name not in expected]
-    if roles.head in spare:
+    spare = [name for name in tensors if name not in decoder.shapes]
+    if decoder.head in spare:
         # vLLM would use the embedding and transformers the stored layer, so a difference makes two models.
-        reader = CheckpointReader(directory)
-        if tensors[roles.head].shape != tensors[roles.embedding].shape or not torch.equal(
-            reader.read(roles.head), reader.read(roles.embedding)
+        reader = CheckpointReader(directory, rename=decoder.module_name)
+        if tensors[decoder.head].shape != tensors[decoder.embedding].shape or not torch.equal(
+            reader.read(decoder.head), reader.read(decoder.embedding)
         ):
             raise UserError(
                 CONFIG_FILE,
                 directory / CONFIG_FILE,
-                f"has tie_word_embeddings true, but {roles.head} differs from {roles.embedding}",
-                f"set tie_word_embeddings to false, or delete {roles.head} from the weights",
+                f"has tie_word_embeddings true, but {decoder.head} differs from {decoder.embedding}",
+                f"set tie_word_embeddings to false, or delete {decoder.head} from the weights",
             )
-        spare.remove(roles.head)
+        spare.remove(decoder.head)
     if spare:
         shown = ", ".join(spare[:_NUM_NAMED]) + (", …" if len(spare) > _NUM_NAMED else "")
         yield f"{directory}: {len(spare)} tensors that config.json does not describe are left out: {shown}"
 
 
-@torch.inference_mode()
-def _check_values(directory: Path, config: Mapping[str, Any], roles: LayerRoles) -> None:
+def _keys_of(size: int, config: Mapping[str, Any]) -> str:
+    """Return the keys of the config that state a size."""
+    sized = with_sizes(config)
+    head_dim = sized["head_dim"]
+    for heads in ("num_attention_heads", "num_key_value_heads"):
+        sized[f"{heads} and head_dim"] = (size_of(config, heads) or 0) * head_dim
+    usual = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads and head_dim")
+    keys = [key for key in (*usual, "num_key_value_heads and head_dim", *sized) if sized.get(key) == size]
+    return keys[0] if keys else "several keys"
+
+
+@torch.no_grad()
+def _check_values(directory: Path, config: Mapping[str, Any]) -> None:
     """Read every tensor once, and compute the first block; UserError if a value is not finite."""
-    reader = open_dense(directory, config, roles)
+    decoder = decoder_of(config)
+    reader = open_dense(directory, config)
     for name in reader.names:
         reader.read(name)
-    states = reader.read(roles.embedding)[:_PROBE_TOKENS].float()[None]
-    _, block = next(iterate_blocks(reader, roles.block, 1))
+    outer = {name: reader.read(name) for name in decoder.outer_names if name in reader.names}
+    _, block = next(iterate_blocks(reader, decoder.block, 1))
     try:
-        decoder = Decoder(config, roles, _PROBE_TOKENS, torch.float32)
+        tokens_1T = torch.arange(_PROBE_TOKENS)[None]
         problem = "NaN or infinity"
-        is_sound = bool(torch.isfinite(decoder.block(block, dense_linear(block), states)).all())
+        states = decoder.run(0, block, decoder.embed(outer, tokens_1T))
+        is_sound = states is not None and bool(torch.isfinite(states).all())
     except (ValueError, KeyError, TypeError, RuntimeError, ArithmeticError) as error:
         problem, is_sound = f"{type(error).__name__}: {error}", False
     if not is_sound:
@@ -177,9 +178,7 @@ def _check_values(directory: Path, config: Mapping[str, Any], roles: LayerRoles)
         )
 
 
-def needed_bytes(
-    directory: Path, planned: Mapping[str, Any], roles: LayerRoles, num_steps: int, bits: int | None
-) -> float:
+def needed_bytes(directory: Path, planned: Mapping[str, Any], num_steps: int, bits: int | None) -> float:
     """Return bytes that a build certainly writes: the variant and, if it has steps, its blocks before that.
 
     `planned` states the sizes of the variant, `bits` those of a quantized weight.
@@ -189,10 +188,9 @@ def needed_bytes(
     bytes_each = sum(header.num_elements * _width(header) for header in stored) / max(total, 1)
     if not num_steps:
         return total * bytes_each
-    blocks = roles.block.partition("{index}")[0]
-    expected = expected_tensors(planned, roles)
-    sizes = {name: math.prod(size for _, size in dimensions) for name, dimensions in expected.items()}
-    inside = sum(size for name, size in sizes.items() if name.startswith(blocks))
+    decoder = decoder_of(planned)
+    sizes = {name: math.prod(shape) for name, shape in decoder.shapes.items()}
+    inside = sum(size for name, size in sizes.items() if name.startswith(f"{decoder.layers_path}."))
     outside = sum(sizes.values()) - inside
     return 2 * inside * (bits / 8 if bits else bytes_each) + outside * bytes_each
 

@@ -146,6 +146,9 @@ class Quantize(StrictModel):
     If the output layer is tied to the embedding, the embedding stays dense and the file grows by the INT8 copy.
     """
 
+    kv_cache: Literal["dense", "fp8_e4m3"] = "dense"
+    """`fp8_e4m3` calibrates the scales of an FP8 KV cache of half the bytes; for formats of compressed-tensors."""
+
     @field_validator("format")
     @classmethod
     def _is_registered(cls, name: str) -> str:
@@ -179,6 +182,8 @@ class Quantize(StrictModel):
             raise ValueError(f"smoothquant needs a format that rounds activations, but {self.format} does not")
         if self.head == "int8" and not quant_format.allows_int8_head:
             raise ValueError(f"head = int8 is not possible beside {self.format}")
+        if self.kv_cache != "dense" and not quant_format.allows_fp8_kv_cache:
+            raise ValueError(f"kv_cache = {self.kv_cache} is not possible beside {self.format}")
         return self
 
 

@@ -6,6 +6,7 @@ It is the reference for engines, and it measures the quality that compression co
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from slimserve.compress.checkpoint import CheckpointReader, iterate_blocks, open_dense
-from slimserve.compress.families import LayerRoles, roles_of
+from slimserve.compress.decoder import Block, Sublayer, Visit, decoder_of
 from slimserve.compress.formats import find_format
 from slimserve.compress.formats.head import round_head_inputs, unpack_head
-from slimserve.compress.forward import Block, Decoder, Linear, OuterTensors, dense_linear, read_outer_tensors
+from slimserve.compress.formats.kv_cache import KeyValueRounding, has_fp8_kv_cache, scale_names
 from slimserve.core.model_config import read_decoder_config
 
 
@@ -28,38 +29,32 @@ def reference_logits(
     """Yield the logits `[T, V]` float32 of each sequence of token ids `[T]` int64; hidden states have `dtype`.
 
     Weights are dequantized. Where the format quantizes activations, each layer's input is first rounded to its dynamic
-    per-token grid, as an engine should. The checkpoint is read block by block, so memory holds one block and all hidden
-    states. Raises UserError for an unknown model family or quantization format.
+    grid, as an engine should; the same holds for keys and values of an FP8 cache. The checkpoint is read block by
+    block, so memory holds one block and all hidden states. Raises UserError for a model that is no decoder, and for an
+    unknown quantization format.
     """
     config = read_decoder_config(directory)
-    roles = roles_of(config)
-    reader = open_dense(directory, config, roles)
-    outer = read_outer_tensors(reader, roles)
-    decoder = Decoder(config, roles, max(len(sequence) for sequence in sequences), dtype)
-    states = [outer.embedding_VD[sequence].to(dtype)[None] for sequence in sequences]
-    for _, block in iterate_blocks(reader, roles.block, config["num_hidden_layers"]):
-        tensors, linear = reference_block(block, roles, config.get("quantization_config"))
-        states = [decoder.block(tensors, linear, x_1TD) for x_1TD in states]
-    head = _reference_head(reader, roles, outer, dtype)
+    reader = open_dense(directory, config)
+    decoder = decoder_of(config, dtype)
+    outer = {name: reader.read(name) for name in decoder.outer_names if name in reader.names}
+    states = [decoder.embed(outer, sequence[None]) for sequence in sequences]
+    for index, (_, block) in enumerate(iterate_blocks(reader, decoder.block, config["num_hidden_layers"])):
+        tensors, visit = reference_block(block, decoder.sublayers[index], config.get("quantization_config"))
+        states = [_advanced(decoder.run(index, tensors, x_1TD, visit)) for x_1TD in states]
+    scale = f"{decoder.head}_scale"
+    round_head = None
+    if scale in reader.names:
+        outer[decoder.head] = unpack_head({"weight": reader.read(decoder.head), "weight_scale": reader.read(scale)})
+        round_head = round_head_inputs
+    if decoder.head in outer:
+        outer[decoder.head] = outer[decoder.head].to(dtype)
     for x_1TD in states:
-        yield head(decoder.final_norm(x_1TD, outer.final_norm_D))[0].float()
+        yield decoder.logits(outer, x_1TD, round_head)[0].float()
 
 
-def _reference_head(
-    reader: CheckpointReader, roles: LayerRoles, outer: OuterTensors, dtype: torch.dtype
-) -> Callable[[Tensor], Tensor]:
-    """Return the output layer as the engine should apply it, `[..., D]` to `[..., V]`."""
-    scale = _head_scale(roles)
-    if scale not in reader.names:
-        dense_VD = outer.head_VD.to(dtype)
-        return lambda x: functional.linear(x, dense_VD)
-    tensors = {"weight": outer.head_VD, "weight_scale": reader.read(scale)}
-    weight_VD = unpack_head(tensors).to(dtype)
-    return lambda x: functional.linear(round_head_inputs(x), weight_VD)
-
-
-def _head_scale(roles: LayerRoles) -> str:
-    return f"{roles.head}_scale"
+def _advanced(x_BTD: Tensor | None) -> Tensor:
+    assert x_BTD is not None
+    return x_BTD
 
 
 def nll_per_token(logits_TV: Tensor, tokens_T: Tensor) -> Tensor:
@@ -88,46 +83,48 @@ def divergences(dense: Path, variants: Sequence[Path], sequences: Sequence[Tenso
     return [float(torch.cat(per_variant).double().mean()) for per_variant in results]
 
 
-def reference_block(block: Block, roles: LayerRoles, quantization: Mapping[str, Any] | None) -> tuple[Block, Linear]:
-    """Return the block with its layers dequantized, and its linear layers as the engine should apply them.
+def reference_block(
+    block: Block, sublayers: Sequence[Sublayer], quantization: Mapping[str, Any] | None
+) -> tuple[Block, Visit]:
+    """Return the block with its layers dequantized, and a visit that rounds inputs and cache as the engine should.
 
     `quantization` is the `quantization_config` of config.json; None for a dense model. Raises UserError for an unknown
     format.
     """
     if quantization is None:
-        return block, dense_linear(block)
+        return block, Visit()
     quant_format = find_format(quantization)
     dense = dict(block)
+    on_key_value = None
+    for sublayer in sublayers:
+        if sublayer.is_attention and has_fp8_kv_cache(quantization):
+            scales = {name.removeprefix(f"{sublayer.path}."): tensor for name, tensor in block.items()}
+            on_key_value = KeyValueRounding(scales)
+            dense = {name: tensor for name, tensor in dense.items() if name not in scale_names(sublayer.path)}
     roundings: dict[str, Callable[[Tensor], Tensor]] = {}
-    """The engine's rounding of a layer's inputs, by layer."""
-    for layer in roles.linears:
+    for layer in (layer for sublayer in sublayers for layer in sublayer.linears):
         tensors = {name.removeprefix(f"{layer}."): dense.pop(name) for name in block if name.startswith(f"{layer}.")}
         if "bias" in tensors:
             dense[f"{layer}.bias"] = tensors.pop("bias")
         # A layer that stays dense has no tensor besides its weight.
         is_quantized = tensors.keys() != {"weight"}
         if is_quantized:
-            roundings[layer] = quant_format.round_inputs
-        weight = quant_format.unpack(tensors, quantization) if is_quantized else tensors["weight"]
-        dense[f"{layer}.weight"] = weight
-    plain = dense_linear(dense)
-
-    def linear(layer: str, x: Tensor) -> Tensor:
-        return plain(layer, roundings[layer](x) if layer in roundings else x)
-
-    return dense, linear
+            inputs = {suffix: tensor for suffix, tensor in tensors.items() if suffix.startswith("input_")}
+            roundings[layer] = partial(quant_format.round_inputs, tensors=inputs)
+        dense[f"{layer}.weight"] = quant_format.unpack(tensors, quantization) if is_quantized else tensors["weight"]
+    return dense, Visit(roundings=roundings, on_key_value=on_key_value)
 
 
 def reference_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
     """Return the shapes of a checkpoint's tensors by name, with quantized layers unpacked as in a dense model."""
     config = read_decoder_config(directory)
-    roles = roles_of(config)
-    reader = CheckpointReader(directory)
+    decoder = decoder_of(config)
+    reader = CheckpointReader(directory, rename=decoder.module_name)
     shapes: dict[str, tuple[int, ...]] = {}
-    for prefix, block in iterate_blocks(reader, roles.block, config["num_hidden_layers"]):
-        dense, _ = reference_block(block, roles, config.get("quantization_config"))
+    for index, (prefix, block) in enumerate(iterate_blocks(reader, decoder.block, config["num_hidden_layers"])):
+        dense, _ = reference_block(block, decoder.sublayers[index], config.get("quantization_config"))
         shapes.update({prefix + name: tuple(tensor.shape) for name, tensor in dense.items()})
-    blocks_prefix = roles.block.partition("{index}")[0]
-    outside = [name for name in reader.names if not name.startswith(blocks_prefix) and name != _head_scale(roles)]
+    blocks_prefix = decoder.block.partition("{index}")[0]
+    outside = [name for name in reader.names if not name.startswith(blocks_prefix) and name != f"{decoder.head}_scale"]
     shapes.update({name: tuple(reader.read(name).shape) for name in outside})
     return shapes

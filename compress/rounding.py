@@ -120,7 +120,7 @@ def _factorize(method: str, hessian_II: Tensor | None, options: RoundingOptions)
     is_dead_I = energy_I <= 0
     num_dead = int(is_dead_I.sum())
     mean = energy_I[~is_dead_I].mean() if num_dead < len(energy_I) else energy_I.new_tensor(1.0)
-    order_I = torch.arange(len(energy_I))
+    order_I = torch.arange(len(energy_I), device=energy_I.device)
     if options.order == "activation":
         order_I = energy_I.argsort(descending=True, stable=True)
     notes: dict[str, int | float] = {"num_dead_inputs": num_dead} if num_dead else {}
@@ -177,13 +177,14 @@ class _RoundingState:
 
     def refit_scales(self, damped_hessian_II: Tensor) -> None:
         """Set each group's scale in turn to the minimiser of the objective, with codes and other scales fixed."""
-        width = len(self.weight_IO) // len(self.scale_GO)
+        width = self.grid.width(len(self.weight_IO))
         for group in range(len(self.scale_GO)):
             features = slice(group * width, (group + 1) * width)
             scale_O, zero_O = self.scale_and_zero(group)
             unit_BO = self.grid.decode(self.codes_IO[features], torch.ones_like(scale_O), zero_O)
             slope_O = (damped_hessian_II[features] @ self.error_IO).mul_(unit_BO).sum(0)
             curvature_O = (damped_hessian_II[features, features] @ unit_BO).mul_(unit_BO).sum(0)
+            slope_O, curvature_O = self.grid.share(torch.stack((slope_O, curvature_O), 1), torch.sum).unbind(1)
             # The objective is a parabola in the scale, so the storable scale nearest to its vertex is the best.
             best_O = self.grid.storable(scale_O + slope_O / curvature_O)
             scale_O.copy_(torch.where(curvature_O > 0, best_O, scale_O))

@@ -18,8 +18,8 @@ import torch
 from slimserve.compress.artifacts import StepFolder
 from slimserve.compress.calibration import CalibrationData
 from slimserve.compress.checkpoint import CheckpointReader, CheckpointWriter, iterate_blocks, open_dense
-from slimserve.compress.families import LayerRoles
-from slimserve.compress.forward import Block, Decoder
+from slimserve.compress.decoder import Block, decoder_of
+from slimserve.compress.device import moved
 from slimserve.compress.steps import BoundStep, Detail, Visitor
 from slimserve.compress.stream import Stream
 from slimserve.core.hardware import probe_hardware
@@ -31,6 +31,9 @@ from slimserve.core.variant import StepRecord
 
 BetweenRounds = Callable[[Path], Path]
 """Gets the checkpoint after a step; returns the one to continue with, such as a distilled one."""
+
+
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -50,9 +53,10 @@ class StepRunner:
     name: str
     """Name of the variant, for status lines."""
     work: Path
-    roles: LayerRoles
     calibration: CalibrationData | None
     between_rounds: BetweenRounds | None
+    device: torch.device = _CPU
+    """Device on which the blocks, their Hessians and the rounding are computed."""
 
     def run(self, directory: Path, steps: Sequence[BoundStep]) -> RunResult:
         """Apply all steps to the model in `directory`; finished steps and blocks of an earlier run are kept."""
@@ -80,21 +84,23 @@ class StepRunner:
         """Show every block to `visitor`, save what it returns in `folder`; return the seconds and the details."""
         start = time.monotonic()
         config = read_decoder_config(checkpoint)
-        reader = open_dense(checkpoint, config, self.roles)
+        reader = open_dense(checkpoint, config)
         num_blocks = config["num_hidden_layers"]
         details, before_s = folder.read_progress()
         if details:
             print_status(f"{title}: resumed after block {len(details)} of {num_blocks}")
         streams = self._streams(visitor, folder, config, reader, is_first=not details)
         with progress(title, num_blocks, "blocks") as tick:
-            for index, (_, block) in enumerate(iterate_blocks(reader, self.roles.block, num_blocks)):
+            for index, (_, block) in enumerate(iterate_blocks(reader, decoder_of(config).block, num_blocks)):
                 if index < len(details):
                     continue
                 for stream in streams.values():
-                    stream.enter(index, config["hidden_size"])
+                    stream.enter(index)
                 # No step needs gradients; inference mode is not possible because inference tensors cannot be saved.
                 with torch.no_grad():
-                    after, detail = visitor.on_block(index, block, streams.get("x"), streams.get("dense"))
+                    after, detail = visitor.on_block(
+                        index, moved(block, self.device), streams.get("x"), streams.get("dense")
+                    )
                 folder.write_block(index, after)
                 details.append(detail)
                 folder.write_progress(details, before_s + time.monotonic() - start)
@@ -111,36 +117,38 @@ class StepRunner:
             return {}
         assert self.calibration is not None
         tokens_NT = self.calibration.tokens_NT
-        embedding_VD = reader.read(self.roles.embedding)
-        dtype = embedding_VD.dtype if probe_hardware().has_bf16_products else torch.float32
-        decoder = Decoder(config, self.roles, tokens_NT.shape[1], dtype)
+        outer = {name: reader.read(name) for name in decoder_of(config).outer_names if name in reader.names}
+        stored = outer[decoder_of(config).embedding].dtype
+        has_products = self.device.type == "cuda" or probe_hardware().has_bf16_products
+        decoder = decoder_of(config, stored if has_products else torch.float32, self.device)
+        outer = moved(outer, self.device) if is_first else {}
         folder.streams.mkdir(exist_ok=True)
         names = ("x", "dense") if visitor.wants_dense else ("x",)
         streams = {name: Stream(decoder, folder.streams, tokens_NT, name) for name in names}
         if is_first:
             for stream in streams.values():
-                stream.embed(embedding_VD)
+                stream.embed(outer)
         return streams
 
     def _write_checkpoint(self, before: Path, step: BoundStep, details: list[Detail], folder: StepFolder) -> None:
         """Write the step's checkpoint from its blocks, renumbered if some are left out."""
         config = read_decoder_config(before)
-        reader = open_dense(before, config, self.roles)
+        reader, decoder = open_dense(before, config), decoder_of(config)
         with atomic_directory(folder.checkpoint) as output:
-            writer = CheckpointWriter(output)
+            writer = CheckpointWriter(output, decoder.stored_name)
             num_written = 0
             for index in range(config["num_hidden_layers"]):
-                prefix = self.roles.block.format(index=index)
+                prefix = decoder.block.format(index=index)
 
                 def original(prefix: str = prefix) -> Block:
                     return reader.read_prefix(prefix)
 
                 block = step.emit(index, folder.read_block(index), original, details)
                 if block is not None:
-                    new_prefix = self.roles.block.format(index=num_written)
+                    new_prefix = decoder.block.format(index=num_written)
                     writer.add({new_prefix + name: tensor for name, tensor in block.items()})
                     num_written += 1
-            blocks_prefix = self.roles.block.partition("{index}")[0]
+            blocks_prefix = decoder.block.partition("{index}")[0]
             for name in reader.names:
                 if not name.startswith(blocks_prefix):
                     writer.add(step.emit_outer(name, reader.read(name)))

@@ -27,6 +27,11 @@ class CompressSettings(Settings):
         option="--set",
         metavar="TABLE.KEY=VALUE",
     )
+    device: str = setting(
+        "auto",
+        "Device that computes the layers: auto takes a GPU if PyTorch sees one.",
+        metavar="auto|cpu|cuda[:N]",
+    )
     list_recipes: bool = setting(False, "List the built-in recipes and exit.", option="--list")
 
 

@@ -7,12 +7,16 @@ from typing import Any
 
 from slimserve.compress.formats.bnb import INT8_BNB, NF4
 from slimserve.compress.formats.fp8 import FP8
+from slimserve.compress.formats.fp8_block import FP8_BLOCK
 from slimserve.compress.formats.int4 import W4A16
 from slimserve.compress.formats.int8 import W8A8
 from slimserve.compress.formats.interface import QuantFormat
+from slimserve.compress.formats.mxfp4 import MXFP4, MXFP4A16
+from slimserve.compress.formats.nvfp4 import NVFP4, NVFP4A16
+from slimserve.compress.formats.w4a8 import W4A8, W4A8_FP8
 from slimserve.core.errors import UserError
 
-_BUILT_IN = (W8A8, W4A16, FP8, NF4, INT8_BNB)
+_BUILT_IN = (W8A8, W4A16, FP8, FP8_BLOCK, W4A8, W4A8_FP8, NVFP4, NVFP4A16, MXFP4, MXFP4A16, NF4, INT8_BNB)
 _formats: dict[str, QuantFormat] = {}
 
 
@@ -35,8 +39,11 @@ def get_format(name: str) -> QuantFormat:
 
 
 def find_format(quantization_config: Mapping[str, Any]) -> QuantFormat:
-    """Return the format that a config.json describes; UserError if no registered format recognises it."""
-    for quant_format in _formats.values():
+    """Return the format that a config.json describes, a program's own before a built-in one.
+
+    Raises UserError if no registered format recognises it.
+    """
+    for quant_format in reversed(_formats.values()):
         if quant_format.recognises(quantization_config):
             return quant_format
     raise UserError(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from slimserve.compress.families import input_sizes
-from slimserve.compress.formats.interface import HEAD_TARGET, PackedLayer, QuantFormat, Rounding
+from slimserve.compress.formats.interface import HEAD_TARGET, LayerSizes, PackedLayer, QuantFormat, Rounding
 from slimserve.compress.quantize import Grid
 from slimserve.core.errors import UserError
 from slimserve.core.hardware import Hardware
@@ -91,25 +91,26 @@ class _Nf4(_BnbFormat):
         "bnb_4bit_quant_storage": "uint8",
     }
 
-    def check_input_size(self, num_inputs: int) -> None:
+    def check_layers(self, layers: Mapping[str, LayerSizes]) -> None:
         """Raise UserError unless 64 divides the inputs: bitsandbytes 0.50 decodes others wrongly on a CPU."""
-        if num_inputs % _BLOCK_SIZE:
-            raise UserError(
-                "inputs of a layer",
-                num_inputs,
-                f"are no multiple of {_BLOCK_SIZE}; bitsandbytes decodes such a layer wrongly on a CPU",
-                f"prune with multiple = {_BLOCK_SIZE}, or use another format",
-            )
+        for name, (_, num_inputs) in layers.items():
+            if num_inputs % _BLOCK_SIZE:
+                raise UserError(
+                    f"inputs of {name}",
+                    num_inputs,
+                    f"are no multiple of {_BLOCK_SIZE}; bitsandbytes decodes such a layer wrongly on a CPU",
+                    f"prune with multiple = {_BLOCK_SIZE}, or use another format",
+                )
 
     def pack_layer(self, weight_OI: Tensor) -> dict[str, Tensor]:
         """Return `weight`, its two levels of scales, both code books and the state as JSON bytes.
 
         `weight` is uint8 `[ceil(O*I/2), 1]`, two codes each. `weight.absmax` is uint8, one scale per 64 weights, and is
-        itself scaled in blocks of 256 by `weight.nested_absmax`. Raises UserError as `check_input_size` does.
+        itself scaled in blocks of 256 by `weight.nested_absmax`. Raises UserError as `check_layers` does.
         """
         from bitsandbytes import functional
 
-        self.check_input_size(weight_OI.shape[1])
+        self.check_layers({"a layer": (weight_OI.shape[0], weight_OI.shape[1])})
         codes, state = functional.quantize_4bit(
             weight_OI.to(torch.bfloat16).contiguous(), blocksize=_BLOCK_SIZE, compress_statistics=True, quant_type="nf4"
         )
@@ -143,7 +144,6 @@ class _Nf4(_BnbFormat):
 class _Int8(_BnbFormat):
     name = "int8-bnb"
     num_bits = 8
-    rounds_activations = True
     config: ClassVar[dict[str, Any]] = {
         "load_in_4bit": False,
         "load_in_8bit": True,
@@ -169,7 +169,11 @@ class _Int8(_BnbFormat):
     def unpack_layer(self, tensors: Mapping[str, Tensor]) -> Tensor:
         return tensors["weight"].float() * (tensors["SCB"].float() / 127)[:, None]
 
-    def round_inputs(self, x_TI: Tensor) -> Tensor:
+    @property
+    def rounds_activations(self) -> bool:
+        return True
+
+    def round_inputs(self, x_TI: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         """Return the inputs `[..., I]` as LLM.int8() multiplies them (arXiv 2208.07339, section 3), in the same dtype.
 
         Each token is rounded to 127 steps of its largest magnitude. A feature that reaches 6 in any token stays in

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from slimserve.compress.formats.compressed_tensors import CompressedTensorsFormat
+from slimserve.compress.quantize import Grid
 from slimserve.core.hardware import Hardware
 
 
@@ -20,7 +21,7 @@ class _FP8(CompressedTensorsFormat):
     layout = "float-quantized"
     kind = "float"
     num_bits = 8
-    rounds_activations = True
+    inputs = Grid("float", 8)
     gpu_reason = "fp8 needs a GPU of capability 8.9 or newer to be fast; a CPU emulates it"
 
     def explain_cpu_kernel(self, hardware: Hardware, config: Mapping[str, Any]) -> str:

@@ -31,7 +31,7 @@ def unpack_head(tensors: Mapping[str, Tensor]) -> Tensor:
 
 def round_head_inputs(x: Tensor) -> Tensor:
     """Return the inputs of the output layer as the engine's product sees them."""
-    return W8A8.round_inputs(x)
+    return W8A8.round_inputs(x, {})
 
 
 def head_bytes(vocab_size: int, hidden_size: int) -> float:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from slimserve.compress.formats.compressed_tensors import CompressedTensorsFormat
+from slimserve.compress.quantize import Grid
 from slimserve.core.hardware import Hardware
 
 
@@ -13,7 +14,7 @@ class _W8A8(CompressedTensorsFormat):
     name = "w8a8"
     layout = "int-quantized"
     num_bits = 8
-    rounds_activations = True
+    inputs = Grid("int", 8)
     allows_int8_head = True
 
     def explain_cpu_kernel(self, hardware: Hardware, config: Mapping[str, Any]) -> str:

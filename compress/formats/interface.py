@@ -23,6 +23,9 @@ from slimserve.core.hardware import Hardware
 HEAD_TARGET = "lm_head"
 """vLLM's name for the output layer of a model."""
 
+LayerSizes = tuple[int, int]
+"""Output and input features of a linear layer."""
+
 Rounding = Callable[[Tensor, Grid], Quantized]
 """Rounds a weight `[O, I]` float32 to a grid by the recipe's method, on the inputs that the layer reads."""
 
@@ -52,19 +55,34 @@ class QuantFormat(ABC):
     """Whether `symmetric = false` is possible."""
     has_fixed_rounding: bool = False
     """Whether the format's own library rounds, so that a recipe cannot choose the method."""
-    rounds_activations: bool = False
-    """Whether the engine rounds the inputs of a layer too, see `round_inputs`."""
     allows_int8_head: bool = False
     """Whether vLLM loads the format beside an INT8 output layer."""
+    allows_fp8_kv_cache: bool = False
+    """Whether config.json can describe an FP8 KV cache beside the format."""
+    needs_gpu: bool = False
+    """Whether `slimserve check` leaves out vLLM on a machine without a GPU, because it has no general CPU kernel."""
     gpu_reason: str | None = None
     """Reason to run the format on a GPU only; None if vLLM has a fast CPU kernel for it."""
+
+    @property
+    def rounds_activations(self) -> bool:
+        """Whether the engine rounds the inputs of a layer too, see `round_inputs`."""
+        return False
+
+    @property
+    def needs_input_peak(self) -> bool:
+        """Whether the format stores the range of a layer's inputs, which takes calibration data."""
+        return False
 
     def make_grid(self, symmetric: bool = True, group_size: int | None = None) -> Grid | None:
         """Return the grid of the weights; None for fixed rounding. UserError names a setting that is impossible."""
         return None
 
-    def check_input_size(self, num_inputs: int) -> None:
-        """Raise UserError if a layer with `num_inputs` input features cannot have this format."""
+    def check_layers(self, layers: Mapping[str, LayerSizes]) -> None:
+        """Raise UserError that names a layer whose sizes are impossible in this format.
+
+        `layers` read the same input; engines fuse them into one layer, in this order.
+        """
         return
 
     def choose_group_size(self, requested: int | None, input_sizes: Sequence[int]) -> tuple[int | None, str]:
@@ -95,8 +113,18 @@ class QuantFormat(ABC):
         Raises UserError if the config describes a variation that would be read wrongly.
         """
 
-    def round_inputs(self, x_TI: Tensor) -> Tensor:
-        """Return the inputs `[..., I]` as the engine's product sees them, in the same dtype."""
+    def input_tensors(self, peak: float) -> dict[str, Tensor]:
+        """Return the tensors that describe a layer's inputs, by suffix; `peak` is the largest calibrated magnitude.
+
+        Only called if `needs_input_peak`. Layers that read the same input get the same tensors.
+        """
+        return {}
+
+    def round_inputs(self, x_TI: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Return the inputs `[..., I]` as the engine's product sees them, in the same dtype.
+
+        `tensors` are those of the layer, by suffix; formats that store nothing about inputs do not read them.
+        """
         return x_TI
 
     @abstractmethod
@@ -121,3 +149,12 @@ class QuantFormat(ABC):
     def refuse(self, key: str, value: object, remedy: str) -> UserError:
         """Return the error for a recipe key that the format does not have."""
         return UserError(key, value, f"is not possible in {self.name}", remedy)
+
+    def refuse_size(self, layer: str, dimension: str, size: int, multiple: int) -> UserError:
+        """Return the error for a layer with `size` features in a dimension, which must be a multiple of a number."""
+        return UserError(
+            f"{dimension} of {layer}",
+            size,
+            f"are no multiple of {multiple}, as {self.name} needs",
+            f"prune to a multiple of {multiple} if the recipe prunes, or use a format without this limit, such as w8a8",
+        )

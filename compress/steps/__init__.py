@@ -12,7 +12,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from slimserve.compress.families import LayerRoles, with_sizes
+from slimserve.compress.families import with_sizes
 from slimserve.compress.recipe import AnyStep, Prune, PruneDepth, Quantize
 from slimserve.compress.steps import depth, quantizing, width
 from slimserve.compress.steps.interface import BoundStep, Detail, Visitor
@@ -20,22 +20,22 @@ from slimserve.compress.steps.profile import ErrorProfile
 
 __all__ = ["BoundStep", "Detail", "ErrorProfile", "Visitor", "bind"]
 
-_STEPS: dict[type[AnyStep], Callable[[Any, Mapping[str, Any], LayerRoles, int], Sequence[BoundStep]]] = {
+_STEPS: dict[type[AnyStep], Callable[[Any, Mapping[str, Any], int], Sequence[BoundStep]]] = {
     Prune: width.bind,
     PruneDepth: depth.bind,
     Quantize: quantizing.bind,
 }
-"""Functions from (settings, config with all sizes, layer roles, seed) to bound steps, by the class of the settings."""
+"""Functions from (settings, config with all sizes, seed) to bound steps, by the class of the settings."""
 
 
-def bind(steps: Sequence[AnyStep], config: Mapping[str, Any], roles: LayerRoles, seed: int) -> list[BoundStep]:
+def bind(steps: Sequence[AnyStep], config: Mapping[str, Any], seed: int) -> list[BoundStep]:
     """Return the bound steps, each for the model that the steps before it leave.
 
-    Raises UserError if a step names an unknown method or does not fit the model's sizes.
+    Raises UserError if a step names an unknown method or does not fit the model's architecture.
     """
     config = with_sizes(copy.deepcopy(dict(config)))
     bound: list[BoundStep] = []
     for step in steps:
-        bound.extend(_STEPS[type(step)](step, config, roles, seed))
+        bound.extend(_STEPS[type(step)](step, config, seed))
         config = bound[-1].planned_config
     return bound

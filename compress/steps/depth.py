@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from slimserve.compress.families import SUBLAYERS, LayerRoles
-from slimserve.compress.forward import Block
+from slimserve.compress.decoder import Block, decoder_of
+from slimserve.compress.families import without_layers
 from slimserve.compress.recipe import PruneDepth
 from slimserve.compress.steps.interface import BoundStep, Detail
 from slimserve.compress.stream import Stream
@@ -32,12 +32,12 @@ class PruneDepthStep(BoundStep):
     def __init__(self, config: Mapping[str, Any], num_removed: int) -> None:
         self._num_removed = num_removed
         self._depth = config["num_hidden_layers"]
-        self.planned_config = {**config, "num_hidden_layers": self._depth - num_removed}
+        # Which blocks go is not known yet; the plan needs only their number.
+        self.planned_config = without_layers(config, set(range(self._depth - num_removed, self._depth)))
 
     def on_block(self, index: int, block: Block, stream: Stream | None, dense: Stream | None) -> tuple[Block, Detail]:
         assert stream is not None
-        for sublayer in SUBLAYERS:
-            stream.run_sublayer(sublayer, block)
+        stream.run_block(block)
         similar = [
             functional.cosine_similarity(before.float(), after.float(), dim=-1).flatten()
             for before, after in stream.changes()
@@ -48,11 +48,18 @@ class PruneDepthStep(BoundStep):
         return None if index in self._removed(details) else block
 
     def config(self, before: Mapping[str, Any], details: Sequence[Detail]) -> dict[str, Any]:
-        config = {**before, "num_hidden_layers": self._depth - self._num_removed}
-        if config.get("layer_types"):
-            removed = self._removed(details)
-            config["layer_types"] = [kind for i, kind in enumerate(config["layer_types"]) if i not in removed]
-        return config
+        removed = self._removed(details)
+        after = without_layers(before, removed)
+        old, new = decoder_of(before), decoder_of(after)
+        left = [index for index in range(self._depth) if index not in removed]
+        if any(old.block_shapes(index) != new.block_shapes(number) for number, index in enumerate(left)):
+            raise UserError(
+                "num_blocks",
+                self._num_removed,
+                f"cannot be removed from a {before['model_type']}: the kind of a block follows from its number",
+                "remove neurons instead, or only quantize",
+            )
+        return after
 
     def describe(self, details: Sequence[Detail]) -> dict[str, Any]:
         return {
@@ -80,11 +87,9 @@ class SearchDepthStep(PruneDepthStep):
     def on_block(self, index: int, block: Block, stream: Stream | None, dense: Stream | None) -> tuple[Block, Detail]:
         assert stream is not None
         branches = [stream.branch(f"without-{removed:05d}", _SEARCH_SEQUENCES) for removed in range(index + 1)]
-        for sublayer in SUBLAYERS:
-            stream.run_sublayer(sublayer, block)
+        stream.run_block(block)
         for branch in branches[:-1]:
-            for sublayer in SUBLAYERS:
-                branch.run_sublayer(sublayer, block)
+            branch.run_block(block)
         branches[-1].skip_block(stream)
         if index < self._depth - 1:
             return block, {}
@@ -99,7 +104,7 @@ METHODS: dict[str, type[PruneDepthStep]] = {"influence": PruneDepthStep, "search
 """Classes of the methods by the name that a recipe gives them."""
 
 
-def bind(step: PruneDepth, config: Mapping[str, Any], _roles: LayerRoles, _seed: int) -> list[PruneDepthStep]:
+def bind(step: PruneDepth, config: Mapping[str, Any], _seed: int) -> list[PruneDepthStep]:
     """Return the rounds of a depth-pruning step: one, or one per block if the method removes a single block per pass.
 
     Raises UserError if the method is unknown or no block would remain.
@@ -111,7 +116,10 @@ def bind(step: PruneDepth, config: Mapping[str, Any], _roles: LayerRoles, _seed:
         raise UserError("num_blocks", step.num_blocks, f"leaves none of {depth} blocks", "remove fewer")
     if not make.one_block_per_pass:
         return [make(config, step.num_blocks)]
-    return [make({**config, "num_hidden_layers": depth - number}, 1) for number in range(step.num_blocks)]
+    rounds: list[PruneDepthStep] = []
+    for _ in range(step.num_blocks):
+        rounds.append(make(rounds[-1].planned_config if rounds else config, 1))
+    return rounds
 
 
 def _finite(score: float, index: int) -> float:

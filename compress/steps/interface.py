@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from slimserve.compress.forward import Block
+from slimserve.compress.decoder import Block
 from slimserve.compress.stream import Stream
 
 Detail = dict[str, Any]

@@ -9,9 +9,9 @@ import torch
 
 from slimserve.compress import prune
 from slimserve.compress.budget import profile_sizes
-from slimserve.compress.families import SUBLAYERS, LayerRoles, Sublayer
-from slimserve.compress.forward import Block
+from slimserve.compress.decoder import Block, decoder_of
 from slimserve.compress.recipe import Prune
+from slimserve.compress.roles import KINDS, Kind, PruneRole
 from slimserve.compress.steps.interface import Detail
 from slimserve.compress.stream import Stream
 
@@ -26,33 +26,32 @@ class ErrorProfile:
     needs_data = True
     wants_dense = False
 
-    def __init__(self, step: Prune, config: Mapping[str, Any], roles: LayerRoles) -> None:
-        self._roles, self._damping = roles, step.damping
+    def __init__(self, step: Prune, config: Mapping[str, Any], roles: Mapping[Kind, PruneRole]) -> None:
+        self._decoder, self._roles, self._damping = decoder_of(config), roles, step.damping
         self._sizes = profile_sizes(config)
-        num_q_per_kv = config["num_attention_heads"] // config["num_key_value_heads"]
-        self._group_size: dict[Sublayer, int] = {"mlp": 1, "attention": num_q_per_kv * config["head_dim"]}
 
     def on_block(self, index: int, block: Block, stream: Stream | None, dense: Stream | None) -> tuple[Block, Detail]:
         assert stream is not None
-        losses: dict[Sublayer, list[float]] = {}
-        for sublayer in SUBLAYERS:
-            layer = self._roles.consumer(sublayer)
-            hessian_II = stream.consumer_hessian(sublayer, block, f"block {index} {layer}").mean().double()
-            problem = prune.PruneProblem(
-                weight_OI=block[f"{layer}.weight"].double(),
-                hessian_II=hessian_II,
-                target_IO=None,
-                group_size=self._group_size[sublayer],
-                damping=self._damping,
-            )
-            losses[sublayer] = prune.loss_curve(problem, self._sizes[sublayer])
+        losses: dict[Kind, list[float]] = {kind: [0.0] * len(self._sizes[kind]) for kind in KINDS}
+        for sublayer in self._decoder.sublayers[index]:
+            role = self._roles.get("attention" if sublayer.is_attention else "mlp")
+            if role is not None:
+                hessian_II = stream.consumer_hessian(sublayer, block).mean().double()
+                problem = prune.PruneProblem(
+                    weight_OI=block[f"{role.consumer}.weight"].double(),
+                    hessian_II=hessian_II,
+                    target_IO=None,
+                    group_size=role.columns,
+                    damping=self._damping,
+                )
+                losses[role.kind] = prune.loss_curve(problem, self._sizes[role.kind])
             stream.advance(sublayer, block)
         change, inverse_norm = _relative_change(stream)
         curves: Detail = {
             sublayer: [
                 [size, loss * inverse_norm] for size, loss in zip(self._sizes[sublayer], losses[sublayer], strict=True)
             ]
-            for sublayer in SUBLAYERS
+            for sublayer in KINDS
         }
         return {}, {**curves, "without": change}
 

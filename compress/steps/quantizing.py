@@ -9,16 +9,19 @@ import torch
 from torch import Tensor
 
 from slimserve.compress import quantize, rounding
-from slimserve.compress.families import SUBLAYERS, LayerRoles, Sublayer, input_sizes
+from slimserve.compress.decoder import Block, Sublayer, decoder_of, expert_role
 from slimserve.compress.formats import get_format
 from slimserve.compress.formats.head import add_head, pack_head
-from slimserve.compress.formats.interface import HEAD_TARGET
-from slimserve.compress.forward import Block
+from slimserve.compress.formats.kv_cache import KeyValuePeaks, add_kv_cache
 from slimserve.compress.recipe import Quantize
+from slimserve.compress.roles import find_smoothing, smooth
 from slimserve.compress.steps.interface import Detail
 from slimserve.compress.stream import Stream
 from slimserve.core.errors import UserError
 from slimserve.core.model_config import dtype_of
+
+_FEW_TOKENS = 128
+"""Calibration tokens below which an expert's rounding rests on too little."""
 
 
 class QuantizeStep:
@@ -27,50 +30,95 @@ class QuantizeStep:
     name = "quantize"
     wants_dense = False
 
-    def __init__(self, step: Quantize, config: Mapping[str, Any], roles: LayerRoles) -> None:
-        self._step, self._roles = step, roles
+    def __init__(self, step: Quantize, config: Mapping[str, Any]) -> None:
+        self._step, self._decoder = step, decoder_of(config)
         self._format = get_format(step.format)
         self._method = rounding.rounding_method(step.method)
-        self.needs_data = self._method.needs_data or step.smoothquant is not None or step.scales == "mse"
+        self._has_fp8_cache = step.kv_cache != "dense"
+        self.needs_data = (
+            self._method.needs_data
+            or step.smoothquant is not None
+            or step.scales == "mse"
+            or self._format.needs_input_peak
+            or self._has_fp8_cache
+        )
         self._note = ""
-        inputs = input_sizes(config)
-        for num_inputs in inputs:
-            self._format.check_input_size(num_inputs)
+        depth = config["num_hidden_layers"]
+        shapes = [self._decoder.block_shapes(index) for index in range(depth)]
+        inputs: dict[int, None] = {}
+        for index, sublayers in enumerate(self._decoder.sublayers):
+            for group in (group for sublayer in sublayers for stage in sublayer.stages for group in stage):
+                sizes = {layer: shapes[index][f"{layer}.weight"] for layer in group}
+                self._format.check_layers({layer: (size[0], size[1]) for layer, size in sizes.items()})
+                inputs |= dict.fromkeys(size[1] for size in sizes.values())
+        if not inputs:
+            raise UserError(
+                "quantize", config["model_type"], "has no linear layers that PyTorch knows", "use another model"
+            )
         # Raises for an invalid request, which the fallback below would hide.
         self._format.make_grid(step.symmetric, step.group_size)
-        group, self._note = self._format.choose_group_size(step.group_size, inputs)
-        self._grid = self._format.make_grid(step.symmetric, group)
+        group_size, self._note = self._format.choose_group_size(step.group_size, list(inputs))
+        self._grid = self._format.make_grid(step.symmetric, group_size)
         self._options = quantize.RoundingOptions(
             damping=step.damping, order=step.order, sweeps=step.sweeps, scales=step.scales
         )
-        fused = 2 * len(SUBLAYERS) * config["num_hidden_layers"]
+        fused = sum(len(sublayer.fused) for sublayers in self._decoder.sublayers for sublayer in sublayers)
         if step.keep_worst >= fused:
             raise UserError("keep_worst", step.keep_worst, f"keeps all {fused} fused layers", "keep fewer")
         self.planned_config = dict(config)
         self._is_tied = bool(config.get("tie_word_embeddings", False))
+        if step.smoothquant is not None and not any(self._norms(index) for index in range(depth)):
+            raise UserError(
+                "smoothquant",
+                step.smoothquant,
+                f"is not possible for {config['model_type']}: no norm can take over the factors of the layers after it",
+                "leave it out",
+            )
+
+    def _norms(self, index: int) -> dict[str, float]:
+        """Return the norms of a layer that are smoothed, with their offsets."""
+        return {} if self._step.smoothquant is None else find_smoothing(self._decoder, index)
 
     def on_block(self, index: int, block: Block, stream: Stream | None, dense: Stream | None) -> tuple[Block, Detail]:
         packed = dict(block)
         effective = dict(block)
         errors: dict[str, float] = {}
         notes: dict[str, Any] = {}
-        for sublayer in SUBLAYERS:
-            producers, consumer = self._roles.producers(sublayer), self._roles.consumer(sublayer)
-            hessian_II: Tensor | None = None
+        norms = self._norms(index)
+        num_experts, num_few = 0, 0
+        for sublayer in self._decoder.sublayers[index]:
+            peaks = KeyValuePeaks() if self._has_fp8_cache and sublayer.is_attention else None
+            for stage in sublayer.stages:
+                if stream is None:
+                    for group in stage:
+                        self._round(group, effective, packed, None, None, errors, notes)
+                    continue
+                is_smoothed = stage is sublayer.stages[0] and sublayer.norm in norms
+                # The cache is seen once, when the consumer's inputs are computed from the rounded layers before it.
+                stream.on_key_value = peaks if stage is sublayer.stages[-1] else None
+                wants_peak = is_smoothed or self._format.needs_input_peak
+                for group, hessian in stream.hessians(sublayer, stage, effective, wants_peak):
+                    if expert_role(group[0]) != group[0]:
+                        num_experts += 1
+                        num_few += hessian.num_tokens < _FEW_TOKENS
+                    hessian_II = hessian.mean() if hessian.num_tokens else None
+                    peak_I = hessian.peak_I
+                    if is_smoothed and peak_I is not None and hessian_II is not None:
+                        assert sublayer.norm is not None
+                        scale_I = self._smooth(sublayer, norms[sublayer.norm], effective, packed, peak_I)
+                        hessian_II = hessian_II / scale_I[:, None] / scale_I[None, :]
+                        peak_I = peak_I / scale_I
+                    self._round(group, effective, packed, hessian_II, peak_I, errors, notes)
             if stream is not None:
-                wants_peak = self._step.smoothquant is not None
-                hessian = stream.producer_hessian(sublayer, effective, f"block {index} {producers[0]}", wants_peak)
-                hessian_II = hessian.mean()
-                if hessian.peak_I is not None:
-                    hessian_II = self._smooth(sublayer, producers, effective, packed, hessian.peak_I, hessian_II)
-            self._round(producers, effective, packed, hessian_II, errors, notes)
-            hessian_II = None
-            if stream is not None:
-                hessian_II = stream.consumer_hessian(sublayer, effective, f"block {index} {consumer}").mean()
-            self._round((consumer,), effective, packed, hessian_II, errors, notes)
+                stream.on_key_value = None
+            if peaks is not None:
+                packed.update({f"{sublayer.path}.{suffix}": scale for suffix, scale in peaks.tensors().items()})
             if stream is not None:
                 stream.advance(sublayer, effective)
-        return packed, {"output_error": errors, **({"notes": notes} if notes else {})}
+        detail: Detail = {"output_error": errors, **({"notes": notes} if notes else {})}
+        if num_experts:
+            detail["experts"] = {"num_groups": num_experts, "num_with_few_tokens": num_few}
+        return packed, detail
 
     def emit(self, index: int, block: Block, original: Callable[[], Block], details: Sequence[Detail]) -> Block | None:
         kept = [layer for position, layers in self._kept(details) if position == index for layer in layers]
@@ -79,19 +127,19 @@ class QuantizeStep:
         source = original()
         restored = {name: tensor for name, tensor in block.items() if not _belongs(name, kept)}
         restored |= {name: tensor for name, tensor in source.items() if _belongs(name, kept)}
-        if self._step.smoothquant is not None:
-            # The kept layers read smoothed norms, so their columns need the inverse factors.
-            for sublayer in SUBLAYERS:
-                scale_I = _norm_ratio(source, block, self._roles.norm(sublayer))
-                for layer in set(kept) & set(self._roles.producers(sublayer)):
-                    weight_OI = source[f"{layer}.weight"]
-                    restored[f"{layer}.weight"] = (weight_OI.float() * scale_I).to(weight_OI.dtype)
+        # The kept layers read smoothed norms, so their columns need the inverse factors.
+        for norm, offset in self._norms(index).items():
+            scale_I = _norm_ratio(source, block, norm, offset)
+            sublayer = next(one for one in self._decoder.sublayers[index] if one.norm == norm)
+            for layer in set(kept) & set(sublayer.stages[0][0]):
+                weight_OI = source[f"{layer}.weight"]
+                restored[f"{layer}.weight"] = (weight_OI.float() * scale_I).to(weight_OI.dtype)
         return restored
 
     def emit_outer(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
         if self._step.head == "dense":
             return {name: tensor}
-        head, embedding = self._roles.head, self._roles.embedding
+        head, embedding = self._decoder.head, self._decoder.embedding
         if name == head and self._is_tied:
             return {}
         if name == head or (name == embedding and self._is_tied):
@@ -102,13 +150,18 @@ class QuantizeStep:
 
     def config(self, before: Mapping[str, Any], details: Sequence[Detail]) -> dict[str, Any]:
         kept = [
-            self._roles.block.format(index=index) + layer for index, layers in self._kept(details) for layer in layers
+            self._decoder.block.format(index=index) + layer for index, layers in self._kept(details) for layer in layers
         ]
         int8_head = self._step.head == "int8"
-        ignored = kept if int8_head else [HEAD_TARGET, *kept]
+        is_ignored = [
+            name for name in self._decoder.dense_modules if not (int8_head and name == self._decoder.head_module)
+        ]
+        ignored = [*is_ignored, *kept]
         described = self._format.quantization_config(self._grid, ignored)
         if int8_head:
             described = add_head(described)
+        if self._has_fp8_cache:
+            described = add_kv_cache(described)
         untied = {"tie_word_embeddings": False} if int8_head else {}
         return {**_without_float16(before), **untied, "quantization_config": described}
 
@@ -118,12 +171,21 @@ class QuantizeStep:
             described |= {"symmetric": self._grid.symmetric, "group_size": self._grid.group_size}
         if self._step.head != "dense":
             described["head"] = self._step.head
-        if self._note:
-            described["fallback"] = self._note
+        if self._has_fp8_cache:
+            described["kv_cache"] = self._step.kv_cache
+        notes = [self._note] if self._note else []
+        experts = [detail["experts"] for detail in details if "experts" in detail]
+        few = sum(one["num_with_few_tokens"] for one in experts)
+        if few:
+            total = sum(one["num_groups"] for one in experts)
+            described["experts_with_few_tokens"] = f"{few} of {total}"
+            notes.append(f"{few} of {total} expert layers saw fewer than {_FEW_TOKENS} calibration tokens")
+        if notes:
+            described["fallback"] = "; ".join(notes)
         kept = self._kept(details)
         if kept:
             described["kept_unquantized"] = [
-                self._roles.block.format(index=index) + layer for index, layers in kept for layer in layers
+                self._decoder.block.format(index=index) + layer for index, layers in kept for layer in layers
             ]
         return {**described, "per_block": list(details)}
 
@@ -133,6 +195,7 @@ class QuantizeStep:
         effective: Block,
         packed: Block,
         hessian_II: Tensor | None,
+        peak_I: Tensor | None,
         errors: dict[str, float],
         notes: dict[str, Any],
     ) -> None:
@@ -143,56 +206,64 @@ class QuantizeStep:
         """
         weights = [effective[f"{layer}.weight"] for layer in layers]
 
-        def rounding(weight_OI: Tensor, grid: quantize.Grid) -> quantize.Quantized:
-            return self._method(weight_OI, hessian_II, grid, self._options)
+        # An expert that saw no token is rounded to nearest.
+        method = rounding.rounding_method("rtn") if hessian_II is None and self.needs_data else self._method
 
-        results = self._format.pack(weights, self._grid, rounding)
+        def rounded(weight_OI: Tensor, grid: quantize.Grid) -> quantize.Quantized:
+            return method(weight_OI, hessian_II, grid, self._options)
+
+        results = self._format.pack(weights, self._grid, rounded)
         if results[0].notes:
             notes["+".join(layers)] = dict(results[0].notes)
         for layer, weight_OI, result in zip(layers, weights, results, strict=True):
             rounded_OI = result.dequantize()
-            errors[layer] = quantize.output_error(weight_OI, rounded_OI, hessian_II)
+            role = expert_role(layer)
+            errors[role] = max(errors.get(role, 0.0), quantize.output_error(weight_OI, rounded_OI, hessian_II))
             effective[f"{layer}.weight"] = rounded_OI.to(weight_OI.dtype)
             del packed[f"{layer}.weight"]
-            packed.update({f"{layer}.{suffix}": tensor for suffix, tensor in result.tensors.items()})
+            tensors = result.tensors
+            if self._format.needs_input_peak:
+                # An expert that saw no token gets the scale of inputs up to 1.
+                tensors = tensors | self._format.input_tensors(1.0 if peak_I is None else float(peak_I.max()))
+            packed.update({f"{layer}.{suffix}": tensor for suffix, tensor in tensors.items()})
 
     def _smooth(
         self,
         sublayer: Sublayer,
-        producers: Sequence[str],
+        offset: float,
         effective: Block,
         packed: Block,
         peak_I: Tensor,
-        hessian_II: Tensor,
     ) -> Tensor:
-        """Divide the norm's outputs by the smoothing factors, multiply the producers' columns; return the new H."""
+        """Divide the norm's outputs by the smoothing factors, multiply the producers' columns; return the factors."""
         assert self._step.smoothquant is not None
-        norm = self._roles.norm(sublayer)
+        assert sublayer.norm is not None
+        norm, producers = sublayer.norm, sublayer.stages[0][0]
         weight_peak_I = torch.stack([effective[f"{layer}.weight"].float().abs().amax(0) for layer in producers]).amax(0)
         scale_I = quantize.smooth_scales(peak_I, weight_peak_I, self._step.smoothquant)
+        weight, bias = f"{norm}.weight", f"{norm}.bias"
         before = dict(effective)
-        before_I = before[f"{norm}.weight"]
-        after_I = (before_I.float() / scale_I).to(before_I.dtype)
-        effective[f"{norm}.weight"] = packed[f"{norm}.weight"] = after_I
-        scale_I = _norm_ratio(before, effective, norm)
+        effective[weight] = packed[weight] = smooth(before, norm, offset, (), scale_I)[weight]
+        scale_I = _norm_ratio(before, effective, norm, offset)
+        if bias in before:  # it gets the factors that the weight's dtype could hold
+            effective[bias] = packed[bias] = smooth(before, norm, offset, (), scale_I)[bias]
         for layer in producers:
-            weight_OI = effective[f"{layer}.weight"]
-            effective[f"{layer}.weight"] = weight_OI.float() * scale_I
-        return hessian_II / scale_I[:, None] / scale_I[None, :]
+            effective[f"{layer}.weight"] = effective[f"{layer}.weight"].float() * scale_I
+        return scale_I
 
     def _kept(self, details: Sequence[Detail]) -> list[tuple[int, tuple[str, ...]]]:
         """Return block index and layer names of the fused layers that stay unquantized, in order of blocks.
 
-        Engines fuse query, key and value, and gate and up, so these are kept together.
+        Engines fuse query, key and value, gate and up, and all experts, so these are kept together.
         """
-        fused = [
-            layers
-            for sublayer in SUBLAYERS
-            for layers in (self._roles.producers(sublayer), (self._roles.consumer(sublayer),))
-        ]
         ranked = sorted(
-            ((index, layers) for index in range(len(details)) for layers in fused),
-            key=lambda one: -max(details[one[0]]["output_error"][layer] for layer in one[1]),
+            (
+                (index, layers)
+                for index in range(len(details))
+                for sublayer in self._decoder.sublayers[index]
+                for layers in sublayer.fused
+            ),
+            key=lambda one: -max(details[one[0]]["output_error"][expert_role(layer)] for layer in one[1]),
         )
         return sorted(ranked[: self._step.keep_worst])
 
@@ -209,12 +280,12 @@ def _belongs(name: str, layers: Sequence[str]) -> bool:
     return any(name.startswith(f"{layer}.") for layer in layers)
 
 
-def _norm_ratio(before: Block, after: Block, norm: str) -> Tensor:
-    """Return the factor `[I]` that divided a norm's weight, after rounding to its dtype; 1 where the weight is zero."""
-    before_I, after_I = before[f"{norm}.weight"].float(), after[f"{norm}.weight"].float()
+def _norm_ratio(before: Block, after: Block, norm: str, offset: float) -> Tensor:
+    """Return the factor `[I]` that divided a norm's outputs, after rounding to its dtype; 1 where it is zero."""
+    before_I, after_I = before[f"{norm}.weight"].float() + offset, after[f"{norm}.weight"].float() + offset
     return torch.where(after_I != 0, before_I / after_I, torch.ones_like(after_I))
 
 
-def bind(step: Quantize, config: Mapping[str, Any], roles: LayerRoles, _seed: int) -> list[QuantizeStep]:
+def bind(step: Quantize, config: Mapping[str, Any], _seed: int) -> list[QuantizeStep]:
     """Return the one bound step. Raises UserError if the format, the method or a size does not fit."""
-    return [QuantizeStep(step, config, roles)]
+    return [QuantizeStep(step, config)]

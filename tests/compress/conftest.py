@@ -83,6 +83,15 @@ def tiny(request: pytest.FixtureRequest, tmp_path: Path) -> TinyModel:
 
 
 @pytest.fixture
+def uncompiled_fp4(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replace the compiled function of compressed-tensors that rounds to 4-bit floats: compiling takes a minute."""
+    from compressed_tensors.quantization.quant_args import FP4_E2M1_DATA
+
+    plain = FP4_E2M1_DATA.cast_to_fp4._torchdynamo_orig_callable
+    monkeypatch.setattr(FP4_E2M1_DATA, "cast_to_fp4", staticmethod(plain))
+
+
+@pytest.fixture
 def tiny_llama(tmp_path: Path) -> TinyModel:
     return make_tiny(CONFIGS["llama-tied-gqa"], tmp_path / "dense")
 

@@ -94,7 +94,7 @@ def test_inputs_are_rounded_as_llm_int8_rounds_them() -> None:
     with torch.inference_mode():
         expected = layer(inputs.half()).float()
     dequantized = INT8_BNB.unpack_layer(INT8_BNB.pack_layer(weight(5, 64)))
-    ours = torch.nn.functional.linear(INT8_BNB.round_inputs(inputs), dequantized)
+    ours = torch.nn.functional.linear(INT8_BNB.round_inputs(inputs, {}), dequantized)
     scale = expected.abs().amax(dim=-1)
     is_compared = torch.ones(3, 7, dtype=torch.bool)
     is_compared[1, 1] = False  # bitsandbytes divides a token of zeros by zero

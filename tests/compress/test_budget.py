@@ -10,7 +10,6 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from slimserve.compress import budget, budget_search
-from slimserve.compress.families import roles_of
 from slimserve.compress.recipe import Keep, Prune, PruneDepth, Quantize
 from slimserve.compress.reference import reference_logits
 from slimserve.core.errors import UserError
@@ -63,7 +62,7 @@ def test_block_times_are_relative_to_the_dense_block(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(budget.BlockTimer, "seconds", known_seconds)
     sizes = {"hidden_size": 256, "intermediate_size": 2048, "num_hidden_layers": 4, "num_attention_heads": 8}
     config = LlamaConfig(**sizes, num_key_value_heads=4, head_dim=32).to_dict()
-    timer, dense = budget.BlockTimer(config, roles_of(config)), budget.Shape.of(config)
+    timer, dense = budget.BlockTimer(config), budget.Shape.of(config)
     assert timer.relative_seconds(dense) == 1
     for width, kv_groups, depth in ((512, 4, 4), (768, 4, 3), (2048, 1, 4), (1536, 2, 2)):
         expected = (width + 10 * kv_groups) / (2048 + 10 * 4) * depth / 4

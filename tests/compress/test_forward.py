@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from slimserve.compress.checkpoint import CheckpointReader, iterate_blocks
-from slimserve.compress.families import SUBLAYERS, roles_of
-from slimserve.compress.forward import Decoder, read_outer_tensors
+from slimserve.compress.decoder import Decoder
 from slimserve.compress.reference import kl_per_token, nll_per_token, reference_logits
 from slimserve.compress.stream import Stream
 
@@ -41,27 +40,27 @@ def test_the_hessians_of_a_stream_do_not_depend_on_the_batch_size(
     tokens_NT = torch.randint(0, 67, (7, 11), generator=torch.Generator().manual_seed(1))
     captured: dict[str, Any] = {}
     for name, module in tiny_llama.model.named_modules():
-        if name.endswith(("q_proj", "o_proj", "up_proj", "down_proj")):
+        if name.endswith(("v_proj", "o_proj", "up_proj", "down_proj")):
             module.register_forward_pre_hook(lambda _, args, name=name: captured.__setitem__(name, args[0].detach()))
     tiny_llama.model(tokens_NT)
 
     config = json.loads((tiny_llama.directory / "config.json").read_text())
-    roles = roles_of(config)
     reader = CheckpointReader(tiny_llama.directory)
-    stream = Stream(Decoder(config, roles, 11, torch.float32), tmp_path, tokens_NT)
+    decoder = Decoder(config)
+    stream = Stream(decoder, tmp_path, tokens_NT)
     stream._batch = batch
-    stream.embed(read_outer_tensors(reader, roles).embedding_VD)
-    for index, (prefix, block) in enumerate(iterate_blocks(reader, roles.block, config["num_hidden_layers"])):
-        stream.enter(index, config["hidden_size"])
-        for sublayer in SUBLAYERS:
-            producer = roles.query if sublayer == "attention" else roles.up
-            consumer = roles.attention_consumer if sublayer == "attention" else roles.mlp_consumer
-            hessians = {
-                producer: stream.producer_hessian(sublayer, block, producer, wants_peak=True),
-                consumer: stream.consumer_hessian(sublayer, block, consumer),
-            }
+    stream.embed({name: reader.read(name) for name in decoder.outer_names})
+    for index, (prefix, block) in enumerate(iterate_blocks(reader, decoder.block, config["num_hidden_layers"])):
+        stream.enter(index)
+        for sublayer in decoder.sublayers[index]:
+            hessians = {}
+            for stage in sublayer.stages:
+                for group, hessian in stream.hessians(sublayer, stage, block, wants_peak=True):
+                    hessians[group[-1]] = hessian
             stream.advance(sublayer, block)
             for layer, hessian in hessians.items():
+                if prefix + layer not in captured:
+                    continue
                 x = captured[prefix + layer].flatten(0, 1)
                 if hessian.peak_I is not None:
                     torch.testing.assert_close(hessian.peak_I, x.abs().amax(0), atol=1e-4, rtol=1e-4)

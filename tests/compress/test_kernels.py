@@ -14,6 +14,7 @@ from slimserve.core.hardware import Hardware, probe_hardware
 from tests.conftest import needs_avx512
 
 HARDWARE = Hardware(cpu="some CPU", cores=(0,), memory_gib=8.0, isa=("avx2", "avx512f", "avx512_vnni"), gpus=())
+GPU_FORMATS = {"fp8-block", "w4a8", "w4a8-fp8", "nvfp4", "nvfp4a16", "mxfp4", "mxfp4a16"}
 SIZES = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
 
 ASK_VLLM = """
@@ -110,8 +111,12 @@ def test_the_activations_of_4_bit_models_are_rounded_on_cpus_with_amx() -> None:
     assert "VLLM_CPU_INT4_W4A8" not in explain(HARDWARE, "w4a16")
 
 
-def test_only_fp8_needs_a_gpu_for_its_speed_and_a_cpu_still_runs_it() -> None:
-    assert [name for name in format_names() if get_format(name).gpu_reason] == ["fp8"]
+def test_formats_for_gpus_say_so_and_a_cpu_still_runs_fp8() -> None:
+    assert {name for name in format_names() if get_format(name).needs_gpu} == GPU_FORMATS
+    assert {name for name in format_names() if get_format(name).gpu_reason} == {"fp8", *GPU_FORMATS}
+    for name in GPU_FORMATS:
+        assert str(get_format(name).gpu_reason) in explain(HARDWARE, name)
+    assert "AMX" in explain(replace(HARDWARE, isa=("amx_tile",)), "fp8-block")
     assert "needs a GPU of capability 8.9" in str(get_format("fp8").gpu_reason)
     assert "cannot run" not in explain(HARDWARE, "fp8")
 

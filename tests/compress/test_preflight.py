@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from slimserve.compress import build
 from slimserve.compress.build import build_variant
-from slimserve.compress.families import expected_tensors, roles_of
+from slimserve.compress.decoder import decoder_of
 from slimserve.compress.preflight import needed_bytes
 from slimserve.compress.recipe import Prune, Recipe
 from slimserve.core import storage
@@ -51,8 +51,7 @@ def test_the_expected_tensors_are_those_that_transformers_makes(tiny: TinyModel)
     stored = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if config["tie_word_embeddings"]:
         del stored["lm_head.weight"]
-    expected = expected_tensors(config, roles_of(config))
-    assert {name: tuple(size for _, size in dimensions) for name, dimensions in expected.items()} == stored
+    assert decoder_of(config).shapes == stored
 
 
 CONFIGS: list[tuple[dict[str, Any], str]] = [
@@ -67,12 +66,15 @@ CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"num_hidden_layers": 4}, "'model.layers.3.' is missing"),
     ({"attention_bias": True}, "_proj.bias' is missing"),
     ({"max_position_embeddings": None}, "has max_position_embeddings null"),
-    ({"hidden_act": "nonsense"}, "'nonsense' is not a supported activation"),
+    ({"hidden_act": "nonsense"}, "describes no model that transformers can build"),
     ({"dtype": 67}, "has the dtype 67, which is no float type"),
     ({"sliding_window": {}}, "has sliding_window {}, which is neither a whole number nor null"),
-    ({"text_config": {"hidden_size": 24}}, "has a text_config"),
+    ({"text_config": {"hidden_size": 24}}, "has a text_config of no decoder-only model"),
     ({"rms_norm_eps": -1e9}, "does not let the first block be computed"),
-    ({"rope_parameters": {"rope_type": "nonsense", "rope_theta": 1e4}}, "first block be computed"),
+    (
+        {"rope_parameters": {"rope_type": "nonsense", "rope_theta": 1e4}},
+        "describes no model that transformers can build",
+    ),
     ({"architectures": ["LlamaForSequenceClassification"]}, "would not load it as a model that generates text"),
     ({"quantization_config": {"quant_method": "gptq"}}, "is quantized already"),
 ]
@@ -229,9 +231,9 @@ def test_a_disk_without_room_for_the_variant_is_refused_before_any_work(
 ) -> None:
     config = read_decoder_config(tiny_llama.directory)
     stored = sum(4 * one.num_elements for one in read_tensors(tiny_llama.directory).values())
-    assert needed_bytes(tiny_llama.directory, config, roles_of(config), 0, None) == stored
+    assert needed_bytes(tiny_llama.directory, config, 0, None) == stored
     outside = 4 * (67 * 24 + 24)
-    assert needed_bytes(tiny_llama.directory, config, roles_of(config), 1, None) == 2 * stored - outside
+    assert needed_bytes(tiny_llama.directory, config, 1, None) == 2 * stored - outside
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=stored))
     with pytest.raises(UserError, match="could not be written .* MiB free, and the work needs .* free some disk space"):

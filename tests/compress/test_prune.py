@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from slimserve.compress import prune
-from slimserve.compress.families import FAMILIES
 from slimserve.compress.prune import (
     METHODS,
     PruneProblem,
@@ -17,10 +16,10 @@ from slimserve.compress.prune import (
     output_error,
     peak_magnitude,
 )
-from slimserve.compress.steps.width import cut_attention, cut_mlp, kept_width
+from slimserve.compress.roles import PruneRole
+from slimserve.compress.steps.width import kept_width
 from slimserve.core.errors import UserError
 
-LLAMA = FAMILIES["llama"]
 NEEDS_DATA = {name for name, method in METHODS.items() if method.needs_data}
 
 
@@ -279,7 +278,8 @@ def test_a_cut_mlp_equals_a_masked_mlp() -> None:
     }
     before = {name: tensor.clone() for name, tensor in block.items()}
     kept_K = torch.tensor([0, 3, 6])
-    cut = cut_mlp(block, LLAMA, kept_K)
+    producers = {"mlp.gate_proj": (1,), "mlp.up_proj": (1,)}
+    cut = PruneRole("mlp", producers, "mlp.down_proj", width, 1).cut(block, kept_K)
 
     def forward(tensors: dict[str, Tensor], mask: Tensor) -> Tensor:
         inputs_TH = torch.linspace(-1, 1, 3 * hidden).reshape(3, hidden)
@@ -296,6 +296,7 @@ def test_a_cut_mlp_equals_a_masked_mlp() -> None:
 
 
 HIDDEN, HEAD_DIM = 7, 4
+KINDS = ("weight", "bias")
 
 
 def attend(tensors: dict[str, Tensor], num_q_per_kv: int, kept_heads: list[int] | None = None) -> Tensor:
@@ -334,7 +335,16 @@ def test_a_cut_attention_equals_a_masked_attention(num_kv: int, num_q_per_kv: in
     norms = ("self_attn.q_norm.weight", "self_attn.k_norm.weight")
     block |= {name: torch.randn(HEAD_DIM, generator=generator) for name in norms}
     before = {name: tensor.clone() for name, tensor in block.items()}
-    cut = cut_attention(block, LLAMA, torch.tensor(kept), num_q_per_kv, HEAD_DIM)
+    columns = num_q_per_kv * HEAD_DIM
+    producers = {"self_attn.q_proj": (columns,), "self_attn.k_proj": (HEAD_DIM,), "self_attn.v_proj": (HEAD_DIM,)}
+    role = PruneRole("attention", producers, "self_attn.o_proj", num_kv, columns)
+    cut = role.cut(block, torch.tensor(kept))
+    fused = {f"qkv.{kind}": torch.cat([block[f"self_attn.{name}_proj.{kind}"] for name in "qkv"]) for kind in KINDS}
+    fused["self_attn.o_proj.weight"] = block["self_attn.o_proj.weight"]
+    fused_role = PruneRole("attention", {"qkv": (columns, HEAD_DIM, HEAD_DIM)}, "self_attn.o_proj", num_kv, columns)
+    for kind in KINDS:
+        expected = torch.cat([cut[f"self_attn.{name}_proj.{kind}"] for name in "qkv"])
+        assert torch.equal(fused_role.cut(fused, torch.tensor(kept))[f"qkv.{kind}"], expected)
     assert cut["self_attn.q_proj.weight"].shape == (len(kept) * num_q_per_kv * HEAD_DIM, HIDDEN)
     torch.testing.assert_close(attend(cut, num_q_per_kv), attend(block, num_q_per_kv, kept))
     assert cut.keys() == block.keys()

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from compressed_tensors.quantization import QuantizationArgs
@@ -8,6 +10,7 @@ from slimserve.compress.quantize import (
     Grid,
     Quantized,
     RoundingOptions,
+    fp4_global_scale,
     output_error,
     relative_error,
     round_to_nearest,
@@ -23,7 +26,10 @@ GRIDS = {
     "int4 g64": Grid("int", 4, group_size=64, scale_dtype=torch.bfloat16),
     "int4 asymmetric by rows": Grid("int", 4, symmetric=False, scale_dtype=torch.float16),
     "int4 asymmetric g64": Grid("int", 4, symmetric=False, group_size=64, scale_dtype=torch.bfloat16),
+    "nvfp4": Grid("float", 4, group_size=16, scale_dtype=torch.float8_e4m3fn, global_scale=37.5),
+    "mxfp4": Grid("float", 4, group_size=32, scale_dtype=torch.float8_e8m0fnu),
 }
+E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 SHAPES = [(3, 192), (1, 64), (130, 128)]
 MSE = RoundingOptions(scales="mse")
 
@@ -31,6 +37,8 @@ MSE = RoundingOptions(scales="mse")
 def all_codes(grid: Grid) -> Tensor:
     if grid.kind == "int":
         return torch.arange(-(2 ** (grid.num_bits - 1)), 2 ** (grid.num_bits - 1)).float()
+    if grid.num_bits == 4:
+        return torch.cat((-E2M1, E2M1))
     every_byte = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
     return every_byte[~every_byte.isnan()]
 
@@ -39,6 +47,11 @@ def scale_of_every_weight(quantized: Quantized) -> tuple[Tensor, Tensor]:
     width = quantized.codes_OI.shape[1] // quantized.scale_OG.shape[1]
     zero_OG = torch.zeros_like(quantized.scale_OG) if quantized.zero_OG is None else quantized.zero_OG.float()
     return quantized.scale_OG.repeat_interleave(width, 1), zero_OG.repeat_interleave(width, 1)
+
+
+def grid_one(name: str) -> Tensor:
+    """Return the storable scale nearest to 1, which groups of zeros get."""
+    return GRIDS[name].storable(torch.tensor(1.0))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -66,7 +79,7 @@ def test_codes_and_scales_are_exact_in_their_stored_dtypes(name: str) -> None:
         assert quantized.codes_OI.dtype == (torch.int8 if grid.kind == "int" else torch.float8_e4m3fn)
         assert quantized.codes_OI.is_contiguous()
         assert set(quantized.codes_OI.float().unique().tolist()) <= set(all_codes(grid).tolist())
-        assert torch.equal(quantized.scale_OG, quantized.scale_OG.to(grid.scale_dtype).float())
+        assert torch.equal(quantized.scale_OG, grid.storable(quantized.scale_OG))
         assert quantized.scale_OG.shape == (5, 192 // (grid.group_size or 192))
         assert (quantized.scale_OG > 0).all()
         assert (quantized.zero_OG is None) == grid.symmetric
@@ -124,7 +137,7 @@ def test_zeros_stay_zeros(name: str) -> None:
     for options in (RoundingOptions(), MSE):
         quantized = round_to_nearest(weight_OI, None, GRIDS[name], options)
         assert (quantized.dequantize()[weight_OI == 0] == 0).all()
-        assert quantized.scale_OG[1].eq(1).all()
+        assert torch.equal(quantized.scale_OG[1], grid_one(name).expand_as(quantized.scale_OG[1]))
         assert torch.isfinite(quantized.scale_OG).all()
 
 
@@ -225,3 +238,60 @@ def test_smoothing_leaves_dead_inputs_unchanged() -> None:
     assert scale_I[:3].tolist() == [1.0, 1.0, 1.0]
     assert scale_I[3] == pytest.approx(1e-5)
     assert scale_I.dtype == torch.float32
+
+
+def test_scales_are_stored_as_fp8_times_a_global_scale_or_as_powers_of_two() -> None:
+    scale = torch.tensor([1e-9, 0.011, 0.7, 1.4, 1.6, 1e9])
+    stored = GRIDS["nvfp4"].storable(scale) * 37.5
+    assert torch.allclose(stored, torch.tensor([2.0**-9, 0.40625, 26.0, 52.0, 60.0, 448.0]))
+    assert GRIDS["mxfp4"].storable(scale)[1:5].tolist() == [2.0**-7, 0.5, 1.0, 2.0]
+
+
+def test_four_bit_floats_round_ties_to_the_even_code() -> None:
+    ties = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, -5.0, 7.0])
+    rounded = GRIDS["mxfp4"].encode(ties, torch.tensor(1.0), None)
+    assert rounded.tolist() == [0.0, 1.0, 1.0, 2.0, 2.0, 4.0, 4.0, -4.0, 6.0]
+
+
+def test_rows_of_a_block_share_the_scale_of_their_largest_weight() -> None:
+    torch.manual_seed(5)
+    weight_OI = torch.randn(6, 8)
+    grid = Grid("float", 8, group_size=4, block_rows=4)
+    scale_OG = grid.fit(weight_OI)[0]
+    for rows in (slice(0, 4), slice(4, 6)):
+        for group in (0, 1):
+            peak = weight_OI[rows, 4 * group : 4 * group + 4].abs().max()
+            torch.testing.assert_close(scale_OG[rows, group], (peak / 448).expand(len(scale_OG[rows])))
+
+
+@pytest.mark.parametrize("options", [RoundingOptions(), MSE], ids=["minmax", "mse"])
+def test_a_short_last_group_is_rounded_as_if_zeros_filled_it(options: RoundingOptions) -> None:
+    torch.manual_seed(6)
+    weight_OI, energy_I = torch.randn(5, 75), torch.rand(96)
+    energy_I[75:] = 0
+    grid = Grid("float", 8, group_size=32, block_rows=4, allows_short_group=True)
+    short = round_to_nearest(weight_OI, torch.diag(energy_I[:75]), grid, options)
+    filled_OI = torch.nn.functional.pad(weight_OI, (0, 21))
+    filled = round_to_nearest(filled_OI, torch.diag(energy_I), grid, options)
+    assert torch.equal(short.scale_OG, filled.scale_OG)
+    assert torch.equal(short.dequantize(), filled.dequantize()[:, :75])
+
+
+def test_values_are_rounded_with_scales_from_their_own_extremes() -> None:
+    torch.manual_seed(8)
+    x = torch.randn(2, 3, 64).bfloat16()
+    rounded = GRIDS["nvfp4"].nearest(x)
+    assert (rounded.shape, rounded.dtype) == (x.shape, x.dtype)
+    expected = round_to_nearest(x.flatten(0, 1).float(), None, GRIDS["nvfp4"]).dequantize()
+    assert torch.equal(rounded.flatten(0, 1), expected.bfloat16())
+
+
+def test_the_global_scale_gives_the_largest_weight_the_largest_stored_scale() -> None:
+    torch.manual_seed(7)
+    weight_OI = 0.02 * torch.randn(4, 32)
+    grid = Grid("float", 4, group_size=16, scale_dtype=torch.float8_e4m3fn, global_scale=1.0)
+    grid = replace(grid, global_scale=fp4_global_scale(float(weight_OI.abs().max())))
+    quantized = round_to_nearest(weight_OI, None, grid)
+    assert float((quantized.scale_OG * grid.global_scale).max()) == pytest.approx(448)
+    assert float(quantized.dequantize().abs().max()) == pytest.approx(float(weight_OI.abs().max()))
+    assert [fp4_global_scale(peak) for peak in (0.0, 1e-45, 6.0)] == [1.0, 1.0, 448.0]
