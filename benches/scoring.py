@@ -19,6 +19,9 @@ relative to `stock`, and `…_over_guide_ratio` to `guide`. The goals:
 | `w8a8_over_guide_ratio` | at least 1.8 |
 | `pruned_w8a8_over_guide_ratio` | at least 2.4 |
 
+With `--exact-cost` only our server of the dense model is measured, with and without the exact scores of
+serve/engine/label_logits.py. `exact_scores_cost_frac` is the fraction of items/s that they cost.
+
 `w8a8_prefill_efficiency` is the time of a plain prefill of the same number of tokens, divided by the scoring time. The
 last line of output is one JSON object. The benchmark takes about 20 minutes on 2 cores; `--quick` runs one round with
 short prompts and little calibration data.
@@ -29,8 +32,8 @@ from __future__ import annotations
 import asyncio
 import sys
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benches.served import MODEL, QUICK_BUILD, ScoringLoad, built, guide_spec, median, our_spec, served, stock_spec
@@ -38,6 +41,8 @@ from slimserve.core.model import resolve_model
 from slimserve.core.progress import print_status
 from slimserve.core.provenance import bench_line
 from slimserve.core.statistics import percentile
+from slimserve.serve.engine.label_logits import EXACT_VARIABLE
+from slimserve.serve.launch.plan import Choice
 from slimserve.serve.launch.process import Engine, EngineSpec
 
 PRUNED = "prune.kv_remove_frac=0.34"
@@ -79,6 +84,16 @@ QUICK = Sizes(
     build_settings=QUICK_BUILD,
 )
 
+EXACT_COST = Sizes(
+    num_rounds=3,
+    num_repeats=9,
+    loads=(ScoringLoad(200, 16),),
+    primary_load=ScoringLoad(200, 16),
+    concurrent_load=ScoringLoad(32, 2),
+    concurrencies=(1,),
+    requests_per_user=1,
+)
+
 
 @dataclass(frozen=True)
 class Side:
@@ -91,8 +106,10 @@ class Side:
 
 
 def main() -> None:
+    if "--exact-cost" in sys.argv[1:]:
+        _measure_exact_cost()
+        return
     sizes = QUICK if "--quick" in sys.argv[1:] else FULL
-    primary = _items_per_s(sizes.primary_load)
     dense = resolve_model(MODEL)
     sides = [
         Side("stock", dense, stock_spec, STOCK_PATH),
@@ -102,6 +119,31 @@ def main() -> None:
         Side("pruned_w8a8", built("prune25-w8a8", PRUNED, *sizes.build_settings)),
     ]
     metrics: dict[str, list[float]] = {}
+    for rates in _rounds(sides, sizes, metrics):
+        for side in sides[1:]:
+            metrics.setdefault(f"{side.name}_scoring_ratio", []).append(rates[side.name] / rates["stock"])
+        for side in sides[2:]:
+            metrics.setdefault(f"{side.name}_over_guide_ratio", []).append(rates[side.name] / rates["guide"])
+    print(bench_line("scoring", metrics))
+
+
+def _measure_exact_cost() -> None:
+    dense = resolve_model(MODEL)
+    metrics: dict[str, list[float]] = {}
+    for rates in _rounds([Side("exact", dense), Side("rounded", dense, _rounded_spec)], EXACT_COST, metrics):
+        metrics.setdefault("exact_scores_cost_frac", []).append(1 - rates["exact"] / rates["rounded"])
+    print(bench_line("scoring-exact-cost", metrics))
+
+
+def _rounded_spec(log: Path, directory: Path) -> EngineSpec:
+    spec = our_spec(log, directory)
+    switch = Choice(EXACT_VARIABLE, "0", "to measure what exact scores cost")
+    return replace(spec, plan=replace(spec.plan, environment=(*spec.plan.environment, switch)))
+
+
+def _rounds(sides: Sequence[Side], sizes: Sizes, metrics: dict[str, list[float]]) -> Iterator[dict[str, float]]:
+    """Measure all sides in turn in each round, add what is measured to `metrics`, and yield the round's items/s."""
+    primary = _items_per_s(sizes.primary_load)
     with tempfile.TemporaryDirectory() as folder:
         for number in range(sizes.num_rounds):
             rates = {}
@@ -113,11 +155,7 @@ def main() -> None:
                 print_status(f"round {number + 1}/{sizes.num_rounds} {side.name}: {primary} {rates[side.name]:.1f}")
                 for metric, value in measured.items():
                     metrics.setdefault(f"{side.name}_{metric}", []).append(value)
-            for side in sides[1:]:
-                metrics.setdefault(f"{side.name}_scoring_ratio", []).append(rates[side.name] / rates["stock"])
-            for side in sides[2:]:
-                metrics.setdefault(f"{side.name}_over_guide_ratio", []).append(rates[side.name] / rates["guide"])
-    print(bench_line("scoring", metrics))
+            yield rates
 
 
 async def _measure(url: str, path: str, sizes: Sizes) -> dict[str, float]:

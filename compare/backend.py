@@ -82,6 +82,7 @@ class Backend:
             disk_bytes=disk_bytes(directory),
             num_parameters=manifest.num_parameters if manifest else count_parameters(directory),
             build_s=manifest.build_s if manifest else 0.0,
+            calibrations=manifest.score_calibrations if manifest else {},
             build_reused=manifest is None or datetime.fromisoformat(manifest.created) < started,
         )
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from slimserve.compare.decision import DecisionRule, Ruling, is_informative, kept_frac, look_errors
-from slimserve.compare.quality import Answers, baseline_metrics, quality_metrics, read_answers
+from slimserve.compare.quality import Answers, baseline_metrics, calibrated_metrics, quality_metrics, read_answers
 from slimserve.compare.results import (
     TEXT,
     Comparison,
@@ -66,6 +66,8 @@ def evaluate_quality(comparison: Comparison, folder: Path) -> dict[str, dict[str
                 continue
             is_reference = variant.name == comparison.reference
             data = quality_metrics(workload, num_prompts, preset.seed, ours, None if is_reference else theirs)
+            if calibration := variant.calibrations.get(workload):
+                data |= calibrated_metrics(workload, num_prompts, preset.seed, ours, calibration)
             variant.quality[workload] = {name: intervals.estimate(metric) for name, metric in data.items()}
             if not is_reference and (sides := _paired_metrics(workload, num_prompts, preset.seed, ours, theirs)):
                 paired, base, _ = sides

@@ -24,6 +24,7 @@ from slimserve.core.errors import UserError
 from slimserve.core.messages import read_answer
 from slimserve.core.openai_client import OpenAIClient, Target, ask_all, count_of
 from slimserve.core.progress import print_status, progress
+from slimserve.core.score_calibration import ScoreCalibration
 from slimserve.core.storage import write_atomically
 from slimserve.core.text import read_jsonl
 from slimserve.loadtest.choices import CHOICE_PATH, choice_body, choice_logprobs
@@ -167,6 +168,22 @@ def quality_metrics(
     if reference is not None and reference.prompts_sha256 == answers.prompts_sha256:
         return task.reference_metrics(prompts, ours, cast("list[Answer]", reference.first(len(ours)).answers))
     return task.metric_data(prompts, ours)
+
+
+def calibrated_metrics(
+    workload: str, num_prompts: int, seed: int, answers: Answers, calibration: ScoreCalibration
+) -> dict[str, MetricData]:
+    """Return the metrics of probabilities after a calibration: `calibration_error_calibrated`, `brier_calibrated`."""
+    if calibration.method == "temperature":  # these answers are log-probabilities
+        mapped: list[Any] = [tuple(value / calibration.temperature for value in one) for one in _rows(answers)]
+    else:
+        mapped = [tuple(calibration.apply_map(one).tolist()) for one in _rows(answers)]
+    data = quality_metrics(workload, num_prompts, seed, Answers(answers.prompts_sha256, mapped))
+    return {f"{name}_calibrated": data[name] for name in ("calibration_error", "brier") if name in data}
+
+
+def _rows(answers: Answers) -> list[tuple[float, ...]]:
+    return cast("list[tuple[float, ...]]", answers.answers)
 
 
 def baseline_metrics(workload: str, num_prompts: int, seed: int) -> dict[str, dict[str, MetricData]]:

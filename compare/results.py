@@ -20,6 +20,7 @@ from slimserve.compare.decision import Ruling
 from slimserve.core.errors import UserError
 from slimserve.core.hardware import probe_hardware
 from slimserve.core.provenance import commit, versions
+from slimserve.core.score_calibration import ScoreCalibration
 from slimserve.core.storage import write_atomically
 from slimserve.loadtest.summary import LoadSummary
 from slimserve.workloads.interface import Estimate
@@ -156,6 +157,8 @@ class VariantResult:
     rank_agreement: dict[str, dict[str, QualityEstimate]] = field(default_factory=dict)
     """`kendall_tau` and `top10_overlap` by workload. They compare the scores returned under load with the reference's
     scores of the same candidate lists. The reference and workloads without scores have none."""
+    calibrations: dict[str, ScoreCalibration] = field(default_factory=dict)
+    """Calibration of the label scores by workload, from the manifest or fitted in the first round."""
     bottlenecks: dict[str, Bottleneck] = field(default_factory=dict)
     """Bottleneck of each workload in the closed loop of the first round."""
     costs: dict[str, dict[str, Spread]] = field(default_factory=dict)
@@ -201,6 +204,8 @@ class Preset:
     """Number of held-out texts for perplexity and KL divergence; 0 skips them."""
     text_tokens: int = 512
     """Number of tokens of each text."""
+    calibration_prompts: int = 0
+    """Number of prompts of the calibration split that a missing calibration is fitted on; 0 fits none."""
     rate_fracs: tuple[float, ...] = (0.5, 0.8)
     """Open-loop rates as fractions of the reference's capacity in the first round."""
     rates: dict[str, tuple[float, ...]] = field(default_factory=dict)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from slimserve.compare.backend import Backend
 from slimserve.compare.bottleneck import EnergyMeter, find_bottleneck, read_rooflines
+from slimserve.compare.calibrate import calibrate_target, can_calibrate, keep_calibration
 from slimserve.compare.evaluation import answers_file, decide_quality, kept_answers, look_prompts, quality_outcomes
 from slimserve.compare.plan import load_seed, round_rates
 from slimserve.compare.quality import ask_quality, ask_text, count_prompts, write_answers
@@ -21,6 +22,7 @@ from slimserve.compare.results import TEXT, Comparison, LoadRun, Round, VariantR
 from slimserve.core.hardware import probe_hardware
 from slimserve.core.openai_client import Target
 from slimserve.core.progress import print_status
+from slimserve.core.variant import read_manifest
 from slimserve.loadtest.settings import LoadSettings, SuiteOptions
 
 _OVERLOAD_FACTOR = 1.5
@@ -100,6 +102,8 @@ class Measurement:
         preset = self._comparison.preset
         if preset.num_texts and not answers_file(self._folder, variant.name, TEXT).exists():
             return False
+        if self._missing_calibrations(variant):
+            return False
         counts = {name: self._num_answers(variant, name) for name in self._comparison.workloads}
         if all(count >= self._num_prompts(name) for name, count in counts.items()):
             return True
@@ -139,6 +143,19 @@ class Measurement:
         text_file = answers_file(self._folder, variant.name, TEXT)
         if preset.num_texts and not text_file.exists():
             write_answers(text_file, ask_text(target, preset.num_texts, preset.text_tokens, preset.seed))
+        for workload in self._missing_calibrations(variant):
+            calibration = calibrate_target(target, workload, preset.calibration_prompts, preset.seed)
+            variant.calibrations[workload] = calibration
+            if variant.directory is not None and read_manifest(Path(variant.directory)):
+                keep_calibration(Path(variant.directory), calibration)
+            self.write()
+
+    def _missing_calibrations(self, variant: VariantResult) -> list[str]:
+        """Return the workloads whose label scores the variant has no calibration for, if the preset fits them."""
+        if not self._comparison.preset.calibration_prompts:
+            return []
+        names = [name for name in self._comparison.workloads if can_calibrate(name)]
+        return [name for name in names if name not in variant.calibrations]
 
     def _is_loaded(self, one: Round) -> bool:
         return all(

@@ -58,7 +58,8 @@ def compare(
     if preset is None:
         name = "quick" if settings.quick else "full"
         rates = settings.rates_by_workload()
-        preset = make_preset(name, workloads, settings.prompts, settings.until_decided, rates=rates)
+        changes = {"rates": rates, "calibration_prompts": settings.calibrate}
+        preset = make_preset(name, workloads, settings.prompts, settings.until_decided, **changes)
     before = load_baseline(settings.baseline, output)
     if before:
         preset = preset_like(before, preset, workloads)
@@ -169,6 +170,7 @@ def _reuse_measurements(comparison: Comparison, earlier: Comparison | None, fold
             if is_same_reference and same is not None and same.identity == variant.identity:
                 variant.rounds = same.rounds
                 variant.bottlenecks = same.bottlenecks
+                variant.calibrations = same.calibrations | variant.calibrations
                 continue
             if same is not None:
                 changed = "it" if is_same_reference else "the reference"

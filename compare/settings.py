@@ -177,6 +177,11 @@ class ComparisonSettings(Settings):
     prompts: int | None = setting(
         None, "Number of quality prompts of each workload (default: chosen by the workload).", ge=1
     )
+    calibrate: int = setting(
+        0,
+        "Fit the label scores of variants without a calibration on this number of prompts of the calibration split.",
+        ge=0,
+    )
     until_decided: bool = setting(
         False, "Stop asking a variant as soon as its quality is decided, at the latest after --prompts (default 2000)."
     )

@@ -66,6 +66,8 @@ def run_app(config: ResolvedServeConfig, plans: Sequence[LaunchPlan], print_stat
     load_roofline()  # Measured now, while no engine uses the cores.
     for spec in specs:
         print_status(f"{spec.name}: engine log {spec.log}")
+        for warning in spec.plan.warnings:
+            print_status(f"{spec.name}: warning: {warning}")
     if len(specs) == 1:
         for line in _serve_one(config, specs[0]):
             print_status(line)
@@ -149,7 +151,7 @@ def explain_launches(config: ResolvedServeConfig, plans: Sequence[LaunchPlan]) -
     for variant, plan in zip(config.variants, plans, strict=True):
         if len(config.variants) > 1:
             yield f"variant {variant.name} ({variant.model})"
-        yield plan.explain()
+        yield plan.explain(variant.vllm_args)
         if variant.vllm_args:
             yield f"{' '.join(variant.vllm_args)}\n    your own arguments, which override the plan"
         yield "limits: " + ", ".join(f"{name}={value}" for name, value in config.limits.model_dump().items())
@@ -159,4 +161,7 @@ def plan_launches(config: ResolvedServeConfig, hardware: Hardware, is_tuned: boo
     """Return one launch plan per variant; `is_tuned` measures first, otherwise earlier measurements are used."""
     choose = tune_launch if is_tuned else kept_launch
     num_variants = len(config.variants)
-    return [choose(variant.directory, hardware, variant.profile, num_variants) for variant in config.variants]
+    return [
+        choose(variant.directory, hardware, variant.profile, num_variants, variant.vllm_args)
+        for variant in config.variants
+    ]

@@ -137,7 +137,9 @@ def run_pipeline(pipeline: Pipeline, output: Path) -> dict[str, Path]:
             recipe_name, recipe = load_recipe(step.recipe, step.settings)
             hook = _distill_between(step, models, output)
             _check_between(step, target)
-            models[step.name] = build_variant(source, resolve_model(source), recipe_name, recipe, target, hook)
+            models[step.name] = build_variant(
+                source, resolve_model(source), recipe_name, recipe, target, hook, device="auto"
+            )
         previous = str(models[step.name])
     if pipeline.compare is not None:
         _compare(pipeline, pipeline.compare, models, output)

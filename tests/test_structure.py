@@ -22,6 +22,7 @@ SERVE_ROOMS = {
 ONLY_IN: dict[str, set[str]] = {
     "vllm": {
         "benches/peers/vllm_bench.py",
+        "serve/engine/classifier.py",
         "serve/engine/entry.py",
         "serve/engine/gemm.py",
         "serve/engine/label_logits.py",

@@ -14,6 +14,7 @@ formats), the logits of the engine remain, and the log says so once.
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -27,6 +28,8 @@ from slimserve.core.model_files import read_tensors
 
 _MAX_CACHED_ROWS = 4096
 _log = logging.getLogger("slimserve.labels")
+EXACT_VARIABLE = "SLIMSERVE_EXACT_SCORES"
+"""Environment variable that leaves the engine's rounded logits as they are if it is 0, to measure what this costs."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ def register() -> None:
     from vllm.config import get_current_vllm_config
     from vllm.model_executor.layers.logits_processor import LogitsProcessor
 
-    if hasattr(LogitsProcessor, "vllm_methods"):
+    if hasattr(LogitsProcessor, "vllm_methods") or os.environ.get(EXACT_VARIABLE) == "0":
         return
     vllm_init, vllm_forward = LogitsProcessor.__init__, LogitsProcessor.forward
 

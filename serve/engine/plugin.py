@@ -35,13 +35,16 @@ from vllm.sampling_params import MAX_LOGPROB_TOKEN_IDS, RequestOutputKind, Sampl
 from vllm.utils import random_uuid
 from vllm.v1.metrics.prometheus import get_prometheus_registry
 
+from slimserve.core.variant import read_manifest
+from slimserve.serve.engine.classifier import Classifier
 from slimserve.serve.engine.partial_prefix import SHARED_PREFIX_TOKENS, PartialPrefixConnector
 from slimserve.serve.engine.prompt_tokenizer import PromptTokenizer
-from slimserve.serve.engine.rerank import RerankRequest, as_score_request, load_template, rerank_response
+from slimserve.serve.engine.rerank import RerankRequest, as_score_request, rerank_response
 from slimserve.serve.engine.score_request import RequestError, ScoreRequest, validation_problem
 from slimserve.serve.engine.scoring import (
     LabelRead,
     ScoringPlan,
+    choose_calibration,
     label_logprobs,
     label_reads,
     num_cached_prompt_tokens,
@@ -53,6 +56,7 @@ from slimserve.serve.policy.errors import Rejection, error_body, no_such_route, 
 from slimserve.serve.policy.exposition import label_series
 from slimserve.serve.policy.limits import Limits
 from slimserve.serve.policy.metrics import score_metrics
+from slimserve.serve.policy.rerank_templates import load_template
 
 _STATE = "slimserve_scorer"
 
@@ -78,6 +82,8 @@ class Scorer:
         transfer = engine_client.vllm_config.kv_transfer_config
         self._shares_partial_blocks = transfer is not None and transfer.kv_connector == PartialPrefixConnector.__name__
         self.rerank_template = load_template(Path(config.model))
+        manifest = read_manifest(Path(config.model))
+        self.calibrations = manifest.score_calibrations if manifest else {}
         self._metrics = score_metrics()
 
     async def answer(
@@ -105,7 +111,7 @@ class Scorer:
         plan = plan_scoring(
             request, self.tokenizer, self._vocabulary, self._max_prompt_tokens, self._limits.max_items, self._render
         )
-        num_labels = max(len(read.next_tokens) for read in label_reads(plan.tasks[0]))
+        num_labels = max(len(read.next_tokens) for task in plan.tasks for read in label_reads(task))
         if num_labels > MAX_LOGPROB_TOKEN_IDS:
             raise RequestError(
                 "labels", f"has {num_labels} labels, but vLLM reads at most {MAX_LOGPROB_TOKEN_IDS}; split the request"
@@ -194,6 +200,8 @@ class Scorer:
 
 _Handler = Callable[[Scorer, Any, str], Awaitable[dict[str, Any]]]
 """Answers a validated request; the arguments are the scorer, the request and its id."""
+_PoolingHandler = Callable[[Classifier, bytes, Request, str], Awaitable[dict[str, Any] | Response]]
+"""Answers a body for a model with a classification head; the arguments include the HTTP request and its id."""
 
 
 def _sampling(next_tokens: Sequence[int], prefix_params: dict[str, Any] | None) -> SamplingParams:
@@ -221,7 +229,8 @@ def _first_error(errors: BaseExceptionGroup[BaseException]) -> BaseException:
 
 
 async def _score(scorer: Scorer, request: ScoreRequest, request_id: str) -> dict[str, Any]:
-    return score_response(request, *await scorer.answer(request, request_id))
+    calibrate = choose_calibration(request, scorer.calibrations, lambda label: scorer.tokenizer.encode(label, False))
+    return score_response(request, *await scorer.answer(request, request_id), calibrate)
 
 
 def _rerank(api_version: int) -> _Handler:
@@ -244,17 +253,37 @@ def _rerank(api_version: int) -> _Handler:
     return handle
 
 
-def _route(kind: type[BaseModel], handle: _Handler) -> Callable[[Request], Awaitable[Response]]:
+async def _score_pairs(
+    scorer: Classifier,
+    body: bytes,
+    raw_request: Request,
+    request_id: str,  # noqa: ARG001
+) -> dict[str, Any] | Response:
+    return await scorer.score(body, raw_request)
+
+
+def _rerank_pairs(api_version: int) -> _PoolingHandler:
+    async def handle(scorer: Classifier, body: bytes, raw_request: Request, request_id: str) -> dict[str, Any]:
+        return await scorer.rerank(body, raw_request, request_id, api_version)
+
+    return handle
+
+
+def _route(
+    kind: type[BaseModel], handle: _Handler, handle_pairs: _PoolingHandler
+) -> Callable[[Request], Awaitable[Response]]:
     """Return a POST handler that validates the body and stops if the client disconnects; errors are OpenAI objects."""
 
     @with_cancellation
     @load_aware_call
     async def answer(body: bytes, raw_request: Request) -> Response:
         try:
-            request = kind.model_validate_json(body)
             scorer = getattr(raw_request.app.state, _STATE)
             request_id = f"{kind.__name__.lower()}-{raw_request.headers.get('X-Request-Id') or random_uuid()}"
-            return JSONResponse(await handle(scorer, request, request_id))
+            if isinstance(scorer, Classifier):
+                content = await handle_pairs(scorer, body, raw_request, request_id)
+                return content if isinstance(content, Response) else JSONResponse(content)
+            return JSONResponse(await handle(scorer, kind.model_validate_json(body), request_id))
         except ValidationError as error:
             param, problem = validation_problem(error, body)
             return JSONResponse(error_body(400, f"{param or 'body'}: {problem}", param=param or None), 400)
@@ -293,27 +322,28 @@ class SlimservePlugin:
     """The entry point of the group `vllm.endpoint_plugins`."""
 
     name = "slimserve"
-    required_tasks = ("generate",)
+    required_tasks = ("generate", "classify")
 
     def attach_router(self, app: FastAPI) -> None:
         """Add the routes; they replace vLLM's own routes with the same path and method."""
-        self._post(app, "/v1/score", ScoreRequest, _score)
+        self._post(app, "/v1/score", ScoreRequest, _score, _score_pairs)
         for path, api_version in (("/rerank", 1), ("/v1/rerank", 1), ("/v2/rerank", 2)):
-            self._post(app, path, RerankRequest, _rerank(api_version))
+            self._post(app, path, RerankRequest, _rerank(api_version), _rerank_pairs(api_version))
         app.add_api_route("/metrics", _metrics, methods=["GET"], include_in_schema=False)
         app.add_exception_handler(HTTPException, http_error)
 
     async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:  # noqa: ARG002
         """Create the scorer; vLLM calls this once, after it has set up its own state."""
         assert engine_client is not None
-        setattr(state, _STATE, Scorer(engine_client, state))
+        is_generative = engine_client.model_config.runner_type == "generate"
+        setattr(state, _STATE, Scorer(engine_client, state) if is_generative else Classifier(state))
 
     @staticmethod
-    def _post(app: FastAPI, path: str, kind: type[BaseModel], handle: _Handler) -> None:
+    def _post(app: FastAPI, path: str, kind: type[BaseModel], handle: _Handler, handle_pairs: _PoolingHandler) -> None:
         schema = {"required": True, "content": {"application/json": {"schema": kind.model_json_schema()}}}
         app.add_api_route(
             path,
-            _route(kind, handle),
+            _route(kind, handle, handle_pairs),
             methods=["POST"],
             dependencies=[Depends(validate_json_request)],
             openapi_extra={"requestBody": schema},

@@ -1,97 +1,28 @@
 """Reranking with a generative model: Cohere's and Jina's `POST /v1/rerank` as a score request.
 
-A template asks the model for each document whether it answers the query. The relevance is the probability of the
-first label against the second, P(yes) / (P(yes) + P(no)). The query comes first, so that all documents share it as
-their prefix.
-
-A model's template is the first of these that exists:
-
-1. the TOML file named by the environment variable `SLIMSERVE_RERANK_TEMPLATE`,
-2. `slimserve_rerank.toml` in the model's directory,
-3. the key `rerank` of `slimserve.json` in that directory,
-4. the template "default".
-
-All have the same keys; only `template` is required:
-
-    template = "Query: {query}\\nDocument: {document}\\nRelevant:"   # or a name in TEMPLATES
-    labels = [" yes", " no"]             # for relevant and for other documents; one token each
-    apply_chat_template = false          # true: make the text a user message
+A template (serve/policy/rerank_templates.py) asks the model for each document whether it answers the query. The
+relevance is the probability of the first label against the second, P(yes) / (P(yes) + P(no)). The query comes first,
+so that all documents share it as their prefix.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, field_validator
 
-from slimserve.core.errors import UserError
-from slimserve.core.text import read_text
 from slimserve.serve.engine.score_request import RequestError, ScoreRequest
 from slimserve.serve.engine.scoring import ScoringPlan, probabilities, usage
-
-TEMPLATE_VARIABLE = "SLIMSERVE_RERANK_TEMPLATE"
-TEMPLATE_FILE = "slimserve_rerank.toml"
-_MANIFEST = "slimserve.json"
-
-
-class RerankTemplate(BaseModel):
-    """The prompt that asks a model whether a document answers a query."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-    template: str
-    """Text with {query} and, after it, {document}, once each; or a name in TEMPLATES."""
-    labels: list[str] = Field(default=[" yes", " no"], min_length=2, max_length=2)
-    """Answer of the model for a relevant document, and for any other document."""
-    apply_chat_template: bool = False
-    """Make the text a user message in the model's own chat template."""
-
-    @field_validator("template")
-    @classmethod
-    def _has_both_fields(cls, template: str) -> str:
-        query, document = template.find("{query}"), template.find("{document}")
-        once = template.count("{query}") == template.count("{document}") == 1
-        if template not in TEMPLATES and not (once and query < document):
-            raise ValueError(
-                "write {query} and after it {document}, once each, or one of the names " + ", ".join(TEMPLATES)
-            )
-        return template
-
-    def parts(self) -> tuple[str, str, str]:
-        """Return the text before the query, between query and document, and after the document."""
-        before, rest = self.template.split("{query}")
-        between, after = rest.split("{document}")
-        return before, between, after
-
-
-TEMPLATES: dict[str, RerankTemplate] = {}
-"""Templates by name, some for models that were trained with them and some for any model."""
-TEMPLATES["default"] = RerankTemplate(
-    template="Does the document answer the query? Say yes or no.\n\n"
-    "Query: {query}\n\nDocument: {document}\n\nDoes the document answer the query? Answer:"
-)
-TEMPLATES["chat"] = RerankTemplate(
-    template='Judge whether the document answers the query. Say only "yes" or "no".\n\n'
-    "Query: {query}\n\nDocument: {document}",
-    labels=["yes", "no"],
-    apply_chat_template=True,
-)
-TEMPLATES["qwen3-reranker"] = RerankTemplate(
-    template="<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the "
-    'Instruct provided. Note that the answer can only be "yes" or "no".<|im_end|>\n<|im_start|>user\n'
-    "<Instruct>: Given a web search query, retrieve relevant passages that answer the query\n"
-    "<Query>: {query}\n<Document>: {document}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
-    labels=["yes", "no"],
-)
+from slimserve.serve.policy.rerank_templates import RerankTemplate
 
 
 class RerankRequest(BaseModel):
-    """The body of `POST /rerank`: the fields of Cohere's v1 and v2 and of Jina's clients; others are ignored."""
+    """The body of `POST /rerank`: the fields of Cohere's v1 and v2 and of Jina's clients; others are ignored.
+
+    Calibrations are fitted on the prompts of a workload, which differ from those of a template. `calibrated` is
+    therefore refused.
+    """
 
     model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
 
@@ -109,28 +40,14 @@ class RerankRequest(BaseModel):
     """Maximum number of tokens of each document that are ranked (Cohere v2); by default nothing is cut."""
     timeout_s: StrictFloat | StrictInt | None = Field(default=None, gt=0, allow_inf_nan=False)
     """Seconds after which the request ends with 504."""
+    calibrated: Literal[False] = False
 
-
-def load_template(model: Path, environment: Mapping[str, str] | None = None) -> RerankTemplate:
-    """Return the template of the model in directory `model`; raises UserError if its file is invalid."""
-    named = (os.environ if environment is None else environment).get(TEMPLATE_VARIABLE)
-    beside, manifest = model / TEMPLATE_FILE, model / _MANIFEST
-    source = Path(named) if named else beside if beside.is_file() else manifest
-    try:
-        if source == manifest:
-            content = json.loads(manifest.read_text(encoding="utf-8")).get("rerank") if manifest.is_file() else None
-            if content is None:
-                return TEMPLATES["default"]
-        else:
-            content = tomllib.loads(read_text(source, "rerank template"))
-        given = RerankTemplate.model_validate(content)
-    except (OSError, ValueError) as error:
-        problem = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
-        raise UserError(
-            "rerank template", source, f"is invalid ({problem})", 'write template = "… {query} … {document} …"'
-        ) from error
-    known = TEMPLATES.get(given.template)
-    return known.model_copy(update=given.model_dump(exclude_unset=True, exclude={"template"})) if known else given
+    @field_validator("calibrated", mode="before")
+    @classmethod
+    def _has_no_calibration(cls, value: Any) -> Any:
+        if value:
+            raise ValueError("a calibration holds for the prompts of its workload; send them to /v1/score")
+        return False
 
 
 def as_score_request(
@@ -180,7 +97,26 @@ def rerank_response(
 ) -> dict[str, Any]:
     """Return an answer for Cohere's clients of both versions and Jina's; best first, ties in the given order."""
     relevance = [probabilities(values, apply_softmax=True)[0] for values in logprobs]
-    scored = [(index, relevance[task]) for index, task in enumerate(plan.task_of_item)]
+    return rerank_body(
+        request,
+        [(index, relevance[task]) for index, task in enumerate(plan.task_of_item)],
+        model=model,
+        request_id=request_id,
+        api_version=api_version,
+        usage=usage(plan, cached_tokens),
+    )
+
+
+def rerank_body(
+    request: RerankRequest,
+    scored: Sequence[tuple[int, float]],
+    *,
+    model: str,
+    request_id: str,
+    api_version: int,
+    usage: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return the body of an answer from the number and the relevance of each document."""
     best = sorted(scored, key=lambda pair: (-pair[1], pair[0]))[: request.top_n or None]
     with_documents = api_version == 1 if request.return_documents is None else request.return_documents
     results: list[dict[str, Any]] = [{"index": index, "relevance_score": score} for index, score in best]
@@ -193,10 +129,10 @@ def rerank_response(
         "object": "list",
         "model": model,
         "results": results,
-        "usage": usage(plan, cached_tokens),
+        "usage": usage,
         "meta": {
             "api_version": {"version": str(api_version)},
             "billed_units": {"search_units": 1},
-            "tokens": {"input_tokens": plan.num_prompt_tokens, "output_tokens": 0},
+            "tokens": {"input_tokens": usage["prompt_tokens"], "output_tokens": 0},
         },
     }

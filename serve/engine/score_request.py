@@ -1,4 +1,8 @@
-"""The body of `POST /v1/score`, and the error that names what is wrong with it."""
+"""The body of `POST /v1/score`, and the error that names what is wrong with it.
+
+The fields are those of SGLang 0.5.23 (`ScoringRequest` in its `entrypoints/openai/protocol.py`), followed by our own.
+Fields of SGLang that vLLM cannot serve are accepted with their default values and refused with any other.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, ValidationError, field_validator
 
 
 class ScoreRequest(BaseModel):
@@ -15,19 +19,31 @@ class ScoreRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
-    query: str | list[int]
-    """Text or token ids that all items have in common."""
+    query: str | list[int] = ""
+    """Text or token ids that all items have in common; null is the same as none."""
     items: str | list[str] | list[list[int]]
     """Items to score: one text, several texts, or lists of token ids."""
-    label_token_ids: list[int] | None = Field(default=None, min_length=1)
-    """Token ids of the labels, whose probability after query + item is the score."""
+    label_token_ids: list[int] | list[list[int]] | None = Field(default=None, min_length=1)
+    """Token ids of the labels, whose probability after query + item is the score; or one list for each item."""
     apply_softmax: bool = False
     """True: the labels' probabilities sum to one. False: probabilities over the full vocabulary."""
+    temperature: StrictFloat | StrictInt = Field(default=1.0, gt=0, allow_inf_nan=False)
+    """Divisor of the labels' log-probabilities before the softmax; needs `apply_softmax`."""
+    return_token_logprobs: bool = False
+    """Return `token_logprobs` too: the labels' natural log-probabilities over the full vocabulary."""
     item_first: bool = False
     """Put the item before the query; then the items share no prefix."""
+    embed_override_token_id: None = None
+    query_embed_overrides: None = None
+    item_embed_overrides: None = None
+    score_extraction_token: None = None
+    return_pooled_hidden_states: Literal[False] = False
     model: str | None = None
-    labels: list[str] | None = Field(default=None, min_length=1)
+    labels: list[str] | list[list[str]] | None = Field(default=None, min_length=1)
     """Labels as texts in place of `label_token_ids`; each is tokenized as the text that follows its prompt."""
+    calibrated: bool | str = False
+    """Map the scores to probabilities by the calibration in the variant's manifest (`slimserve calibrate`); a text
+    names the workload if the manifest has several for these labels. Needs `apply_softmax`."""
     label_scoring: Literal["token", "sequence"] = "token"
     """`token` rejects a label with several tokens; `sequence` scores it as the product of its tokens' probabilities."""
     apply_chat_template: bool = False
@@ -37,7 +53,7 @@ class ScoreRequest(BaseModel):
     add_special_tokens: bool | None = None
     """Add the tokenizer's special tokens to texts; by default they are added except with a chat template."""
     return_logprobs: bool = False
-    """Return `logprobs` too: the labels' natural log-probabilities over the full vocabulary."""
+    """Return the same values as `return_token_logprobs` under the key `logprobs`."""
     timeout_s: StrictFloat | StrictInt | None = Field(default=None, gt=0, allow_inf_nan=False)
     """Seconds after which the request ends with 504."""
     cache_salt: str | None = Field(default=None, min_length=1)
@@ -46,6 +62,25 @@ class ScoreRequest(BaseModel):
     """Priority for vLLM's scheduler, if its policy uses one."""
     user: str | None = None
     """Name of the end user; the gateway sends all requests of a user to the same variant of an alias."""
+
+    @field_validator("query", mode="before")
+    @classmethod
+    def _null_is_no_query(cls, query: Any) -> Any:
+        return "" if query is None else query
+
+    @field_validator(
+        "embed_override_token_id",
+        "query_embed_overrides",
+        "item_embed_overrides",
+        "score_extraction_token",
+        "return_pooled_hidden_states",
+        mode="before",
+    )
+    @classmethod
+    def _is_unsupported(cls, value: Any) -> Any:
+        if value is not None and value is not False:
+            raise ValueError("this server does not support the field; remove it")
+        return value
 
 
 class RequestError(Exception):

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from slimserve.core.score_calibration import ScoreCalibration
 from slimserve.serve.engine.prompt_tokenizer import PromptTexts, PromptTokenizer
 from slimserve.serve.engine.score_request import RequestError, ScoreRequest
 
@@ -73,6 +74,7 @@ def plan_scoring(
         raise RequestError("items", f"has {len(items)} items, and this server takes {max_items} in one request")
     if (request.labels is None) == (request.label_token_ids is None):
         raise RequestError("label_token_ids", "give either label_token_ids or labels (texts)")
+    _check_options(request, len(items))
     texts = _texts(request, items, render)
     prompts = tokenizer.prompts(texts) if texts else _joined_ids(request, items, tokenizer)
     _check_prompts(request, prompts, items, vocabulary, max_prompt_tokens)
@@ -92,6 +94,21 @@ def plan_scoring(
                 f"both together must not have more than {max_prompt_tokens + 1}",
             )
     return ScoringPlan(distinct, tuple(task_of_item), common_prefix([task.prompt for task in distinct]))
+
+
+def _check_options(request: ScoreRequest, num_items: int) -> None:
+    """Raise RequestError for fields that do not go together."""
+    for name, labels in (("label_token_ids", request.label_token_ids), ("labels", request.labels)):
+        if labels is None or not isinstance(labels[0], list):
+            continue
+        if len(labels) != num_items:
+            raise RequestError(name, f"has {len(labels)} lists for {num_items} items; give one list for each item")
+        if not all(labels):
+            raise RequestError(name, "has an empty list; each item needs a label")
+    if request.temperature != 1 and not request.apply_softmax:
+        raise RequestError("temperature", 'needs "apply_softmax": true')
+    if request.calibrated and (not request.apply_softmax or request.temperature != 1):
+        raise RequestError("calibrated", 'needs "apply_softmax": true and no temperature')
 
 
 def common_prefix(prompts: Sequence[tuple[int, ...]]) -> int:
@@ -128,14 +145,17 @@ def label_logprobs(task: ScoringTask, answers: Sequence[dict[int, float]]) -> li
     ]
 
 
-def probabilities(logprobs: Sequence[float], apply_softmax: bool) -> list[float]:
-    """Return SGLang's scores: exp(logprob) over the full vocabulary, or the softmax over the labels alone."""
+def probabilities(logprobs: Sequence[float], apply_softmax: bool, temperature: float = 1.0) -> list[float]:
+    """Return SGLang's scores: exp(logprob) over the full vocabulary, or the softmax over the labels alone.
+
+    The softmax divides the log-probabilities by `temperature` first.
+    """
     if not apply_softmax:
         return [math.exp(logprob) for logprob in logprobs]
     highest = max(logprobs)
     if highest == -math.inf:
         return [1 / len(logprobs)] * len(logprobs)
-    weights = [math.exp(logprob - highest) for logprob in logprobs]
+    weights = [math.exp((logprob - highest) / temperature) for logprob in logprobs]
     total = math.fsum(weights)
     return [weight / total for weight in weights]
 
@@ -146,20 +166,64 @@ def score_response(
     logprobs: Sequence[Sequence[float]],
     model: str,
     cached_tokens: Sequence[int],
+    calibrate: Callable[[Sequence[float]], list[float]] | None = None,
 ) -> dict[str, Any]:
-    """Return SGLang's answer; `logprobs` has one list per task, and `cached_tokens` one number, as `usage` says."""
-    per_task = [probabilities(values, request.apply_softmax) for values in logprobs]
+    """Return SGLang's answer; `logprobs` has one list per task, and `cached_tokens` one number, as `usage` says.
+
+    `calibrate` maps the labels' probabilities of one item, in the order of the request's labels.
+    """
+    per_task = [probabilities(values, request.apply_softmax, request.temperature) for values in logprobs]
+    if calibrate is not None:
+        per_task = [calibrate(shares) for shares in per_task]
     body = {
         "scores": [per_task[task] for task in plan.task_of_item],
         "model": model,
         "usage": usage(plan, cached_tokens),
         "object": "scoring",
     }
-    if request.return_logprobs:
-        # JSON has no infinity. No float32 log-probability is below this value.
-        finite = [[max(value, -1e30) for value in values] for values in logprobs]
-        body["logprobs"] = [finite[task] for task in plan.task_of_item]
+    for key, is_wanted in (("logprobs", request.return_logprobs), ("token_logprobs", request.return_token_logprobs)):
+        if is_wanted:
+            # JSON has no infinity. No float32 log-probability is below this value.
+            finite = [[max(value, -1e30) for value in values] for values in logprobs]
+            body[key] = [finite[task] for task in plan.task_of_item]
     return body
+
+
+def choose_calibration(
+    request: ScoreRequest,
+    calibrations: Mapping[str, ScoreCalibration],
+    encode: Callable[[str], list[int]],
+) -> Callable[[Sequence[float]], list[float]] | None:
+    """Return the map of one item's probabilities that a request asks for; None if it asks for none.
+
+    `encode` gives the tokens of a label's text, for requests with token ids. Raises RequestError if the variant has no
+    calibration for these labels, or several.
+    """
+    if not request.calibrated:
+        return None
+    rows: Sequence[Any] = request.labels or request.label_token_ids or ()
+    distinct = {tuple(row) for row in rows} if rows and isinstance(rows[0], list) else {tuple(rows)}
+    if len(distinct) != 1:
+        raise RequestError("calibrated", "needs the same labels for all items")
+    labels = distinct.pop()
+    fitting = {}
+    for name, calibration in calibrations.items():
+        known = [label if request.labels else tuple(encode(label)) for label in calibration.labels]
+        wanted = [label if request.labels else (label,) for label in labels]
+        if sorted(map(str, known)) == sorted(map(str, wanted)) and request.calibrated in {True, name}:
+            fitting[name] = calibration, [known.index(label) for label in wanted]
+    if len(fitting) != 1:
+        kept = "; ".join(f"{name} for {list(one.labels)}" for name, one in calibrations.items())
+        remedy = f"it has {kept}" if kept else "fit one with slimserve calibrate"
+        problem = f"several fit these labels; name one of {sorted(fitting)}" if fitting else f"none fits; {remedy}"
+        raise RequestError("calibrated", f"the variant's calibrations: {problem}")
+    calibration, order = next(iter(fitting.values()))
+
+    def calibrate(shares: Sequence[float]) -> list[float]:
+        mapped = calibration.apply([shares[order.index(place)] for place in range(len(order))])
+        return [mapped[place] for place in order]
+
+    return calibrate
 
 
 def num_cached_prompt_tokens(task: ScoringTask, num_cached: Sequence[int]) -> int:
@@ -263,33 +327,43 @@ def _labels_by_prompt(
     request: ScoreRequest, tokenizer: PromptTokenizer, texts: PromptTexts | None, vocabulary: int
 ) -> Callable[[int], Labels]:
     """Return a function from an item's index to its labels' tokens, which may depend on the text before them."""
+    count = len(texts.items) if texts else 1
     if request.label_token_ids is not None:
-        for token in request.label_token_ids:
+        rows_of_ids = _per_item(request.label_token_ids)
+        for token in (token for row in rows_of_ids for token in row):
             if not 0 <= token < vocabulary:
                 raise RequestError(
                     "label_token_ids",
                     f"{token} is outside the vocabulary of {vocabulary} tokens",
                 )
-        ids: Labels = tuple((token,) for token in request.label_token_ids)
-        return lambda _: ids
+        ids: list[Labels] = [tuple((token,) for token in row) for row in rows_of_ids]
+        return lambda index: ids[index if len(ids) > 1 else 0]
     assert request.labels is not None
-    labels = request.labels
-    if any(not label for label in labels):
+    rows_of_labels: list[list[str]] = _per_item(request.labels)
+    if any(not label for row in rows_of_labels for label in row):
         raise RequestError("labels", "an empty text has no probability; remove it")
-
+    is_per_item = isinstance(request.labels[0], list)
     if texts is None:
-        tokens_of_labels = [[tuple(tokens) for tokens in tokenizer.encode_all(labels)]]
+        tokens_of_labels = [[tuple(tokens) for tokens in tokenizer.encode_all(row)] for row in rows_of_labels]
+    elif is_per_item:
+        tokens_of_labels = [
+            tokenizer.continuations([texts.prompt(index)], row)[0] for index, row in enumerate(rows_of_labels)
+        ]
     else:
-        tokens_of_labels = tokenizer.continuations([texts.prompt(index) for index in range(len(texts.items))], labels)
+        tokens_of_labels = tokenizer.continuations([texts.prompt(index) for index in range(count)], rows_of_labels[0])
     if request.label_scoring == "token":
-        for label, tokens in (
-            (label, tokens) for row in tokens_of_labels for label, tokens in zip(labels, row, strict=True)
-        ):
-            if len(tokens) > 1:
-                raise RequestError(
-                    "labels",
-                    f"{label!r} is {len(tokens)} tokens here, {list(tokens)}, but a label must be one token; choose "
-                    'another label, or set "label_scoring": "sequence"',
-                )
+        for number, row in enumerate(tokens_of_labels):
+            for label, tokens in zip(rows_of_labels[number if is_per_item else 0], row, strict=True):
+                if len(tokens) > 1:
+                    raise RequestError(
+                        "labels",
+                        f"{label!r} is {len(tokens)} tokens here, {list(tokens)}, but a label must be one token; "
+                        'choose another label, or set "label_scoring": "sequence"',
+                    )
     rows: list[Labels] = [tuple(row) for row in tokens_of_labels]
-    return lambda index: rows[index if texts else 0]
+    return lambda index: rows[index if len(rows) > 1 else 0]
+
+
+def _per_item(labels: list[Any]) -> list[Any]:
+    """Return one list of labels for each item, or a single one that all items share."""
+    return labels if isinstance(labels[0], list) else [labels]

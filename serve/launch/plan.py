@@ -17,6 +17,9 @@ from slimserve.core.hardware import Hardware, openmp_library
 from slimserve.core.model_config import kv_values_of, read_config, size_of
 from slimserve.core.model_files import stored_dtype
 from slimserve.core.storage import cache_dir
+from slimserve.serve.launch.choice import Choice as Choice
+from slimserve.serve.launch.parsers import choose_parsers
+from slimserve.serve.launch.rerankers import plan_classifier
 from slimserve.serve.policy.engine_environment import PACKED_GEMM_VARIABLE
 
 TrafficProfile = Literal["prefill", "decode", "balanced"]
@@ -33,46 +36,55 @@ PREFIX_CONNECTOR = {
 
 
 @dataclass(frozen=True)
-class Choice:
-    """One setting with its value and the reason for it."""
-
-    name: str
-    value: str
-    reason: str
-
-
-@dataclass(frozen=True)
 class LaunchPlan:
     """Command-line flags and environment variables for vLLM."""
 
     arguments: tuple[Choice, ...] = ()
     environment: tuple[Choice, ...] = ()
+    warnings: tuple[str, ...] = ()
+    """Sentences about what the model needs and no choice provides."""
 
     def command_line(self, extra: Sequence[str] = ()) -> list[str]:
         """Return the flags followed by `extra`, the user's own flags, which replace flags of the same name."""
-        set_by_user = {argument.split("=", 1)[0] for argument in extra if argument.startswith("--")}
+        set_by_user = {_flag_name(argument) for argument in extra if argument.startswith("--")}
         ours = [choice for choice in self.arguments if choice.name not in set_by_user]
-        return [part for choice in ours for part in (choice.name, choice.value)] + list(extra)
+        return [part for choice in ours for part in choice.argument()] + list(extra)
 
-    def explain(self) -> str:
-        """Return two lines per choice: the setting and its reason."""
-        return "\n".join(
-            f"{choice.name}={choice.value}\n    {choice.reason}" for choice in (*self.environment, *self.arguments)
-        )
+    def explain(self, extra: Sequence[str] = ()) -> str:
+        """Return two lines per choice that `extra` does not replace, the setting and its reason, then the warnings."""
+        set_by_user = {_flag_name(argument) for argument in extra if argument.startswith("--")}
+        shown = [choice for choice in (*self.environment, *self.arguments) if choice.name not in set_by_user]
+        lines = [f"{'='.join(choice.argument())}\n    {choice.reason}" for choice in shown]
+        return "\n".join([*lines, *(f"warning: {warning}" for warning in self.warnings)])
+
+
+def _flag_name(argument: str) -> str:
+    """Return the name of a flag as the plan writes it: with dashes, without a value and without `--no-`."""
+    name = argument.split("=", 1)[0].replace("_", "-")
+    return f"--{name[5:]}" if name.startswith("--no-") else name
 
 
 def plan_launch(
-    directory: Path, hardware: Hardware, profile: TrafficProfile = "balanced", num_variants: int = 1
+    directory: Path,
+    hardware: Hardware,
+    profile: TrafficProfile = "balanced",
+    num_variants: int = 1,
+    extra: Sequence[str] = (),
 ) -> LaunchPlan:
-    """Choose the launch of the model in `directory`, which has a config.json, beside `num_variants` - 1 others."""
+    """Choose the launch of the model in `directory`, which has a config.json, beside `num_variants` - 1 others.
+
+    `extra` are the user's own arguments for vLLM; the parsers fit a chat template that is given there.
+    """
+    config = read_config(directory)
+    classifier = plan_classifier(directory, config)
+    model_choices, warnings = (classifier, ()) if classifier else choose_parsers(directory, config, extra)
     everywhere = (
         Choice("VLLM_NO_USAGE_STATS", "1", "vLLM sends no usage statistics"),
         Choice("HF_HUB_OFFLINE", "1", "the model is a local directory, so the hub is not needed"),
         Choice("VLLM_PLUGINS", "slimserve,bitsandbytes", "adds /v1/score, /v1/rerank and the bitsandbytes formats"),
     )
     if hardware.gpus:
-        return LaunchPlan(_on_gpu(profile, num_variants), everywhere)
-    config = read_config(directory)
+        return LaunchPlan((*_on_gpu(profile, num_variants), *model_choices), everywhere, warnings)
     environment = [
         *everywhere,
         *(_one_process(hardware.cores) if hardware.numa_nodes == 1 else _worker_process(hardware.cores)),
@@ -120,7 +132,9 @@ def plan_launch(
             + (f", shared by {num_variants} variants" if num_variants > 1 else ""),
         ),
     ]
-    if profile != "decode":
+    if classifier:
+        arguments = []  # an encoder has no KV cache, and vLLM sizes that of a decoder that classifies
+    elif profile != "decode":
         arguments.append(
             Choice(
                 "--kv-transfer-config",
@@ -136,10 +150,10 @@ def plan_launch(
     elif is_quantized and stored_dtype(directory) == "float16":
         reason = "vLLM's CPU kernels of quantized layers have no float16, the dtype of this model"
         arguments.append(Choice("--dtype", "bfloat16", reason))
-    longest = _longest_sequence(config, kv_bytes, 4 if is_float32 else 2)
+    longest = None if classifier else _longest_sequence(config, kv_bytes, 4 if is_float32 else 2)
     if longest is not None and longest < (size_of(config, "max_position_embeddings") or longest):
         arguments.append(Choice("--max-model-len", str(longest), "the longest sequence that the KV space holds"))
-    return LaunchPlan(tuple(arguments), tuple(environment))
+    return LaunchPlan((*arguments, *model_choices), tuple(environment), warnings)
 
 
 def _on_gpu(profile: TrafficProfile, num_variants: int) -> tuple[Choice, ...]:
@@ -204,6 +218,8 @@ def _longest_sequence(config: Mapping[str, Any], kv_bytes: int, bytes_per_value:
     try:
         bytes_per_token = kv_values_of(config) * bytes_per_value
     except KeyError:
+        return None
+    if bytes_per_token == 0:
         return None
     return int(kv_bytes // bytes_per_token // _BLOCK_SIZE * _BLOCK_SIZE)
 

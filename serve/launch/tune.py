@@ -23,11 +23,13 @@ import httpx
 
 from slimserve.core.errors import UserError
 from slimserve.core.hardware import Hardware
+from slimserve.core.model_config import read_config
 from slimserve.core.progress import print_status
 from slimserve.core.provenance import versions
 from slimserve.core.storage import cache_dir, write_atomically
 from slimserve.serve.launch.plan import Choice, LaunchPlan, TrafficProfile, plan_launch
 from slimserve.serve.launch.process import Engine, EngineSpec, free_port
+from slimserve.serve.launch.rerankers import is_classifier
 
 _REPEATS = 5
 _PREFIX_TOKENS, _NUM_ITEMS, _ITEM_TOKENS = 400, 16, 16
@@ -53,17 +55,26 @@ class LaunchCandidate:
 
     def applied_to(self, plan: LaunchPlan) -> LaunchPlan:
         """Return the plan with this candidate's choices in place of those of the same names."""
-        return LaunchPlan(_replaced(plan.arguments, self.arguments), _replaced(plan.environment, self.environment))
+        return replace(
+            plan,
+            arguments=_replaced(plan.arguments, self.arguments),
+            environment=_replaced(plan.environment, self.environment),
+        )
 
 
-def tune_launch(directory: Path, hardware: Hardware, profile: TrafficProfile, num_variants: int = 1) -> LaunchPlan:
+def tune_launch(
+    directory: Path, hardware: Hardware, profile: TrafficProfile, num_variants: int = 1, extra: Sequence[str] = ()
+) -> LaunchPlan:
     """Measure every candidate on this model and return the plan with the fastest; about five minutes on 2 cores.
 
     The plan and the fastest candidate are measured a second time, because the speed of a machine drifts between
     starts. The lower rate of the candidate must exceed the higher rate of the plan. Raises UserError if the
     unchanged plan does not start.
     """
-    plan = plan_launch(directory, hardware, profile, num_variants)
+    if is_classifier(read_config(directory)):
+        problem = "has a classification head, and --tune measures text generation and label scores"
+        raise UserError("model", directory, problem, "serve it without --tune")
+    plan = plan_launch(directory, hardware, profile, num_variants, extra)
     rates: dict[str, float] = {}
 
     def measure(candidate: LaunchCandidate, keep: Callable[[float, float], float]) -> None:
@@ -91,9 +102,11 @@ def tune_launch(directory: Path, hardware: Hardware, profile: TrafficProfile, nu
     return best.applied_to(plan)
 
 
-def kept_launch(directory: Path, hardware: Hardware, profile: TrafficProfile, num_variants: int = 1) -> LaunchPlan:
+def kept_launch(
+    directory: Path, hardware: Hardware, profile: TrafficProfile, num_variants: int = 1, extra: Sequence[str] = ()
+) -> LaunchPlan:
     """Return the plan with the fastest candidate of an earlier `tune_launch`, or the unchanged plan."""
-    plan = plan_launch(directory, hardware, profile, num_variants)
+    plan = plan_launch(directory, hardware, profile, num_variants, extra)
     try:
         kept: dict[str, Any] = json.loads(_file(directory, hardware, profile).read_text(encoding="utf-8"))
         kinds = [tuple(Choice(**choice) for choice in kept[kind]) for kind in ("environment", "arguments")]

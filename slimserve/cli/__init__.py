@@ -25,6 +25,7 @@ _COMMANDS = {
     "compress": _Entry("compress", "Prune and quantize a model by a recipe."),
     "inspect": _Entry("compress", "Show the steps, sizes, errors and kernels of a variant."),
     "check": _Entry("compress", "Check that transformers and vLLM load a variant and compute the same logits."),
+    "calibrate": _Entry("calibrate", "Fit the map from a variant's label scores to probabilities."),
     "serve": _Entry("serve", "Serve one model, or several variants behind one address, on vLLM."),
     "workload": _Entry("workload", "Check a file that describes your own data as a workload."),
     "loadtest": _Entry("loadtest", "Load a running server through Locust and report latency and throughput."),
@@ -70,7 +71,8 @@ def _load(module: str, name: str) -> Any:
 app = typer.Typer(
     cls=_LazyCommands,
     help="Make a small language model smaller, serve it on vLLM, load it with real traffic, and compare the variants.",
-    epilog="MODEL is a Hugging Face directory or id, a .gguf file, or the built-in smollm2-135m-instruct.",
+    epilog="MODEL is a Hugging Face directory or id, a .gguf file, or a built-in model: smollm2-135m-instruct, or "
+    "smollm2-135m-tuned, which was trained on the built-in workloads.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

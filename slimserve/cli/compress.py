@@ -39,21 +39,25 @@ def compress(
     from slimserve.compress.build import build_variant
     from slimserve.core.model import resolve_model
 
-    typer.echo(build_variant(model, resolve_model(model), name, recipe, settings.output))
+    typer.echo(build_variant(model, resolve_model(model), name, recipe, settings.output, device=settings.device))
 
 
 def check(
     directory: Annotated[str, typer.Argument(metavar="DIR", help="Variant directory, or any model.")],
+    rank: Annotated[
+        bool, typer.Option("--rank", help="Check the served rerank scores instead, with known answers.")
+    ] = False,
 ) -> None:
     """Check that a variant loads, and that transformers and vLLM compute the same logits as plain PyTorch.
 
     Exits with code 1 if a check fails.
     """
     from slimserve.compare.check import check_variant
+    from slimserve.compare.check_rank import check_rank
     from slimserve.core.model import resolve_model
 
     passed = True
-    for finding in check_variant(resolve_model(directory)):
+    for finding in (check_rank if rank else check_variant)(resolve_model(directory)):
         passed &= finding.passed
         typer.echo(f"{'ok  ' if finding.passed else 'FAIL'} {finding.name:13} {finding.detail}")
     if not passed:

@@ -8,18 +8,16 @@ from typing import Any
 import pytest
 
 from slimserve.core.errors import UserError
-from slimserve.serve.engine.rerank import (
+from slimserve.serve.engine.rerank import RerankRequest, as_score_request, rerank_response
+from slimserve.serve.engine.score_request import RequestError
+from slimserve.serve.engine.scoring import ScoringPlan, ScoringTask
+from slimserve.serve.policy.rerank_templates import (
     TEMPLATE_FILE,
     TEMPLATE_VARIABLE,
     TEMPLATES,
-    RerankRequest,
     RerankTemplate,
-    as_score_request,
     load_template,
-    rerank_response,
 )
-from slimserve.serve.engine.score_request import RequestError
-from slimserve.serve.engine.scoring import ScoringPlan, ScoringTask
 
 TEMPLATE = RerankTemplate(template="Q {query} D {document} A", labels=[" ja", " nein"])
 LABELS = ((1,), (2,))
@@ -136,3 +134,39 @@ def test_every_template_has_both_fields() -> None:
     for template in TEMPLATES.values():
         before, between, after = template.parts()
         assert before + "{query}" + between + "{document}" + after == template.template
+
+
+@pytest.mark.parametrize(
+    ("files", "name", "expected"),
+    [
+        ({}, "Qwen3-Reranker-0.6B", "qwen3-reranker"),
+        ({}, "qwen3-reranker-4b-w8a8", "qwen3-reranker"),
+        ({}, "mxbai-rerank-base-v2", "mxbai-rerank-v2"),
+        ({}, "mxbai-rerank-base-v1", "default"),
+        ({}, "Qwen3-0.6B", "default"),
+        ({"config.json": {"_name_or_path": "Qwen/Qwen3-Reranker-8B"}}, "x", "qwen3-reranker"),
+        ({"slimserve.json": {"base": {"model": "Qwen/Qwen3-Reranker-8B"}}}, "x", "qwen3-reranker"),
+        (
+            {"tokenizer_config.json": {"chat_template": "Judge whether the Document meets the requirements"}},
+            "x",
+            "qwen3-reranker",
+        ),
+    ],
+)
+def test_a_known_reranker_gets_its_template_without_a_setting(
+    tmp_path: Path, files: dict[str, Any], name: str, expected: str
+) -> None:
+    directory = tmp_path / name
+    directory.mkdir()
+    for file, content in files.items():
+        (directory / file).write_text(json.dumps(content))
+    assert load_template(directory, {}) == TEMPLATES[expected]
+
+
+def test_a_hubs_cache_names_the_model_above_the_snapshot(tmp_path: Path) -> None:
+    directory = tmp_path / "models--Qwen--Qwen3-Reranker-0.6B" / "snapshots" / "abc"
+    directory.mkdir(parents=True)
+    assert load_template(directory, {}) == TEMPLATES["qwen3-reranker"]
+    other = tmp_path / "Qwen3-Reranker-0.6B" / "another-model"
+    other.mkdir(parents=True)
+    assert load_template(other, {}) == TEMPLATES["default"]

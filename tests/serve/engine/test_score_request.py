@@ -56,3 +56,55 @@ def test_a_body_that_is_no_json_has_no_fields() -> None:
 
 def test_an_item_of_a_score_request_is_a_document_of_a_rerank_request() -> None:
     assert RequestError("items[3]", "is too long").renamed("items", "documents").param == "documents[3]"
+
+
+SGLANG = {
+    "query": "a",
+    "items": ["b"],
+    "embed_override_token_id": None,
+    "query_embed_overrides": None,
+    "item_embed_overrides": None,
+    "label_token_ids": [1, 2],
+    "apply_softmax": True,
+    "temperature": 2,
+    "return_token_logprobs": True,
+    "item_first": False,
+    "return_pooled_hidden_states": False,
+    "score_extraction_token": None,
+    "model": "m",
+}
+"""Every field of SGLang 0.5.23, as its client sends them."""
+
+
+def test_a_request_with_every_field_of_sglang_is_accepted() -> None:
+    request = ScoreRequest.model_validate_json(json.dumps(SGLANG))
+    assert (request.temperature, request.return_token_logprobs) == (2, True)
+    per_item = ScoreRequest.model_validate_json(json.dumps(SGLANG | {"label_token_ids": [[1, 2]], "query": None}))
+    assert per_item.label_token_ids == [[1, 2]]
+    assert per_item.query == ""
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("embed_override_token_id", 7),
+        ("query_embed_overrides", [[0.5]]),
+        ("item_embed_overrides", [None]),
+        ("score_extraction_token", "<score>"),
+        ("return_pooled_hidden_states", True),
+        ("temperature", 0),
+        ("temperature", "hot"),
+        ("calibrated", 3),
+    ],
+)
+def test_what_cannot_be_served_is_refused_by_name(field: str, value: Any) -> None:
+    text = json.dumps(SGLANG | {field: value}).encode()
+    with pytest.raises(ValidationError) as caught:
+        ScoreRequest.model_validate_json(text)
+    assert validation_problem(caught.value, text)[0] == field
+
+
+def test_a_rerank_request_refuses_a_calibration() -> None:
+    assert RerankRequest.model_validate(RERANK | {"calibrated": False}).query == "a"
+    with pytest.raises(ValidationError, match="/v1/score"):
+        RerankRequest.model_validate(RERANK | {"calibrated": True})

@@ -12,11 +12,13 @@ import pytest
 from pydantic import ValidationError
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from slimserve.core.score_calibration import Fit, ScoreCalibration
 from slimserve.serve.engine.prompt_tokenizer import PromptTexts, PromptTokenizer
 from slimserve.serve.engine.score_request import RequestError, ScoreRequest
 from slimserve.serve.engine.scoring import (
     LabelRead,
     ScoringTask,
+    choose_calibration,
     common_prefix,
     label_logprobs,
     label_reads,
@@ -356,3 +358,117 @@ def test_a_template_that_repeats_the_message_is_rendered_for_every_item(tokenize
         tokenizer.encode("the of|the of", False),
         tokenizer.encode("the is|the is", False),
     ]
+
+
+def planned(**fields: Any) -> tuple[ScoreRequest, Any]:
+    request = ScoreRequest(query=[5], items=[[6], [7]], apply_softmax=True, **fields)
+    tokenizer = PromptTokenizer(lambda text, _: [len(text) + 10])
+    return request, plan_scoring(request, tokenizer, 100, 50, 10, lambda text, _: text)
+
+
+def test_each_item_may_have_labels_of_its_own() -> None:
+    request, plan = planned(label_token_ids=[[1, 2, 3], [4]])
+    assert [task.labels for task in plan.tasks] == [((1,), (2,), (3,)), ((4,),)]
+    body = score_response(request, plan, [[-1.0, -2.0, -3.0], [-9.0]], "m", [0, 0])
+    assert [len(row) for row in body["scores"]] == [3, 1]
+    _, texts = planned(labels=[["a", "bc"], ["def"]])
+    assert [task.labels for task in texts.tasks] == [((11,), (12,)), ((13,),)]
+
+
+def test_per_item_labels_of_texts_follow_each_items_own_text() -> None:
+    request = ScoreRequest(query="the capital", items=[" of", " is"], labels=[[" France"], [" the", " of"]])
+    tokenizer = wrapped(small_bpe(GPT2))
+    plan = plan_scoring(request, tokenizer, 600, 50, 10, lambda text, _: text)
+    for task, item, labels in zip(plan.tasks, (" of", " is"), ([" France"], [" the", " of"]), strict=True):
+        for label, tokens in zip(labels, task.labels, strict=True):
+            assert [*task.prompt, *tokens] == tokenizer.encode(f"the capital{item}{label}", True)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"label_token_ids": [[1], [2], [3]]}, "label_token_ids"),
+        ({"labels": [["a"]]}, "labels"),
+        ({"label_token_ids": [[1], []]}, "label_token_ids"),
+        ({"label_token_ids": [[1], [500]]}, "label_token_ids"),
+        ({"label_token_ids": [1], "temperature": 2.0, "calibrated": True}, "calibrated"),
+    ],
+)
+def test_labels_and_options_that_do_not_fit_are_named(fields: dict[str, Any], param: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        planned(**fields)
+    assert caught.value.param == param
+
+
+def test_a_temperature_without_a_softmax_is_refused_as_by_sglang() -> None:
+    request = ScoreRequest(query=[5], items=[[6]], label_token_ids=[1], temperature=2.0)
+    with pytest.raises(RequestError, match="apply_softmax"):
+        plan_scoring(request, PromptTokenizer(lambda text, _: [1]), 100, 50, 10, lambda text, _: text)
+
+
+@pytest.mark.parametrize("temperature", [0.25, 1.0, 3.0])
+def test_a_temperature_divides_the_log_probabilities(temperature: float) -> None:
+    logprobs = [-0.5, -1.25, -4.0]
+    weights = [math.exp(value / temperature) for value in logprobs]
+    expected = [weight / sum(weights) for weight in weights]
+    assert probabilities(logprobs, True, temperature) == pytest.approx(expected)
+    request, plan = planned(label_token_ids=[1, 2, 3], temperature=temperature, return_token_logprobs=True)
+    body = score_response(request, plan, [logprobs, logprobs], "m", [0, 0])
+    assert body["scores"][0] == pytest.approx(expected)
+    assert body["token_logprobs"] == [logprobs, logprobs]
+    assert "logprobs" not in body
+
+
+FIT = Fit(calibration_error=0.1, brier=0.2)
+CALIBRATION = ScoreCalibration(
+    workload="w",
+    labels=["a", "bc"],
+    method="logistic",
+    logits=[-1.0, 1.0],
+    calibrated_logits=[0.0, 1.0],
+    outer_slope=0.5,
+    num_items=100,
+    num_groups=10,
+    before=FIT,
+    after=FIT,
+)
+"""The calibrated logit is half the logit plus a half."""
+
+
+@pytest.mark.parametrize("labels", [{"labels": ["a", "bc"]}, {"label_token_ids": [11, 12]}])
+@pytest.mark.parametrize("is_reversed", [False, True])
+def test_calibrated_scores_are_mapped_by_label_in_the_order_of_the_request(
+    labels: dict[str, list[Any]], is_reversed: bool
+) -> None:
+    ordered = {name: values[::-1] if is_reversed else values for name, values in labels.items()}
+    request, plan = planned(**ordered, calibrated=True)
+    calibrate = choose_calibration(request, {"w": CALIBRATION}, lambda label: [len(label) + 10])
+    assert calibrate is not None
+    logprobs = [math.log(0.2), math.log(0.8)]
+    row = score_response(request, plan, [logprobs[::-1] if is_reversed else logprobs] * 2, "m", [0, 0], calibrate)
+    expected = 1 / (1 + math.exp(-(0.5 * math.log(0.25) + 0.5)))
+    assert row["scores"][0] == pytest.approx([1 - expected, expected] if is_reversed else [expected, 1 - expected])
+
+
+def test_a_request_without_a_fitting_calibration_is_refused_with_those_that_exist() -> None:
+    def encode(label: str) -> list[int]:
+        return [len(label) + 10]
+
+    request, _ = planned(labels=["a", "bc"])
+    assert choose_calibration(request, {"w": CALIBRATION}, encode) is None
+    request, _ = planned(labels=["a", "bc"], calibrated=True)
+    both = {"w": CALIBRATION, "v": CALIBRATION}
+    with pytest.raises(RequestError, match=r"name one of \['v', 'w'\]"):
+        choose_calibration(request, both, encode)
+    named, _ = planned(labels=["a", "bc"], calibrated="v")
+    assert choose_calibration(named, both, encode) is not None
+    for calibrated, known, text in (
+        ("x", both, "none fits; it has w for"),
+        (True, {}, "none fits; fit one with slimserve calibrate"),
+    ):
+        request, _ = planned(labels=["a", "bc"], calibrated=calibrated)
+        with pytest.raises(RequestError, match=re.escape(text)):
+            choose_calibration(request, known, encode)
+    other, _ = planned(labels=["a", "wrong"], calibrated=True)
+    with pytest.raises(RequestError, match="none fits"):
+        choose_calibration(other, both, encode)

@@ -1,16 +1,19 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from slimserve.core.hardware import Hardware
+from slimserve.core.model_config import kv_values_of
 from slimserve.serve.launch import plan as module
 from slimserve.serve.launch.plan import Choice, LaunchPlan, TrafficProfile, plan_launch
 from slimserve.serve.policy.engine_environment import PACKED_GEMM_VARIABLE
+from slimserve.serve.policy.rerank_templates import TEMPLATES
 
 CPU = Hardware(cpu="x", cores=(0, 1), memory_gib=24.0, isa=("avx512f",), gpus=())
 CONFIG = {
@@ -86,6 +89,92 @@ def test_a_quantized_float16_model_is_computed_in_bfloat16_on_a_cpu(tmp_path: Pa
 def test_configs_with_other_names_nulls_or_a_text_config_get_a_plan(tmp_path: Path, config: dict[str, object]) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert "--block-size" in {choice.name for choice in plan_launch(tmp_path, CPU).arguments}
+
+
+FAMILIES = (
+    *("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "gemma3_text", "gemma3n", "phi3", "granite", "olmo2"),
+    *("smollm3", "qwen3_moe", "olmoe", "gpt_neox", "opt", "gpt2", "gpt_bigcode", "bloom", "falcon", "mpt", "mamba"),
+    *("jamba", "lfm2", "deepseek_v3", "mistral3", "llama4", "qwen3_next", "t5", "rwkv", "openai-gpt"),
+)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_familys_own_config_gets_a_plan(tmp_path: Path, family: str) -> None:
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(family).to_dict()
+    (tmp_path / "config.json").write_text(json.dumps(config, default=str))
+    names = {choice.name for choice in plan_launch(tmp_path, CPU).arguments}
+    assert {"--block-size", "--kv-cache-memory-bytes"} <= names
+
+
+@pytest.mark.parametrize(
+    ("config", "values"),
+    [
+        ({"n_layer": 2, "n_head": 4, "n_embd": 32}, 2 * 2 * 4 * 8),  # gpt2
+        ({"n_layer": 2, "n_head": 4, "n_embd": 32, "multi_query": True}, 2 * 2 * 1 * 8),  # gpt_bigcode
+        (
+            {
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "hidden_size": 32,
+                "multi_query": True,
+                "new_decoder_architecture": True,
+                "num_kv_heads": 2,
+            },
+            2 * 2 * 2 * 8,
+        ),  # falcon
+        ({"text_config": {"num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16}}, 2 * 2 * 4 * 16),
+        (
+            {
+                "num_hidden_layers": 3,
+                "num_attention_heads": 4,
+                "head_dim": 16,
+                "layer_types": ["conv", "full_attention", "linear_attention"],
+            },
+            2 * 1 * 4 * 16,
+        ),
+    ],
+)
+def test_the_context_memory_follows_from_old_nested_and_hybrid_configs(config: dict[str, Any], values: int) -> None:
+    assert kv_values_of(config) == values
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"model_type": "new"},
+        {"model_type": "new", "architectures": None, "num_attention_heads": [4, 2], "num_hidden_layers": 2},
+        {"model_type": "new", "architectures": "X", "layer_types": 7, "head_dim": "x", "hidden_size": 8},
+        {"model_type": 3, "text_config": {}, "quantization_config": {}, "intermediate_size": [8, 16]},
+        {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 16, "max_position_embeddings": 64},
+    ],
+)
+def test_an_odd_config_gets_a_plan_or_one_clear_line(tmp_path: Path, config: dict[str, Any]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert plan_launch(tmp_path, CPU).environment
+
+
+def test_a_model_with_a_classification_head_is_a_pooler_with_the_prompt_of_its_family(tmp_path: Path) -> None:
+    directory = tmp_path / "Qwen3-Reranker-0.6B-seq-cls"
+    directory.mkdir()
+    config = CONFIG | {"model_type": "qwen3", "architectures": ["Qwen3ForSequenceClassification"]}
+    (directory / "config.json").write_text(json.dumps(config))
+    settings = {choice.name: choice.value for choice in plan_launch(directory, CPU).arguments}
+    assert settings["--runner"] == "pooling"
+    assert not {"--block-size", "--kv-transfer-config", "--tool-call-parser", "--max-model-len"} & settings.keys()
+    template = Path(settings["--chat-template"]).read_text()
+    messages = [{"role": "query", "content": "who {document}?"}, {"role": "document", "content": "me {query}"}]
+    shown, _ = render_jinja_template([messages], chat_template=template)
+    before, between, after = TEMPLATES["qwen3-reranker"].parts()
+    assert shown == [f"{before}who {{document}}?{between}me {{query}}{after}"]
+    other = tmp_path / "bge-reranker-v2-m3"
+    other.mkdir()
+    (other / "config.json").write_text(
+        json.dumps({"model_type": "xlm-roberta", "architectures": ["XLMRobertaForSequenceClassification"]})
+    )
+    assert "--chat-template" not in {choice.name for choice in plan_launch(other, CPU).arguments}
 
 
 def test_only_a_cpu_with_amx_has_a_packed_kernel_to_choose(tmp_path: Path) -> None:
