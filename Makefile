@@ -9,9 +9,9 @@ SOURCES := slimserve core workloads distill compress serve loadtest compare repo
 
 export HF_HUB_OFFLINE ?= 1
 
-BENCHES := $(addprefix bench-,verdict launch scoring decode gateway ready quantize prune memory load \
+BENCHES := $(addprefix bench-,verdict launch scoring decode gateway ready quantize formats prune memory load \
     loadtest-truth loadtest-stall loadtest-real max-rate \
-    distill-cost kd-memory distill-quality truncation)
+    distill-cost kd-memory distill-quality truncation gpu)
 
 # SLOs that the winner must meet at half of the dense model's capacity.
 OBJECTIVES := --slo recommendation:e2e_p95=1.5s --slo reasoning:ttft_p95=500ms --slo reasoning:itl_p95=100ms
@@ -19,11 +19,11 @@ OBJECTIVES := --slo recommendation:e2e_p95=1.5s --slo reasoning:ttft_p95=500ms -
 .PHONY: help image-check demo compare test install lock lint types unit clean $(BENCHES)
 
 demo: install ## Compare four variants of SmolLM2: build, serve, evaluate, load (about 40 minutes with AVX2)
-	$(BIN)/slimserve compare --model smollm2-135m-instruct --recipes dense,w8a8,prune25-w8a8,prune50 \
+	$(BIN)/slimserve compare --model smollm2-135m-tuned --recipes dense,w8a8,prune25-w8a8,prune50 \
 	    --workloads recommendation,reasoning --quick $(OBJECTIVES)
 
 compare: install ## Compare six variants at full size, into results/compare-latest (an hour)
-	$(BIN)/slimserve compare --model smollm2-135m-instruct --recipes dense,w8a8,w4a16,nf4,prune25,prune25-w8a8 \
+	$(BIN)/slimserve compare --model smollm2-135m-tuned --recipes dense,w8a8,w4a16,nf4,prune25,prune25-w8a8 \
 	    --workloads recommendation,reasoning $(OBJECTIVES) -o results/compare-latest
 
 test: install lint types unit ## Run lint, types, unit tests, and end-to-end tests on a real vLLM engine
@@ -42,6 +42,7 @@ unit: $(VENV)/.test-system
 	$(BIN)/pytest $(addprefix tests/,serve loadtest deploy)
 
 # bench-quantize: ## Compare GPTQ and QuantEase with llm-compressor: seconds, memory, KL
+# bench-formats: ## Measure the KL and the bytes of every quantization format
 # bench-prune: ## Compare OSSCAR with other pruning methods: NLL, seconds, prefill speed
 # bench-memory: ## Measure peak memory of compressing a 1.5B model
 # bench-load: ## Build every recipe; load it with stock transformers and vLLM
@@ -59,6 +60,7 @@ unit: $(VENV)/.test-system
 # bench-kd-memory: ## Compare the chunked loss with the plain loss: memory and time
 # bench-distill-quality: ## Measure how much of the AUC lost by pruning distillation recovers
 # bench-truncation: ## Train students on parts of reasoning traces, into results/truncation
+# bench-gpu: ## Measure compression and distillation on a GPU; a dry run with tiny models without one
 $(BENCHES): bench-%: install
 	$(BIN)/python -m benches.$(subst -,_,$*)
 
