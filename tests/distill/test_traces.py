@@ -161,7 +161,8 @@ def test_the_chain_of_thought_of_every_server_reaches_the_training_data(
 def test_a_server_that_answers_without_a_message_is_one_error_line(tmp_path: Path, answer: Any) -> None:
     server = served_by(lambda _: answer)
     try:
-        with pytest.raises(UserError, match="/v1/chat/completions' (got an answer that cannot be read|was answered with JSON that)"):
+        sentence = "/v1/chat/completions' (got an answer that cannot be read|was answered with JSON that)"
+        with pytest.raises(UserError, match=sentence):
             ask(f"http://127.0.0.1:{server.server_port}", tmp_path / "traces.jsonl", 2)
     finally:
         server.shutdown()
