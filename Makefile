@@ -37,9 +37,10 @@ types: ## Check types with mypy
 	$(BIN)/mypy
 
 # Two processes run the tests that measure no time; the others run alone.
+UNTIMED := $(addprefix tests/,compare distill compress core workloads report serve/launch)
 unit: $(VENV)/.test-system
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile $(addprefix tests/,compare distill compress core workloads report) tests/test_*.py
-	$(BIN)/pytest $(addprefix tests/,serve loadtest deploy)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile $(UNTIMED) tests/test_*.py
+	$(BIN)/pytest $(addprefix --ignore ,$(UNTIMED)) $(addprefix tests/,serve loadtest deploy)
 
 # bench-quantize: ## Compare GPTQ and QuantEase with llm-compressor: seconds, memory, KL
 # bench-formats: ## Measure the KL and the bytes of every quantization format
