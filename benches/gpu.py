@@ -28,7 +28,7 @@ from slimserve.compress.device import choose_device, peak_gpu_bytes
 from slimserve.compress.recipe import AnyStep, Prune, Quantize
 from slimserve.compress.runner import StepRunner
 from slimserve.compress.steps import bind
-from slimserve.distill.chunked import chunked_loss
+from slimserve.distill.chunked import TeacherStates, chunked_loss
 from slimserve.distill.recipe import LossSettings
 
 BIG = {
@@ -158,8 +158,6 @@ def distill_steps(
         teacher, student = (LlamaForCausalLM(LlamaConfig(**sizes)).to(dtype) for _ in range(2))
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5)
     settings, start = LossSettings(), 0.0
-    from slimserve.distill.chunked import TeacherStates
-
     for step in range(num_steps + 2):
         if step == 2:
             synchronize(device)

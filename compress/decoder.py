@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
+from slimserve.compress.experts import LinearExperts, expert_role, is_router, replace_experts, unusable
 from slimserve.core.errors import UserError
 
 Block = dict[str, Tensor]
@@ -73,7 +74,7 @@ class Sublayer:
 
 @dataclass
 class Visit:
-    """What happens at the linear layers and sublayers while a decoder layer runs once."""
+    """Instructions to the linear layers and sublayers for one run of a decoder layer, and the tensors it leaves."""
 
     shown: frozenset[str] = frozenset()
     """Layers whose inputs are given to `show`."""
@@ -128,7 +129,7 @@ class Decoder:
         self.block = f"{self.layers_path}.{{index}}."
         self._renamings = _renamings(self.model)
         for layer in self._layers:
-            _replace_experts(layer, self.model)
+            replace_experts(layer, self.model)
         self._restore_buffers()
         self._wrap_outer()
         self._returns_tuple = False
@@ -145,7 +146,7 @@ class Decoder:
                 self._wrap_sublayers(index, *traces[kind])
                 self.sublayers.append(traces[kind][0])
         except _FAILURES as error:
-            raise _unusable(config, f"its layers cannot be run one by one ({type(error).__name__}: {error})") from error
+            raise unusable(config, f"its layers cannot be run one by one ({type(error).__name__}: {error})") from error
 
     # Names ------------------------------------------------------------------------------------------------------------
 
@@ -183,7 +184,7 @@ class Decoder:
 
     @property
     def is_tied(self) -> bool:
-        """True if the output layer is the embedding."""
+        """Tell whether the output layer is the embedding."""
         return self.model.get_output_embeddings().weight is self.model.get_input_embeddings().weight
 
     @cached_property
@@ -333,15 +334,14 @@ class Decoder:
 
     def _restore_buffers(self) -> None:
         """Compute the buffers that the meta device lost, such as rotary frequencies, with transformers' own rule."""
-        for _, module in self.model.named_modules():
+        for module in self.model.modules():
             lost = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
-            if lost and not any(name in module._non_persistent_buffers_set for name in lost):
-                continue
-            if lost:
-                for name in lost:
-                    module._buffers[name] = torch.empty_like(module._buffers[name], device=self.device)
-                with torch.no_grad():
-                    self.model._init_weights(module)
+            if not module._non_persistent_buffers_set.intersection(lost):
+                continue  # the checkpoint has the others
+            for name in lost:
+                module._buffers[name] = torch.empty_like(module._buffers[name], device=self.device)
+            with torch.no_grad():
+                self.model._init_weights(module)
         self.model.eval()
 
     def _wrap_outer(self) -> None:
@@ -415,7 +415,7 @@ class Decoder:
         """
         layer = self._layers[index]
         linears = {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
-        routers = {name for name in linears if _is_router(layer, name)}
+        routers = {name for name in linears if is_router(layer, name)}
         returned: dict[str, Any] = {}
         norms: list[tuple[str, Tensor]] = []
         tops = {name.partition(".")[0] for name in linears if "." in name}
@@ -496,24 +496,17 @@ def _sublayers(
         consumer: str | None = last[0][0] if is_consumer else None
         if consumer is not None and path and outputs[consumer] is not _first(returned[path]):
             consumer = None
+        module = layer.get_submodule(path) if path else None
+        first = {layer for group in stages[0] for layer in group} if len(stages[0]) == 1 else set()
+        readers = ((norm, {name for name, x in inputs.items() if x is output}) for norm, output in norms)
         sublayers.append(
             Sublayer(
                 path=path,
                 stages=stages,
-                is_attention=bool(path) and "attention" in type(layer.get_submodule(path)).__name__.lower(),
+                is_attention=module is not None and "attention" in type(module).__name__.lower(),
                 consumer=consumer,
-                has_experts=any(isinstance(module, LinearExperts) for module in layer.get_submodule(path).modules())
-                if path
-                else False,
-                norm=next(
-                    (
-                        norm
-                        for norm, output in norms
-                        if len(stages[0]) == 1
-                        and {name for name, x in inputs.items() if x is output} == set(stages[0][0])
-                    ),
-                    None,
-                ),
+                has_experts=module is not None and any(isinstance(one, LinearExperts) for one in module.modules()),
+                norm=next((norm for norm, names in readers if first and names == first), None),
             )
         )
     return tuple(sublayers)
@@ -531,85 +524,6 @@ def _stages(groups: Sequence[Sequence[str]]) -> tuple[tuple[tuple[str, ...], ...
         of_role[role] = [tuple(group)]
         stages.append(of_role[role])
     return tuple(tuple(stage) for stage in stages)
-
-
-def expert_role(name: str) -> str:
-    """Return a layer's name with `*` in place of the number of its expert, `mlp.experts.*.up_proj`."""
-    before, experts, after = name.partition(".experts.")
-    return f"{before}{experts}*.{after.partition('.')[2]}" if experts else name
-
-
-class LinearExperts(nn.Module):
-    """Experts as single linear layers, in place of transformers' stacked parameters.
-
-    Checkpoints and engines have one tensor per expert and layer, and each expert is quantized on the tokens that the
-    router sends to it.
-    """
-
-    def __init__(self, stacked: nn.Module, names: tuple[str, str, str]) -> None:
-        """Take the sizes and the activation of `stacked`; `names` are those of gate, up and down in checkpoints."""
-        super().__init__()
-        gate_up_EIH, down_EHI = stacked.gate_up_proj, stacked.down_proj
-        self._names = names
-        self.runs_all = False
-        """True runs every expert on the first token; to learn the order of the layers."""
-        self.act_fn: Any = stacked.act_fn
-        num_experts, double, hidden = gate_up_EIH.shape
-        with torch.device("meta"):
-            for number in range(int(num_experts)):
-                expert = nn.Module()
-                expert.add_module(names[0], nn.Linear(int(hidden), int(double) // 2, bias=False))
-                expert.add_module(names[1], nn.Linear(int(hidden), int(double) // 2, bias=False))
-                expert.add_module(names[2], nn.Linear(int(down_EHI.shape[2]), int(down_EHI.shape[1]), bias=False))
-                self.add_module(str(number), expert)
-        self.num_experts = int(num_experts)
-
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Return the weighted sum of the chosen experts' outputs, shaped as `hidden_states` `[N, D]`."""
-        total = torch.zeros_like(hidden_states)
-        for number in range(self.num_experts):
-            expert = self.get_submodule(str(number))
-            gate, up, down = (expert.get_submodule(name) for name in self._names)
-            token_N, place_N = torch.where(top_k_index == number)
-            if self.runs_all:
-                token_N = place_N = torch.zeros(1, dtype=torch.int64, device=hidden_states.device)
-            elif not len(token_N):
-                continue
-            x = hidden_states[token_N]
-            output = down(self.act_fn(gate(x)) * up(x)) * top_k_weights[token_N, place_N, None]
-            total.index_add_(0, token_N, output.to(total.dtype))
-        return total
-
-
-def _replace_experts(layer: nn.Module, model: Any) -> None:
-    """Replace transformers' stacked experts by linear layers, named as in checkpoints."""
-    for path, module in list(layer.named_modules()):
-        gate_up, down = (getattr(module, name, None) for name in ("gate_up_proj", "down_proj"))
-        if not (isinstance(gate_up, nn.Parameter) and isinstance(down, nn.Parameter) and gate_up.dim() == 3):
-            continue
-        is_plain = gate_up.shape[1] == 2 * down.shape[2] and gate_up.shape[2] == down.shape[1]
-        names = _expert_names(model)
-        if not is_plain or names is None or len(list(module.parameters(recurse=False))) != 2:
-            raise _unusable(
-                model.config.to_dict(), f"its experts ({type(module).__name__}) are not stored as gate, up and down"
-            )
-        parent, _, child = path.rpartition(".")
-        setattr(layer.get_submodule(parent), child, LinearExperts(module, names))
-
-
-def _expert_names(model: Any) -> tuple[str, str, str] | None:
-    """Return the names of an expert's gate, up and down in checkpoints, by transformers' rules of conversion."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-
-    found: dict[str, list[str]] = {}
-    for transform in get_model_conversion_mapping(model, add_legacy=False):
-        for target in transform.target_patterns:
-            sources = [
-                source.removesuffix(".weight").rpartition(".")[2] for source in transform._original_source_patterns
-            ]
-            found.setdefault(target.rpartition(".")[2], sources)
-    gate_up, down = found.get("gate_up_proj", []), found.get("down_proj", [])
-    return (gate_up[0], gate_up[1], down[0]) if len(gate_up) == 2 and len(down) == 1 else None
 
 
 def _renamings(model: Any) -> list[Any]:
@@ -656,18 +570,12 @@ def _build(config: Mapping[str, Any]) -> Any:
 
 
 def _find_layers(model: Any) -> tuple[str, nn.ModuleList]:
-    """Return the path and the list of the decoder layers: the longest list of modules of one kind."""
+    """Return the path and the list of the decoder layers: the first list with as many modules as the config states."""
     num_layers = getattr(model.config, "num_hidden_layers", None)
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == num_layers:
             return name, module
-    raise _unusable(model.config.to_dict(), "transformers' class has no list of decoder layers")
-
-
-def _unusable(config: Mapping[str, Any], reason: str) -> UserError:
-    return UserError(
-        "model_type", config.get("model_type"), f"cannot be compressed: {reason}", "use a plain decoder-only model"
-    )
+    raise unusable(model.config.to_dict(), "transformers' class has no list of decoder layers")
 
 
 def _in_dtype(module: nn.Embedding, decoder: Decoder) -> Callable[[Tensor], Tensor]:
@@ -686,14 +594,6 @@ def _in_dtype(module: nn.Embedding, decoder: Decoder) -> Callable[[Tensor], Tens
             module._parameters["weight"], module.padding_idx = full, padding
 
     return forward
-
-
-def _is_router(layer: nn.Module, name: str) -> bool:
-    """Tell whether a linear layer beside experts chooses among them or weighs a shared one."""
-    parent = layer.get_submodule(name.rpartition(".")[0])
-    experts = [child for child in parent.children() if isinstance(child, LinearExperts)]
-    module = layer.get_submodule(name)
-    return bool(experts) and isinstance(module, nn.Linear) and module.out_features in {1, experts[0].num_experts}
 
 
 def _path_of(model: nn.Module, module: nn.Module) -> str:

@@ -1,4 +1,4 @@
-"""Where a build computes, and where activations of the calibration samples lie meanwhile.
+"""The device of a build, and the memory that holds the activations of its calibration samples.
 
 `auto` takes a GPU if PyTorch sees one. On a GPU, one decoder layer and its Hessian are there at a time. Hidden states
 between layers are always in files, so that a build resumes; what is needed only within a layer stays on the GPU or in

@@ -1,6 +1,6 @@
-"""What a model's config says about sizes, and what vLLM does with them.
+"""Sizes in a model's config, changes of them, and model types whose sizes vLLM reads in another way.
 
-Which layers a model has is not listed anywhere: `decoder.py` reads it from transformers' own modules.
+No list names the layers of a model: `decoder.py` reads them from transformers' own modules.
 """
 
 from __future__ import annotations

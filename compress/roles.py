@@ -1,4 +1,4 @@
-"""What pruning can cut of a model: neurons of the MLP and KV groups, found in the module tree and proven by numbers.
+"""Units that pruning can cut: MLP neurons and KV groups, found in the module tree and checked on a random model.
 
 A unit is a neuron, or a KV head with its query heads. Cutting a unit removes rows of the layers before the sublayer's
 consumer, columns of the consumer, and changes sizes in config.json. That this computes the same as setting the

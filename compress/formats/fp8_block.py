@@ -38,7 +38,7 @@ class _Fp8Block(CompressedTensorsFormat):
 
     def explain_cpu_kernel(self, hardware: Hardware, config: Mapping[str, Any]) -> str:
         if "amx_tile" not in hardware.isa:
-            return f"cannot run: {self.gpu_reason}"
+            return super().explain_cpu_kernel(hardware, config)
         return "CPUFp8W8A8BlockScaledMMKernel or CPUFp8BlockScaledMMKernel with AMX (not measured by this project)"
 
 

@@ -144,6 +144,8 @@ class QuantFormat(ABC):
 
     def explain_cpu_kernel(self, hardware: Hardware, config: Mapping[str, Any]) -> str:
         """Return one line on how vLLM computes this format on the CPU; `config` is the model's config.json."""
+        if self.needs_gpu:
+            return f"cannot run: {self.gpu_reason}"
         return "vLLM chooses a kernel at start; slimserve knows no rule for this format"
 
     def refuse(self, key: str, value: object, remedy: str) -> UserError:

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 
 from slimserve.compress.formats.compressed_tensors import CompressedTensorsFormat
 from slimserve.compress.quantize import Grid
-from slimserve.core.hardware import Hardware
 
 
 class _Mxfp4A16(CompressedTensorsFormat):
@@ -26,9 +22,6 @@ class _Mxfp4A16(CompressedTensorsFormat):
     scale_dtype = torch.float8_e8m0fnu
     needs_gpu = True
     gpu_reason = "vLLM has MXFP4 kernels for GPUs of capability 8.0 or newer, and none for a CPU"
-
-    def explain_cpu_kernel(self, hardware: Hardware, config: Mapping[str, Any]) -> str:
-        return f"cannot run: {self.gpu_reason}"
 
 
 class _Mxfp4(_Mxfp4A16):

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 
 from slimserve.compress.formats.compressed_tensors import CompressedTensorsFormat
 from slimserve.compress.quantize import Grid
-from slimserve.core.hardware import Hardware
 
 
 class _Nvfp4A16(CompressedTensorsFormat):
@@ -23,9 +19,6 @@ class _Nvfp4A16(CompressedTensorsFormat):
     scale_dtype = torch.float8_e4m3fn
     needs_gpu = True
     gpu_reason = "vLLM has NVFP4 kernels for GPUs of capability 7.5 or newer, and none for a CPU"
-
-    def explain_cpu_kernel(self, hardware: Hardware, config: Mapping[str, Any]) -> str:
-        return f"cannot run: {self.gpu_reason}"
 
 
 class _Nvfp4(_Nvfp4A16):

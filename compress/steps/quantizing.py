@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from slimserve.compress import quantize, rounding
-from slimserve.compress.decoder import Block, Sublayer, decoder_of, expert_role
+from slimserve.compress.decoder import Block, Sublayer, decoder_of
+from slimserve.compress.experts import expert_role
 from slimserve.compress.formats import get_format
 from slimserve.compress.formats.head import add_head, pack_head
 from slimserve.compress.formats.kv_cache import KeyValuePeaks, add_kv_cache

@@ -37,7 +37,7 @@ class Family:
     kv: str = ""
     """The reason why no KV groups can be removed; empty if they can."""
     vllm: str = "its own class"
-    """How vLLM 0.32 loads the outcomes."""
+    """Class with which vLLM 0.32 loads the outcomes, by its sources."""
     is_new: bool = False
     """True for an architecture that no code was written or changed for."""
 

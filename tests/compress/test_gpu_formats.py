@@ -282,9 +282,9 @@ def test_vllm_takes_the_tensors_of_every_format_up_to_its_check_of_the_platform(
     )
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
     assert lines, done.stderr[-3000:]
-    told = json.loads(lines[0].removeprefix("RESULT"))
-    assert told["remapped"] == "model.layers.0.self_attn.attn.k_scale"
-    for name, answer in told["answers"].items():
+    result = json.loads(lines[0].removeprefix("RESULT"))
+    assert result["remapped"] == "model.layers.0.self_attn.attn.k_scale"
+    for name, answer in result["answers"].items():
         assert (answer["scheme"], answer["capability"]) == SCHEMES[name], name
         tensors = load_file(variants[name] / "model.safetensors")
         prefixes = [f"model.layers.0.self_attn.{layer}." for layer in ("q_proj", "k_proj", "v_proj")]
