@@ -22,7 +22,7 @@ from slimserve.compare.quality import ask_prompts
 from slimserve.core.errors import UserError
 from slimserve.core.model_files import count_parameters, model_hash
 from slimserve.core.openai_client import Target
-from slimserve.core.score_calibration import Fit, ScoreCalibration, logits_of
+from slimserve.core.score_calibration import Fit, LabelMap, ScoreCalibration, logits_of
 from slimserve.core.variant import BaseModelRecord, Manifest, read_manifest, write_manifest
 from slimserve.workloads import load_workload
 from slimserve.workloads.interface import ChoicePrompt, Prompt, ScoringPrompt
@@ -138,34 +138,28 @@ def fit_calibration(workload: str, scores: LabelScores) -> ScoreCalibration:
         remedy = f"give at least {_MIN_ITEMS} items of 2 groups, with 2 true labels"
         raise UserError("workload", workload, problem, remedy)
     methods: list[_Method] = ["logistic", "isotonic"] if len(scores.labels) == 2 else ["temperature"]
-    held_out = {method: _cross_validated(workload, method, scores) for method in methods}
+    held_out = {method: _cross_validated(method, scores) for method in methods}
     best = min(methods, key=lambda method: _log_loss(held_out[method], scores.truths))
-    return _fitted(workload, best, scores, list(range(len(scores.truths))), _fit(held_out[best], scores))
+    return ScoreCalibration(
+        workload=workload,
+        labels=list(scores.labels),
+        method=best,
+        **_fitted_map(best, scores.shares, scores.truths),
+        num_items=len(scores.truths),
+        num_groups=num_groups,
+        before=_fit(np.asarray(scores.shares), scores),
+        after=_fit(held_out[best], scores),
+    )
 
 
-def _fitted(
-    workload: str,
-    method: _Method,
-    scores: LabelScores,
-    rows: Sequence[int],
-    after: Fit,
-) -> ScoreCalibration:
-    shares, truths = [scores.shares[row] for row in rows], [scores.truths[row] for row in rows]
-    facts: dict[str, Any] = {
-        "workload": workload,
-        "labels": list(scores.labels),
-        "method": method,
-        "num_items": len(rows),
-        "num_groups": len({scores.groups[row] for row in rows}),
-        "before": _fit(np.asarray(shares), scores) if len(rows) == len(scores.truths) else after,
-        "after": after,
-    }
+def _fitted_map(method: _Method, shares: Sequence[Sequence[float]], truths: Sequence[int]) -> dict[str, Any]:
+    """Return the fields of a ScoreCalibration that a method fits."""
     if method == "temperature":
-        return ScoreCalibration(**facts, temperature=fit_temperature(shares, truths))
+        return {"temperature": fit_temperature(shares, truths)}
     outcomes = np.asarray([truth == 0 for truth in truths], dtype=np.float64)
     x = logits_of([row[0] for row in shares])
     knots, values, slope = (fit_logistic if method == "logistic" else fit_isotonic)(x, outcomes)
-    return ScoreCalibration(**facts, logits=knots, calibrated_logits=values, outer_slope=slope)
+    return {"logits": knots, "calibrated_logits": values, "outer_slope": slope}
 
 
 def fit_logistic(x: _Floats, outcomes: _Floats) -> tuple[list[float], list[float], float]:
@@ -190,12 +184,12 @@ def fit_logistic(x: _Floats, outcomes: _Floats) -> tuple[list[float], list[float
     start = [max(1.0, least), math.log(base_rate / (1 - base_rate))]
     slope, offset = minimize(loss, start, bounds=[(least, None), (None, None)], method="L-BFGS-B").x
     # Beyond the fitted scores, and where the probability is nearly 0 or 1, a steep line would round scores to ties.
-    middle, steep = float(centre), float(slope / scale)
-    low, high = (middle + (end - offset) / steep for end in (-_LARGEST_LOGIT, _LARGEST_LOGIT))
-    ends = [max(float(x.min()), low), min(float(x.max()), high)]
+    steep = float(slope / scale)
+    first, last = (centre + (end - offset) / steep for end in (-_LARGEST_LOGIT, _LARGEST_LOGIT))
+    ends = [max(float(x.min()), first), min(float(x.max()), last)]
     if ends[0] >= ends[1]:
-        ends = [middle - 1.0, middle + 1.0]
-    values = [float(offset + steep * (end - middle)) for end in ends]
+        ends = [centre - 1.0, centre + 1.0]
+    values = [float(offset + steep * (end - centre)) for end in ends]
     return ends, values, min(steep, _OUTER_SLOPE)
 
 
@@ -231,16 +225,16 @@ def fit_temperature(shares: Sequence[Sequence[float]], truths: Sequence[int]) ->
     return math.exp(float(minimize_scalar(loss, bounds=bounds, method="bounded").x))
 
 
-def _cross_validated(workload: str, method: _Method, scores: LabelScores) -> _Floats:
+def _cross_validated(method: _Method, scores: LabelScores) -> _Floats:
     """Return the calibrated shares of every row, each by a map that was fitted without its group."""
     from sklearn.model_selection import GroupKFold
 
     folds = GroupKFold(min(_FOLDS, len(set(scores.groups)))).split(scores.truths, groups=scores.groups)
     calibrated = np.zeros((len(scores.truths), len(scores.labels)))
-    nothing = Fit(calibration_error=0.0, brier=0.0)
     for training, test in folds:
-        fitted = _fitted(workload, method, scores, training.tolist(), nothing)
-        calibrated[test] = [fitted.apply(scores.shares[row]) for row in test]
+        shares, truths = [scores.shares[row] for row in training], [scores.truths[row] for row in training]
+        label_map = LabelMap(method=method, **_fitted_map(method, shares, truths))
+        calibrated[test] = [label_map.apply(scores.shares[row]) for row in test]
     return calibrated
 
 

@@ -24,19 +24,16 @@ _SMALLEST = 1e-15
 
 
 class Fit(StrictModel):
-    """How well scores agree with outcomes."""
+    """Agreement of scores with outcomes."""
 
     calibration_error: float
     """Expected calibration error over ten bins of equal width."""
     brier: float
 
 
-class ScoreCalibration(StrictModel):
-    """The calibration of one variant's label scores on one workload."""
+class LabelMap(StrictModel):
+    """A map from the labels' shares of one item to probabilities, which keeps orders."""
 
-    workload: str
-    labels: list[str] = Field(min_length=2)
-    """Label texts; a request must score the same ones."""
     method: Literal["isotonic", "logistic", "temperature"]
     logits: list[float] = Field(default_factory=list)
     """Knots of the map: logits of scores, ascending."""
@@ -46,17 +43,9 @@ class ScoreCalibration(StrictModel):
     """Slope of the map in logits before the first and after the last knot."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """The labels' log-probabilities are divided by it; only the method `temperature` uses it."""
-    num_items: int
-    """Number of scored items that the map was fitted on."""
-    num_groups: int
-    """Number of users or queries that they come from."""
-    before: Fit
-    """Agreement of the uncalibrated scores on these items."""
-    after: Fit
-    """Agreement of the calibrated scores on the same items, each by a map that was fitted without its group."""
 
     def apply(self, shares: Sequence[float]) -> list[float]:
-        """Return the calibrated probabilities of the labels from their shares, both in the order of `labels`."""
+        """Return the calibrated probabilities of the labels from their shares, both in the same order."""
         if self.method == "temperature":
             import numpy as np
 
@@ -69,6 +58,22 @@ class ScoreCalibration(StrictModel):
     def apply_map(self, scores: Sequence[float]) -> NDArray[np.float64]:
         """Return the calibrated probabilities of the first of two labels from its scores."""
         return map_scores(scores, self.logits, self.calibrated_logits, self.outer_slope)
+
+
+class ScoreCalibration(LabelMap):
+    """The calibration of one variant's label scores on one workload."""
+
+    workload: str
+    labels: list[str] = Field(min_length=2)
+    """Label texts, in the order of the shares; a request must score the same ones."""
+    num_items: int
+    """Number of scored items that the map was fitted on."""
+    num_groups: int
+    """Number of users or queries that they come from."""
+    before: Fit
+    """Agreement of the uncalibrated scores on these items."""
+    after: Fit
+    """Agreement of the calibrated scores on the same items, each by a map that was fitted without its group."""
 
 
 def logits_of(scores: Sequence[float]) -> NDArray[np.float64]:
