@@ -8,7 +8,6 @@ through unchanged. A score is the model's probability of relevance, after the ac
 
 from __future__ import annotations
 
-import asyncio
 import json
 from typing import Any, cast
 
@@ -18,7 +17,7 @@ from starlette.datastructures import State
 from vllm.entrypoints.pooling.scoring import protocol
 
 from slimserve.serve.engine.rerank import RerankRequest, document_text, rerank_body
-from slimserve.serve.engine.score_request import RequestError, ScoreRequest
+from slimserve.serve.engine.score_request import RequestError, ScoreRequest, time_limit
 
 _SCORE_FIELDS = {"query", "items", "model", "timeout_s", "user"}
 _OWN_FORMS = ({"queries"}, {"text_1"}, {"data_1"})
@@ -85,13 +84,8 @@ class Classifier:
         )
 
     async def _content(self, asked: Any, raw_request: Request, timeout_s: float | None) -> dict[str, Any]:
-        try:
-            async with asyncio.timeout(timeout_s):
-                answer = await self._ask(asked, raw_request)
-        except TimeoutError as error:
-            if timeout_s is None:
-                raise
-            raise RequestError("timeout_s", f"{timeout_s:g} s passed before the scores were computed", 504) from error
+        async with time_limit(timeout_s):
+            answer = await self._ask(asked, raw_request)
         return cast("dict[str, Any]", json.loads(answer.body))
 
     async def _ask(self, asked: Any, raw_request: Request) -> Any:

@@ -40,7 +40,7 @@ from slimserve.serve.engine.classifier import Classifier
 from slimserve.serve.engine.partial_prefix import SHARED_PREFIX_TOKENS, PartialPrefixConnector
 from slimserve.serve.engine.prompt_tokenizer import PromptTokenizer
 from slimserve.serve.engine.rerank import RerankRequest, as_score_request, rerank_response
-from slimserve.serve.engine.score_request import RequestError, ScoreRequest, validation_problem
+from slimserve.serve.engine.score_request import RequestError, ScoreRequest, time_limit, validation_problem
 from slimserve.serve.engine.scoring import (
     LabelRead,
     ScoringPlan,
@@ -95,15 +95,9 @@ class Scorer:
         aborted if one fails, the deadline passes or this coroutine is cancelled.
         """
         model, lora = self._model(request.model)
-        try:
-            async with asyncio.timeout(request.timeout_s):
-                plan = await asyncio.to_thread(self._plan, request)
-                logprobs, cached = await self._logprobs(plan, request_id, lora, request.cache_salt, request.priority)
-        except TimeoutError as error:
-            if request.timeout_s is None:
-                raise
-            problem = f"{request.timeout_s:g} s passed before the scores were computed"
-            raise RequestError("timeout_s", problem, 504) from error
+        async with time_limit(request.timeout_s):
+            plan = await asyncio.to_thread(self._plan, request)
+            logprobs, cached = await self._logprobs(plan, request_id, lora, request.cache_salt, request.priority)
         return plan, logprobs, model, cached
 
     def _plan(self, request: ScoreRequest) -> ScoringPlan:

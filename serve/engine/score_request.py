@@ -6,9 +6,11 @@ Fields of SGLang that vLLM cannot serve are accepted with their default values a
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, ValidationError, field_validator
@@ -95,6 +97,18 @@ class RequestError(Exception):
     def renamed(self, name: str, new_name: str) -> RequestError:
         """Return the same error for a request that calls the field `name` by `new_name`."""
         return RequestError(self.param.replace(name, new_name), self.problem, self.status)
+
+
+@asynccontextmanager
+async def time_limit(timeout_s: float | None) -> AsyncIterator[None]:
+    """Cancel what runs inside after the request's own time limit, and raise RequestError with status 504."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            yield
+    except TimeoutError as error:
+        if timeout_s is None:
+            raise
+        raise RequestError("timeout_s", f"{timeout_s:g} s passed before the scores were computed", 504) from error
 
 
 def validation_problem(error: ValidationError, body: bytes) -> tuple[str, str]:

@@ -25,8 +25,8 @@ from slimserve.core.text import read_text
 from slimserve.serve.launch.choice import Choice
 
 Reasoning = Literal["always", "by default", "on request", "never"]
-"""Whether a model's prompt starts its reasoning: without a switch, unless `enable_thinking` is false, only if a
-template variable asks for it, or not at all."""
+"""Reasoning in a model's prompts: in all of them, unless `enable_thinking` is false, only if a template variable asks
+for it, or in none."""
 _OPEN, _CLOSE = "<think>", "</think>"
 _THINKS: tuple[Reasoning, ...] = ("always", "by default", "on request")
 
@@ -44,7 +44,7 @@ class ParserRule:
     tokens: tuple[str, ...] = ()
     """Texts that must be single tokens of the vocabulary, because the parser needs their ids."""
     reasoning: tuple[Reasoning, ...] = ()
-    """How the prompt may treat reasoning between think tags; empty for any."""
+    """Treatments of reasoning that the rule accepts; empty for any."""
 
 
 _THINK_TOKENS = (_OPEN, _CLOSE)
@@ -142,7 +142,7 @@ class ChatTemplate:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What the rules ask about a model."""
+    """Properties of a model that the rules check."""
 
     directory: Path
     model_type: str
@@ -159,14 +159,14 @@ class ModelFacts:
 
     @cached_property
     def takes_tools(self) -> bool:
-        """Whether the template shows the tools of a request to the model."""
+        """Tell whether the template shows the tools of a request to the model."""
         tool = {"name": "slimserve_probe", "description": "d", "parameters": {"type": "object", "properties": {}}}
         shown = self._rendered(tools=[{"type": "function", "function": tool}])
         return "slimserve_probe" in shown if shown is not None else "tools" in self.template.text
 
     @cached_property
     def reasoning(self) -> Reasoning:
-        """How the rendered prompt treats reasoning between think tags."""
+        """Treatment of reasoning between think tags in the rendered prompt."""
         default = self._rendered() or ""
         on, off = self._rendered(enable_thinking=True) or "", self._rendered(enable_thinking=False) or ""
         if on != off and (_CLOSE in off or _OPEN in on or _CLOSE in self.template.text):
