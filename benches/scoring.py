@@ -84,15 +84,8 @@ QUICK = Sizes(
     build_settings=QUICK_BUILD,
 )
 
-EXACT_COST = Sizes(
-    num_rounds=3,
-    num_repeats=9,
-    loads=(ScoringLoad(200, 16),),
-    primary_load=ScoringLoad(200, 16),
-    concurrent_load=ScoringLoad(32, 2),
-    concurrencies=(1,),
-    requests_per_user=1,
-)
+_SHORT = ScoringLoad(200, 16)
+EXACT_COST = replace(QUICK, num_rounds=3, num_repeats=9, loads=(_SHORT,), primary_load=_SHORT)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ Each comparison starts with a pilot of 256 prompts. The number of prompts that t
 fixed design and in a sequential one that looks at tenths of its maximum. That maximum is 1.2 times as large, because
 looking costs power. `sequential_prompts_frac` is the number of prompts that the sequential design asked a variant, over
 the fixed design's, as a mean over variants that keep 90% and variants that keep 100%. The reference answers all prompts
-in both. 1,000 comparisons per case need about 80 minutes of CPU time (estimated); the last line is one JSON object.
+in both. 1,000 comparisons per case need about an hour of CPU time (estimated); the last line is one JSON object.
 """
 
 from __future__ import annotations

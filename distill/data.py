@@ -83,7 +83,7 @@ def load_examples(
         [example for part in parts for example in part.training],
         [example for part in parts for example in part.validation],
         labels,
-        tuple(group if part.labels == labels else None for part in parts for group in part.groups) if labels else (),
+        tuple(group if part.labels == labels else None for part in parts for group in part.groups),
         sum(part.num_too_long for part in parts),
     )
 

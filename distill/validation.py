@@ -99,17 +99,15 @@ def _mean_losses(losses_3N: Tensor, sections: Sequence[Section], chosen: Collect
 
 def make_evaluator(examples: Examples, max_tokens: int) -> Callable[[nn.Module], Mapping[str, float]] | None:
     """Return a function that measures the AUC of the validation examples' labels; None if they have none."""
-    pairs = zip(examples.validation, examples.groups, strict=True) if examples.labels else []
-    scored, groups = [], []
-    for example, group in pairs:
-        if group is not None:
-            scored.append(example)
-            groups.append(group)
-    if not scored:
+    by_user = [
+        (example, user) for example, user in zip(examples.validation, examples.groups, strict=True) if user is not None
+    ]
+    if not by_user:
         return None
+    scored, users = zip(*by_user, strict=True)
 
     def evaluate(student: nn.Module) -> Mapping[str, float]:
-        estimates = label_metrics(student, scored, examples.labels, groups, max_tokens)
+        estimates = label_metrics(student, scored, examples.labels, users, max_tokens)
         return {name: estimates[name].value for name in ("auc", "within_group_auc")}
 
     return evaluate

@@ -1,8 +1,8 @@
 """Reasoning: a problem, a chain of thought between think tags, and an answer that a verifier checks.
 
 Problems are sums of the procedural generator `chain_sum` of `reasoning-gym`: short ones of two or three numbers of one
-or two digits, and long ones of four to six. The derivation has one step per number. SmolLM2-135M solves almost none as
-it comes; the built-in model `smollm2-135m-tuned`, which was trained on the calibration split, solves most.
+or two digits, and long ones of four to six. The derivation has one step per number. The built-in model
+`smollm2-135m-tuned`, which was trained on the calibration split, solved half of the short and a fifth of the long ones.
 
 The generator seeds problem i with `seed + i`, so the streams of nearby seeds overlap. Splits are therefore drawn from
 one stream and divided by a hash of the question.
@@ -90,7 +90,8 @@ class Reasoning(Workload):
         unseen = _entries(kind, split)
         drawn: list[dict[str, Any]] = []
         # Windows of one size, so that asking for more prompts does not change the first ones.
-        while len(drawn) < num_prompts and (window := list(itertools.islice(unseen, _SHUFFLE_WINDOW))):
+        while len(drawn) < num_prompts:
+            window = list(itertools.islice(unseen, _SHUFFLE_WINDOW))
             random.Random(f"{seed} {len(drawn)}").shuffle(window)
             drawn += window
         return [

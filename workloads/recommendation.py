@@ -8,7 +8,7 @@ candidate is the short suffix up to the colon, and its score is the probability 
     Four Rooms (1995), liked by 46%:          <- candidate
 
 The share is that of the calibration split's users, without the user who is asked about; a film that none of them rated
-has none. A title alone says too little: SmolLM2-135M knows no films, and ranks them by title no better than chance.
+has none. A title alone says too little: by titles, SmolLM2-135M ranks a user's films no better than chance.
 
 The data is MovieLens-100K as RecBole atomic files, read by path from the installed `recbole` package because its terms
 forbid redistribution. Any directory works that has one `.inter` file (user_id, item_id, rating, timestamp) and one
