@@ -1,4 +1,4 @@
-"""Tests of the forward pass of every family against transformers, and of the calibration stream."""
+"""Tests of the decoder and the reference logits of every family against transformers, and of the calibration stream."""
 
 import json
 from pathlib import Path
