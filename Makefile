@@ -5,20 +5,20 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 LOCK   := requirements/cpu.lock
 TORCH  := $(shell sed -n 's/^\(torch==[^ ]*\).*/\1/p' $(LOCK))
-SOURCES := slimserve core workloads distill compress serve loadtest compare report benches tests
+SOURCES := slimserve core workloads distill compress serve loadtest compare report benches examples tests
 
 export HF_HUB_OFFLINE ?= 1
 
-BENCHES := $(addprefix bench-,verdict launch scoring decode gateway ready quantize formats prune memory load \
+BENCHES := $(addprefix bench-,verdict launch scoring decode gateway ready quantize formats prune memory load families \
     loadtest-truth loadtest-stall loadtest-real max-rate \
-    distill-cost kd-memory distill-quality truncation gpu)
+    distill-cost kd-memory distill-quality ranker-kd recovery truncation catalogue catalogue-size warm gpu)
 
 # SLOs that the winner must meet at half of the dense model's capacity.
 OBJECTIVES := --slo recommendation:e2e_p95=1.5s --slo reasoning:ttft_p95=500ms --slo reasoning:itl_p95=100ms
 
 .PHONY: help image-check demo compare test install lock lint types unit clean $(BENCHES)
 
-demo: install ## Compare four variants of SmolLM2: build, serve, evaluate, load (about 40 minutes with AVX2)
+demo: install ## Compare four variants of SmolLM2: build, serve, evaluate, load (about an hour with AVX2 alone)
 	$(BIN)/slimserve compare --model smollm2-135m-tuned --recipes dense,w8a8,prune25-w8a8,prune50 \
 	    --workloads recommendation,reasoning --quick $(OBJECTIVES)
 
@@ -36,17 +36,21 @@ lint: ## Check style with ruff and the Dockerfile with hadolint
 types: ## Check types with mypy
 	$(BIN)/mypy
 
-# Two processes run the tests that measure no time; the others run alone.
-UNTIMED := $(addprefix tests/,compare distill compress core workloads report serve/launch)
+# Two processes run the tests that measure no time, the longest files first; the others run alone.
+TIMED := $(addprefix tests/,test_cli.py serve/engine/test_entry.py serve/engine/test_plugin.py)
+UNTIMED := $(filter-out $(TIMED),$(addprefix tests/,compare distill benches compress core workloads report) \
+    $(addprefix tests/serve/,launch test_item_tokens.py test_own_workloads.py test_tools.py test_vllm.py) \
+    $(sort $(wildcard tests/serve/engine/test_*.py tests/test_*.py)))
 unit: $(VENV)/.test-system
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile $(UNTIMED) tests/test_*.py
-	$(BIN)/pytest $(addprefix --ignore ,$(UNTIMED)) $(addprefix tests/,serve loadtest deploy)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(UNTIMED)
+	$(BIN)/pytest $(addprefix --ignore ,$(UNTIMED)) tests/test_cli.py $(addprefix tests/,serve loadtest deploy)
 
 # bench-quantize: ## Compare GPTQ and QuantEase with llm-compressor: seconds, memory, KL
 # bench-formats: ## Measure the KL and the bytes of every quantization format
 # bench-prune: ## Compare OSSCAR with other pruning methods: NLL, seconds, prefill speed
 # bench-memory: ## Measure peak memory of compressing a 1.5B model
 # bench-load: ## Build every recipe; load it with stock transformers and vLLM
+# bench-families: ## Ask stock vLLM whether it computes what torch does for every model family
 # bench-verdict: ## Measure the error rates of the decision rule on simulated answers
 # bench-launch: ## Compare the tuned launch of vLLM with the stock launch and with vLLM's own advice
 # bench-scoring: ## Compare /v1/score with stock /generative_scoring, default and tuned: items per second
@@ -60,7 +64,12 @@ unit: $(VENV)/.test-system
 # bench-distill-cost: ## Measure training on half of each sequence: time, memory, FLOPs
 # bench-kd-memory: ## Compare the chunked loss with the plain loss: memory and time
 # bench-distill-quality: ## Measure how much of the AUC lost by pruning distillation recovers
+# bench-ranker-kd: ## Compare ways to distill a ranker: hard labels, soft labels, both, lists, two teachers
+# bench-recovery: ## Measure how much of the accuracy lost by pruning distillation recovers, on long chains of thought
 # bench-truncation: ## Train students on parts of reasoning traces, into results/truncation
+# bench-catalogue: ## Compare item tokens with texts: quality, items per second, bytes
+# bench-catalogue-size: ## Measure a catalogue of a million items: load time, memory, items per second
+# bench-warm: ## Measure how much sooner scores arrive after a warm call
 # bench-gpu: ## Measure compression and distillation on a GPU; a dry run with tiny models without one
 $(BENCHES): bench-%: install
 	$(BIN)/python -m benches.$(subst -,_,$*)

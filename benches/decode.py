@@ -22,14 +22,13 @@ none of them. The goals:
 | `w8a8_decode8_over_guide_ratio` | at least 1.6 |
 
 Quality is the KL divergence from the dense model on held-out tokens, for both W8A8 variants. The last line of output is
-one JSON object. The benchmark takes about 25 minutes on 2 cores; `--quick` runs one round with few tokens and
-little calibration data.
+one JSON object. The benchmark takes about 25 minutes on 2 cores; `--rounds N` runs N rounds instead of three, and
+`--quick` one with few tokens and little calibration data.
 """
 
 from __future__ import annotations
 
 import asyncio
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,7 +37,7 @@ from pathlib import Path
 
 from benches.heldout import packed_tokens
 from benches.peers.llama_bench import build_llama_bench, run_llama_bench
-from benches.served import MODEL, QUICK_BUILD, built, guide_spec, median, our_spec, served, stock_spec
+from benches.served import MODEL, QUICK_BUILD, built, chosen_sizes, guide_spec, median, our_spec, served, stock_spec
 from slimserve.compress.reference import divergences
 from slimserve.core.hardware import probe_hardware
 from slimserve.core.model import builtin_file, resolve_model
@@ -69,7 +68,7 @@ QUICK = Sizes(
 
 
 def main() -> None:
-    sizes = QUICK if "--quick" in sys.argv[1:] else FULL
+    sizes = chosen_sizes(FULL, QUICK)
     dense = resolve_model(MODEL)
     variants = {
         "dense": dense,

@@ -82,18 +82,14 @@ def _measure(span: float) -> dict[str, float]:
         _step(module, teacher, optimizer, batch)
         seconds.append(time.perf_counter() - begin)
     peak = memory.peak_bytes()
-    shapes = [ModelShape.of(model.config.to_dict()) for model in _models(module, teacher)]
-    flops = training_flops(shapes[0], shapes[1], batch.lengths, batch.num_targets)
+    student: Any = module.student
+    flops = training_flops(ModelShape.of(student.config.to_dict()), batch.lengths, batch.num_targets)
     return {
         "seconds": min(seconds),
         "step_bytes": peak - baseline,
         "peak_bytes": peak,
-        "flops": flops,
+        "flops": flops + teacher.flops(batch),
     }
-
-
-def _models(module: StudentLoss, teacher: OnlineTeacher) -> tuple[Any, Any]:
-    return module.student, teacher.model
 
 
 def _batch(texts: list[list[int]], span: float) -> Batch:

@@ -16,14 +16,12 @@ takes about an hour; `--quick` runs one seed.
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import cast
 
-import torch
-
+from benches.rankers import ranker_recipe, sequence_scores
 from benches.served import MODEL, our_spec
 from slimserve.compare.quality import ask_prompts
 from slimserve.compress.build import build_variant
@@ -33,14 +31,10 @@ from slimserve.core.model_files import model_hash
 from slimserve.core.openai_client import Target
 from slimserve.core.progress import print_status
 from slimserve.core.provenance import bench_line
-from slimserve.core.storage import cache_dir, write_atomically
-from slimserve.core.tokenizer import load_tokenizer
-from slimserve.distill.data import load_examples
-from slimserve.distill.models import load_model
+from slimserve.core.storage import cache_dir, cached_result
 from slimserve.distill.recipe import DistillRecipe
 from slimserve.distill.run import distill
-from slimserve.distill.sections import label_example
-from slimserve.distill.validation import NUM_SKIPPED_LABELS, label_metrics
+from slimserve.distill.validation import NUM_SKIPPED_LABELS
 from slimserve.serve.launch.process import Engine
 from slimserve.workloads import intervals, metrics
 from slimserve.workloads.interface import Estimate, ScoringPrompt
@@ -55,8 +49,6 @@ sequences, and at that rate a step on one of them destabilizes the student."""
 KD_WEIGHT = 0.5
 NUM_TEST_ITEMS = 24
 NUM_WINDOWS = 192
-MAX_TOKENS = 1024
-_MICRO_TOKENS = 2048
 
 
 def main() -> None:
@@ -95,28 +87,7 @@ def main() -> None:
 
 
 def _recipe(num_steps: int, batch_size: int, seed: int, kd_weight: float = 0.0) -> DistillRecipe:
-    return DistillRecipe.model_validate(
-        {
-            "data": {
-                "source": "recommendation",
-                "num_examples": num_steps * batch_size,
-                "num_validation": 8,
-                "max_tokens": MAX_TOKENS,
-                "seed": seed,
-            },
-            "supervision": {"sections": "answer"},
-            "loss": {"kd_weight": kd_weight},
-            "training": {
-                "learning_rate": LEARNING_RATE,
-                "batch_size": batch_size,
-                "micro_batch_tokens": _MICRO_TOKENS,
-                "validate_every": 1000,
-                "save_every_s": 120,
-                "keep": "last",
-            },
-            "stages": [{"steps": num_steps}],
-        },
-    )
+    return ranker_recipe(num_steps, batch_size, seed, LEARNING_RATE, {"kd_weight": kd_weight}, num_validation=8)
 
 
 def _prune_recipe() -> Recipe:
@@ -134,25 +105,22 @@ def _test_prompts(is_latest_only: bool = True) -> list[ScoringPrompt]:
 
 
 def _in_process(folder: Path, directory: Path, is_latest_only: bool = True) -> dict[str, Estimate]:
-    """Return metrics of all test labels from one torch pass per user; the cache keeps them by the model's hash."""
-    file = folder / f"auc-{'latest' if is_latest_only else 'any'}-{model_hash(directory)[:16]}.json"
-    if not file.is_file():
-        tokenizer = load_tokenizer(directory)
-        prompts = _test_prompts(is_latest_only)
-        examples = [label_example(tokenizer, one, str(number), 8192) for number, one in enumerate(prompts)]
-        labels = load_examples(tokenizer, directory, "recommendation", 1, 0, MAX_TOKENS, 0).labels
-        model = load_model(directory, torch.float32).eval()
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            results = label_metrics(model, examples, labels, [one.group for one in prompts], 4096)
-        write_atomically(file, json.dumps({name: vars(one) for name, one in results.items()}))
-    return _read(file)
+    """Return metrics of all test labels from one torch pass per user."""
+    prompts = _test_prompts(is_latest_only)
+
+    def measure() -> dict[str, Estimate]:
+        truths, scores = zip(*sequence_scores(directory, prompts), strict=True)
+        data = metrics.ranking_metrics(truths, scores, [one.group for one in prompts])
+        return {name: intervals.estimate(one) for name, one in data.items()}
+
+    return _kept(folder, "auc", directory, prompts, measure)
 
 
 def _served(folder: Path, directory: Path) -> dict[str, Estimate]:
     """Return metrics of the same labels from a server; each label is the only candidate after all earlier items."""
-    file = folder / f"served-{model_hash(directory)[:16]}.json"
-    if not file.is_file():
-        prompts = _test_prompts()
+    prompts = _test_prompts()
+
+    def measure() -> dict[str, Estimate]:
         queries = [label_prompts(one, NUM_SKIPPED_LABELS) for one in prompts]
         with Engine(our_spec(folder / "engine.log", directory, "prefill")) as engine:
             target = Target(engine.spec.url, engine.spec.name)
@@ -162,14 +130,22 @@ def _served(folder: Path, directory: Path) -> dict[str, Estimate]:
         labels = [[one.truth[0] for one in user_queries] for user_queries in queries]
         predicted = [[next(scores)[0] for _ in user_queries] for user_queries in queries]
         data = metrics.ranking_metrics(labels, predicted, [one.group for one in prompts])
-        results = {name: intervals.estimate(one) for name, one in data.items()}
-        write_atomically(file, json.dumps({name: vars(one) for name, one in results.items()}))
-    return _read(file)
+        return {name: intervals.estimate(one) for name, one in data.items()}
+
+    return _kept(folder, "served", directory, prompts, measure)
 
 
-def _read(file: Path) -> dict[str, Estimate]:
-    results = json.loads(file.read_text(encoding="utf-8"))
-    return {name: Estimate(**one) for name, one in results.items()}
+def _kept(
+    folder: Path,
+    name: str,
+    directory: Path,
+    prompts: Sequence[ScoringPrompt],
+    measure: Callable[[], dict[str, Estimate]],
+) -> dict[str, Estimate]:
+    """Return what `measure` returns; the cache keeps it by the model, the test prompts and the skipped labels."""
+    inputs = (model_hash(directory), prompts, NUM_SKIPPED_LABELS)
+    kept = cached_result(folder, name, inputs, lambda: {key: vars(one) for key, one in measure().items()})
+    return {key: Estimate(**one) for key, one in kept.items()}
 
 
 if __name__ == "__main__":

@@ -2,13 +2,13 @@
 
     make bench-formats
 
-Each shipped recipe that only quantizes is built, and so is W8A8 with an FP8 KV cache. Inputs are rounded as engines
-round them, so formats that need a GPU are measured on any machine. KL(dense || variant) is the mean over held-out
-tokens, half from recommendation and half from reasoning; `bytes` are those of the decoder blocks' tensors. SmolLM2's
-576 inputs are no multiple of 128, which two formats need: here their last group is shorter (fp8-block), or all groups
-have 64 inputs (w4a8-fp8). Recipes refuse such a model. SAMPLES in the environment changes the number of calibration
-sequences of 512 tokens (default 32), HELDOUT that of held-out sequences (default 8), and FORMATS names some of the
-formats. The last line is one JSON object.
+Each shipped recipe that only quantizes is built, and so are W8A8 with an FP8 KV cache, and 4-bit weights with AWQ.
+Inputs are rounded as engines round them, so formats that need a GPU are measured on any machine. KL(dense || variant)
+is the mean over held-out tokens, half from recommendation and half from reasoning; `bytes` are those of the decoder
+blocks' tensors. SmolLM2's 576 inputs are no multiple of 128, which two formats need: here their last group is shorter
+(fp8-block), or all groups have 64 inputs (w4a8-fp8). Recipes refuse such a model. SAMPLES in the environment changes
+the number of calibration sequences of 512 tokens (default 32), HELDOUT that of held-out sequences (default 8), and
+FORMATS names some of the formats. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -99,6 +99,7 @@ def _wanted() -> dict[str, tuple[str, tuple[str, ...]]]:
             stand_in = _STAND_INS.get(steps[0].format)
             wanted[name] = (name, (f"quantize.format={stand_in.name}",) if stand_in else ())
     wanted["w8a8-kv-fp8"] = ("w8a8", ("quantize.kv_cache=fp8_e4m3",))
+    wanted |= {f"{name}-awq": (name, ("quantize.awq=true",)) for name in ("w4a16", "nvfp4a16", "mxfp4a16")}
     names = os.environ.get("FORMATS")
     return {name: wanted[name] for name in names.split(",")} if names else wanted
 

@@ -12,7 +12,8 @@ All proxies stand before the same engine, each in one process or one worker.
 
 The client is a separate process that keeps raw bytes, because it shares the cores with what it measures.
 nginx and HAProxy are Debian packages; where they are missing and cannot be installed, their rows are left out.
-Last line: one JSON object. The run takes about ten minutes on 2 cores. `--cpu-only` skips the real engine.
+Last line: one JSON object. The run takes about ten minutes on 2 cores with AVX-512; a round takes about six
+minutes with AVX2 alone. `--rounds 1` measures one round, and `--cpu-only` skips the real engine.
 """
 
 from __future__ import annotations
@@ -84,11 +85,12 @@ class Burst:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--cpu-only", action="store_true", help="Measure CPU seconds with the fake engine only.")
-    is_cpu_only = parser.parse_args().cpu_only
+    parser.add_argument("--rounds", type=int, default=NUM_ROUNDS, help="Rounds on the real engine (default 7).")
+    options = parser.parse_args()
     proxies = [name for name in PROXIES if name not in DEBIAN_PROXIES or _is_installed(name)]
     values: dict[str, list[float]] = {}
-    if not is_cpu_only:
-        _measure_real_engine(proxies, values)
+    if not options.cpu_only:
+        _measure_real_engine(proxies, options.rounds, values)
     for number in range(NUM_CPU_ROUNDS):
         for proxy in proxies if number % 2 == 0 else proxies[::-1]:
             cpu_s_per_chunk = _cpu_s_per_chunk(proxy, FAKE_GAP_MS, NUM_FAKE_CHUNKS)
@@ -111,7 +113,7 @@ def _is_installed(program: str) -> bool:
 # Part 1: a real engine
 
 
-def _measure_real_engine(proxies: Sequence[str], values: dict[str, list[float]]) -> None:
+def _measure_real_engine(proxies: Sequence[str], num_rounds: int, values: dict[str, list[float]]) -> None:
     directory = resolve_model(MODEL)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         plan = plan_launch(directory, probe_hardware())
@@ -122,13 +124,13 @@ def _measure_real_engine(proxies: Sequence[str], values: dict[str, list[float]])
         client = stack.enter_context(_client_process())
         for port in ports.values():
             client.stream(port, 8)
-        for number in range(NUM_ROUNDS):
+        for number in range(num_rounds):
             # The order rotates, so that no side always follows the same one.
             shift = number % len(ports)
             sides = [*ports.items()][shift:] + [*ports.items()][:shift]
             measured = _measure_throughput(client, sides, servers) | _measure_ttft(client, sides)
             shown = ", ".join(f"{name} {value:.3f}" for name, value in measured.items())
-            print_status(f"round {number + 1}/{NUM_ROUNDS}: {shown}")
+            print_status(f"round {number + 1}/{num_rounds}: {shown}")
             for name, value in measured.items():
                 values.setdefault(name, []).append(value)
 

@@ -24,10 +24,11 @@ from slimserve.compress.artifacts import StepFolder
 from slimserve.compress.calibration import CalibrationData
 from slimserve.compress.checkpoint import CheckpointWriter
 from slimserve.compress.decoder import decoder_of
-from slimserve.compress.device import choose_device, peak_gpu_bytes
+from slimserve.compress.device import peak_gpu_bytes
 from slimserve.compress.recipe import AnyStep, Prune, Quantize
 from slimserve.compress.runner import StepRunner
 from slimserve.compress.steps import bind
+from slimserve.core.device import choose_device
 from slimserve.distill.chunked import TeacherStates, chunked_loss
 from slimserve.distill.recipe import LossSettings
 

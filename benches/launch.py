@@ -11,19 +11,19 @@ Three servers start in turn in each of three rounds, and the order changes every
 
 All get the same KV cache size. Prompts are random tokens. `prefill_ratio` and `decode8_ratio` compare `ours` with
 `stock` of the same round, and `…_over_guide_ratio` compares `ours` with `guide`. The last line of output is one JSON
-object. The benchmark takes about 25 minutes on 2 cores; `--quick` runs one round with short prompts.
+object. The benchmark takes about 25 minutes on 2 cores; `--rounds N` runs N rounds instead of three, and `--quick`
+one with short prompts.
 """
 
 from __future__ import annotations
 
 import asyncio
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from benches.served import guide_spec, median, our_spec, served, stock_spec
+from benches.served import chosen_sizes, guide_spec, median, our_spec, served, stock_spec
 from slimserve.core.progress import print_status
 from slimserve.core.provenance import bench_line
 from slimserve.serve.launch.process import Engine
@@ -49,7 +49,7 @@ QUICK = Sizes(num_rounds=1, num_repeats=1, num_prefills=2, prefill_tokens=64, de
 
 
 def main() -> None:
-    sizes = QUICK if "--quick" in sys.argv[1:] else FULL
+    sizes = chosen_sizes(FULL, QUICK)
     metrics: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for number in range(sizes.num_rounds):

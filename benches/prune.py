@@ -43,7 +43,7 @@ from slimserve.serve.launch.process import Engine, EngineSpec, free_port
 MODEL = "smollm2-135m-instruct"
 NUM_SEEDS = 3
 NUM_SAMPLES, SEQUENCE_LENGTH = 16, 512
-NUM_HELDOUT = 8
+NUM_HELDOUT = 32
 NUM_THREADS = 2
 NUM_ALTERNATIONS = 2
 PREFILL_TOKENS, NUM_PREFILLS, NUM_REPEATS = 512, 16, 3
@@ -64,12 +64,14 @@ class Cut:
 CUTS = {"mlp25": Cut(0.25, 0), "mlp50": Cut(0.5, 0), "kv1": Cut(0, 1), "both": Cut(0.25, 1)}
 _IMPORTANCES = {"torchpruning": "magnitude", "torchpruning_taylor": "taylor"}
 """Importance measures of torch-pruning by the name of their metrics."""
-BASELINES = ("magnitude", "refit", "wanda", "torchpruning")
+BASELINES = ("magnitude", "refit", "wanda", "wanda_refit", "torchpruning")
 _TAYLOR = "torchpruning_taylor"
 _SEEDLESS = frozenset({"magnitude", "torchpruning"})
 """Deterministic methods without data: they run once, and their result is repeated for every seed."""
 _SEEDS_OF = {_TAYLOR: 1}
 """Number of seeds of optional methods; the gradients of Taylor importance take minutes."""
+_BEST = "best"
+"""Stands for the method that a recipe uses if it names none."""
 _SERVED = "osscar"
 """Method whose pruned model is served; all methods leave the same shapes."""
 
@@ -154,7 +156,7 @@ class _Bench:
 
 def main() -> None:
     optional = [_TAYLOR] if "--taylor" in sys.argv[1:] else []
-    methods = ["random", *BASELINES, *optional, "osscar", "osscar_search"]
+    methods = ["random", *BASELINES, *optional, "osscar", "osscar_search", _BEST]
     model = resolve_model(MODEL)
     peer = peer_python("torch_pruning", on_top_of_ours=True)
     folder = cache_dir("bench") / f"prune-{_content_key(model)}"
@@ -207,13 +209,14 @@ def _add_margins(metrics: dict[str, list[float]], cut_name: str) -> None:
 
 
 def _recipe(cut: Cut, method: str, seed: int, tokens: Path) -> str:
+    choice = "" if method == _BEST else f'method = "{method}"\n'
     mlp = f"mlp_remove_frac = {cut.mlp_frac}\n" if cut.mlp_frac else ""
     groups = f"kv_remove_frac = {cut.num_kv_groups / 3:.2f}\n" if cut.num_kv_groups else ""
     return (
         f'summary = "{method}, for bench-prune"\n'
         f'[calibration]\nsource = "{tokens}"\nnum_samples = {NUM_SAMPLES}\n'
         f"sequence_length = {SEQUENCE_LENGTH}\nseed = {seed}\n"
-        f'[[steps]]\nstep = "prune"\nmethod = "{method}"\n{mlp}{groups}'
+        f'[[steps]]\nstep = "prune"\n{choice}{mlp}{groups}'
     )
 
 

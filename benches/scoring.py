@@ -23,8 +23,8 @@ With `--exact-cost` only our server of the dense model is measured, with and wit
 serve/engine/label_logits.py. `exact_scores_cost_frac` is the fraction of items/s that they cost.
 
 `w8a8_prefill_efficiency` is the time of a plain prefill of the same number of tokens, divided by the scoring time. The
-last line of output is one JSON object. The benchmark takes about 20 minutes on 2 cores; `--quick` runs one round with
-short prompts and little calibration data.
+last line of output is one JSON object. The benchmark takes about 20 minutes on 2 cores; `--rounds N` runs N rounds
+instead of three, and `--quick` one with short prompts and little calibration data.
 """
 
 from __future__ import annotations
@@ -36,7 +36,18 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from benches.served import MODEL, QUICK_BUILD, ScoringLoad, built, guide_spec, median, our_spec, served, stock_spec
+from benches.served import (
+    MODEL,
+    QUICK_BUILD,
+    ScoringLoad,
+    built,
+    chosen_sizes,
+    guide_spec,
+    median,
+    our_spec,
+    served,
+    stock_spec,
+)
 from slimserve.core.model import resolve_model
 from slimserve.core.progress import print_status
 from slimserve.core.provenance import bench_line
@@ -102,7 +113,7 @@ def main() -> None:
     if "--exact-cost" in sys.argv[1:]:
         _measure_exact_cost()
         return
-    sizes = QUICK if "--quick" in sys.argv[1:] else FULL
+    sizes = chosen_sizes(FULL, QUICK)
     dense = resolve_model(MODEL)
     sides = [
         Side("stock", dense, stock_spec, STOCK_PATH),

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import random
 import statistics
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, TypeVar, cast
 
 import httpx
 
@@ -30,6 +32,8 @@ _LABELS = (1000, 2000)
 _KEEPALIVE_S = 2.0
 """Seconds that an idle connection stays open; uvicorn closes idle connections after 5 s."""
 
+Sizes = TypeVar("Sizes")
+
 
 @dataclass(frozen=True)
 class ScoringLoad:
@@ -38,6 +42,22 @@ class ScoringLoad:
     prefix_tokens: int
     num_items: int
     item_tokens: int = 24
+
+
+def chosen_sizes(full: Sizes, quick: Sizes) -> Sizes:
+    """Return the sizes that the command line asks for: `quick` with --quick, and other rounds with --rounds N.
+
+    Both are dataclasses with a field `num_rounds`. Options of the benchmark itself are not read here.
+    """
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--quick", action="store_true", help="One round with short requests.")
+    parser.add_argument("--rounds", type=int, help="Number of rounds.")
+    options, _ = parser.parse_known_args()
+    sizes = quick if options.quick else full
+    if not options.rounds:
+        return sizes
+    changed: Sizes = replace(cast(Any, sizes), num_rounds=options.rounds)
+    return changed
 
 
 def stock_spec(log: Path, directory: Path | None = None) -> EngineSpec:

@@ -33,7 +33,7 @@ from slimserve.core.provenance import bench_line
 from slimserve.core.storage import cache_dir, write_atomically
 from slimserve.distill.recipe import DistillRecipe
 from slimserve.distill.run import distill
-from slimserve.distill.sweep import make_points, sweep
+from slimserve.distill.sweep import Evaluation, make_points, sweep
 from slimserve.serve.launch.process import Engine
 from slimserve.workloads.interface import Answer, ChatPrompt
 from slimserve.workloads.metrics import evaluate
@@ -56,15 +56,14 @@ def main() -> None:
     # A hash of each conversation assigns a tenth of the file to validation.
     data = _write_traces(folder / "sums.jsonl", islice(problems, 5 * NUM_TRAINING // 4))
 
-    def evaluate_student(directory: Path) -> Mapping[str, float]:
-        return _evaluate(folder / "engine.log", directory, prompts[: NUM_EVALUATED // scale])
-
+    evaluated = prompts[: NUM_EVALUATED // scale]
+    evaluation = Evaluation(evaluated, lambda directory: _evaluate(folder / "engine.log", directory, evaluated))
     teacher = distill(MODEL, None, _recipe(data, TEACHER_STEPS // scale, 0.0), folder / "teacher")
     # The student is pruned from the original model, which was not trained on the sums.
     student = built("prune25")
     points = make_points("0.25,0.5,0.75,1", "right@0.5", "all,cot", has_controls=True)
     recipe = _recipe(data, NUM_STEPS // scale, 0.5)
-    rows = sweep(str(student), str(teacher), recipe, points, folder / "students", evaluate_student)
+    rows = sweep(str(student), str(teacher), recipe, points, folder / "students", evaluation)
     metrics: dict[str, list[float]] = {}
     for row in rows:
         name = row["name"].replace("-", "_")
@@ -75,10 +74,7 @@ def main() -> None:
         for metric in ("train_s", "peak_bytes", "flops"):
             metrics[f"{metric}_{name}"] = [row[metric]]
     for name, directory in (("teacher", teacher), ("pruned", student)):
-        file = folder / f"{name}.evaluation.json"
-        if not file.is_file():
-            write_atomically(file, json.dumps(evaluate_student(directory)))
-        metrics[f"accuracy_{name}"] = [json.loads(file.read_text(encoding="utf-8"))["accuracy"]]
+        metrics[f"accuracy_{name}"] = [evaluation.of(directory, folder)["accuracy"]]
     if not is_quick:
         RESULTS.mkdir(parents=True, exist_ok=True)
         text = (folder / "students" / "sweep.json").read_text(encoding="utf-8")

@@ -12,25 +12,33 @@ Each comparison starts with a pilot of 256 prompts. The number of prompts that t
 fixed design and in a sequential one that looks at tenths of its maximum. That maximum is 1.2 times as large, because
 looking costs power. `sequential_prompts_frac` is the number of prompts that the sequential design asked a variant, over
 the fixed design's, as a mean over variants that keep 90% and variants that keep 100%. The reference answers all prompts
-in both. 1,000 comparisons per case need about an hour of CPU time (estimated); the last line is one JSON object.
+in both. Finished cases are kept in the cache, so an interrupted run resumes. The last line of output is one JSON
+object.
 """
 
 from __future__ import annotations
 
+import inspect
 import multiprocessing
 import os
 import sys
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from multiprocessing.pool import Pool
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import norm
 
+from slimserve.compare import decision, plan
 from slimserve.compare.decision import DecisionRule, Ruling, look_errors
 from slimserve.compare.plan import LOOKS
 from slimserve.core.progress import print_status
 from slimserve.core.provenance import bench_line
+from slimserve.core.storage import cache_dir, cached_result, sha256_of_files
+from slimserve.workloads import interface, intervals
 from slimserve.workloads.interface import MetricData
 
 NUM_COMPARISONS = int(os.environ.get("BENCH_COMPARISONS", "1000"))
@@ -154,29 +162,36 @@ def _decide(
 
 def main() -> None:
     metrics: dict[str, list[float]] = {}
-    rates: dict[str, list[float]] = {}
+    cases: list[dict[str, float]] = []
+    folder, inputs = cache_dir("bench-verdict"), (sha256_of_files(_code()), NUM_COMPARISONS)
     with multiprocessing.Pool() as pool:
         for task in TASKS:
             for count in NUM_VARIANTS:
-                outcomes = {
-                    truth: pool.map(
-                        compare, [Case(task, count, truth, number) for number in range(NUM_COMPARISONS)], 10
-                    )
-                    for truth in TRUTHS
-                }
                 name = f"{task.name}_{count}"
-                case = _rates(outcomes)
-                prompts = [one.num_prompts for truth in TRUTHS for one in outcomes[truth]]
-                metrics[f"{name}_recommended_prompts"] = list(map(float, np.quantile(prompts, [0.25, 0.5, 0.75])))
-                for key, value in case.items():
-                    metrics[f"{name}_{key}"] = [value]
-                    rates.setdefault(key, []).append(value)
-                text = ", ".join(f"{key} {value:.3f}" for key, value in case.items())
-                print_status(f"{name}: {np.median(prompts):.0f} prompts; {text}")
+                result = cached_result(folder, name, inputs, partial(_measure, pool, task, count))
+                metrics[f"{name}_recommended_prompts"] = result["recommended_prompts"]
+                metrics |= {f"{name}_{key}": [value] for key, value in result["rates"].items()}
+                cases.append(result["rates"])
+                text = ", ".join(f"{key} {value:.3f}" for key, value in result["rates"].items())
+                print_status(f"{name}: {result['recommended_prompts'][1]:.0f} prompts; {text}")
                 sys.stderr.flush()
-    worst = {key: [max(values)] for key, values in rates.items() if "undecided" not in key}
-    worst |= {key: [min(values)] for key, values in rates.items() if "undecided" in key}
+    worst = {key: [(min if "undecided" in key else max)(case[key] for case in cases)] for key in cases[0]}
     print(bench_line("verdict", {**worst, **metrics, "num_comparisons": [float(NUM_COMPARISONS)]}))
+
+
+def _code() -> list[Path]:
+    """Return the files that determine the results."""
+    return [Path(__file__), *(Path(inspect.getfile(module)) for module in (decision, plan, intervals, interface))]
+
+
+def _measure(pool: Pool, task: Task, count: int) -> dict[str, Any]:
+    """Return the error rates of one case, and the quartiles of the recommended number of prompts."""
+    outcomes = {
+        truth: pool.map(compare, [Case(task, count, truth, number) for number in range(NUM_COMPARISONS)], 10)
+        for truth in TRUTHS
+    }
+    prompts = [one.num_prompts for truth in TRUTHS for one in outcomes[truth]]
+    return {"recommended_prompts": np.quantile(prompts, [0.25, 0.5, 0.75]).tolist(), "rates": _rates(outcomes)}
 
 
 def _rates(outcomes: dict[str, list[Outcome]]) -> dict[str, float]:

@@ -15,7 +15,8 @@ from datetime import datetime
 from pathlib import Path
 
 from slimserve.compare.results import VariantResult
-from slimserve.compress.recipe import MIXED, load_recipe
+from slimserve.compress.recipe import load_recipe
+from slimserve.core.catalogue import read_catalogue
 from slimserve.core.errors import UserError
 from slimserve.core.hardware import probe_hardware
 from slimserve.core.model import model_name, resolve_model
@@ -49,7 +50,7 @@ class Backend:
     def __init__(self, model: str, workloads: Sequence[str]) -> None:
         self._model = model
         profiles = {load_workload(name).launch_profile for name in workloads}
-        self._own_workloads = [workload_argument(name) for name in workloads if load_workload(name).files]
+        self._workloads = [workload_argument(name) for name in workloads]
         self._profile: TrafficProfile = profiles.pop() if len(profiles) == 1 else "balanced"
 
     def resolve(self, argument: str) -> Path:
@@ -62,9 +63,7 @@ class Backend:
         directory = base
         if recipe.steps:
             command = [sys.executable, "-m", "slimserve", "compress", self._model, "--recipe", recipe_name]
-            if recipe.calibration.source == MIXED and self._own_workloads:
-                # The built-in default would calibrate on other tasks than the user's.
-                command += ["--workload", ",".join(self._own_workloads)]
+            command += ["--workload", recipe.calibrated_on(self._workloads).calibration.source]
             completed = subprocess.run(command, stdout=subprocess.PIPE, text=True)
             if completed.returncode != 0:
                 raise UserError("recipe", recipe_name, "could not be built", "see the message above")
@@ -81,6 +80,7 @@ class Backend:
             directory=str(directory),
             disk_bytes=disk_bytes(directory),
             num_parameters=manifest.num_parameters if manifest else count_parameters(directory),
+            calibration_source=manifest.calibration.get("source", "") if manifest else "",
             build_s=manifest.build_s if manifest else 0.0,
             calibrations=manifest.score_calibrations if manifest else {},
             build_reused=manifest is None or datetime.fromisoformat(manifest.created) < started,
@@ -111,7 +111,10 @@ class Backend:
             yield ServedVariant(Target(spec.url, spec.name, str(directory)), engine.ready_s, engine.peak_rss_bytes)
 
     def run_load(self, workload: str, target: Target, settings: LoadSettings, folder: Path) -> LoadSummary:
-        """Run one load test and write its raw rows to `folder`."""
+        """Run one load test and write its raw rows to `folder`; a variant with a catalogue gets item tokens."""
+        if target.tokenizer and read_catalogue(Path(target.tokenizer)):
+            suite = settings.suite.model_copy(update={"item_tokens": target.tokenizer})
+            settings = settings.model_copy(update={"suite": suite})
         summary, _ = run_suite(workload, target, settings, folder)
         return summary
 

@@ -13,10 +13,14 @@ from torch import Tensor
 from slimserve.compress.decoder import decoder_of
 from slimserve.compress.formats import find_format
 from slimserve.compress.reference import reference_logits, reference_shapes
+from slimserve.core.catalogue import Catalogue, read_catalogue
+from slimserve.core.device import choose_device
+from slimserve.core.errors import UserError
 from slimserve.core.hardware import probe_hardware
 from slimserve.core.model_config import read_decoder_config
 from slimserve.core.storage import cache_dir
 from slimserve.core.tokenizer import load_tokenizer
+from slimserve.distill.item_checkpoint import check_catalogue
 from slimserve.serve.engine.offline import VllmAnswer, ask_vllm
 
 _NUM_PROMPTS, _NUM_TOKENS, _GREEDY_TOKENS = 2, 48, 12
@@ -31,19 +35,26 @@ class Finding:
     detail: str
 
 
-def check_variant(directory: Path) -> Iterator[Finding]:
-    """Run the checks one after another, cheap ones first; a wrong shape ends them, because nothing would load."""
+def check_variant(directory: Path, device: str = "cpu") -> Iterator[Finding]:
+    """Run the checks one after another, cheap ones first; a wrong shape ends them, because nothing would load.
+
+    Plain torch and transformers compute on `device`; vLLM chooses its own.
+    """
+    chosen = choose_device(device)
     config = read_decoder_config(directory)
     decoder_of(config)  # raises for a model that is no decoder
     shapes = _compare_shapes(directory)
     yield shapes
     if not shapes.passed:
         return
-    prompts = _prompts(config["vocab_size"])
-    reference = reference_logprobs(directory, prompts)
+    catalogue = read_catalogue(directory)
+    if catalogue is not None:
+        yield _compare_catalogue(directory, catalogue)
+    prompts = model_prompts(config["vocab_size"])
+    reference = reference_logprobs(directory, prompts, chosen)
     finite = bool(torch.isfinite(reference.exact).all())
     yield Finding("plain torch", finite, "logits are finite" if finite else "logits are NaN or infinite")
-    yield _compare("transformers", reference, _ask_transformers(directory, prompts))
+    yield _compare("transformers", reference, _ask_transformers(directory, prompts, chosen))
     refusal = _gpu_reason(config)
     if refusal is not None:
         yield Finding("vLLM", True, f"not asked on this machine: {refusal}")
@@ -53,6 +64,16 @@ def check_variant(directory: Path) -> Iterator[Finding]:
     yield _compare("vLLM", reference, answer, f"read {log}")
     if not answer.error:
         yield Finding("greedy text", True, repr(load_tokenizer(directory).decode(answer.greedy[0])))
+
+
+def _compare_catalogue(directory: Path, catalogue: Catalogue) -> Finding:
+    """Check that tokenizer, embedding and output layer fit the catalogue, so that items are read and never written."""
+    try:
+        check_catalogue(directory, catalogue)
+    except UserError as error:
+        return Finding("catalogue", False, str(error))
+    used = f"{len(catalogue.tokens)} of {catalogue.num_slots} slots are items of {catalogue.tokens_per_item} tokens"
+    return Finding("catalogue", True, f"{used}, which the model reads and never writes")
 
 
 def _gpu_reason(config: Mapping[str, Any]) -> str | None:
@@ -79,7 +100,8 @@ def _compare_shapes(directory: Path) -> Finding:
     return Finding("shapes", not wrong, "; ".join(wrong[:3]) if wrong else f"{len(actual)} tensors match config.json")
 
 
-def _prompts(vocabulary: int) -> list[Tensor]:
+def model_prompts(vocabulary: int) -> list[Tensor]:
+    """Return prompts of random tokens, which are the same for all models with a vocabulary of this size."""
     draw = torch.Generator().manual_seed(0)
     return list(torch.randint(0, vocabulary, (_NUM_PROMPTS, _NUM_TOKENS), generator=draw))
 
@@ -90,14 +112,15 @@ def _logprobs(logits_TV: Tensor, tokens_T: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def _ask_transformers(directory: Path, prompts: list[Tensor]) -> VllmAnswer:
+def _ask_transformers(directory: Path, prompts: list[Tensor], device: torch.device) -> VllmAnswer:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
-        logprobs = [_logprobs(model(prompt[None]).logits[0].float(), prompt).tolist() for prompt in prompts]
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16).to(device)
+        logits = [model(prompt[None].to(device)).logits[0].float().cpu() for prompt in prompts]
+        logprobs = [_logprobs(*pair).tolist() for pair in zip(logits, prompts, strict=True)]
     except Exception as error:  # loading may raise anything, and this is the result of the check
         return VllmAnswer(str(directory), error=f"{type(error).__name__}: {error}"[:500])
     return VllmAnswer(str(directory), logprobs)
@@ -113,13 +136,14 @@ class Reference:
     """Computed in bf16, as engines do."""
 
 
-def reference_logprobs(directory: Path, prompts: Sequence[Tensor]) -> Reference:
+def reference_logprobs(directory: Path, prompts: Sequence[Tensor], device: torch.device | str = "cpu") -> Reference:
     """Compute the exact log-probabilities of a checkpoint for `prompts`, and the same with bf16 rounding."""
-    exact, rounded = (
-        torch.cat([_logprobs(*pair) for pair in zip(reference_logits(directory, prompts, dtype), prompts, strict=True)])
-        for dtype in (torch.float32, torch.bfloat16)
-    )
-    return Reference(exact, rounded)
+
+    def logprobs(dtype: torch.dtype) -> Tensor:
+        logits = reference_logits(directory, prompts, dtype, device)
+        return torch.cat([_logprobs(*pair) for pair in zip(logits, prompts, strict=True)])
+
+    return Reference(logprobs(torch.float32), logprobs(torch.bfloat16))
 
 
 def deviations(reference: Reference, answer: VllmAnswer) -> tuple[float, float]:

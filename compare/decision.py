@@ -39,7 +39,10 @@ from slimserve.workloads.intervals import num_groups, paired_samples, paired_sta
 Ruling = Literal["keeps", "loses", "undecided"]
 """What the answers say of a variant's quality."""
 
-_NUM_POSTERIOR = 20_000
+_PERIOD_SDS = 40.0
+"""Least period of the inversion's grid, in standard deviations."""
+_NUM_INVERSION = 1000
+"""Points of the grid; the characteristic function of a few pairs already vanishes before its end."""
 _POWER = 0.9
 """Probability with which the planned number of prompts decides for a variant that loses nothing."""
 _SPENDING_POWER = 1.0
@@ -107,8 +110,7 @@ class DecisionRule:
         value = sign * (metric.value - floor - kept * (reference.value - floor))
         tolerated = sign * self.max_loss_frac * (reference.value - floor)
         if metric.successes is not None and reference.successes is not None:
-            draws = _pair_draws(metric.successes, reference.successes, floor, kept, seed)
-            probability, sd = float(np.mean(draws >= 0)), float(np.std(draws))
+            probability, sd = _pair_posterior(metric.successes, reference.successes, floor, kept)
         elif metric.values is not None and reference.values is not None:
             sd = paired_standard_error(metric, reference, kept)
             probability = _student_probability(value, sd, num_groups(metric))
@@ -186,15 +188,40 @@ def _bound(grid: NDArray[np.float64], density: NDArray[np.float64], step: float,
     return float(brentq(excess, -_GRID_LIMIT, _GRID_LIMIT))
 
 
-def _pair_draws(
-    successes: Sequence[bool], reference: Sequence[bool], floor: float, kept: float, seed: int
-) -> NDArray[np.float64]:
-    """Return posterior draws of D from the counts of the four kinds of pairs (Dirichlet, Jeffreys' prior)."""
+def _pair_posterior(
+    successes: Sequence[bool], reference: Sequence[bool], floor: float, kept: float
+) -> tuple[float, float]:
+    """Return the probability that D is not negative and the sd of D, from the counts of the four kinds of pairs.
+
+    The posterior of their shares is Dirichlet's, with Jeffreys' prior.
+    """
     ours, theirs = np.asarray(successes, bool), np.asarray(reference, bool)
-    counts = [float(np.sum((ours == a) & (theirs == b))) + 0.5 for a in (True, False) for b in (True, False)]
-    weights = [a - floor - kept * (b - floor) for a in (1.0, 0.0) for b in (1.0, 0.0)]
-    shares = np.random.default_rng(seed).dirichlet(counts, _NUM_POSTERIOR)
-    return np.asarray(shares @ np.array(weights), dtype=np.float64)
+    kinds = [(a, b) for a in (True, False) for b in (True, False)]
+    shapes = np.array([float(np.sum((ours == a) & (theirs == b))) + 0.5 for a, b in kinds])
+    weights = np.array([a - floor - kept * (b - floor) for a, b in kinds])
+    total = float(shapes.sum())
+    mean = float(weights @ shapes) / total
+    variance = (float(weights**2 @ shapes) / total - mean**2) / (total + 1)
+    return _probability_of_gammas(weights, shapes), math.sqrt(max(0.0, variance))
+
+
+def _probability_of_gammas(weights: NDArray[np.float64], shapes: NDArray[np.float64]) -> float:
+    """Return the probability that a weighted sum of independent gamma variables of these shapes is not negative.
+
+    Shares with Dirichlet's distribution are gamma variables divided by their sum, so this is the probability for the
+    shares too. The characteristic function is inverted on a regular grid (Davies, Numerical inversion of a
+    characteristic function, Biometrika 1973, formula 6). Where the answer is a Beta distribution, the error was at
+    most 1e-7.
+    """
+    scale = math.sqrt(float(weights**2 @ shapes))
+    if scale == 0:
+        return 1.0
+    step = 2 * math.pi / (abs(float(weights @ shapes)) / scale + _PERIOD_SDS)
+    halves = np.arange(_NUM_INVERSION) + 0.5
+    products = (weights / scale)[:, None] * (halves * step)
+    log_modulus = -shapes @ np.log1p(products**2) / 2
+    phase = shapes @ np.arctan(products)
+    return float(np.clip(0.5 + np.sum(np.exp(log_modulus) * np.sin(phase) / halves) / math.pi, 0.0, 1.0))
 
 
 def _student_probability(value: float, sd: float, groups: int) -> float:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from slimserve.compare.results import Comparison, Preset
-from slimserve.workloads import load_workload
+from slimserve.compare.results import Comparison, Preset, VariantResult
+from slimserve.compress.recipe import MIXED
+from slimserve.core.hardware import probe_hardware
+from slimserve.workloads import load_workload, workload_argument, workload_names
 
 LOOKS = tuple(number / 10 for number in range(1, 11))
 """Fractions of the quality prompts at which --until-decided looks at the answers."""
@@ -18,6 +21,8 @@ REFERENCE = "dense"
 _BUILD_S, _START_S, _LOAD_OVERHEAD_S, _QUALITY_S = 40.0, 55.0, 6.0, 90.0
 """Estimated seconds for a model of 0.1B parameters on two cores: to build a variant, to start an engine, to start
 Locust and drain the last requests of a load test, and to answer all quality prompts of a variant."""
+_SLOWNESS_OF_AVX2 = 3.3
+"""Factor of all but the load tests on a CPU with AVX2 alone, from a demo of 48 minutes with 64 prompts per workload."""
 
 _PRESETS: dict[str, dict[str, Any]] = {
     "quick": {
@@ -75,20 +80,36 @@ def slo_rate(comparison: Comparison, workload: str) -> float | None:
     return max(given) if given else min(round_rates(comparison, workload), default=None)
 
 
+def calibration_warnings(variants: Sequence[VariantResult], workloads: Sequence[str]) -> list[str]:
+    """Return one line for each calibration source that lacks some of the workloads on which variants are evaluated."""
+    lines = []
+    for source in dict.fromkeys(one.calibration_source for one in variants if one.calibration_source):
+        covered = set(workload_names() if source == MIXED else source.split(","))
+        covered |= {str(Path(part).resolve()) for part in covered}
+        missing = [name for name in workloads if not covered & {name, workload_argument(name)}]
+        if missing:
+            names = ", ".join(one.name for one in variants if one.calibration_source == source)
+            lines.append(
+                f"warning: calibration and evaluation differ: {names} was calibrated on {source}, not on "
+                f"{', '.join(missing)}; build it with --workload {','.join(map(workload_argument, workloads))}"
+            )
+    return lines
+
+
 def describe_plan(preset: Preset, workloads: Sequence[str], names: Sequence[str], reference: str) -> list[str]:
     """Return lines that say what will be measured and about how many minutes it takes."""
     load_s = preset.warmup_s + preset.duration_s + preset.cooldown_s + _LOAD_OVERHEAD_S
     num_first = sum(1 + len(preset.rates.get(workload, preset.rate_fracs)) for workload in workloads)
     num_later = sum(1 + len(preset.rates.get(workload, preset.rate_fracs[:1])) for workload in workloads)
     num_loads = num_first + (preset.num_rounds - 1) * num_later
-    rounds_s = preset.num_rounds * _START_S + num_loads * load_s
-    total_s = len(names) * (_BUILD_S + _QUALITY_S + rounds_s)
-    most = "at most " if preset.looks else ""
-    prompts = ", ".join(f"{most}{preset.quality_prompts[name]} {name}" for name in workloads)
+    slowness = 1.0 if probe_hardware().has_bf16_products else _SLOWNESS_OF_AVX2
+    rounds_s = preset.num_rounds * _START_S * slowness + num_loads * load_s
+    total_s = len(names) * ((_BUILD_S + _QUALITY_S) * slowness + rounds_s)
+    prompts = ", ".join(f"{preset.quality_prompts[name]} {name}" for name in workloads)
     return [
         f"plan: {len(names)} variants in {preset.num_rounds} round(s), {reference} first: {', '.join(names)}",
-        f"  quality in the first round: {prompts} prompts, {preset.num_texts} texts",
+        f"  quality in the first round: at most {prompts} prompts, {preset.num_texts} texts",
         f"  load: {num_loads} tests of {preset.duration_s:.0f} s per variant, at capacity and at fixed rates",
-        f"  about {math.ceil(total_s / 60)} minutes for a model of 0.1B parameters on 2 cores; less if variants are "
-        "already built or measured",
+        f"  about {math.ceil(total_s / 60)} minutes for a model of 0.1B parameters on 2 such cores; less if variants "
+        "are already built or measured",
     ]

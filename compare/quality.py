@@ -44,6 +44,7 @@ from slimserve.workloads.interface import (
     TextReading,
     hash_number,
 )
+from slimserve.workloads.item_tokens import item_tokens_of
 from slimserve.workloads.text import make_documents, text_metrics
 
 if TYPE_CHECKING:
@@ -94,8 +95,12 @@ def ask_quality(
 
 
 def ask_prompts(target: Target, title: str, prompts: Sequence[Prompt]) -> list[KeptAnswer]:
-    """Return the served model's scores or greedy answers in the order of the prompts; UserError if one fails."""
+    """Return the served model's scores or greedy answers in the order of the prompts; UserError if one fails.
+
+    If the directory of the target is known and has a catalogue, its items are sent as item tokens.
+    """
     scorer = _Scorer()
+    as_read = item_tokens_of(Path(target.tokenizer) if target.tokenizer else None)
 
     async def ask(client: OpenAIClient, prompt: Prompt) -> KeptAnswer:
         if isinstance(prompt, ScoringPrompt):
@@ -108,7 +113,7 @@ def ask_prompts(target: Target, title: str, prompts: Sequence[Prompt]) -> list[K
         return await _chat(client, prompt)
 
     try:
-        return ask_all(target, title, prompts, ask)
+        return ask_all(target, title, list(map(as_read, prompts)), ask)
     except _UnsupportedError as error:
         problem = f"gives no log-probabilities of prompts ({error})"
         raise UserError("server", target.url, problem, "use vLLM or another server with `prompt_logprobs`") from error

@@ -147,6 +147,8 @@ class VariantResult:
     """Seconds that the build took, possibly in an earlier run."""
     build_reused: bool | None = None
     """Whether the variant was already built before this run."""
+    calibration_source: str = ""
+    """Source of the texts on which the recipe was calibrated; empty if it needed none, or if that is unknown."""
     rounds: list[Round] = field(default_factory=list)
     quality: dict[str, dict[str, QualityEstimate]] = field(default_factory=dict)
     """Estimates by workload (and TEXT), then by metric."""

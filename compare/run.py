@@ -15,7 +15,7 @@ from pathlib import Path
 from slimserve.compare.backend import Backend
 from slimserve.compare.baseline import check_baseline, find_baseline_variants, load_baseline, preset_like
 from slimserve.compare.evaluation import answers_file, evaluate_loads, evaluate_quality
-from slimserve.compare.plan import REFERENCE, describe_plan, make_preset, slo_rate
+from slimserve.compare.plan import REFERENCE, calibration_warnings, describe_plan, make_preset, slo_rate
 from slimserve.compare.results import (
     RESULTS_FILE,
     TEXT,
@@ -78,6 +78,8 @@ def compare(
         backend.describe(one.name, "", f"existing model {one.model}", directories[one.name], started)
         for one in settings.variants
     ]
+    for line in calibration_warnings(variants, workloads):
+        print_status(line)
     variants += [_endpoint_result(name, target) for name, target in targets.items()]
     comparison = Comparison(
         model=model,

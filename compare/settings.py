@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, ValidationInfo, field_validator
 
 from slimserve.core.config import Fraction, Settings, StrictModel, Text, setting
 from slimserve.core.errors import UserError
-from slimserve.workloads import is_workload, workload_names
+from slimserve.workloads import is_workload, load_workload, workload_names
 
 _VARIANT_NAME = re.compile(r"[\w.-]+")
 """Names of variants are also names of folders."""
@@ -51,6 +51,9 @@ class WorkloadSlo:
 
     workload: str
     objective: str
+
+
+_OfWorkload = TypeVar("_OfWorkload", WorkloadRates, WorkloadSlo)
 
 
 def _parse_names(value: Any) -> Any:
@@ -193,14 +196,26 @@ class ComparisonSettings(Settings):
     )
     baseline: BaselineSettings = BaselineSettings()
 
+    @field_validator("rates", "slos")
+    @classmethod
+    def _are_compared(cls, given: tuple[_OfWorkload, ...], info: ValidationInfo) -> tuple[_OfWorkload, ...]:
+        compared = {load_workload(name).name for name in info.data.get("workloads", ())} if given else set()
+        for one in given:
+            if load_workload(one.workload).name not in compared:
+                raise ValueError(f"this names {one.workload}, which is not compared; add it to --workloads")
+        return given
+
     def rates_by_workload(self) -> dict[str, tuple[float, ...]]:
-        """Return the rates that the user gave, by workload."""
-        return {one.workload: one.rates for one in self.rates}
+        """Return the rates that the user gave, by the workload's name."""
+        return {load_workload(one.workload).name: one.rates for one in self.rates}
 
     def slos_by_workload(self) -> dict[str, tuple[str, ...]]:
-        """Return the objectives of each workload."""
-        names = dict.fromkeys(one.workload for one in self.slos)
-        return {name: tuple(one.objective for one in self.slos if one.workload == name) for name in names}
+        """Return the objectives of each workload, by its name."""
+        objectives: dict[str, tuple[str, ...]] = {}
+        for one in self.slos:
+            name = load_workload(one.workload).name
+            objectives[name] = (*objectives.get(name, ()), one.objective)
+        return objectives
 
 
 class CompareSettings(ComparisonSettings):

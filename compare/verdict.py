@@ -176,6 +176,10 @@ def _with_reason(decision: VariantDecision, comparison: Comparison) -> VariantDe
     for workload, slo in decision.slo.items():
         if not slo.num_rounds:
             parts.append(f"was not load-tested with {workload}")
+        elif slo.num_met < slo.num_rounds and not _has_requests(comparison, decision.name, workload):
+            parts.append(
+                f"had no {workload} request in the measured time at {slo.rate_rps:g} requests/s; load it longer"
+            )
         elif slo.num_met < slo.num_rounds:
             named = ", ".join(slo.worst) or "every objective, because the rate is far beyond its capacity,"
             parts.append(
@@ -188,7 +192,15 @@ def _with_reason(decision: VariantDecision, comparison: Comparison) -> VariantDe
             parts = [f"is the reference{met}"]
         else:
             parts = [f"keeps quality{met} at {_percent(decision.cost_ratio)} of {comparison.reference}'s cost"]
-    return replace(decision, reason=", and ".join(parts))
+    return replace(decision, reason=". It ".join(parts))
+
+
+def _has_requests(comparison: Comparison, name: str, workload: str) -> bool:
+    """Tell whether a request of the workload was measured at the rate of the objectives, or skipped as overload."""
+    variant, rate = comparison.variant(name), comparison.slo_rates.get(workload)
+    if rate is None or variant.is_overloaded(workload, rate):
+        return True
+    return any(summary.e2e_s.n or summary.errors for summary in variant.at_rate(workload, rate))
 
 
 def _slo_outcome(comparison: Comparison, variant: VariantResult, workload: str) -> SloOutcome:

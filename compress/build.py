@@ -19,13 +19,13 @@ from slimserve.compress.artifacts import RESUMABLE, place_checkpoint
 from slimserve.compress.budget_search import BudgetSearch
 from slimserve.compress.calibration import CalibrationData, check_source, load_calibration, source_files
 from slimserve.compress.decoder import decoder_of
-from slimserve.compress.device import choose_device
 from slimserve.compress.formats import get_format
 from slimserve.compress.preflight import check_model, needed_bytes
 from slimserve.compress.prune import pruning_method
 from slimserve.compress.recipe import Quantize, Recipe
 from slimserve.compress.runner import BetweenRounds, RunResult, StepRunner, peak_rss_bytes
 from slimserve.compress.steps import BoundStep, bind
+from slimserve.core.device import choose_device
 from slimserve.core.errors import UserError
 from slimserve.core.model import model_name, text_model_of
 from slimserve.core.model_config import read_decoder_config
@@ -41,7 +41,7 @@ from slimserve.core.storage import (
 )
 from slimserve.core.variant import BaseModelRecord, Manifest, StepRecord, disk_bytes, read_manifest, write_manifest
 
-_BUILD_FORMAT = 5
+_BUILD_FORMAT = 6
 """Raise this number if the same recipe starts to give other bytes, so that old builds are not reused."""
 
 
@@ -120,7 +120,7 @@ def _make_plan(model: str, directory: Path, recipe_name: str, recipe: Recipe) ->
         raise UserError("model", model, "is quantized already", "give the dense model that it was made from")
     decoder_of(config)  # raises if transformers has no such decoder
     budget = recipe.budget
-    if budget:
+    if budget and budget.method:
         pruning_method(budget.method)  # raises now instead of after the search, which takes minutes
     steps = bind(recipe.steps[1:] if budget else recipe.steps, config, recipe.calibration.seed)
     needs_data = budget is not None or any(step.needs_data for step in steps)
@@ -168,7 +168,9 @@ def _inputs(model_sha256: str, resolved_recipe: dict[str, Any], needs_data: bool
     steps, calibration = resolved_recipe["steps"], resolved_recipe["calibration"]
     used: dict[str, Any] = {"steps": steps}
     if needs_data:
-        used["calibration"] = calibration
+        # A file counts by its name and its content, which is hashed, and not by its folder.
+        names = ",".join(Path(one).name for one in calibration["source"].split(","))
+        used["calibration"] = calibration | {"source": names}
     elif any(step["step"] == "prune" and pruning_method(step["method"]).uses_seed for step in steps):
         used["seed"] = calibration["seed"]
     return json.dumps([model_sha256, used, source_sha256], sort_keys=True)

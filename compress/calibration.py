@@ -1,4 +1,4 @@
-"""Calibration samples: token sequences of equal length from a workload, a text file or a JSONL file."""
+"""Calibration samples: token sequences of equal length from a workload, a file, or the model itself."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slimserve.compress.recipe import MIXED
+from slimserve.compress.recipe import MIXED, SELF_GENERATED
+from slimserve.compress.self_generated import self_generated_documents
 from slimserve.core.chat_template import render_chat
 from slimserve.core.errors import UserError
 from slimserve.core.model_config import read_decoder_config
@@ -20,7 +21,10 @@ from slimserve.core.text import read_jsonl, read_text
 from slimserve.core.tokenizer import encode, load_tokenizer
 from slimserve.workloads import is_workload, load_workload, workload_names
 from slimserve.workloads.interface import ChatPrompt, Prompt
+from slimserve.workloads.item_tokens import item_tokens_of
 
+_WITHOUT_FILES = (SELF_GENERATED, MIXED)
+"""Sources that are neither a workload nor a file."""
 _FIRST_PROMPTS = 64
 """Prompts in the first request to a workload; each later request asks for four times as many."""
 
@@ -38,21 +42,24 @@ class CalibrationData:
 
 
 def check_source(source: str) -> None:
-    """Raise UserError unless `source` is workloads, `mixed`, or a readable .txt or .jsonl file."""
-    if source == MIXED or all(map(is_workload, source.split(","))):
+    """Raise UserError unless `source` is workloads, `mixed`, `self-generated`, or a readable .txt or .jsonl file."""
+    if source in _WITHOUT_FILES:
         return
-    if Path(source).suffix not in {".txt", ".jsonl"} or not Path(source).is_file():
+    if all(map(is_workload, source.split(","))):
+        for name in source.split(","):
+            load_workload(name)
+    elif Path(source).suffix not in {".txt", ".jsonl"} or not Path(source).is_file():
         raise UserError(
             "calibration source",
             source,
             "is neither a workload nor a file",
-            f"choose from {', '.join([MIXED, *workload_names()])}, or give the path of a .txt or .jsonl file",
+            f"choose from {', '.join([*_WITHOUT_FILES, *workload_names()])}, or give the path of a .txt or .jsonl file",
         )
 
 
 def source_files(source: str) -> list[Path]:
-    """Return the files whose content decides what a source gives; none for built-in workloads."""
-    if source == MIXED:
+    """Return the files whose content decides what a source gives; none for built-in workloads and the model."""
+    if source in _WITHOUT_FILES:
         return []
     if all(map(is_workload, source.split(","))):
         return [file for name in source.split(",") for file in load_workload(name).files]
@@ -64,21 +71,16 @@ def load_calibration(
 ) -> CalibrationData:
     """Return `num_samples` sequences of `sequence_length` tokens, made with the tokenizer of the model in `directory`.
 
-    Documents are shuffled by `seed` and joined, so no token is padding. A workload gives only its calibration split:
-    prompts with true answers, in the form that the server builds. A .txt file is split at empty lines. A line of a
+    Documents are shuffled by `seed` and joined, so no token is padding. Each sequence starts with a document, as a
+    served prompt does. A workload gives only its calibration split: prompts with true answers, in the form that the
+    server builds. A .txt file is split at empty lines. A line of a
     .jsonl file is `{"text": …}` or `{"input_ids": [...]}`. If the source has fewer sequences, all of them are returned.
 
     Raises UserError if the source is unknown, malformed, or has not even one sequence.
     """
     check_source(source)
-    ids: list[int] = []
-    num_documents = 0
-    for document in _documents(directory, source, seed):
-        ids.extend(document)
-        num_documents += 1
-        if len(ids) >= num_samples * sequence_length:
-            break
-    found = min(num_samples, len(ids) // sequence_length)
+    ids, num_documents = _joined(_documents(directory, source, seed), num_samples, sequence_length)
+    found = len(ids) // sequence_length
     if not found:
         raise UserError(
             "calibration source",
@@ -108,6 +110,26 @@ def load_calibration(
     return CalibrationData(tokens_NT, hashlib.sha256(tokens_NT.numpy().tobytes()).hexdigest(), detail)
 
 
+def _joined(documents: Iterator[list[int]], num_samples: int, sequence_length: int) -> tuple[list[int], int]:
+    """Return the tokens of up to `num_samples` sequences and an incomplete one, and the number of documents read.
+
+    The end of a document that is cut off at the end of a sequence is used only if the documents do not suffice. Many
+    models write an attention sink into the first token of a sequence; which neurons do so depends on that token, so the
+    samples must have the first tokens of served prompts.
+    """
+    ids: list[int] = []
+    cut_off: list[int] = []
+    num_documents = 0
+    for document in documents:
+        room = sequence_length - len(ids) % sequence_length
+        ids += document[:room]
+        cut_off += document[room:]
+        num_documents += 1
+        if len(ids) == num_samples * sequence_length:
+            return ids, num_documents
+    return (ids + cut_off)[: num_samples * sequence_length], num_documents
+
+
 def _documents(directory: Path, source: str, seed: int) -> Iterator[list[int]]:
     """Yield the token ids of one document after another, in the order that `seed` gives."""
     path = Path(source)
@@ -122,6 +144,9 @@ def _documents(directory: Path, source: str, seed: int) -> Iterator[list[int]]:
         paragraphs = read_text(path, "calibration source").split("\n\n")
         texts = [(source, paragraph.strip()) for paragraph in paragraphs if paragraph.strip()]
         random.Random(seed).shuffle(texts)
+    elif source == SELF_GENERATED:
+        yield from self_generated_documents(directory, load_tokenizer(directory), seed)
+        return
     else:
         yield from _workload_documents(directory, source, seed)
         return
@@ -154,11 +179,11 @@ def _is_document(row: dict[str, Any]) -> bool:
 
 
 def _workload_documents(directory: Path, source: str, seed: int) -> Iterator[list[int]]:
-    tokenizer = load_tokenizer(directory)
+    tokenizer, as_read = load_tokenizer(directory), item_tokens_of(directory)
     names = workload_names() if source == MIXED else source.split(",")
     for prompts in zip(*(_prompts(name, seed) for name in names), strict=False):
         for prompt in prompts:
-            yield document_ids(tokenizer, prompt)
+            yield document_ids(tokenizer, as_read(prompt))
 
 
 def _prompts(name: str, seed: int) -> Iterator[Prompt]:

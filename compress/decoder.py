@@ -32,6 +32,8 @@ KeyValueHook = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Gets keys and values `[B, heads, T, features]` as they enter the cache; returns those that attention reads."""
 
 _PROBE_TOKENS = 4
+_ADDS_TOLERANCE = 1e-3
+"""Largest difference, relative to the change of the hidden states by a layer, that float32 explains."""
 _FAILURES = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, AssertionError)
 """Exceptions that transformers' modules raise for settings that do not fit each other."""
 
@@ -264,6 +266,20 @@ class Decoder:
         finally:
             self._visit = Visit()
         return _first(output)
+
+    def adds_outputs(self, index: int, block: Mapping[str, Tensor]) -> bool:
+        """Tell whether layer `index` returns its input plus the outputs of its sublayers, without a norm or a factor.
+
+        It is tried on random hidden states.
+        """
+        generator = torch.Generator().manual_seed(0)
+        x_1TD = torch.randn(1, _PROBE_TOKENS, self.hidden_size, generator=generator).to(self.device, self.dtype)
+        visit = Visit()
+        change_1TD = self.run(index, block, x_1TD, visit) - x_1TD
+        outputs = [visit.kept[one.path] for one in self.sublayers[index] if one.path in visit.kept]
+        if len(outputs) < len(self.sublayers[index]):
+            return False
+        return float((change_1TD - sum(outputs)).norm()) <= _ADDS_TOLERANCE * float(change_1TD.norm())
 
     def logits(self, outer: Mapping[str, Tensor], x_BTD: Tensor, round_inputs: Any = None) -> Tensor:
         """Return the logits `[B, T, V]` of the hidden states after the last layer.

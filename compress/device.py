@@ -1,6 +1,6 @@
-"""The device of a build, and the memory that holds the activations of its calibration samples.
+"""The memory that holds the activations of a build's calibration samples.
 
-`auto` takes a GPU if PyTorch sees one. On a GPU, one decoder layer and its Hessian are there at a time. Hidden states
+On a GPU, one decoder layer and its Hessian are there at a time. Hidden states
 between layers are always in files, so that a build resumes; what is needed only within a layer stays on the GPU or in
 pinned memory as long as it fits the budget.
 """
@@ -13,28 +13,11 @@ import torch
 from torch import Tensor
 
 from slimserve.compress.activations import ActivationFile, Activations, MemoryActivations
-from slimserve.core.errors import UserError
 
 _GPU_BYTES = 2**30
 """Bytes of one store of activations that may lie on the GPU."""
 _PINNED_BYTES = 8 * 2**30
 """Bytes of one store of activations that may lie in pinned memory."""
-
-
-def choose_device(name: str) -> torch.device:
-    """Return the device of `auto`, `cpu`, `cuda` or `cuda:N`. Raises UserError if PyTorch does not see it."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in {"cpu", "cuda"}:
-        raise UserError("--device", name, "is no device", "choose from auto, cpu, cuda and cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        found = f"PyTorch sees {torch.cuda.device_count()} CUDA devices"
-        raise UserError("--device", name, f"is not available: {found}", "choose cpu, or install PyTorch for CUDA")
-    return device
 
 
 def make_store(

@@ -12,13 +12,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from slimserve.compress import osscar
 from slimserve.core.errors import UserError
+
+Target = Literal["current", "dense", "residual"]
+"""Outputs that a refit approximates: of the model as pruned so far, of the model before this step, or the latter plus
+what the hidden states before the sublayer have lost."""
 
 _CHUNK_ROWS = 512
 """Rows of a Hessian multiplied at once where only its upper triangle is read."""
@@ -86,6 +90,10 @@ class PruningMethod:
     """True if the method reads the Hessian, so that the recipe needs calibration data."""
     uses_seed: bool = False
     """True if the result depends on the seed of the problem."""
+    target: Target = "current"
+    """Outputs that the refit approximates if the recipe names none."""
+    damping: float = 0.01
+    """Damping if the recipe states none."""
 
     def __call__(self, problem: PruneProblem, num_kept: int) -> PrunedLayer:
         """Keep `num_kept` groups, at least one. If all calibration inputs are zero, fall back to magnitude.
@@ -183,9 +191,11 @@ def _peak_magnitude(problem: PruneProblem, num_kept: int) -> PrunedLayer:
 
 
 def _wanda(problem: PruneProblem, num_kept: int) -> PrunedLayer:
-    """Score a column by its magnitude times its input's (arXiv 2306.11695, eq. 1), squared, summed per group."""
-    energy_I = _hessian(problem).diagonal() * magnitude(problem.weight_OI)
-    return _by_score(problem, num_kept, problem.sum_per_group(energy_I))
+    return _by_score(problem, num_kept, _wanda_scores(problem))
+
+
+def _wanda_with_refit(problem: PruneProblem, num_kept: int) -> PrunedLayer:
+    return _with_refit(problem, choose_kept(_wanda_scores(problem), num_kept), {})
 
 
 def _magnitude_with_refit(problem: PruneProblem, num_kept: int) -> PrunedLayer:
@@ -211,15 +221,26 @@ METHODS: dict[str, PruningMethod] = {
     "peak_magnitude": PruningMethod(_peak_magnitude),
     "refit": PruningMethod(_magnitude_with_refit, needs_data=True),
     "wanda": PruningMethod(_wanda, needs_data=True),
+    "wanda_refit": PruningMethod(_wanda_with_refit, needs_data=True),
+    # The lost hidden states are noisier than a layer's own outputs, so their fit needs more damping.
+    "wanda_residual": PruningMethod(_wanda_with_refit, needs_data=True, target="residual", damping=0.1),
     "osscar": PruningMethod(_osscar, needs_data=True),
     "osscar_search": PruningMethod(_osscar_search, needs_data=True),
 }
 """Pruning methods by the name that a recipe gives them."""
 
+DEFAULT_METHODS = {"mlp": "wanda_refit", "attention": "osscar_search"}
+"""Method for each kind of unit if a recipe names none. For neurons OSSCAR's search costs more and gains nothing."""
+
 
 def _hessian(problem: PruneProblem) -> Tensor:
     assert problem.hessian_II is not None, "this method needs calibration data"
     return problem.hessian_II
+
+
+def _wanda_scores(problem: PruneProblem) -> Tensor:
+    """Return each column's magnitude times its input's (arXiv 2306.11695, eq. 1), squared and summed per group."""
+    return problem.sum_per_group(_hessian(problem).diagonal() * magnitude(problem.weight_OI))
 
 
 def _by_score(problem: PruneProblem, num_kept: int, scores_U: Tensor) -> PrunedLayer:

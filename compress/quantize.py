@@ -1,4 +1,4 @@
-"""Quantization of linear layers: grids of storable values, rounding to nearest, scale search, SmoothQuant, errors.
+"""Quantization of linear layers: grids, rounding to nearest, scale search, SmoothQuant, AWQ, errors.
 
 Shape suffixes: O output features; I input features; G groups of S adjacent input features that share a scale, with G =
 1 where the complete row shares one. All functions work on tensors only. Roundings that read data are in `rounding.py`.
@@ -29,6 +29,8 @@ _SCALE_LIMITS = {_FP8: (2.0**-9, 448.0), _E8M0: (2.0**-126, 2.0**127)}
 """Smallest and largest scale in dtypes of which torch.finfo does not know the smallest value."""
 _CHUNK_ROWS = 128
 """Rows whose scales are searched together: few enough to stay in one core's cache."""
+_NUM_STRENGTHS = 20
+"""Number of strengths that AWQ tries."""
 
 
 @dataclass(frozen=True)
@@ -317,6 +319,29 @@ def smooth_scales(input_peak_I: Tensor, weight_peak_I: Tensor, strength: float) 
     inputs, weights = input_peak_I.double(), weight_peak_I.double()
     scale_I = inputs**strength / weights ** (1 - strength)
     return scale_I.clamp(min=1e-5).masked_fill((inputs <= 0) | (weights <= 0), 1.0).float()
+
+
+def awq_scales(weight_OI: Tensor, hessian_II: Tensor, rounded: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return AWQ's factors, which divide inputs and multiply weight columns (arXiv 2306.00978, section 3.2).
+
+    A factor is the root mean square of its input to the power of a strength, scaled so that the largest and the
+    smallest factor are inverse to each other. The strength from 0 to 0.95 is the one with the least error of the
+    outputs, tr(E H Eᵀ), after rounding to nearest. The paper takes the mean magnitude in place of the root mean square,
+    which the Hessian's diagonal gives. `rounded` returns a weight after rounding. An input that is always zero gets the
+    factor 1. The result is `[I]` float32, positive.
+    """
+    size_I = hessian_II.diagonal().double().sqrt()
+    is_live_I = size_I > 0
+    best, best_I = float("inf"), torch.ones_like(size_I).float()
+    for trial in range(_NUM_STRENGTHS if bool(is_live_I.any()) else 0):
+        power_I = size_I ** (trial / _NUM_STRENGTHS)
+        live = power_I[is_live_I]
+        scale_I = (power_I / (live.max() * live.min()).sqrt()).masked_fill(~is_live_I, 1.0).float()
+        error_OI = weight_OI - rounded(weight_OI * scale_I) / scale_I
+        lost = float((error_OI @ hessian_II).mul_(error_OI).sum(dtype=torch.float64))
+        if lost < best:
+            best, best_I = lost, scale_I
+    return best_I
 
 
 def relative_error(weight_OI: Tensor, rounded_OI: Tensor) -> float:

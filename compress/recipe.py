@@ -28,14 +28,16 @@ from slimserve.core.errors import UserError
 
 MIXED = "mixed"
 """Calibration source that takes documents from all built-in workloads in turn."""
+SELF_GENERATED = "self-generated"
+"""Calibration source that the model writes itself."""
 
 
 class Calibrate(StrictModel):
     """Samples for the steps that need data."""
 
     source: str = MIXED
-    """Names or files of workloads, separated by commas, `mixed` for all built-in workloads, or path of a .txt or .jsonl
-    file."""
+    """Names or files of workloads, separated by commas, `mixed` for all built-in workloads, path of a .txt or .jsonl
+    file, or `self-generated` for text that the model writes in its chat format."""
     num_samples: int = Field(default=32, ge=1)
     """Number of token sequences."""
     sequence_length: int = Field(default=512, ge=2)
@@ -77,14 +79,19 @@ class Prune(StrictModel):
     """Fraction of the MLP neurons to remove."""
     kv_remove_frac: float = Field(default=0, ge=0, lt=1)
     """Fraction of the KV groups to remove, rounded to complete groups."""
-    method: str = "osscar_search"
-    """Pruning method, a name in `prune.METHODS`."""
-    target: Literal["current", "dense"] = "current"
-    """Outputs that a refit approximates: of the model as pruned so far, or of the model before this step."""
+    method: str | None = None
+    """Pruning method, a name in `prune.METHODS`; None takes that of `prune.DEFAULT_METHODS` for each kind of unit."""
+    target: Literal["current", "dense", "residual"] | None = None
+    """Outputs that a refit approximates; None takes that of the method.
+
+    `current` are those of the model as pruned so far, `dense` those of the model before this step. `residual` are the
+    latter plus what the hidden states before the sublayer have lost, so that the states after it come near to those of
+    the dense model.
+    """
     multiple: int = Field(default=32, ge=1)
     """The kept MLP width is a multiple of this number; 32 suits CPU kernels, 64 or 128 suit GPU kernels."""
-    damping: float = Field(default=0.01, gt=0)
-    """Value added to the diagonal of a Hessian, as a fraction of the diagonal's mean."""
+    damping: float | None = Field(default=None, gt=0)
+    """Value added to the diagonal of a Hessian, as a fraction of the diagonal's mean; None takes that of the method."""
     rounds: int = Field(default=1, ge=1)
     """Number of rounds in which the cuts are made; each round prunes the model that the previous one left."""
 
@@ -135,6 +142,8 @@ class Quantize(StrictModel):
     """Value added to the diagonal of a Hessian, as a fraction of the diagonal's mean."""
     smoothquant: float | None = Field(default=None, ge=0, le=1)
     """Strength with which SmoothQuant moves outliers from inputs to weights; for formats that round inputs."""
+    awq: bool = False
+    """Let AWQ choose factors that move the rounding error away from large inputs; for formats that keep inputs."""
     keep_worst: int = Field(default=0, ge=0)
     """Number of fused layers that stay dense: those with the largest output error.
 
@@ -174,12 +183,16 @@ class Quantize(StrictModel):
 
         quant_format = get_format(self.format)
         if quant_format.has_fixed_rounding:
-            fixed = {"symmetric", "group_size", "scales", "order", "sweeps", "damping", "smoothquant"}
+            fixed = {"symmetric", "group_size", "scales", "order", "sweeps", "damping", "smoothquant", "awq"}
             given = (fixed & self.model_fields_set) | ({"method"} if self.method != "rtn" else set())
             if given:
                 raise ValueError(f"the library fixes how {self.format} rounds; leave out {', '.join(sorted(given))}")
         if self.smoothquant is not None and not quant_format.rounds_activations:
             raise ValueError(f"smoothquant needs a format that rounds activations, but {self.format} does not")
+        if self.awq and quant_format.rounds_activations:
+            raise ValueError(
+                f"awq needs a format that keeps activations, but {self.format} rounds them; use smoothquant"
+            )
         if self.head == "int8" and not quant_format.allows_int8_head:
             raise ValueError(f"head = int8 is not possible beside {self.format}")
         if self.kv_cache != "dense" and not quant_format.allows_fp8_kv_cache:
@@ -205,6 +218,13 @@ class Recipe(StrictModel):
         if any(isinstance(step, Prune) and step.keep for step in self.steps[1:]):
             raise ValueError("a prune step with keep must be the first step: its search begins at the dense model")
         return self
+
+    def calibrated_on(self, workloads: Sequence[str]) -> Recipe:
+        """Return the recipe with these workloads as calibration source, unless it names a source of its own."""
+        if "source" in self.calibration.model_fields_set or not workloads:
+            return self
+        calibration = self.calibration.model_copy(update={"source": ",".join(workloads)})
+        return self.model_copy(update={"calibration": calibration})
 
     @property
     def budget(self) -> Prune | None:

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from slimserve.compress.checkpoint import CheckpointReader, iterate_blocks, open_dense
 from slimserve.compress.decoder import Block, Sublayer, Visit, decoder_of
+from slimserve.compress.device import moved
 from slimserve.compress.formats import find_format
 from slimserve.compress.formats.head import round_head_inputs, unpack_head
 from slimserve.compress.formats.kv_cache import KeyValueRounding, has_fp8_kv_cache, scale_names
@@ -24,9 +25,14 @@ from slimserve.core.model_config import read_decoder_config
 
 @torch.inference_mode()
 def reference_logits(
-    directory: Path, sequences: Sequence[Tensor], dtype: torch.dtype = torch.float32
+    directory: Path,
+    sequences: Sequence[Tensor],
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
 ) -> Iterator[Tensor]:
     """Yield the logits `[T, V]` float32 of each sequence of token ids `[T]` int64; hidden states have `dtype`.
+
+    The layers are computed on `device`, and the logits are returned on the CPU.
 
     Weights are dequantized. Where the format quantizes activations, each layer's input is first rounded to its dynamic
     grid, as an engine should; the same holds for keys and values of an FP8 cache. The checkpoint is read block by
@@ -35,21 +41,25 @@ def reference_logits(
     """
     config = read_decoder_config(directory)
     reader = open_dense(directory, config)
-    decoder = decoder_of(config, dtype)
-    outer = {name: reader.read(name) for name in decoder.outer_names if name in reader.names}
-    states = [decoder.embed(outer, sequence[None]) for sequence in sequences]
+    device = torch.device(device)
+    decoder = decoder_of(config, dtype, device)
+    outer = moved({name: reader.read(name) for name in decoder.outer_names if name in reader.names}, device)
+    states = [decoder.embed(outer, sequence[None].to(device)) for sequence in sequences]
     for index, (_, block) in enumerate(iterate_blocks(reader, decoder.block, config["num_hidden_layers"])):
-        tensors, visit = reference_block(block, decoder.sublayers[index], config.get("quantization_config"))
+        tensors, visit = reference_block(
+            moved(block, device), decoder.sublayers[index], config.get("quantization_config")
+        )
         states = [_advanced(decoder.run(index, tensors, x_1TD, visit)) for x_1TD in states]
     scale = f"{decoder.head}_scale"
     round_head = None
     if scale in reader.names:
-        outer[decoder.head] = unpack_head({"weight": reader.read(decoder.head), "weight_scale": reader.read(scale)})
+        parts = {"weight": reader.read(decoder.head), "weight_scale": reader.read(scale)}
+        outer[decoder.head] = unpack_head(moved(parts, device))
         round_head = round_head_inputs
     if decoder.head in outer:
         outer[decoder.head] = outer[decoder.head].to(dtype)
     for x_1TD in states:
-        yield decoder.logits(outer, x_1TD, round_head)[0].float()
+        yield decoder.logits(outer, x_1TD, round_head)[0].float().cpu()
 
 
 def _advanced(x_BTD: Tensor | None) -> Tensor:

@@ -177,7 +177,8 @@ def _prove(config: Mapping[str, Any], role: PruneRole) -> None:
         raise _CannotError("it has a single KV head")
     if role.kind == "attention" and config["model_type"] in VLLM_DERIVES_HEAD_DIM:
         raise _CannotError(
-            f"vLLM cannot load such a {config['model_type']}, because it derives the heads' width from their number"
+            f"vLLM cannot load a cut model of type {config['model_type']}, because it derives the heads' width from "
+            "their number"
         )
     small = _small(config)
     num_units = role.num_units

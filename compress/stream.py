@@ -171,6 +171,15 @@ class Stream:
                 file.delete()
             self._outputs = {}
 
+    def before_sublayer(self) -> Iterator[Tensor]:
+        """Yield the hidden states before the block plus the outputs of its finished sublayers, one batch at a time."""
+        device = self.decoder.device
+        for first, states_BTD in self._before.batches(self._batch):
+            states_BTD = states_BTD.to(device)
+            for outputs in self._outputs.values():
+                states_BTD = states_BTD + outputs.read(first, self._batch).to(device)
+            yield states_BTD
+
     def inner(self) -> Iterator[Tensor]:
         """Yield the consumer's inputs `[B, T, I]` that `run` kept, one batch at a time."""
         assert self._inner is not None

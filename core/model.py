@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from slimserve.core.catalogue import read_catalogue
 from slimserve.core.errors import UserError
 from slimserve.core.model_config import CONFIG_FILE, dtype_of, read_config, text_config_of
 from slimserve.core.model_files import (
@@ -95,7 +96,7 @@ def model_name(argument: str, directory: Path) -> str:
 
 
 def check_model_directory(directory: Path) -> None:
-    """Raise UserError unless `directory` has a readable config, complete weights that fit it, and a tokenizer."""
+    """Raise UserError unless `directory` has a readable config, weights and catalogue that fit it, and a tokenizer."""
     config = read_config(directory)
     if not isinstance(config.get("model_type"), str):
         raise UserError(
@@ -104,6 +105,7 @@ def check_model_directory(directory: Path) -> None:
     _check_output_layer(config, directory)
     if not has_tokenizer(directory):
         raise UserError("model", directory, "has no tokenizer", "copy the tokenizer files of its base model into it")
+    read_catalogue(directory)
 
 
 def _check_output_layer(config: Mapping[str, Any], directory: Path) -> None:

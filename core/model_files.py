@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from slimserve.core.catalogue import CATALOGUE_FILE, ENCODER_FILE
 from slimserve.core.errors import UserError
 from slimserve.core.generation import write_generation_config
 from slimserve.core.model_config import CONFIG_FILE, GENERATION_FILE, dtype_of, read_config
@@ -47,7 +48,7 @@ _TOKENIZER_FILES = (
     "additional_chat_templates/*.jinja",
 )
 _CODE_FILES = ("configuration_*.py", "modeling_*.py", "tokenization_*.py")
-_OTHER_COMPANIONS = ("LICENSE*", "NOTICE*", "USE_POLICY*", "slimserve_*.toml")
+_OTHER_COMPANIONS = ("LICENSE*", "NOTICE*", "USE_POLICY*", "slimserve_*.toml", CATALOGUE_FILE, ENCODER_FILE)
 DOWNLOADED = (CONFIG_FILE, GENERATION_FILE, "model*.safetensors", INDEX_FILE, *_TOKENIZER_FILES, *_OTHER_COMPANIONS)
 """Patterns of the files that are downloaded from a hub."""
 _DERIVED = re.compile(r"(^|\.)rotary_emb\.(inv_freq|cos_cached|sin_cached)$")

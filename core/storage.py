@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import platformdirs
 from filelock import FileLock, Timeout
@@ -160,11 +162,12 @@ def check_free_space(target: Path, num_bytes: float) -> None:
         )
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write UTF-8 `text` to `path`; a reader sees either the old file or the complete new one."""
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a path beside `path` to write to; on success it replaces `path`, so that readers see one of the two."""
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
-        partial.write_text(text, encoding="utf-8")
+        yield partial
         _fsync(partial)
         partial.replace(path)
     except OSError as error:
@@ -173,6 +176,26 @@ def write_atomically(path: Path, text: str) -> None:
         ) from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write UTF-8 `text` to `path`; a reader sees either the old file or the complete new one."""
+    with atomic_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def cached_result(folder: Path, name: str, inputs: object, compute: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the result in `folder/NAME-HASH.json`, computed first if there is none.
+
+    `inputs` is everything that determines the result, such as the hash of a model and the test prompts themselves. The
+    file's name has the hash of their `repr`, which must therefore be the same in every process.
+    """
+    file = folder / f"{name}-{hashlib.sha256(repr(inputs).encode()).hexdigest()[:16]}.json"
+    if not file.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, json.dumps(dict(compute())))
+    result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return result
 
 
 def write_remedy(error: Exception) -> str:

@@ -17,6 +17,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from slimserve.distill.ranking import LabelLists
+from slimserve.distill.sections import Label
 from slimserve.distill.supervision import SupervisedSequence
 
 _SORT_WINDOW_STEPS = 16
@@ -37,10 +39,19 @@ class Batch:
     indices: tuple[int, ...]
     """Indices of the sequences in the list that `make_batches` was given."""
     lengths: tuple[int, ...]
+    lists: LabelLists | None = None
+    """Labels of the sequences, if they are those of a ranker."""
+    teacher: Batch | None = None
+    """The same targets as the teacher reads them, if it has prompts of its own."""
 
     @property
     def num_targets(self) -> int:
         return len(self.labels_N)
+
+    @property
+    def for_teacher(self) -> Batch:
+        """The batch as the teacher reads it."""
+        return self.teacher or self
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch with its tensors on `device`."""
@@ -50,6 +61,8 @@ class Batch:
             positions_BT=None if self.positions_BT is None else self.positions_BT.to(device),
             source_N=self.source_N.to(device),
             labels_N=self.labels_N.to(device),
+            lists=self.lists.to(device) if self.lists else None,
+            teacher=self.teacher.to(device) if self.teacher else None,
         )
 
 
@@ -72,7 +85,14 @@ def make_batches(
         groups[-1].append(index)
         size += length
     combine = _packed if is_packed else _padded
-    return [combine([sequences[index] for index in group], group) for group in groups]
+    batches = []
+    for group in groups:
+        chosen = [sequences[index] for index in group]
+        batch = combine(chosen, group)
+        if any(one.teacher_tokens for one in chosen):
+            batch = replace(batch, teacher=combine([one.for_teacher for one in chosen], group))
+        batches.append(batch)
+    return batches
 
 
 def step_indices(lengths: Sequence[int], batch_size: int, seed: int) -> Iterator[list[int]]:
@@ -120,6 +140,13 @@ def _batch(
     pairs = list(zip(begins, sequences, strict=True))
     sources = [begin + target - 1 for begin, sequence in pairs for target in sequence.targets]
     labels = [sequence.tokens[target] for sequence in sequences for target in sequence.targets]
+    # Labels are found by their position in a sequence; the number of a target counts from the batch's first one.
+    lists: list[list[tuple[int, Label]]] = []
+    num_before = 0
+    for sequence in sequences:
+        numbers = {target: number for number, target in enumerate(sequence.targets, num_before)}
+        lists.append([(numbers[one.position], one) for one in sequence.labels if one.position in numbers])
+        num_before += len(numbers)
     return Batch(
         tokens_BT,
         positions_BT,
@@ -128,4 +155,5 @@ def _batch(
         tuple(sequence.name for sequence in sequences),
         tuple(indices),
         tuple(len(sequence.tokens) for sequence in sequences),
+        LabelLists.of(lists),
     )

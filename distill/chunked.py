@@ -17,15 +17,19 @@ import torch
 from torch import Tensor
 
 from slimserve.distill.losses import (
+    Targets,
     TopK,
     cross_entropy_per_token,
     divergence_from_top_k,
     divergence_per_token,
+    mixture_logits,
 )
 from slimserve.distill.recipe import LossSettings
 
-CHUNK = 64
-"""Number of tokens per chunk: few enough for little memory, enough for efficient matrix products."""
+_CPU_CHUNK = 64
+"""Number of tokens per chunk on a CPU: few enough for little memory, enough for efficient matrix products."""
+_GPU_LOGITS_BYTES = 2**30
+"""Size of a chunk's float32 logits on a GPU, where many small products would leave most of the device idle."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,16 @@ class TeacherStates:
     head_VD: Tensor
 
 
-TeacherPrediction = TeacherStates | TopK | None
+@dataclass(frozen=True)
+class TeacherMixture:
+    """Several teachers' states; the prediction is the mixture of their distributions."""
+
+    parts: tuple[TeacherStates, ...]
+    weights: tuple[float, ...]
+    """Weight of each teacher; they add up to 1."""
+
+
+TeacherPrediction = TeacherStates | TeacherMixture | TopK | None
 """The teacher's next-token distributions; None trains on cross-entropy alone."""
 
 
@@ -49,58 +62,83 @@ class TokenLosses(NamedTuple):
     cross_entropy: Tensor
 
 
+def chunk_size(head_VD: Tensor) -> int:
+    """Return the number of tokens per chunk for an output layer on its device."""
+    if head_VD.device.type == "cpu":
+        return _CPU_CHUNK
+    return max(_CPU_CHUNK, _GPU_LOGITS_BYTES // (4 * len(head_VD)))
+
+
 def chunked_loss(
     hidden_ND: Tensor,
     head_VD: Tensor,
-    labels_N: Tensor,
+    labels_N: Tensor | Targets,
     teacher: TeacherPrediction,
     settings: LossSettings,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> TokenLosses:
     """Return the loss summed over N tokens, with gradients for the student's hidden states and output layer.
 
     `hidden_ND` holds the student's last hidden states at the positions before the N labels. Products use its dtype, the
-    loss float32. The output layer's gradient is summed in float32 and returned in the layer's dtype.
+    loss float32. The output layer's gradient is summed in float32 and returned in the layer's dtype. `chunk` is the
+    number of tokens per chunk (None: by the device).
     """
-    return TokenLosses(*_ChunkedLoss.apply(hidden_ND, head_VD, labels_N, teacher, settings, chunk))
+    return TokenLosses(
+        *_ChunkedLoss.apply(hidden_ND, head_VD, labels_N, teacher, settings, chunk or chunk_size(head_VD))
+    )
 
 
 @torch.no_grad()
 def token_losses(
     hidden_ND: Tensor,
     head_VD: Tensor,
-    labels_N: Tensor,
+    labels_N: Tensor | Targets,
     teacher: TeacherPrediction,
     settings: LossSettings,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> Tensor:
     """Return each token's loss, divergence and cross-entropy, `[3, N]` float32, without gradients."""
     head = head_VD.to(hidden_ND.dtype)
+    chunk = chunk or chunk_size(head)
     chunks = [
-        plain_losses(hidden_ND[part] @ head.T, labels_N[part], _teacher_chunk(teacher, part), settings)
+        plain_losses(
+            hidden_ND[part] @ head.T, labels_N[part], _teacher_chunk(teacher, part, settings.temperature), settings
+        )
         for begin in range(0, len(labels_N), chunk)
         for part in [slice(begin, begin + chunk)]
     ]
     return torch.cat(chunks, dim=1) if chunks else torch.zeros(3, 0, device=hidden_ND.device)
 
 
-def _teacher_chunk(teacher: TeacherPrediction, part: slice) -> Tensor | TopK | None:
+def _teacher_chunk(teacher: TeacherPrediction, part: slice, temperature: float) -> Tensor | TopK | None:
     """Return the teacher's top tokens or its logits for a chunk of tokens."""
     if isinstance(teacher, TopK):
         return TopK(teacher.tokens_NK[part], teacher.logprobs_NK[part])
-    if teacher is None:
-        return None
+    return None if teacher is None else teacher_logits(teacher, part, temperature)
+
+
+def teacher_logits(teacher: TeacherStates | TeacherMixture, part: slice, temperature: float) -> Tensor:
+    """Return logits of a chunk of tokens whose distribution at a temperature is the teacher's or the mixture's."""
+    if isinstance(teacher, TeacherMixture):
+        logits = [teacher_logits(one, part, temperature) for one in teacher.parts]
+        return mixture_logits(logits, teacher.weights, temperature)
     return teacher.hidden_ND[part] @ teacher.head_VD.to(teacher.hidden_ND.dtype).T
 
 
-def plain_losses(logits_NV: Tensor, labels_N: Tensor, teacher: Tensor | TopK | None, settings: LossSettings) -> Tensor:
+def plain_losses(
+    logits_NV: Tensor, labels_N: Tensor | Targets, teacher: Tensor | TopK | None, settings: LossSettings
+) -> Tensor:
     """Return each token's loss, divergence and cross-entropy, `[3, N]` float32, from all logits at once."""
-    cross_entropy = cross_entropy_per_token(logits_NV, labels_N)
-    if teacher is None:
-        return torch.stack((cross_entropy, torch.zeros_like(cross_entropy), cross_entropy))
-    compare = divergence_from_top_k if isinstance(teacher, TopK) else divergence_per_token
-    divergence = compare(logits_NV, teacher, settings)
-    total = (1 - settings.kd_weight) * cross_entropy + settings.kd_weight * divergence
+    total = cross_entropy = cross_entropy_per_token(logits_NV, labels_N)
+    divergence = torch.zeros_like(cross_entropy)
+    if isinstance(teacher, TopK):
+        divergence = divergence_from_top_k(logits_NV, teacher, settings)
+    elif teacher is not None:
+        divergence = divergence_per_token(logits_NV, teacher, settings)
+    if teacher is not None:
+        total = (1 - settings.kd_weight) * cross_entropy + settings.kd_weight * divergence
+    if isinstance(labels_N, Targets):
+        total = total * labels_N.weight_N
     return torch.stack((total, divergence, cross_entropy))
 
 
@@ -112,7 +150,7 @@ class _ChunkedLoss(torch.autograd.Function):
         ctx: Any,
         hidden_ND: Tensor,
         head_VD: Tensor,
-        labels_N: Tensor,
+        labels_N: Tensor | Targets,
         teacher: TeacherPrediction,
         settings: LossSettings,
         chunk: int,
@@ -126,7 +164,8 @@ class _ChunkedLoss(torch.autograd.Function):
             for begin in range(0, len(labels_N), chunk):
                 part = slice(begin, begin + chunk)
                 hidden = hidden_ND[part].detach()
-                logits, teacher_chunk = hidden @ head.T, _teacher_chunk(teacher, part)
+                logits = hidden @ head.T
+                teacher_chunk = _teacher_chunk(teacher, part, settings.temperature)
                 with torch.enable_grad():
                     logits.requires_grad_(needs_hidden or needs_head)
                     losses = plain_losses(logits, labels_N[part], teacher_chunk, settings)

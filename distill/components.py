@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from slimserve.core.storage import write_atomically
 from slimserve.core.text import split_lines
 from slimserve.distill.batches import step_indices
+from slimserve.distill.cost import Cost
 from slimserve.distill.parallel import ParallelStudent
 from slimserve.distill.recipe import DistillRecipe, Stage
 
@@ -103,16 +104,30 @@ class TrainingStats:
     flops: float = 0.0
     train_s: float = 0.0
     peak_bytes: int = 0
-    """Highest memory use of one process in a step."""
+    """Highest memory use of one process in a step or while it sampled replies."""
+    sampling: Cost = field(default_factory=Cost)
+    """Cost of the replies that the student sampled."""
+    teacher_cache: Cost = field(default_factory=Cost)
+    """Cost of the teacher's pass for its cache."""
     history: list[dict[str, Any]] = field(default_factory=list)
     """One row per validation."""
+
+    @property
+    def training(self) -> Cost:
+        """Cost of the steps."""
+        return Cost(self.train_s, self.tokens_read, self.flops)
+
+    @property
+    def total(self) -> Cost:
+        """Cost of steps, sampled replies and the teacher's cache together."""
+        return self.training + self.sampling + self.teacher_cache
 
     def state_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         for name, value in state.items():
-            setattr(self, name, value)
+            setattr(self, name, Cost(**value) if isinstance(getattr(self, name), Cost) else value)
 
 
 class BestWeights:

@@ -14,8 +14,9 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,15 @@ from slimserve.core.errors import UserError
 from slimserve.core.progress import print_status
 from slimserve.core.text import read_jsonl
 from slimserve.distill.models import stop_tokens
-from slimserve.distill.sections import Example, chat_example, label_example, text_example
+from slimserve.distill.recipe import LossSettings
+from slimserve.distill.sections import (
+    Example,
+    chat_example,
+    label_example,
+    label_token,
+    text_example,
+    with_soft_reply,
+)
 from slimserve.workloads import is_workload, load_workload, workload_names
 from slimserve.workloads.conversations import dialect_of, read_conversation, row_error, unread_line
 from slimserve.workloads.interface import (
@@ -34,6 +43,7 @@ from slimserve.workloads.interface import (
     TextPrompt,
     hash_number,
 )
+from slimserve.workloads.item_tokens import item_tokens_of
 
 _VALIDATION_OF = 10
 """One of this many examples is for validation."""
@@ -41,8 +51,8 @@ _MAX_PROMPTS = 20_000
 _REMEDY = 'write {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}'
 _USED_FIELDS = {"tools", "chat_template_kwargs"}
 """Fields of a request that shape the text of a conversation."""
-_OWN_KEYS = {"question"}
-"""Keys that `distill traces` writes for itself."""
+_OWN_KEYS = {"question", "soft_labels"}
+"""Keys that are no part of a conversation: what `distill traces` writes for itself, and the labels' probabilities."""
 
 
 @dataclass(frozen=True)
@@ -55,37 +65,74 @@ class Examples:
     """Tokens of a scoring workload's labels; empty for chats. Scores are probabilities of the first one."""
     groups: tuple[int | None, ...] = ()
     """User of each validation example whose workload scores items; None for the others."""
+    training_groups: tuple[int | None, ...] = ()
+    """The same of each training example."""
     num_too_long: int = 0
     """Number of examples that were skipped because their prompt alone is too long."""
 
     @property
     def sha256(self) -> str:
-        """Hash of the training examples' tokens and sections."""
-        content = repr([(one.tokens, one.sections) for one in self.training])
+        """Hash of the training examples' tokens, sections and labels."""
+        content = repr([(one.tokens, one.sections, one.labels) for one in self.training])
         return hashlib.sha256(content.encode()).hexdigest()
 
 
 def load_examples(
-    tokenizer: Any, directory: Path, source: str, num_training: int, num_validation: int, max_tokens: int, seed: int
+    tokenizer: Any,
+    directory: Path,
+    source: str,
+    num_training: int,
+    num_validation: int,
+    max_tokens: int,
+    seed: int,
+    teacher_instruction: str = "",
+    adapt: Callable[[ScoringPrompt], Prompt] | None = None,
 ) -> Examples:
     """Return at most `num_training` and `num_validation` examples of a source, in the order of `seed`.
 
     Of several sources, each gives an equal share, and the labels are those of the first one that scores items.
-    `directory` holds the student's configuration. Raises UserError if a source is unknown, a line is invalid, or no
-    example is left of one of them.
+    `directory` holds the student's configuration. In chats the teacher reads `teacher_instruction` too. `adapt` changes
+    each prompt of a workload that scores items; the default gives it item tokens if the student has a catalogue. Raises
+    UserError if a source is unknown, a line is invalid, or no example is left of one of them.
     """
     stop = stop_tokens(directory, tokenizer)
     sources = sources_of(source)
     shares = (-(-num_training // len(sources)), -(-num_validation // len(sources)))
-    parts = [_load_source(tokenizer, stop, one, *shares, max_tokens, seed) for one in sources]
+    adapt = adapt or item_tokens_of(directory)
+    parts = [
+        _load_source(tokenizer, stop, one, *shares, max_tokens, seed, teacher_instruction, adapt) for one in sources
+    ]
     labels = next((part.labels for part in parts if part.labels), ())
     return Examples(
         [example for part in parts for example in part.training],
         [example for part in parts for example in part.validation],
         labels,
         tuple(group if part.labels == labels else None for part in parts for group in part.groups),
+        tuple(group for part in parts for group in part.training_groups),
         sum(part.num_too_long for part in parts),
     )
+
+
+def check_data(examples: Examples, loss: LossSettings) -> None:
+    """Raise UserError if the loss needs labels or conversations that the training examples do not have."""
+    if loss.list_weight and not any(example.labels for example in examples.training):
+        problem, remedy = "has no effect, because the data has no labels", "use candidate lists, or set it to 0"
+        raise UserError("loss.list_weight", loss.list_weight, problem, remedy)
+    if loss.teacher_instruction and not any(example.teacher_prompt for example in examples.training):
+        problem = "has no effect, because the data has no conversations"
+        raise UserError("loss.teacher_instruction", loss.teacher_instruction, problem, "use chats, or leave it out")
+
+
+def check_source(source: str) -> None:
+    """Raise UserError unless `source` is workloads or a JSONL file."""
+    for one in sources_of(source):
+        if is_workload(one):
+            load_workload(one)
+        elif Path(one).suffix != ".jsonl" or not Path(one).is_file():
+            remedy = f"choose from {', '.join(workload_names())}, or give the path of a .jsonl file"
+            if Path(one).suffix == ".json" and Path(one).is_file():
+                remedy = f"convert it: jq -c '.[]' {Path(one).name} > {Path(one).stem}.jsonl"
+            raise UserError("data.source", one, "is neither a workload nor a JSONL file", remedy)
 
 
 def sources_of(source: str) -> list[str]:
@@ -102,6 +149,8 @@ def _load_source(
     num_validation: int,
     max_tokens: int,
     seed: int,
+    teacher_instruction: str,
+    adapt: Callable[[ScoringPrompt], Prompt],
 ) -> Examples:
     is_scoring = False
     split: tuple[list[Any], list[Any]] = ([], [])
@@ -117,6 +166,13 @@ def _load_source(
         for conversation in conversations:
             split[_is_validation(conversation.key)].append(conversation)
     num_too_long = 0
+    make_chat = partial(
+        chat_example,
+        tokenizer,
+        max_tokens=max_tokens,
+        stop_tokens=stop,
+        teacher_instruction=teacher_instruction,
+    )
 
     def examples_of(items: list[Any], max_examples: int) -> list[tuple[Example, Any]]:
         nonlocal num_too_long
@@ -126,7 +182,11 @@ def _load_source(
                 break
             example: Example | None
             if isinstance(item, ScoringPrompt):
-                example = label_example(tokenizer, item, f"{source}/{number}", max_tokens)
+                adapted = adapt(item)
+                assert isinstance(adapted, ScoringPrompt)
+                if not adapted.solved:  # none of its items is among those that are learned
+                    continue
+                example = label_example(tokenizer, adapted, f"{source}/{number}", max_tokens)
             elif isinstance(item, ChoicePrompt):
                 answer = item.choices[item.truth]
                 example = text_example(tokenizer, item.query, answer, f"{source}/{number}", max_tokens)
@@ -134,10 +194,11 @@ def _load_source(
                 example = text_example(tokenizer, "", item.text, f"{source}/{number}", max_tokens)
             elif isinstance(item, ChatPrompt):
                 messages = [*item.messages, {"role": "assistant", "content": item.solution}]
-                name = f"{source}/{number}"
-                example = chat_example(tokenizer, messages, name, max_tokens, stop, request=item.request)
+                example = make_chat(messages, f"{source}/{number}", request=item.request)
             else:
-                example = chat_example(tokenizer, item.messages, item.name, max_tokens, stop, request=item.request)
+                example = make_chat(item.messages, item.name, request=item.request)
+                if example is not None and item.soft_labels:
+                    example = with_soft_reply(tokenizer, example, item.soft_labels)
             if example is None:
                 num_too_long += 1
             else:
@@ -156,12 +217,13 @@ def _load_source(
     labels: tuple[int, ...] = ()
     if is_scoring:
         prompt = training[0][1]
-        labels = tuple(_label_token(tokenizer, label) for label in prompt.labels)
+        labels = tuple(label_token(tokenizer, label) for label in prompt.labels)
     return Examples(
         [example for example, _ in training],
         [example for example, _ in validation],
         labels,
         tuple(item.group if is_scoring else None for _, item in validation),
+        tuple(item.group if is_scoring else None for _, item in training),
         num_too_long,
     )
 
@@ -177,15 +239,13 @@ def _key(prompt: Prompt) -> str:
     return str(prompt.group)
 
 
+def is_validation_user(group: int) -> bool:
+    """Tell whether the examples of a user are for validation."""
+    return _is_validation(str(group))
+
+
 def _is_validation(key: str) -> bool:
     return hash_number(f"validation {key}") % _VALIDATION_OF == 0
-
-
-def _label_token(tokenizer: Any, label: str) -> int:
-    tokens = tokenizer(label, add_special_tokens=False)["input_ids"]
-    if len(tokens) != 1:
-        raise UserError("label", label, f"has {len(tokens)} tokens in this model", "choose labels of one token")
-    return int(tokens[0])
 
 
 @dataclass(frozen=True)
@@ -195,6 +255,8 @@ class _Row:
     name: str
     messages: list[dict[str, Any]]
     request: Mapping[str, Any]
+    soft_labels: Mapping[str, float]
+    """Probabilities of two labels, one of which is the reply; empty for any other reply."""
 
     @property
     def key(self) -> str:
@@ -202,12 +264,21 @@ class _Row:
         return json.dumps(self.messages[:-1])
 
 
+def _read_soft_labels(value: Any) -> dict[str, float]:
+    """Return the probabilities of a row's two labels, scaled to 1; ValueError if they are none."""
+    if value is None:
+        return {}
+    numbers = list(value.values()) if isinstance(value, dict) else []
+    is_valid = len(numbers) == 2 and all(
+        isinstance(one, int | float) and not isinstance(one, bool) and 0 <= one <= 1 for one in numbers
+    )
+    if not is_valid or not 0.99 <= sum(numbers) <= 1.01:
+        raise ValueError('has soft_labels that are not two probabilities; write {"yes": 0.8, "no": 0.2}')
+    return {str(label): share / sum(numbers) for label, share in value.items()}
+
+
 def _read_conversations(file: Path) -> Iterator[_Row]:
-    if file.suffix != ".jsonl" or not file.is_file():
-        remedy = f"choose from {', '.join(workload_names())}, or give the path of a .jsonl file"
-        if file.suffix == ".json" and file.is_file():
-            remedy = f"convert it: jq -c '.[]' {file.name} > {file.stem}.jsonl"
-        raise UserError("data.source", file, "is neither a workload nor a JSONL file", remedy)
+    check_source(str(file))
     unread: list[list[str]] = []
     for number, row in read_jsonl(file, "data.source", _REMEDY):
         if set(row) == {"question"}:  # `distill traces` found no correct reply to it
@@ -224,11 +295,12 @@ def _read_conversations(file: Path) -> Iterator[_Row]:
             if isinstance(row.get("label"), bool):
                 raise ValueError("is a rating of a reply (label); keep the rows of good replies, without the label")
             messages = [message.as_request() for message in conversation.messages]
+            soft_labels = _read_soft_labels(row.get("soft_labels"))
         except ValueError as error:
             raise row_error("data.source", name, error, _REMEDY) from error
         of_requests = [key for key in conversation.request if key not in _USED_FIELDS]
         of_requests += ["max_tokens"] if conversation.max_tokens is not None else []
         unread.append([key for key in (*conversation.unread, *of_requests) if key not in _OWN_KEYS])
-        yield _Row(name, messages, conversation.request)
+        yield _Row(name, messages, conversation.request, soft_labels)
     if keys := unread_line(unread):
         print_status(f"{file}: not used in training: {keys}")

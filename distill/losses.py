@@ -17,6 +17,8 @@ Everything is computed in float32. Shapes: N tokens, V vocabulary, K cached toke
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +27,7 @@ from torch.nn import functional
 
 from slimserve.distill.recipe import HiddenDistance, LossSettings
 
-_MIN_LOG = -1e30
+MIN_LOG = -1e30
 """Stands for the logarithm of zero; an infinite value would have NaN gradients."""
 
 
@@ -37,13 +39,30 @@ class TopK:
     logprobs_NK: Tensor
 
 
+@dataclass(frozen=True)
+class Targets:
+    """Next tokens of N positions: the first one with the probability `share_N`, otherwise the second one."""
+
+    first_N: Tensor
+    second_N: Tensor
+    share_N: Tensor
+    weight_N: Tensor
+    """Weight of each position in the loss."""
+
+    def __len__(self) -> int:
+        return len(self.first_N)
+
+    def __getitem__(self, part: slice) -> Targets:
+        return Targets(self.first_N[part], self.second_N[part], self.share_N[part], self.weight_N[part])
+
+
 def divergence_per_token(student_NV: Tensor, teacher_NV: Tensor, settings: LossSettings) -> Tensor:
     """Return the divergence times T² of each token, `[N]` float32, from logits; differentiable in the student's."""
     num_shared = min(student_NV.shape[-1], teacher_NV.shape[-1])
     temperature = settings.temperature
     log_q = functional.log_softmax(student_NV[..., :num_shared].float() / temperature, dim=-1)
     log_p = functional.log_softmax(teacher_NV[..., :num_shared].float() / temperature, dim=-1)
-    return _divergence(log_q, log_p, settings) * temperature**2
+    return divergence_of(log_q, log_p, settings) * temperature**2
 
 
 def divergence_from_top_k(student_NV: Tensor, teacher: TopK, settings: LossSettings) -> Tensor:
@@ -57,7 +76,20 @@ def divergence_from_top_k(student_NV: Tensor, teacher: TopK, settings: LossSetti
     log_q = log_q_NV.gather(-1, teacher.tokens_NK.long())
     log_p = teacher.logprobs_NK.float()
     log_q, log_p = (torch.cat((known, _log_remaining_mass(known)), dim=-1) for known in (log_q, log_p))
-    return _divergence(log_q, log_p, settings) * temperature**2
+    return divergence_of(log_q, log_p, settings) * temperature**2
+
+
+def mixture_logits(teachers_NV: Sequence[Tensor], weights: Sequence[float], temperature: float) -> Tensor:
+    """Return logits whose distribution at a temperature is the weighted mixture of the teachers' distributions.
+
+    Tokens that not all teachers have are left out.
+    """
+    num_shared = min(logits.shape[-1] for logits in teachers_NV)
+    logs = [
+        functional.log_softmax(logits[..., :num_shared].float() / temperature, dim=-1) + math.log(weight)
+        for logits, weight in zip(teachers_NV, weights, strict=True)
+    ]
+    return temperature * torch.stack(logs).logsumexp(0)
 
 
 def top_k_of(teacher_NV: Tensor, k: int, temperature: float) -> TopK:
@@ -66,9 +98,13 @@ def top_k_of(teacher_NV: Tensor, k: int, temperature: float) -> TopK:
     return TopK(top.indices.int(), top.values)
 
 
-def cross_entropy_per_token(student_NV: Tensor, labels_N: Tensor) -> Tensor:
-    """Return -ln q(label) of each token, `[N]` float32, at temperature 1."""
-    return functional.cross_entropy(student_NV.float(), labels_N, reduction="none")
+def cross_entropy_per_token(student_NV: Tensor, labels_N: Tensor | Targets) -> Tensor:
+    """Return -ln q(label) of each token, `[N]` float32, at temperature 1; of two labels the mean by their shares."""
+    if isinstance(labels_N, Tensor):
+        return functional.cross_entropy(student_NV.float(), labels_N, reduction="none")
+    log_q = functional.log_softmax(student_NV.float(), dim=-1)
+    first, second = (log_q.gather(-1, one[:, None])[:, 0] for one in (labels_N.first_N, labels_N.second_N))
+    return -(labels_N.share_N * first + (1 - labels_N.share_N) * second)
 
 
 def hidden_distance(student_ND: Tensor, teacher_ND: Tensor, kind: HiddenDistance) -> Tensor:
@@ -82,7 +118,7 @@ def hidden_distance(student_ND: Tensor, teacher_ND: Tensor, kind: HiddenDistance
     return (student - teacher).square().mean(-1) / teacher.square().mean(-1).clamp_min(1e-12)
 
 
-def _divergence(log_q: Tensor, log_p: Tensor, settings: LossSettings) -> Tensor:
+def divergence_of(log_q: Tensor, log_p: Tensor, settings: LossSettings) -> Tensor:
     name = settings.divergence
     if name == "forward_kl":
         return _kl(log_p, log_q)
@@ -112,4 +148,4 @@ def _log_remaining_mass(logprobs: Tensor) -> Tensor:
     """Return log(1 - sum of the probabilities), `[N, 1]`."""
     # Near 1, the remaining mass is rounding error: clamping bounds it and stops its gradient.
     log_sum = logprobs.logsumexp(-1, keepdim=True).clamp_max(-1e-7)
-    return torch.log(-torch.expm1(log_sum)).clamp_min(_MIN_LOG)
+    return torch.log(-torch.expm1(log_sum)).clamp_min(MIN_LOG)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from slimserve.core.errors import UserError
 from slimserve.core.generation import repair_generation_config
 from slimserve.core.model_config import read_decoder_config
+from slimserve.distill.item_embedding import item_embedding_of
 
 _PROBE_TOKENS = 8
 _HEAD_TOLERANCE = 1e-3
@@ -41,6 +42,22 @@ def load_model(directory: Path, dtype: torch.dtype) -> nn.Module:
         )
     _check_head(model, directory)
     return model
+
+
+def with_lora(student: nn.Module, rank: int, seed: int) -> nn.Module:
+    """Return the student with trainable adapters on every linear layer of its blocks.
+
+    Its own weights are frozen, except for the rows of items.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    wrapped: nn.Module = get_peft_model(student, config)
+    if embedding := item_embedding_of(wrapped):
+        for parameter in embedding.item_parameters():
+            parameter.requires_grad_(True)
+    return wrapped
 
 
 def check_same_tokens(teacher: Any, student: Any, teacher_name: object) -> None:

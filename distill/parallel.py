@@ -13,10 +13,18 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 from slimserve.core.errors import UserError
+from slimserve.distill.item_embedding import item_embedding_of
 from slimserve.distill.recipe import DistillRecipe
 from slimserve.distill.student import StudentLoss
 
 _BETAS = (0.9, 0.95)
+
+
+def current_device() -> torch.device:
+    """Return the device of this process: accelerate's, if something has set it up, else a GPU if there is one."""
+    from accelerate import PartialState
+
+    return cast("torch.device", PartialState(cpu=not torch.cuda.is_available()).device)
 
 
 class ParallelStudent:
@@ -27,7 +35,7 @@ class ParallelStudent:
         from accelerate import Accelerator
 
         training = recipe.training
-        self._accelerator = Accelerator(cpu=not torch.cuda.is_available())
+        self._accelerator = Accelerator(cpu=current_device().type == "cpu")
         self.rank, self.num_processes = self._accelerator.process_index, self._accelerator.num_processes
         if training.batch_size < self.num_processes:
             raise UserError(
@@ -38,9 +46,11 @@ class ParallelStudent:
             )
         self.device = self._accelerator.device
         self._is_bf16 = training.is_bf16
-        self.module, self.optimizer = self._accelerator.prepare(module, _optimizer(module, training.weight_decay))
+        self.module, self.optimizer = self._accelerator.prepare(module, _optimizer(module, recipe))
         if isinstance(self.module, FullyShardedDataParallel):
             raise UserError("fsdp_version", 1, "is not supported", "set it to 2 in the configuration of accelerate")
+        if isinstance(self.module, FSDPModule) and item_embedding_of(module):
+            raise UserError("items.file", recipe.items.file, "is not supported under FSDP", "use DDP for it")
         if isinstance(self.module, FSDPModule) and any(stage.kind == "on_policy" for stage in recipe.stages):
             raise UserError(
                 "stages",
@@ -120,10 +130,22 @@ class ParallelStudent:
         }
 
 
-def _optimizer(module: nn.Module, weight_decay: float) -> torch.optim.Optimizer:
-    """Return AdamW without weight decay for norms and biases."""
+def _optimizer(module: nn.Module, recipe: DistillRecipe) -> torch.optim.Optimizer:
+    """Return AdamW without weight decay for norms, biases and items.
+
+    `rate_factor` of a group multiplies the schedule's learning rate.
+    """
+    training, embedding = recipe.training, item_embedding_of(module)
+    of_items = embedding.item_parameters() if embedding else []
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    matrices = [parameter for parameter in trained if parameter.ndim > 1]
-    others = [parameter for parameter in trained if parameter.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    others = [parameter for parameter in trained if not any(parameter is one for one in of_items)]
+    groups = [
+        {"params": [one for one in others if one.ndim > 1], "weight_decay": training.weight_decay, "rate_factor": 1.0},
+        {"params": [one for one in others if one.ndim <= 1], "weight_decay": 0.0, "rate_factor": 1.0},
+        {
+            "params": of_items,
+            "weight_decay": 0.0,
+            "rate_factor": recipe.items.learning_rate / training.learning_rate,
+        },
+    ]
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0, betas=_BETAS, fused=True)

@@ -14,7 +14,7 @@ from pydantic import model_validator
 
 from slimserve.core.config import Settings, load_toml, set_value, setting, validated
 from slimserve.core.hardware import probe_hardware
-from slimserve.distill.supervision import Supervision
+from slimserve.distill.supervision import Supervision, sections_text
 from slimserve.workloads import DEFAULT_TRAINING_WORKLOAD
 
 _key = partial(setting, option="")
@@ -22,6 +22,7 @@ _key = partial(setting, option="")
 
 Divergence = Literal["forward_kl", "reverse_kl", "skewed_forward_kl", "skewed_reverse_kl", "js"]
 HiddenDistance = Literal["cosine", "mse"]
+LabelKind = Literal["soft", "hard"]
 
 
 class DataSettings(Settings):
@@ -51,16 +52,29 @@ class LossSettings(Settings):
     top_k: int = _key(
         0, "Number of the teacher's likeliest tokens to cache on disk; 0 runs the teacher in every step.", ge=0
     )
+    served_model: str = _key("", "Name of a served teacher at its server; the default is the only model there.")
+    teacher_instruction: str = _key(
+        "", 'Instruction, such as "Be concise.", that only the teacher reads before the last user message.'
+    )
     hidden_weight: float = _key(0.0, "Weight of the distance between hidden states, for pruned students.", ge=0)
     hidden_kind: HiddenDistance = _key("cosine", "Distance between hidden states.")
     hidden_pairs: int = _key(
         1, "Number of blocks whose hidden states are matched, at even depths; the last is always one of them.", ge=1
     )
 
+    labels: LabelKind = _key(
+        "soft", "Target of a ranker's labels: the probabilities that the data gives (soft), or the label in the text."
+    )
+    list_weight: float = _key(
+        0.0, "Weight of the listwise loss at the labels of a sequence; the rest is the loss of each label.", ge=0, le=1
+    )
+
     @model_validator(mode="after")
-    def _hidden_states_need_a_running_teacher(self) -> LossSettings:
+    def _some_losses_need_a_running_teacher(self) -> LossSettings:
         if self.hidden_weight and (self.top_k or not self.kd_weight):
             raise ValueError("hidden_weight needs a running teacher: set kd_weight above 0 and top_k to 0")
+        if self.list_weight and self.top_k and self.kd_weight:
+            raise ValueError("list_weight needs a running teacher or none: set top_k or kd_weight to 0")
         return self
 
 
@@ -95,6 +109,13 @@ class TrainingSettings(Settings):
     def is_bf16(self) -> bool:
         """Tell whether products are in bfloat16 on this machine."""
         return self.precision == "bf16" or (self.precision == "auto" and probe_hardware().has_bf16_products)
+
+
+class FurtherTeacher(Settings):
+    """A teacher beside that of `--teacher`; the student imitates the mixture of their distributions."""
+
+    model: str = _key(..., "Model to imitate as well.")
+    weight: float = _key(..., "Weight of this teacher in the mixture; that of --teacher is the rest.", gt=0, lt=1)
 
 
 class Stage(Settings):
@@ -132,6 +153,39 @@ class Stage(Settings):
         return self.steps or max(1, round((self.epochs or 2.0) * per_epoch))
 
 
+class ItemSettings(Settings):
+    """Items that the student learns to read as tokens of their own (distill/item_embedding.py)."""
+
+    file: Path | None = setting(
+        None,
+        'Items that the student reads as tokens instead of texts, one {"id": …, "text": …} per line (default: none).',
+        option="--items",
+        metavar="FILE.jsonl",
+    )
+    tokens_per_item: int = setting(
+        1, "Number of tokens that stand for an item (default: 1).", option="--tokens-per-item", ge=1
+    )
+    num_slots: int = _key(
+        0, "Number of items that the vocabulary has room for; 0 leaves an eighth of the slots free.", ge=0
+    )
+    learning_rate: float = _key(
+        1e-3, "Highest learning rate of the encoder and the residuals; it changes as training.learning_rate does.", gt=0
+    )
+    num_factors: int = _key(16, "Number of factors of an item in the matrix of users by items.", ge=1)
+    num_folds: int = _key(
+        10,
+        "Number of parts of the training users; the sequences of a user read what the users of the other parts say of "
+        "the items. 0 lets them read what all users say, the label to predict included.",
+        ge=0,
+    )
+    shrinkage: float = _key(
+        20.0, "Number of ratings at which an item keeps half of its residual; fewer keep less.", gt=0
+    )
+    unrated_frac: float = _key(
+        0.1, "Share of the items that a step reads as if nobody had rated them, for the sake of new items.", ge=0, lt=1
+    )
+
+
 class DistillRecipe(Settings):
     """All settings of a training except the models."""
 
@@ -140,14 +194,34 @@ class DistillRecipe(Settings):
     supervision: Supervision = Supervision()
     loss: LossSettings = LossSettings()
     training: TrainingSettings = TrainingSettings()
+    teachers: tuple[FurtherTeacher, ...] = _key((), "Further teachers with their weights.")
+    items: ItemSettings = ItemSettings()
     stages: tuple[Stage, ...] = _key((Stage(),), "Stages in their order.")
 
     @model_validator(mode="after")
     def _stages_fit_the_loss(self) -> DistillRecipe:
         if not self.stages:
             raise ValueError("give at least one stage")
+        if self.loss.teacher_instruction and (self.supervision.window != "left" or not self.loss.kd_weight):
+            raise ValueError("teacher_instruction needs a teacher and the left window: set kd_weight above 0")
+        if self.teachers and not self.loss.kd_weight:
+            raise ValueError("teachers have no effect: set loss.kd_weight above 0")
+        if sum(one.weight for one in self.teachers) >= 1:
+            raise ValueError("the weights of teachers must leave a rest for that of --teacher: lower them")
         if any(stage.kind == "on_policy" for stage in self.stages) and (self.loss.top_k or not self.loss.kd_weight):
             raise ValueError("an on_policy stage needs a running teacher: set kd_weight above 0 and top_k to 0")
+        return self
+
+    @model_validator(mode="after")
+    def _items_fit_the_loss(self) -> DistillRecipe:
+        if self.items.file is None:
+            return self
+        if self.loss.kd_weight and not self.loss.top_k:
+            raise ValueError("a teacher reads the items' texts once, before the training: set loss.top_k, such as 8")
+        if any(stage.kind == "on_policy" for stage in self.stages):
+            raise ValueError("a student cannot write items, so on_policy stages and items.file do not go together")
+        if self.supervision.lead_span < 1 or "prompt" in sections_text(self.supervision.section_set):
+            raise ValueError('only labels of items are learned: set supervision.sections = "answer" and lead_span = 1')
         return self
 
 

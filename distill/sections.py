@@ -12,9 +12,9 @@ stop token is dropped.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 from slimserve.core.chat_template import render_chat
 from slimserve.core.errors import UserError
@@ -33,6 +33,18 @@ class Section(IntEnum):
     ANSWER = 2
 
 
+class Label(NamedTuple):
+    """A label of a ranker's candidate, such as " yes" or " no"."""
+
+    position: int
+    first: int
+    """Token of the label whose probability is the candidate's score."""
+    second: int
+    """Token of the other label."""
+    share: float
+    """Target probability of the first label: 1 or 0, or a soft label or grade between them."""
+
+
 @dataclass(frozen=True)
 class Example:
     """One training sequence."""
@@ -44,6 +56,10 @@ class Example:
     """Section of each token."""
     num_prompt: int = 0
     """Number of leading tokens that a model gets before it replies; 0 if it writes no reply."""
+    teacher_prompt: tuple[int, ...] = ()
+    """Prompt that the teacher reads in place of the first `num_prompt` tokens; empty if it reads the same ones."""
+    labels: tuple[Label, ...] = ()
+    """Labels in the order of their positions, if a ranker learns the sequence."""
 
 
 def reply_sections(reply: str, is_open: bool = False) -> list[tuple[int, int, Section]]:
@@ -70,12 +86,14 @@ def chat_example(
     stop_tokens: Collection[int],
     *,
     request: Mapping[str, Any] | None = None,
+    teacher_instruction: str = "",
 ) -> Example | None:
     """Return the example of a conversation whose last message is the reply to train on.
 
     The end is cut off after `max_tokens`; None if the prompt alone has as many. The stop token belongs to the reply's
-    last section. `tools` and `chat_template_kwargs` of `request` reach the chat template. Raises UserError if the
-    template fails or leaves the reply out, or if the tokenizer reports no offsets.
+    last section. `tools` and `chat_template_kwargs` of `request` reach the chat template. The teacher's prompt has
+    `teacher_instruction` before the text of the last user message. Raises UserError if the template fails or leaves the
+    reply out, or if the tokenizer reports no offsets.
     """
     if not messages or messages[-1]["role"] != "assistant":
         raise UserError("example", name, "does not end with an assistant message", "put the reply to train on last")
@@ -91,12 +109,35 @@ def chat_example(
     room = max_tokens - len(prompt_ids)
     if room <= 0 or not reply_ids:
         return None
+    teacher_ids: list[int] = []
+    if teacher_instruction:
+        instructed, _ = _render(tokenizer, _instructed(messages, teacher_instruction, name), name, request or {})
+        teacher_ids = tokenizer(instructed, add_special_tokens=False)["input_ids"]
     return Example(
         name,
         (*prompt_ids, *reply_ids[:room]),
         (*([Section.PROMPT] * len(prompt_ids)), *sections[:room]),
         len(prompt_ids),
+        tuple(teacher_ids),
     )
+
+
+def _instructed(messages: Sequence[Mapping[str, Any]], instruction: str, name: str) -> list[Mapping[str, Any]]:
+    """Return the conversation with an instruction before the last user message's text.
+
+    It is not a system message, because some templates have none and others fill it by default.
+    """
+    at = next((at for at in reversed(range(len(messages))) if messages[at]["role"] == "user"), None)
+    if at is None:
+        problem = "has no user message for loss.teacher_instruction"
+        raise UserError("conversation", name, problem, "leave the conversation or the instruction out")
+    content = messages[at]["content"]
+    text = (
+        f"{instruction}\n\n{content}"
+        if isinstance(content, str)
+        else [{"type": "text", "text": instruction}, *(content or ())]
+    )
+    return [*messages[:at], {**messages[at], "content": text}, *messages[at + 1 :]]
 
 
 def sampled_example(tokenizer: Any, name: str, prompt_ids: Sequence[int], reply_ids: Sequence[int]) -> Example:
@@ -120,24 +161,61 @@ def label_example(tokenizer: Any, prompt: ScoringPrompt, name: str, max_tokens: 
     """Return the example of a history and its candidates with their true labels, cut off after `max_tokens`.
 
     Every label is an answer, those of the history too. A label is the end of a line that is one of the prompt's labels.
+    Soft labels are those of the prompt's items; the history's labels are hard. Raises UserError if a label is not one
+    token.
     """
-    text = prompt.solved
-    labels, begin = [], 0
+    text, soft, begin = prompt.solved, {}, len(prompt.query)
+    for item, share, true in zip(prompt.items, prompt.soft, prompt.truth, strict=True):
+        end = begin + len(item) + len(prompt.labels[0 if true else 1])
+        soft[end], begin = share, end + 1
+    first_token, second_token = (label_token(tokenizer, label) for label in prompt.labels[:2])
+    spans, begin = [], 0
     for line in split_lines(text, keepends=True):
         ending = next((label for label in prompt.labels if line.rstrip("\n").endswith(label)), None)
         if ending is not None:
             end = begin + len(line.rstrip("\n"))
-            labels.append((end - len(ending.strip()), end))
+            spans.append((end - len(ending.strip()), end, soft.get(end, float(ending == prompt.labels[0]))))
         begin += len(line)
     ids, offsets = _with_offsets(tokenizer, text, add_special_tokens=True)
-    sections, remaining = [], iter(labels)
-    label = next(remaining, None)
-    for first, last in offsets:
-        while label is not None and label[1] <= first:
-            label = next(remaining, None)
-        is_label = label is not None and first < label[1] and last > label[0]
+    sections, labels, remaining = [], [], iter(spans)
+    span = next(remaining, None)
+    for position, (first, last) in enumerate(offsets[:max_tokens]):
+        while span is not None and span[1] <= first:
+            span = next(remaining, None)
+        is_label = span is not None and first < span[1] and last > span[0]
         sections.append(Section.ANSWER if is_label else Section.PROMPT)
-    return Example(name, tuple(ids[:max_tokens]), tuple(sections[:max_tokens]))
+        if span is not None and is_label and ids[position] in {first_token, second_token}:
+            labels.append(Label(position, first_token, second_token, span[2]))
+    return Example(name, tuple(ids[:max_tokens]), tuple(sections), labels=tuple(labels))
+
+
+def label_token(tokenizer: Any, label: str) -> int:
+    """Return the token of a label; UserError if it is not one token."""
+    tokens = tokenizer(label, add_special_tokens=False)["input_ids"]
+    if len(tokens) != 1:
+        raise UserError("label", label, f"has {len(tokens)} tokens in this model", "choose labels of one token")
+    return int(tokens[0])
+
+
+def with_soft_reply(tokenizer: Any, example: Example, soft_labels: Mapping[str, float]) -> Example | None:
+    """Return a chat whose answer is one of two labels, with their probabilities; None if the answer was cut off.
+
+    `soft_labels` gives each label's probability, the scored one's first. Raises UserError if the answer is neither of
+    them, or if one of them is not one token.
+    """
+    answers = [at for at, section in enumerate(example.sections) if section is Section.ANSWER]
+    written = {at: tokenizer.decode([example.tokens[at]], skip_special_tokens=True) for at in answers}
+    positions = [at for at in answers if written[at].strip()]
+    if not positions:
+        return None
+    text = written[positions[0]]
+    if len(positions) > 1 or text.strip() not in soft_labels:
+        problem = f"has the answer {''.join(written.values()).strip()[:40]!r}, which is none of its soft_labels"
+        raise UserError("conversation", example.name, problem, "answer with one label of one token, and nothing else")
+    space = text[: len(text) - len(text.lstrip())]
+    first, second = (label_token(tokenizer, space + label) for label in soft_labels)
+    share = next(iter(soft_labels.values()))
+    return replace(example, labels=(Label(positions[0], first, second, share),))
 
 
 def text_example(tokenizer: Any, prompt: str, answer: str, name: str, max_tokens: int) -> Example | None:

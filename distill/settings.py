@@ -13,11 +13,18 @@ class ModelSettings(Settings):
 
     student: str = setting("", "Model to train, as it is at the start.", metavar="MODEL")
     teacher: str | None = setting(
-        None, "Model to imitate; without it the student is fine-tuned on the data alone.", metavar="MODEL"
+        None,
+        "Model to imitate, or the address of a server of it; without it the student is fine-tuned on the data alone.",
+        metavar="MODEL|URL",
     )
     recipe: Path | None = setting(None, "TOML file of the recipe (docs/distill.md).", metavar="FILE.toml")
     assignments: tuple[str, ...] = setting(
         (), "Change a key of the recipe; may be repeated.", option="--set", metavar="TABLE.KEY=VALUE"
+    )
+    device: str = setting(
+        "auto",
+        "Device that trains: auto takes a GPU if PyTorch sees one, and under `accelerate launch` what it gives.",
+        metavar="auto|cpu|cuda[:N]",
     )
 
 

@@ -27,8 +27,8 @@ from slimserve.core.storage import write_remedy
 _FOLDER = "state"
 _FORMAT = 2
 _COMPONENTS_FILE = "progress.json"
-CHECKPOINT = f"{_FOLDER}/{_COMPONENTS_FILE}"
-"""File in the work folder that exists once there is a checkpoint to resume from."""
+RESUMABLE = f"*/{_COMPONENTS_FILE}"
+"""Pattern of a file in the work folder that exists once there is a checkpoint or a served teacher's first answers."""
 
 
 def save_state(

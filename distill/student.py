@@ -8,15 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from slimserve.distill.batches import Batch
-from slimserve.distill.chunked import TeacherPrediction, TeacherStates, TokenLosses, chunked_loss, token_losses
+from slimserve.distill.chunked import (
+    TeacherMixture,
+    TeacherPrediction,
+    TeacherStates,
+    TokenLosses,
+    chunked_loss,
+    token_losses,
+)
+from slimserve.distill.cost import ModelShape
 from slimserve.distill.losses import hidden_distance
 from slimserve.distill.models import head_of
+from slimserve.distill.ranking import listwise_loss, log_odds, teacher_log_odds
 from slimserve.distill.recipe import LossSettings
 
 
@@ -33,6 +42,10 @@ class TeacherModel(Protocol):
     """Anything that predicts the next tokens of a batch."""
 
     def predict(self, batch: Batch) -> TeacherOutput: ...
+
+    def flops(self, batch: Batch) -> float:
+        """Return the FLOPs of a prediction."""
+        ...
 
 
 class StudentLoss(nn.Module):
@@ -70,7 +83,19 @@ class StudentLoss(nn.Module):
         if torch.is_autocast_enabled(device):
             hidden_ND = hidden_ND.to(torch.get_autocast_dtype(device))
         compute = token_losses if is_measuring else chunked_loss
-        losses = compute(hidden_ND, head_of(self.student), batch.labels_N, teacher.prediction, loss)
+        head_VD, lists = head_of(self.student), batch.lists
+        labels = lists.targets(batch.labels_N, loss) if lists else batch.labels_N
+        losses = compute(hidden_ND, head_VD, labels, teacher.prediction, loss)
+        if lists and loss.list_weight:
+            theirs = teacher_log_odds(teacher.prediction, lists, loss.temperature)
+            shares = lists.shares(batch.labels_N, loss)
+            of_lists = listwise_loss(log_odds(hidden_ND, head_VD, lists), shares, lists.is_label_MK, theirs, loss)
+            # A list counts once for each of its labels, so that every target has a loss of its own.
+            of_labels = (loss.list_weight * of_lists[:, None]).expand_as(lists.is_label_MK)[lists.is_label_MK]
+            if isinstance(losses, Tensor):
+                losses[0].index_add_(0, lists.target_MK[lists.is_label_MK], of_labels)
+            else:
+                losses = losses._replace(total=losses.total + of_labels.sum())
         if isinstance(losses, Tensor) or not teacher.hidden:
             return losses
         kind = self.matching.hidden_kind
@@ -82,17 +107,55 @@ class StudentLoss(nn.Module):
 
 
 class OnlineTeacher:
-    """A frozen teacher that reads every batch itself."""
+    """A frozen teacher that reads every batch itself, or several with weights.
 
-    def __init__(self, model: nn.Module, loss: LossSettings | None = None) -> None:
-        self.model = model.eval().requires_grad_(False)
+    `further` are the teachers after the first one, whose weight is the rest. Only the first one's hidden states are
+    matched.
+    """
+
+    def __init__(
+        self, model: nn.Module, loss: LossSettings | None = None, further: Sequence[tuple[nn.Module, float]] = ()
+    ) -> None:
+        self._models: list[Any] = [one.eval().requires_grad_(False) for one in (model, *(one for one, _ in further))]
+        self._weights = (1 - sum(weight for _, weight in further), *(weight for _, weight in further))
         self._matching = loss or LossSettings()
+        self._shapes = [ModelShape.of(one.config.to_dict()) for one in self._models]
+
+    @property
+    def model(self) -> Any:
+        """The first teacher."""
+        return self._models[0]
+
+    @property
+    def config(self) -> Any:
+        """Configuration of the first teacher."""
+        return self.model.config
+
+    @property
+    def device(self) -> torch.device:
+        return cast("torch.device", next(self._models[0].parameters()).device)
+
+    def to(self, device: torch.device | str) -> None:
+        """Move all teachers to `device`."""
+        for model in self._models:
+            model.to(device)
 
     @torch.no_grad()
     def predict(self, batch: Batch) -> TeacherOutput:
-        last, matched = read_states(self.model, batch, self._matching)
-        states = TeacherStates(last.flatten(0, 1)[batch.source_N], head_of(self.model))
-        return TeacherOutput(states, tuple(matched))
+        batch = batch.for_teacher
+        outputs = [
+            read_states(model, batch, self._matching if number == 0 else LossSettings())
+            for number, model in enumerate(self._models)
+        ]
+        parts = tuple(
+            TeacherStates(last.flatten(0, 1)[batch.source_N], head_of(model))
+            for model, (last, _) in zip(self._models, outputs, strict=True)
+        )
+        prediction = parts[0] if len(parts) == 1 else TeacherMixture(parts, self._weights)
+        return TeacherOutput(prediction, tuple(outputs[0][1]))
+
+    def flops(self, batch: Batch) -> float:
+        return sum(shape.forward_flops(batch.for_teacher.lengths, batch.num_targets) for shape in self._shapes)
 
 
 def read_states(model: Any, batch: Batch, loss: LossSettings) -> tuple[Tensor, Sequence[Tensor]]:

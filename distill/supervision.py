@@ -15,19 +15,32 @@ from pydantic import field_validator
 
 from slimserve.core.config import Settings, setting
 from slimserve.core.errors import UserError
-from slimserve.distill.sections import Example, Section
+from slimserve.distill.sections import Example, Label, Section
 
 Window = Literal["left", "middle", "right"]
 
 
 @dataclass(frozen=True)
 class SupervisedSequence:
-    """A sequence as both models read it."""
+    """A sequence as the student reads it, and the teacher too unless it has a prompt of its own."""
 
     name: str
     tokens: tuple[int, ...]
     targets: tuple[int, ...]
     """Positions of the tokens to predict, ascending; never 0, because nothing precedes the first token."""
+    labels: tuple[Label, ...] = ()
+    """Labels of a ranker; those that are targets are trained."""
+    teacher_tokens: tuple[int, ...] = ()
+    """Tokens that the teacher reads, if it has a prompt of its own; they end with the same reply."""
+
+    @property
+    def for_teacher(self) -> SupervisedSequence:
+        """The sequence as the teacher reads it; its targets are the same tokens in the same order."""
+        if not self.teacher_tokens:
+            return self
+        shift = len(self.teacher_tokens) - len(self.tokens)
+        targets = tuple(target + shift for target in self.targets)
+        return SupervisedSequence(self.name, self.teacher_tokens, targets)
 
 
 class Supervision(Settings):
@@ -48,11 +61,17 @@ class Supervision(Settings):
         return parse_sections(self.sections)
 
     def apply(self, example: Example) -> SupervisedSequence:
-        """Cut the example to its window and choose the targets there."""
+        """Cut the example to its window and choose the targets there.
+
+        If the teacher has a prompt of its own, only the reply has targets, and the window must be on the left.
+        """
         begin, end = window_of(len(example.tokens), self.lead_span, self.window)
-        chosen = self.section_set
-        targets = tuple(at for at in range(1, end - begin) if example.sections[begin + at] in chosen)
-        return SupervisedSequence(example.name, example.tokens[begin:end], targets)
+        chosen, teacher_prompt = self.section_set, example.teacher_prompt
+        first = example.num_prompt if teacher_prompt else 1
+        targets = tuple(at for at in range(first, end - begin) if example.sections[begin + at] in chosen)
+        teacher_tokens = (*teacher_prompt, *example.tokens[example.num_prompt : end]) if teacher_prompt else ()
+        labels = tuple(label._replace(position=label.position - begin) for label in example.labels)
+        return SupervisedSequence(example.name, example.tokens[begin:end], targets, labels, teacher_tokens)
 
     def apply_all(self, examples: Sequence[Example]) -> list[SupervisedSequence]:
         """Return the sequences that have a target; UserError if none has."""

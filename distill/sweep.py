@@ -9,27 +9,42 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import field_validator
 
 from slimserve.core.config import validated
+from slimserve.core.model_files import model_hash
 from slimserve.core.progress import print_status
 from slimserve.core.provenance import provenance
-from slimserve.core.storage import write_atomically
+from slimserve.core.storage import cached_result, write_atomically
 from slimserve.core.variant import read_manifest
 from slimserve.distill.recipe import DistillRecipe
 from slimserve.distill.run import distill
 from slimserve.distill.supervision import Supervision, parse_sections, sections_text
 
-_FORMAT = 2
+_FORMAT = 3
 _MARKERS = {"left": ("o", "s"), "right": ("^", "v"), "middle": ("D", "d")}
 """Markers of each window in the plot: of its students and of their controls."""
 _TITLES = {"cross_entropy": "cross-entropy, nats/token", "divergence": "divergence to the teacher, nats/token"}
 
-Evaluate = Callable[[Path], Mapping[str, float]]
-"""Returns further metrics of the student in a directory."""
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A measurement of further metrics of a student."""
+
+    inputs: object
+    """Everything besides the student that determines the metrics, such as the test prompts and the launch; see
+    `cached_result`."""
+    measure: Callable[[Path], Mapping[str, float]]
+    """Returns the metrics of the student in a directory."""
+
+    def of(self, directory: Path, folder: Path) -> dict[str, float]:
+        """Return the metrics of a student, which are kept in `folder` and not measured again."""
+        inputs = (model_hash(directory), self.inputs)
+        return cached_result(folder, f"{directory.name}.evaluation", inputs, lambda: self.measure(directory))
 
 
 class SweepPoint(Supervision):
@@ -90,23 +105,25 @@ def sweep(
     recipe: DistillRecipe,
     points: Sequence[SweepPoint],
     folder: Path,
-    evaluate: Evaluate | None = None,
+    evaluation: Evaluation | None = None,
+    device: str = "auto",
 ) -> list[dict[str, Any]]:
     """Train the student of every point under `folder` and return one row per point.
 
-    The rows are also in `sweep.json`, `sweep.md` and `sweep.png`. `evaluate` adds metrics of a finished student, such
+    The rows are also in `sweep.json`, `sweep.md` and `sweep.png`. `evaluation` adds metrics of a finished student, such
     as its accuracy behind a server; they are kept beside its directory and not measured again.
     """
     rows = []
     for number, point in enumerate(points, start=1):
         print_status(f"point {number} of {len(points)}: {point.name}")
-        directory = distill(student, teacher, point.apply_to(recipe), folder / point.name, recipe_name=point.name)
+        own = point.apply_to(recipe)
+        directory = distill(student, teacher, own, folder / point.name, recipe_name=point.name, device=device)
         manifest = read_manifest(directory)
         assert manifest is not None
         detail = next(step.detail for step in manifest.steps if step.name == "distill")
         row = {**point.model_dump(), "name": point.name, **_results_of(detail)}
-        if evaluate is not None:
-            row["evaluation"] = _evaluation_of(directory, folder, evaluate)
+        if evaluation is not None:
+            row["evaluation"] = evaluation.of(directory, folder)
         rows.append(row)
         document = {
             "command": "distill sweep",
@@ -129,17 +146,10 @@ def _results_of(detail: Mapping[str, Any]) -> dict[str, Any]:
     metrics = {name: value for name, value in kept.items() if name not in {"step", "tokens_read", "train_s"}}
     return {
         **{name: detail[name] for name in ("steps", "tokens_read", "targets", "train_s", "flops", "peak_bytes")},
+        **{f"total_{name}": value for name, value in detail["total"].items()},
         "validation": metrics,
         "validation_before": {name: history[0][name] for name in metrics} if history else {},
     }
-
-
-def _evaluation_of(directory: Path, folder: Path, evaluate: Evaluate) -> dict[str, float]:
-    file = folder / f"{directory.name}.evaluation.json"
-    if not file.is_file():
-        write_atomically(file, json.dumps(dict(evaluate(directory))))
-    metrics: dict[str, float] = json.loads(file.read_text(encoding="utf-8"))
-    return metrics
 
 
 def _metrics_of(row: Mapping[str, Any]) -> dict[str, float]:
@@ -159,9 +169,9 @@ def table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]
             f"{row['lead_span']:g}",
             str(row["steps"]),
             f"{row['tokens_read']:,}",
-            f"{row['train_s'] / 60:.1f}",
+            f"{row['total_seconds'] / 60:.1f}",
             f"{row['peak_bytes'] / 2**30:.2f}",
-            f"{row['flops'] / 1e12:.0f}",
+            f"{row['total_flops'] / 1e12:.0f}",
             *(f"{metrics[name]:.4g}" if name in metrics else "" for name in names),
         ]
         lines.append(cells)
@@ -203,7 +213,7 @@ def plot(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
         axis.set(title=_TITLES.get(name, name.replace("_", " ")))
     full = next((row for row in rows if row["lead_span"] == 1 and not row["is_control"]), rows[0])
     chosen = series("left", False)
-    for key, label in {"train_s": "time", "peak_bytes": "memory", "flops": "FLOPs"}.items():
+    for key, label in {"total_seconds": "time", "peak_bytes": "memory", "total_flops": "FLOPs"}.items():
         spans, costs = [row["lead_span"] for row in chosen], [row[key] / full[key] for row in chosen]
         axes[-1].plot(spans, costs, marker="o", label=label)
     axes[-1].set(title="cost relative to full sequences", ylim=(0, None))

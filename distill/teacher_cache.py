@@ -1,15 +1,18 @@
 """A teacher's likeliest tokens at every target, computed once and then read from disk.
 
 A cache pays off if the same sequences are read in several epochs, because the teacher runs only once. It holds K tokens
-of the vocabulary; the error that this causes is measured when the cache is made.
+of the vocabulary; the error that this causes is measured when the cache is made. The source is a teacher in this
+process, or a served one (served_teacher.py).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -21,7 +24,8 @@ from slimserve.core.errors import UserError
 from slimserve.core.progress import progress
 from slimserve.core.storage import write_remedy
 from slimserve.distill.batches import Batch, make_batches
-from slimserve.distill.chunked import CHUNK, TeacherStates
+from slimserve.distill.chunked import TeacherMixture, TeacherStates, chunk_size, teacher_logits
+from slimserve.distill.cost import Cost
 from slimserve.distill.losses import TopK, divergence_from_top_k, divergence_per_token, top_k_of
 from slimserve.distill.recipe import LossSettings
 from slimserve.distill.student import OnlineTeacher, TeacherOutput
@@ -37,8 +41,8 @@ class CacheError:
 
     missing_mass: float
     """Mean probability of the tokens that are not cached."""
-    divergence_frac: float
-    """Fraction of the divergence that is lost by merging all tokens that are not cached."""
+    divergence_frac: float | None
+    """Fraction of the divergence that is lost by merging all tokens that are not cached; None for a served teacher."""
     num_bytes: int
 
 
@@ -51,11 +55,16 @@ class CachedTeacher:
             self._logprobs = tensors.get_tensor("logprobs")
             self._begins = tensors.get_tensor("begins").tolist()
             self.error = CacheError(**json.loads(tensors.metadata()["error"]))
+            self.cost = Cost(**json.loads(tensors.metadata()["cost"]))
 
     def predict(self, batch: Batch) -> TeacherOutput:
         rows = _rows_of(batch, self._begins)
         device = batch.tokens_BT.device
         return TeacherOutput(TopK(self._tokens[rows].to(device), self._logprobs[rows].to(device)))
+
+    def flops(self, batch: Batch) -> float:
+        del batch  # the pass that made the cache is counted once
+        return 0.0
 
 
 @torch.no_grad()
@@ -74,27 +83,26 @@ def make_cache(
     at any other. The error is measured on some targets, for the divergence from the teacher to an equal mixture of its
     distribution and the uniform one.
     """
-    identity = (teacher_sha256, loss.temperature, loss.top_k, [(one.tokens, one.targets) for one in sequences])
-    key = hashlib.sha256(repr(identity).encode()).hexdigest()[:16]
-    file = folder / f"teacher-top{loss.top_k}-{key}.safetensors"
+    file = folder / f"{cache_name(teacher_sha256, sequences, loss)}.safetensors"
     if file.is_file():
         return CachedTeacher(file)
-    begins = [0]
-    for sequence in sequences:
-        begins.append(begins[-1] + len(sequence.targets))
+    begun = time.monotonic()
+    flops = 0.0
+    begins = row_begins(sequences)
     tokens = torch.empty(begins[-1], loss.top_k, dtype=torch.int32)
     logprobs = torch.empty(begins[-1], loss.top_k)
     missing, full, merged, num_measured = 0.0, 0.0, 0.0, 0
-    device = next(teacher.model.parameters()).device
     with progress(f"teacher's {loss.top_k} likeliest tokens", begins[-1], "targets") as tick:
         done = 0
         for batch in make_batches(sequences, range(len(sequences)), max_tokens):
-            states = teacher.predict(batch.to(device)).prediction
-            assert isinstance(states, TeacherStates)
+            states = teacher.predict(batch.to(teacher.device)).prediction
+            flops += teacher.flops(batch)
+            assert isinstance(states, TeacherStates | TeacherMixture)
             rows = _rows_of(batch, begins)
-            for begin in range(0, len(rows), CHUNK):
-                part = slice(begin, begin + CHUNK)
-                logits = (states.hidden_ND[part] @ states.head_VD.T).float()
+            chunk = chunk_size(states.head_VD if isinstance(states, TeacherStates) else states.parts[0].head_VD)
+            for begin in range(0, len(rows), chunk):
+                part = slice(begin, begin + chunk)
+                logits = teacher_logits(states, part, loss.temperature).float()
                 top = top_k_of(logits, loss.top_k, loss.temperature)
                 tokens[rows[part]], logprobs[rows[part]] = top.tokens_NK.cpu(), top.logprobs_NK.cpu()
                 missing += float((1 - top.logprobs_NK.exp().sum(-1)).clamp_min(0).sum())
@@ -106,21 +114,45 @@ def make_cache(
             done += len(rows)
             tick(done)
     error = CacheError(missing / begins[-1], 1 - merged / full if full else 0.0, tokens.nbytes + logprobs.nbytes)
+    cost = Cost(time.monotonic() - begun, sum(len(one.for_teacher.tokens) for one in sequences), flops)
+    save_cache(file, TopK(tokens, logprobs), begins, error, cost)
+    return CachedTeacher(file)
+
+
+def cache_name(teacher: str, sequences: Sequence[SupervisedSequence], loss: LossSettings) -> str:
+    """Return the name of a cache without suffix; `teacher` identifies the teacher."""
+    identity = (
+        teacher,
+        loss.temperature,
+        loss.top_k,
+        [(one.tokens, one.targets, one.teacher_tokens) for one in sequences],
+    )
+    return f"teacher-top{loss.top_k}-{hashlib.sha256(repr(identity).encode()).hexdigest()[:16]}"
+
+
+def row_begins(sequences: Sequence[SupervisedSequence]) -> list[int]:
+    """Return the first row of each sequence's targets in a cache, and the number of all rows."""
+    return [0, *accumulate(len(sequence.targets) for sequence in sequences)]
+
+
+def save_cache(file: Path, top: TopK, begins: Sequence[int], error: CacheError, cost: Cost) -> None:
+    """Write a cache; UserError if it cannot be written."""
+    tensors = {"tokens": top.tokens_NK, "logprobs": top.logprobs_NK, "begins": torch.tensor(begins)}
+    write_tensors(file, tensors, {"error": json.dumps(vars(error)), "cost": json.dumps(vars(cost))})
+
+
+def write_tensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a file that appears completely or not at all; UserError if it cannot be written."""
     partial = file.with_suffix(".partial")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(
-            {"tokens": tokens, "logprobs": logprobs, "begins": torch.tensor(begins)},
-            partial,
-            metadata={"error": json.dumps(vars(error))},
-        )
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, partial, metadata)
         partial.rename(file)
     except (OSError, SafetensorError) as problem:
         partial.unlink(missing_ok=True)
         raise UserError(
             "teacher cache", file, f"could not be written ({problem})", f"{write_remedy(problem)} or lower loss.top_k"
         ) from problem
-    return CachedTeacher(file)
 
 
 def _rows_of(batch: Batch, begins: Sequence[int]) -> Tensor:

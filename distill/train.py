@@ -32,7 +32,7 @@ from slimserve.core.progress import ProgressCallback, print_status, progress
 from slimserve.core.storage import write_atomically
 from slimserve.distill.batches import Batch, make_batches
 from slimserve.distill.components import BestWeights, StageSchedule, StepLog, TrainingStats
-from slimserve.distill.cost import ModelShape, PeakMemory, training_flops
+from slimserve.distill.cost import Cost, ModelShape, PeakMemory, training_flops
 from slimserve.distill.parallel import ParallelStudent
 from slimserve.distill.recipe import DistillRecipe, LossSettings
 from slimserve.distill.sampling import ReplyWriter, Sampler
@@ -40,6 +40,7 @@ from slimserve.distill.sections import Example
 from slimserve.distill.state import load_state, save_state, write_error
 from slimserve.distill.student import OnlineTeacher, StudentLoss, TeacherModel, TeacherOutput
 from slimserve.distill.supervision import SupervisedSequence
+from slimserve.distill.teacher_cache import CachedTeacher
 from slimserve.distill.validation import Validator
 
 STEP_LOG = "steps.jsonl"
@@ -60,8 +61,10 @@ class TrainingJob:
     """Hash of everything that determines the result; a checkpoint with another key is ignored."""
     tokenizer: Any = None
     online: OnlineTeacher | None = None
-    cached: TeacherModel | None = None
+    cached: CachedTeacher | None = None
     """Replaces `online` on given text if the loss has a top_k."""
+    cached_validation: CachedTeacher | None = None
+    """Cache of the validation sequences, if the teacher is served."""
     sampler: Sampler | None = None
     evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None
     """Returns further metrics of a validation."""
@@ -130,20 +133,22 @@ class Trainer:
         if recipe.training.checkpointing:
             student: Any = job.student
             student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        teacher_config: Any = job.online.model.config if job.online else None
-        module = StudentLoss(job.student, recipe.loss, teacher_config)
-        self.shape = ModelShape.of(module.student.config.to_dict())
-        self.teacher_shape = ModelShape.of(teacher_config.to_dict()) if teacher_config and not job.cached else None
+        module = StudentLoss(job.student, recipe.loss, job.online.config if job.online else None)
+        self.shape = ModelShape.of(module.student.config.to_dict(), recipe.training.lora_rank)
         self.student = ParallelStudent(module, recipe)
         if job.online:
-            job.online.model.to(self.student.device)
+            job.online.to(self.student.device)
         self.sequences = recipe.supervision.apply_all(job.training)
         self.schedule = StageSchedule(recipe, [len(sequence.tokens) for sequence in self.sequences])
-        self.stats = TrainingStats()
+        self.stats = TrainingStats(teacher_cache=job.cached.cost if job.cached else Cost())
         self.best = BestWeights(self.student, job.folder, is_saving=recipe.training.keep == "best")
         self.components = {"schedule": self.schedule, "stats": self.stats, "best": self.best}
-        self.validator = Validator(self.student, recipe, job.validation, job.online, job.evaluate)
-        self.replies = ReplyWriter(self.student, recipe, job.training, self.sequences, job.sampler, job.tokenizer)
+        self.validator = Validator(
+            self.student, recipe, job.validation, job.cached_validation or job.online, job.evaluate
+        )
+        self.replies = ReplyWriter(
+            self.student, recipe, job.training, self.sequences, job.sampler, job.tokenizer, self.shape
+        )
         self.memory = PeakMemory(self.student.device.type == "cuda")
         self.log = StepLog(job.folder / STEP_LOG)
 
@@ -156,7 +161,7 @@ class Trainer:
         saved = time.monotonic()
         with progress("distill", self.schedule.total, "steps") as tick:
             for steps in self.schedule.rounds():
-                replies = self.replies.write(steps, self.schedule.stage, self.schedule.seed)
+                replies = self.write_replies(steps)
                 for indices in steps:
                     self.step(indices, [replies[index] for index in indices if index in replies], tick)
                     self.schedule.advance()
@@ -181,6 +186,14 @@ class Trainer:
         if student.is_first:
             self.log.drop_after(self.schedule.num_done)
 
+    def write_replies(self, steps: Sequence[Sequence[int]]) -> dict[int, SupervisedSequence]:
+        """Return the student's replies of an on-policy round by sequence index, and count their cost."""
+        self.memory.reset()
+        replies, cost = self.replies.write(steps, self.schedule.stage, self.schedule.seed)
+        self.stats.sampling += cost
+        self.stats.peak_bytes = max(self.stats.peak_bytes, self.memory.peak_bytes())
+        return replies
+
     def step(self, indices: Sequence[int], replies: Sequence[SupervisedSequence], tick: ProgressCallback) -> None:
         """Run one optimizer step on the sequences at `indices`; a sampled reply replaces the sequence of its name."""
         begun = time.monotonic()
@@ -188,7 +201,7 @@ class Trainer:
         torch.manual_seed(self.schedule.seed)
         self.memory.reset()
         for group in student.optimizer.param_groups:
-            group["lr"] = self.schedule.learning_rate
+            group["lr"] = self.schedule.learning_rate * group["rate_factor"]
         micro_batches = self.micro_batches(indices, replies)
         num_targets = student.sum(sum(one.batch.num_targets * one.weight for one in micro_batches))
         totals = _StepTotals(torch.zeros(3, dtype=torch.float64))
@@ -213,13 +226,9 @@ class Trainer:
         student.backward(losses.total * (weight * student.num_processes / max(num_targets, 1.0)))
         totals.losses_3 += torch.stack([one.detach().double().cpu() * weight for one in losses])
         totals.tokens += round(weight * sum(batch.lengths))
-        totals.flops += weight * training_flops(
-            self.shape,
-            self.teacher_shape if micro_batch.teacher else None,
-            batch.lengths,
-            batch.num_targets,
-            is_checkpointed=self.job.recipe.training.checkpointing,
-        )
+        is_checkpointed = self.job.recipe.training.checkpointing
+        flops = training_flops(self.shape, batch.lengths, batch.num_targets, is_checkpointed=is_checkpointed)
+        totals.flops += weight * (flops + (micro_batch.teacher.flops(batch) if micro_batch.teacher else 0.0))
 
     def micro_batches(self, indices: Sequence[int], replies: Sequence[SupervisedSequence]) -> list[_MicroBatch]:
         """Return this process's share of a step, with as many passes as every other process has."""

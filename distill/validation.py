@@ -21,8 +21,8 @@ from slimserve.distill.models import head_of
 from slimserve.distill.parallel import ParallelStudent
 from slimserve.distill.recipe import DistillRecipe
 from slimserve.distill.sections import Example, Section
-from slimserve.distill.student import OnlineTeacher, TeacherOutput
-from slimserve.distill.supervision import Supervision
+from slimserve.distill.student import TeacherModel, TeacherOutput
+from slimserve.distill.supervision import SupervisedSequence, Supervision
 from slimserve.workloads import intervals, metrics
 from slimserve.workloads.interface import Estimate
 
@@ -30,25 +30,35 @@ NUM_SKIPPED_LABELS = 8
 """Number of leading labels of a sequence that the ranking metrics skip."""
 
 
+def validation_sequences(examples: Sequence[Example], recipe: DistillRecipe) -> list[SupervisedSequence]:
+    """Return full sequences with all sections, so that the losses of different recipes refer to the same tokens.
+
+    Nothing predicts item tokens, so with items only the recipe's sections can be measured.
+    """
+    sections = recipe.supervision.sections if recipe.items.file is not None else "all"
+    return Supervision(sections=sections).apply_all(examples) if examples else []
+
+
 class Validator:
-    """Measures the student on the validation examples."""
+    """Measures the student on the validation examples.
+
+    `teacher` knows the sequences of `validation_sequences`; a cache of the training sequences does not.
+    """
 
     def __init__(
         self,
         student: ParallelStudent,
         recipe: DistillRecipe,
         examples: Sequence[Example],
-        teacher: OnlineTeacher | None,
+        teacher: TeacherModel | None,
         evaluate: Callable[[nn.Module], Mapping[str, float]] | None,
     ) -> None:
         self._student = student
         self._recipe = recipe
         self._examples = examples
-        # A cached teacher knows only the training sequences, so validation needs the running one.
         self._teacher = teacher if recipe.loss.kd_weight else None
         self._evaluate = evaluate
-        # Full sequences and all sections, so that the losses of different recipes refer to the same tokens.
-        self._sequences = Supervision().apply_all(examples) if examples else []
+        self._sequences = validation_sequences(examples, recipe)
 
     @torch.no_grad()
     def measure(self, step: int) -> dict[str, Any]:
@@ -128,14 +138,22 @@ def label_scores(
     for batch in make_batches(sequences, [n for n, one in enumerate(sequences) if one.targets], max_tokens):
         batch_here = batch.to(device)
         states = model.get_decoder()(input_ids=batch_here.tokens_BT, use_cache=False).last_hidden_state
-        hidden_ND = states.flatten(0, 1)[batch_here.source_N].float()
-        logits = hidden_ND @ head_of(model)[list(labels)].float().T
-        scores = iter(logits.softmax(-1)[:, 0].tolist())
+        hidden_ND = states.flatten(0, 1)[batch_here.source_N]
+        scores = iter(label_probability(model, labels, hidden_ND).tolist())
         for index in batch.indices:
             for target in sequences[index].targets:
                 results[index][0].append(sequences[index].tokens[target] == labels[0])
                 results[index][1].append(next(scores))
     return results
+
+
+def label_probability(model: Any, labels: tuple[int, ...], hidden_ND: Tensor) -> Tensor:
+    """Return the share of `labels[0]` in the probability of both labels after hidden states, `[N]` float32.
+
+    A matrix product would be in bfloat16 under autocast, whose steps at a logit of 16 are 0.125 and make ties.
+    """
+    first_D, second_D = head_of(model)[list(labels)].float()
+    return (hidden_ND.float() * (first_D - second_D)).sum(-1).sigmoid()
 
 
 def label_metrics(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 from slimserve.core.errors import UserError
 from slimserve.loadtest.settings import SuiteOptions
 from slimserve.workloads import load_suite_names, load_workload, workload_names
 from slimserve.workloads.interface import Prompt
+from slimserve.workloads.item_tokens import item_tokens_of
 
 MIXED = "mixed"
 """Suite that mixes the requests of the first two built-in workloads."""
@@ -28,8 +30,9 @@ def suite_name(suite: str) -> str:
 def make_prompts(suite: str, options: SuiteOptions, num_prompts: int) -> list[tuple[str, Prompt]]:
     """Return at most `num_prompts` prompts, each with the name of the workload that evaluates its answer.
 
-    They start at number `options.first_prompt` in the order of `options.prompt_seed` and wrap around at its end.
-    Raises UserError for an unknown suite and for data that yields no prompt.
+    They start at number `options.first_prompt` in the order of `options.prompt_seed` and wrap around at its end. Items
+    in the catalogue of `options.item_tokens` are item tokens. Raises UserError for an unknown suite and for data that
+    yields no prompt.
     """
     first = options.first_prompt
     known = _in_order(suite, options, first + num_prompts)
@@ -39,7 +42,8 @@ def make_prompts(suite: str, options: SuiteOptions, num_prompts: int) -> list[tu
         first %= len(known)
         known = [*known[first:], *known[:first]]
         first = 0
-    return known[first : first + num_prompts]
+    as_read = item_tokens_of(Path(options.item_tokens) if options.item_tokens else None)
+    return [(name, as_read(prompt)) for name, prompt in known[first : first + num_prompts]]
 
 
 def _in_order(suite: str, options: SuiteOptions, num_prompts: int) -> list[tuple[str, Prompt]]:

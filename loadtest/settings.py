@@ -41,6 +41,9 @@ class SuiteOptions(Settings):
         0, "Number of the first prompt; a later start avoids prompts of an earlier run.", panel=_REQUESTS, ge=0
     )
     data: str = setting("", "JSONL file of conversations, or a folder of atomic files with ratings.", panel=_REQUESTS)
+    item_tokens: str = setting(
+        "", "Directory of the served variant; items in its catalogue are sent as item tokens.", panel=_REQUESTS
+    )
 
 
 class LoadSettings(Settings):

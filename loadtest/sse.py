@@ -281,7 +281,7 @@ def _decode(data: bytes) -> _Event:
 
 
 def _decode_any(data: bytes) -> _Event:
-    """Return an event in whatever form the choices are; StreamError if it is none."""
+    """Read an event that the fast reader rejects. Raises StreamError for an error of the server and for other data."""
     document = _json_of(data)
     try:
         replies = read_replies(document)

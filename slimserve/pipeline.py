@@ -32,6 +32,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from slimserve.compare.settings import CompareSettings, ComparisonSettings, ExistingModel
+from slimserve.compress.recipe import Recipe, load_recipe
 from slimserve.core.config import Settings, StrictModel, load_toml, setting, validated
 from slimserve.core.errors import UserError
 from slimserve.core.model import resolve_model
@@ -39,6 +40,7 @@ from slimserve.core.model_files import model_hash
 from slimserve.core.progress import print_status
 from slimserve.core.storage import write_atomically
 from slimserve.distill.recipe import DistillRecipe
+from slimserve.workloads import load_workload
 
 _COMPARISON = "compare"
 
@@ -73,7 +75,7 @@ class BetweenRounds(StrictModel):
 
 
 class CompressStep(_Step):
-    """Prunes or quantizes the model."""
+    """Prunes or quantizes the model, calibrated on the comparison's workloads unless the recipe names a source."""
 
     step: Literal["compress"]
     recipe: str
@@ -118,12 +120,13 @@ def load_pipeline(file: Path) -> Pipeline:
 def run_pipeline(pipeline: Pipeline, output: Path) -> dict[str, Path]:
     """Make the model of every step under `output`, compare them, and return the models' directories by step.
 
-    Raises UserError if a step fails. Finished steps are kept, and the same call resumes.
+    Raises UserError before any work if a recipe, model or data source does not exist, and later if a step fails.
+    Finished steps are kept, and the same call resumes.
     """
     from slimserve.compress.build import build_variant
-    from slimserve.compress.recipe import load_recipe
     from slimserve.distill.run import distill
 
+    recipes = check_references(pipeline)
     models: dict[str, Path] = {}
     previous = pipeline.model
     for number, step in enumerate(pipeline.steps, start=1):
@@ -132,9 +135,10 @@ def run_pipeline(pipeline: Pipeline, output: Path) -> dict[str, Path]:
         target = output / step.name
         if isinstance(step, DistillStep):
             teacher = _model_of(step.teacher, models)
-            models[step.name] = distill(source, teacher, step.recipe, target, recipe_name=step.name)
+            models[step.name] = distill(source, teacher, _recipe_of(step.recipe, models), target, recipe_name=step.name)
         else:
-            recipe_name, recipe = load_recipe(step.recipe, step.settings)
+            recipe_name, recipe = recipes[step.name]
+            recipe = recipe.calibrated_on(pipeline.compare.workloads if pipeline.compare else ())
             hook = _distill_between(step, models, output)
             _check_between(step, target)
             models[step.name] = build_variant(
@@ -146,9 +150,43 @@ def run_pipeline(pipeline: Pipeline, output: Path) -> dict[str, Path]:
     return models
 
 
+def check_references(pipeline: Pipeline) -> dict[str, tuple[str, Recipe]]:
+    """Return the name and the recipe of each compression by its step.
+
+    Raises UserError if a recipe, model, workload or file does not exist, so that no training runs in vain before it.
+    """
+    from slimserve.compress import calibration
+    from slimserve.distill import data
+
+    recipes: dict[str, tuple[str, Recipe]] = {}
+    models, earlier = [pipeline.model], set[str]()
+    for step in pipeline.steps:
+        training = step if isinstance(step, DistillStep) else step.between
+        if isinstance(step, CompressStep):
+            recipes[step.name] = load_recipe(step.recipe, step.settings)
+            calibration.check_source(recipes[step.name][1].calibration.source)
+        if training is not None:
+            data.check_source(training.recipe.data.source)
+            teachers = [training.teacher, *(one.model for one in training.recipe.teachers)]
+            models += [one for one in teachers if one is not None and one not in earlier]
+        earlier.add(step.name)
+    for model in dict.fromkeys(models):
+        if not model.startswith(("http://", "https://")):
+            resolve_model(model)
+    for workload in pipeline.compare.workloads if pipeline.compare else ():
+        load_workload(workload)
+    return recipes
+
+
 def _model_of(name: str | None, models: dict[str, Path]) -> str | None:
     """Return the directory of a step's model; any other model argument is returned unchanged."""
     return str(models[name]) if name in models else name
+
+
+def _recipe_of(recipe: DistillRecipe, models: dict[str, Path]) -> DistillRecipe:
+    """Return a recipe whose further teachers are the models of steps."""
+    teachers = [one.model_copy(update={"model": _model_of(one.model, models)}) for one in recipe.teachers]
+    return recipe.model_copy(update={"teachers": tuple(teachers)})
 
 
 def _distill_between(step: CompressStep, models: dict[str, Path], output: Path) -> Callable[[Path], Path] | None:
@@ -158,11 +196,11 @@ def _distill_between(step: CompressStep, models: dict[str, Path], output: Path) 
     between = step.between
     if between is None:
         return None
-    teacher = _model_of(between.teacher, models)
+    teacher, recipe = _model_of(between.teacher, models), _recipe_of(between.recipe, models)
 
     def recover(checkpoint: Path) -> Path:
         target = output / f"{step.name}-between-{model_hash(checkpoint)[:8]}"
-        return distill(str(checkpoint), teacher, between.recipe, target, recipe_name=f"{step.name}-between")
+        return distill(str(checkpoint), teacher, recipe, target, recipe_name=f"{step.name}-between")
 
     return recover
 

@@ -87,7 +87,9 @@ def distillation(folder: Path) -> list[str]:
 
 def calibrated(name: str) -> Callable[[Path], list[str]]:
     def read(folder: Path) -> list[str]:
-        found = calibration.load_calibration(TOKENIZER["directory"], str(folder / name), 9999, 1)
+        source = str(folder / name)
+        num_tokens = calibration.load_calibration(TOKENIZER["directory"], source, 9999, 1).tokens_NT.numel()
+        found = calibration.load_calibration(TOKENIZER["directory"], source, 1, num_tokens)
         return [TOKENIZER["tokenizer"].decode(found.tokens_NT.flatten())]
 
     return read

@@ -114,3 +114,26 @@ def test_an_invalid_pipeline_is_rejected_before_any_work(
     with pytest.raises(UserError) as caught:
         load_pipeline(file)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('recipe = "prune25"', 'recipe = "prune26"', "'prune26' is unknown"),
+        ('"prune.rounds=2"', '"prune.turns=2"', "turns"),
+        ('"calibration.num_samples=2"', '"calibration.source=mine.py"', "mine.py"),
+        ('[steps.between]\nteacher = "teacher"', '[steps.between]\nteacher = "student"', "'student' does not exist"),
+        ('step = "distill"\nteacher = "teacher"', 'step = "distill"\nteacher = "tutor"', "'tutor' does not exist"),
+        ('source = "reasoning"', 'source = "traces.jsonl"', "neither a workload nor a JSONL file"),
+        ('workloads = ["reasoning"]', 'workloads = ["chess"]', "'chess' is unknown"),
+    ],
+)
+def test_what_a_pipeline_names_must_exist_before_any_work(
+    model: Path, tmp_path: Path, old: str, new: str, message: str
+) -> None:
+    file = write(tmp_path, model)
+    file.write_text(file.read_text("utf-8").replace(old, new), "utf-8")
+    with pytest.raises(UserError) as caught:
+        run_pipeline(load_pipeline(file), tmp_path / "out")
+    assert message in str(caught.value)
+    assert not (tmp_path / "out").exists()

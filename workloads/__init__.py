@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -86,6 +87,7 @@ def _run(file: Path) -> dict[str, object]:
     if spec is None or spec.loader is None or not file.is_file():
         raise UserError("workload", file, "does not exist", "give the path of a Python file")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up there
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # the user's file may raise anything

@@ -11,16 +11,19 @@ import math
 import random
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
+
+import numpy as np
 
 from slimserve.core.errors import UserError
 from slimserve.core.messages import THINK_CLOSE as THINK_CLOSE
 from slimserve.core.messages import THINK_OPEN as THINK_OPEN
 from slimserve.core.messages import join_reply as join_reply
+from slimserve.core.text import split_lines
 
 Split = Literal["calibration", "quality", "load"]
 """Disjoint parts of a workload's data: for recipes and training, for quality, and for load tests."""
@@ -56,16 +59,76 @@ class ScoringPrompt:
     """Number of the user; prompts of one group are not independent samples."""
     gains: tuple[float, ...] = ()
     """Grade of each item, 0 for irrelevant ones; without grades, 1 for each true first label."""
+    soft: tuple[float, ...] = ()
+    """Probability of the first label that a student learns for each item; without soft labels, 1 or 0."""
+    item_ids: tuple[str, ...] = ()
+    """Id of each item in catalogues; empty if the workload has none."""
+    line_ids: tuple[str, ...] = ()
+    """Id of the item on each line of the query; empty if the query is no history of items."""
 
     def __post_init__(self) -> None:
-        if not self.gains:
-            object.__setattr__(self, "gains", tuple(map(float, self.truth)))
+        hard = tuple(map(float, self.truth))
+        for name in ("gains", "soft"):
+            if not getattr(self, name):
+                object.__setattr__(self, name, hard)
+
+    @property
+    def lines(self) -> list[str]:
+        """The lines of the query, with their line feeds."""
+        return split_lines(self.query, keepends=True)
+
+    def with_texts(self, texts: Mapping[str, str]) -> ScoringPrompt:
+        """Return the prompt with the text of each item replaced by that of its id; items without one keep theirs.
+
+        A line of the query is an item and its label. With the texts of a catalogue, the model reads item tokens.
+        """
+
+        def rewritten(line: str, item: str) -> str:
+            label = next((label for label in self.labels if line.rstrip("\n").endswith(label)), None)
+            return f"{texts[item]}{label}\n" if item in texts and label is not None else line
+
+        lines = self.lines
+        if self.line_ids:
+            lines = [rewritten(line, item) for line, item in zip(lines, self.line_ids, strict=True)]
+        ids = self.item_ids or ("",) * len(self.items)
+        items = tuple(texts.get(item, text) for item, text in zip(ids, self.items, strict=True))
+        return replace(self, query="".join(lines), items=items)
+
+    def only_items(self, ids: Collection[str]) -> ScoringPrompt:
+        """Return the prompt without the lines and items whose ids are not among `ids`."""
+        lines = [place for place, item in enumerate(self.line_ids) if item in ids]
+        kept = [place for place, item in enumerate(self.item_ids) if item in ids]
+        return replace(
+            self.with_candidates(kept),
+            query="".join(self.lines[place] for place in lines),
+            line_ids=tuple(self.line_ids[place] for place in lines),
+        )
+
+    def with_candidates(self, places: Iterable[int]) -> ScoringPrompt:
+        """Return the prompt with the items at `places` as its candidates."""
+        kept = list(places)
+        return replace(
+            self,
+            items=tuple(self.items[place] for place in kept),
+            truth=tuple(self.truth[place] for place in kept),
+            gains=tuple(self.gains[place] for place in kept),
+            soft=tuple(self.soft[place] for place in kept),
+            item_ids=tuple(self.item_ids[place] for place in kept) if self.item_ids else (),
+        )
 
     @property
     def solved(self) -> str:
         """The prompt with the true label after each item, one line each, as in the history."""
         answers = [self.labels[0] if true else self.labels[1] for true in self.truth]
         return self.query + "".join(f"{item}{answer}\n" for item, answer in zip(self.items, answers, strict=True))
+
+
+class Interaction(NamedTuple):
+    """One grade that a user gave to an item."""
+
+    group: int
+    item: str
+    is_positive: bool
 
 
 @dataclass(frozen=True)
@@ -251,6 +314,10 @@ class MetricData:
     @cached_property
     def value(self) -> float:
         """The metric over all rows."""
+        if self.values is not None:
+            values = np.asarray(self.values, dtype=np.float64)
+            known = values[~np.isnan(values)]
+            return float(known.mean()) if len(known) else math.nan
         return self.statistic(list(range(len(self.groups))))
 
 
@@ -372,6 +439,14 @@ class Workload(ABC):
     ) -> dict[str, MetricData]:
         """Return the quality metrics, and those that compare the answers with a reference model's."""
         return self.metric_data(prompts, answers)
+
+    def item_texts(self) -> dict[str, str]:
+        """Return the text of each item by its id in catalogues; empty if items have no ids."""
+        return {}
+
+    def interactions(self) -> list[Interaction]:
+        """Return the grades that users of the calibration split gave to items with an id."""
+        return []
 
     def baselines(self, prompts: Sequence[Prompt]) -> dict[str, list[Answer]]:  # noqa: ARG002
         """Return the answers of baselines that use no language model, by name, in the order of the prompts."""

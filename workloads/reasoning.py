@@ -54,12 +54,21 @@ class Reasoning(Workload):
     name: ClassVar[str] = "reasoning"
     primary_metric: ClassVar[str] = "accuracy"
     launch_profile: ClassVar[LaunchProfile] = "decode"
-    preset_prompts: ClassVar[Mapping[str, int]] = {"quick": 64, "full": 256}
+    preset_prompts: ClassVar[Mapping[str, int]] = {"quick": 192, "full": 256}
+    kinds: ClassVar[tuple[str, ...]] = tuple(KINDS)
+
+    def problems(self, kind: str, split: Split) -> Iterator[dict[str, Any]]:
+        """Yield the distinct problems of a kind and a split, without end; each has a question and an answer."""
+        return _entries(kind, split)
+
+    def chain_of_thought(self, problem: Mapping[str, Any]) -> str:
+        """Return the derivation of a problem."""
+        return chain_of_thought(problem)
 
     def make_prompts(self, split: Split, num_prompts: int, seed: int = 0) -> list[Prompt]:
         """Return prompts of a split, the kinds in turn, in the order of `seed`."""
-        per_kind = -(-num_prompts // len(KINDS))
-        of_kinds = [self._prompts_of(kind, split, per_kind, seed) for kind in KINDS]
+        per_kind = -(-num_prompts // len(self.kinds))
+        of_kinds = [self._prompts_of(kind, split, per_kind, seed) for kind in self.kinds]
         return [prompt for turn in zip(*of_kinds, strict=True) for prompt in turn][:num_prompts]
 
     def metric_data(self, prompts: Sequence[Prompt], answers: Sequence[Answer]) -> dict[str, MetricData]:
@@ -75,8 +84,8 @@ class Reasoning(Workload):
 
         Without a closing tag the last number of the text counts, so an unfinished chain is evaluated at its end.
         """
-        numbers = _NUMBER.findall(text.rsplit(THINK_CLOSE, 1)[-1].replace(",", ""))
-        return bool(numbers) and float(_dataset(prompt.kind).score_answer(numbers[-1], prompt.entry)) >= 1.0
+        number = _last_number(text)
+        return number is not None and float(_dataset(prompt.kind).score_answer(number, prompt.entry)) >= 1.0
 
     def load_prompts(self, options: LoadOptions, num_prompts: int) -> list[Prompt]:
         """Return problems of the load split with answer lengths drawn from `max_tokens`."""
@@ -87,7 +96,7 @@ class Reasoning(Workload):
         return [replace(problem, max_tokens=sizes.draw(numbers)) for problem in problems]
 
     def _prompts_of(self, kind: str, split: Split, num_prompts: int, seed: int) -> list[ChatPrompt]:
-        unseen = _entries(kind, split)
+        unseen = self.problems(kind, split)
         drawn: list[dict[str, Any]] = []
         # Windows of one size, so that asking for more prompts does not change the first ones.
         while len(drawn) < num_prompts:
@@ -99,7 +108,7 @@ class Reasoning(Workload):
                 messages=({"role": "user", "content": entry["question"]},),
                 max_tokens=self.max_tokens,
                 kind=kind,
-                chain_of_thought=chain_of_thought(entry),
+                chain_of_thought=self.chain_of_thought(entry),
                 answer=entry["answer"],
                 entry=entry,
             )
@@ -116,6 +125,17 @@ def chain_of_thought(entry: Mapping[str, Any]) -> str:
         steps.append(f"{total} {sign} {term} = {after}.")
         total = after
     return " ".join(steps)
+
+
+def last_number(text: str) -> float | None:
+    """Return the last number after the think tags; None if there is none."""
+    number = _last_number(text)
+    return None if number is None else float(number)
+
+
+def _last_number(text: str) -> str | None:
+    numbers = _NUMBER.findall(text.rsplit(THINK_CLOSE, 1)[-1].replace(",", ""))
+    return numbers[-1] if numbers else None
 
 
 @cache

@@ -14,6 +14,9 @@ The data is MovieLens-100K as RecBole atomic files, read by path from the instal
 forbid redistribution. Any directory works that has one `.inter` file (user_id, item_id, rating, timestamp) and one
 `.item` file (item_id, a title, optionally release_year). A rating of at least 4 counts as "yes".
 
+Items have ids. A model with item tokens reads `<|item_7|> yes` in place of a line whose item its
+catalogue has (core/catalogue.py).
+
 Users are assigned to splits by a hash of their id, so no user's taste leaks from calibration into quality. Within a
 user the cut is by time: candidates are the items that were rated right after the history. A user's windows do not
 overlap.
@@ -27,16 +30,17 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, cast
+from typing import ClassVar, Literal, cast
 
 from slimserve.core.errors import UserError
 from slimserve.core.progress import print_once
 from slimserve.core.text import read_table, split_lines
 from slimserve.workloads import metrics
-from slimserve.workloads.baselines import ranking_baselines
+from slimserve.workloads.baselines import folded_factorization, ranking_baselines
 from slimserve.workloads.interface import (
     SCORING_VIEW,
     Answer,
+    Interaction,
     LaunchProfile,
     LoadOptions,
     MetricData,
@@ -50,10 +54,13 @@ from slimserve.workloads.interface import (
     split_of,
 )
 
+ItemText = Literal["title", "genres", "share"]
 LABELS = (" yes", " no")
 _LIKED_FROM = 4.0
 _PSEUDO_COUNTS = 5
 """Weight of the overall share of liked items in the share of one item, in ratings."""
+_HELD_OUT_OF = 10
+"""One of this many items is held out."""
 _DATA = "recommendation data"
 
 
@@ -64,6 +71,9 @@ class Rating:
     title: str
     rating: float
     timestamp: float
+    item: str
+    """Id of the item."""
+    genres: str = ""
 
     @property
     def liked(self) -> bool:
@@ -80,6 +90,11 @@ class Recommendation(Workload):
     num_candidates: int = 16
     is_latest_only: bool = False
     """Use only the most recent items of each user, so that no user counts more than another."""
+    item_text: ItemText = "share"
+    """Text of an item: its title and year, and with `genres` or `share` also its genres or the share of users who liked
+    it."""
+    holds_out_items: bool = False
+    """Leave every tenth item, chosen by a hash of its id, out of the calibration split."""
 
     name: ClassVar[str] = "recommendation"
     primary_metric: ClassVar[str] = "auc"
@@ -105,8 +120,8 @@ class Recommendation(Workload):
     def _prompts(self, split: Split, num_prompts: int, seed: int, *, is_by_user: bool) -> list[Prompt]:
         drawn: list[tuple[int, Prompt]] = []
         span = self.history_len + self.num_candidates
-        of_users = load_ratings(self.data or movielens_directory())
-        opinions = _Opinions(of_users)
+        of_users = self._ratings()
+        texts = _ItemTexts(self.item_text, of_users)
         for user, ratings in of_users.items():
             if split_of(user) != split:
                 continue
@@ -114,7 +129,7 @@ class Recommendation(Workload):
             for number, start in enumerate(range(max(0, last) if self.is_latest_only else 0, last + 1, span)):
                 history = ratings[start : start + self.history_len]
                 candidates = ratings[start + self.history_len : start + span]
-                drawn.append((number, _scoring_prompt(user, history, candidates, opinions)))
+                drawn.append((number, _scoring_prompt(user, history, candidates, texts)))
         random.Random(seed).shuffle(drawn)
         if is_by_user:
             drawn.sort(key=lambda one: one[0])
@@ -131,12 +146,39 @@ class Recommendation(Workload):
         return metrics.ranking_metrics([one.gains for one in lists], scores, [one.group for one in lists])
 
     def baselines(self, prompts: Sequence[Prompt]) -> dict[str, list[Answer]]:
-        """Return the share of "yes" in the history, the popularity of the items in the calibration split, and both."""
-        ratings = load_ratings(self.data or movielens_directory())
-        opinions = _Opinions(ratings)
-        known = [one for user, rows in ratings.items() if split_of(user) == "calibration" for one in rows]
-        training = [(opinions.item(rating), rating.liked) for rating in known]
-        return ranking_baselines(cast("Sequence[ScoringPrompt]", prompts), training, [])
+        """Return the share of "yes" in the history, the popularity of the items in the calibration split, and both.
+
+        `matrix_factorization` adds what the history says of the user's taste, by factors of the calibration split.
+        """
+        lists = [replace(one, items=one.item_ids) for one in cast("Sequence[ScoringPrompt]", prompts)]
+        interactions = self.interactions()
+        answers = ranking_baselines(lists, [(one.item, one.is_positive) for one in interactions], [])
+        return answers | {"matrix_factorization": folded_factorization(lists, interactions)}
+
+    def item_texts(self) -> dict[str, str]:
+        """Return the title of each item that was rated, with its year and, if `item_text` says so, its genres."""
+        ratings = self._ratings()
+        texts = _ItemTexts("genres" if self.item_text == "genres" else "title", ratings)
+        return {one.item: texts.text(one).removesuffix(":") for rows in ratings.values() for one in rows}
+
+    def interactions(self) -> list[Interaction]:
+        """Return what the users of the calibration split liked and did not like."""
+        return [
+            Interaction(hash_number(user), one.item, one.liked)
+            for user, rows in self._ratings().items()
+            if split_of(user) == "calibration"
+            for one in rows
+        ]
+
+    def _ratings(self) -> dict[str, list[Rating]]:
+        """Return the ratings of each user, without those that are held out."""
+        of_users = load_ratings(self.data or movielens_directory())
+        if not self.holds_out_items:
+            return of_users
+        return {
+            user: [one for one in rows if split_of(user) != "calibration" or not is_held_out(one.item)]
+            for user, rows in of_users.items()
+        }
 
     def load_prompts(self, options: LoadOptions, num_prompts: int) -> list[Prompt]:
         """Return candidate lists with histories and candidates of drawn lengths; a repeat visit reuses a history."""
@@ -158,13 +200,15 @@ class Recommendation(Workload):
         of_user: dict[int, list[ScoringPrompt]] = {}
         for prompt in drawn:
             length, count = history.draw(numbers), candidates.draw(numbers)
-            lines = split_lines(prompt.query, keepends=True)
             cut = replace(
-                prompt, query="".join(lines[-length:]), items=prompt.items[:count], truth=prompt.truth[:count]
+                prompt.with_candidates(range(min(count, len(prompt.items)))),
+                query="".join(prompt.lines[-length:]),
+                line_ids=prompt.line_ids[-length:],
             )
             earlier = of_user.setdefault(prompt.group, [])
             if earlier and numbers.random() < options.repeat_visits:
-                cut = replace(cut, query=numbers.choice(earlier).query)
+                chosen = numbers.choice(earlier)
+                cut = replace(cut, query=chosen.query, line_ids=chosen.line_ids)
             earlier.append(cut)
             prompts.append(cut)
         return prompts
@@ -176,11 +220,13 @@ def label_prompts(prompt: ScoringPrompt, first: int = 0) -> list[ScoringPrompt]:
     A server that scores these prompts answers the same questions that training on the full sequence asks in one pass.
     """
     prompts: list[ScoringPrompt] = []
-    query = ""
-    for line in split_lines(prompt.solved, keepends=True):
+    ids, query = (*prompt.line_ids, *prompt.item_ids), ""
+    for number, line in enumerate(split_lines(prompt.solved, keepends=True)):
         label = next(label for label in prompt.labels if line.endswith(f"{label}\n"))
-        item = line.removesuffix(f"{label}\n")
-        prompts.append(ScoringPrompt(query, (item,), prompt.labels, (label == prompt.labels[0],), prompt.group))
+        item, truth = line.removesuffix(f"{label}\n"), (label == prompt.labels[0],)
+        own, before = ids[number : number + 1], ids[:number]
+        one = ScoringPrompt(query, (item,), prompt.labels, truth, prompt.group, item_ids=own, line_ids=before)
+        prompts.append(one)
         query += line
     return prompts[first:]
 
@@ -198,16 +244,20 @@ def load_ratings(directory: Path) -> dict[str, list[Rating]]:
 
     UserError names the file and the line of a record that lacks a field or whose rating or time is not a number.
     """
-    titles = {row["item_id"]: _title(row) for _, row in _read_atomic(directory, ".item", ("item_id",))}
+    items = {
+        row["item_id"]: (_title(row), row.get("class", "")) for _, row in _read_atomic(directory, ".item", ("item_id",))
+    }
     dated: dict[str, list[tuple[float, str, Rating]]] = {}
     num_untitled = 0
     for place, row in _read_atomic(directory, ".inter", ("user_id", "item_id", "rating", "timestamp")):
         rating, timestamp = (_number(row, name, place) for name in ("rating", "timestamp"))
         item = row["item_id"]
-        if item not in titles:
+        if item not in items:
             num_untitled += 1
         else:
-            dated.setdefault(row["user_id"], []).append((timestamp, item, Rating(titles[item], rating, timestamp)))
+            title, genres = items[item]
+            one = Rating(title, rating, timestamp, item, genres)
+            dated.setdefault(row["user_id"], []).append((timestamp, item, one))
     if num_untitled:
         print_once(f"{directory}: {num_untitled} ratings are not used, as the .item file lacks their items")
     return {user: [rating for *_, rating in sorted(rows, key=lambda row: row[:2])] for user, rows in dated.items()}
@@ -241,10 +291,16 @@ def _title(row: dict[str, str]) -> str:
     return f"{title} ({year})" if year else title
 
 
-class _Opinions:
-    """The share of the calibration split's users who liked each item."""
+def is_held_out(item: str) -> bool:
+    """Tell whether `holds_out_items` leaves an item out of the calibration split."""
+    return hash_number(f"item {item}") % _HELD_OUT_OF == 0
 
-    def __init__(self, of_users: Mapping[str, Sequence[Rating]]) -> None:
+
+class _ItemTexts:
+    """The text of each item, with the share of the calibration split's users who liked it if that is wanted."""
+
+    def __init__(self, item_text: ItemText, of_users: Mapping[str, Sequence[Rating]]) -> None:
+        self._item_text = item_text
         self._counts: dict[str, list[int]] = {}
         for user, ratings in of_users.items():
             if split_of(user) == "calibration":
@@ -255,8 +311,12 @@ class _Opinions:
         liked, total = (sum(counts[at] for counts in self._counts.values()) for at in (0, 1))
         self._rate = liked / total if total else 0.5
 
-    def item(self, rating: Rating, is_counted: bool = False) -> str:
+    def text(self, rating: Rating, is_counted: bool = False) -> str:
         """Return the text of an item up to its label; `is_counted` if this rating is one of those counted."""
+        if self._item_text == "genres" and rating.genres:
+            return f"{rating.title}, {', '.join(rating.genres.split()).lower()}:"
+        if self._item_text != "share":
+            return f"{rating.title}:"
         liked, total = self._counts.get(rating.title, (0, 0))
         if is_counted:
             liked, total = liked - rating.liked, total - 1
@@ -267,16 +327,18 @@ class _Opinions:
 
 
 def _scoring_prompt(
-    user: str, history: Sequence[Rating], candidates: Sequence[Rating], opinions: _Opinions
+    user: str, history: Sequence[Rating], candidates: Sequence[Rating], texts: _ItemTexts
 ) -> ScoringPrompt:
     is_counted = split_of(user) == "calibration"
-    lines = [f"{opinions.item(rating, is_counted)}{LABELS[0] if rating.liked else LABELS[1]}\n" for rating in history]
+    lines = [f"{texts.text(rating, is_counted)}{LABELS[0] if rating.liked else LABELS[1]}\n" for rating in history]
     return ScoringPrompt(
         query="".join(lines),
-        items=tuple(opinions.item(rating, is_counted) for rating in candidates),
+        items=tuple(texts.text(rating, is_counted) for rating in candidates),
         labels=LABELS,
         truth=tuple(rating.liked for rating in candidates),
         group=hash_number(user),
+        item_ids=tuple(rating.item for rating in candidates),
+        line_ids=tuple(rating.item for rating in history),
     )
 
 

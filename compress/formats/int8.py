@@ -9,6 +9,9 @@ from slimserve.compress.formats.compressed_tensors import CompressedTensorsForma
 from slimserve.compress.quantize import Grid
 from slimserve.core.hardware import Hardware
 
+_NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+"""Keys with the number of experts in the configs of different families."""
+
 
 class _W8A8(CompressedTensorsFormat):
     name = "w8a8"
@@ -21,8 +24,14 @@ class _W8A8(CompressedTensorsFormat):
         isa = set(hardware.isa)
         if not isa & {"avx2", "avx512f", "asimd"}:
             return "cannot run: the kernel needs AVX2, AVX-512 or NEON"
+        if any(map(config.get, _NUM_EXPERTS)) and not isa & {"amx_tile", "asimd"}:
+            return "cannot run: vLLM 0.32's kernel for INT8 experts needs AMX or NEON"
         best = "AMX" if "amx_tile" in isa else "AVX-512 VNNI" if "avx512_vnni" in isa else "the baseline instructions"
-        return f"oneDNN INT8 product (CPUInt8ScaledMMLinearKernel) with {best}"
+        explanation = f"oneDNN INT8 product (CPUInt8ScaledMMLinearKernel) with {best}"
+        if isa.isdisjoint({"avx512f", "amx_tile", "asimd"}):
+            # Measured with vLLM 0.32 against plain torch: 0.13 to 0.23 nats per token instead of 0.02 to 0.06.
+            explanation += ", which is inexact there; judge its quality on the CPU that will serve it"
+        return explanation
 
 
 W8A8 = _W8A8()

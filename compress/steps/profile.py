@@ -27,7 +27,11 @@ class ErrorProfile:
     wants_dense = False
 
     def __init__(self, step: Prune, config: Mapping[str, Any], roles: Mapping[Kind, PruneRole]) -> None:
-        self._decoder, self._roles, self._damping = decoder_of(config), roles, step.damping
+        self._decoder, self._roles, self._damping = (
+            decoder_of(config),
+            roles,
+            step.damping or prune.METHODS["osscar"].damping,
+        )
         self._sizes = profile_sizes(config)
 
     def on_block(self, index: int, block: Block, stream: Stream | None, dense: Stream | None) -> tuple[Block, Detail]:

@@ -35,10 +35,11 @@ class QuantizeStep:
         self._step, self._decoder = step, decoder_of(config)
         self._format = get_format(step.format)
         self._method = rounding.rounding_method(step.method)
+        self._is_smoothing = step.awq or step.smoothquant is not None
         self._has_fp8_cache = step.kv_cache != "dense"
         self.needs_data = (
             self._method.needs_data
-            or step.smoothquant is not None
+            or self._is_smoothing
             or step.scales == "mse"
             or self._format.needs_input_peak
             or self._has_fp8_cache
@@ -68,17 +69,17 @@ class QuantizeStep:
             raise UserError("keep_worst", step.keep_worst, f"keeps all {fused} fused layers", "keep fewer")
         self.planned_config = dict(config)
         self._is_tied = bool(config.get("tie_word_embeddings", False))
-        if step.smoothquant is not None and not any(self._norms(index) for index in range(depth)):
+        if self._is_smoothing and not any(self._norms(index) for index in range(depth)):
             raise UserError(
-                "smoothquant",
-                step.smoothquant,
+                "awq" if step.awq else "smoothquant",
+                step.awq or step.smoothquant,
                 f"is not possible for {config['model_type']}: no norm can take over the factors of the layers after it",
                 "leave it out",
             )
 
     def _norms(self, index: int) -> dict[str, float]:
         """Return the norms of a layer that are smoothed, with their offsets."""
-        return {} if self._step.smoothquant is None else find_smoothing(self._decoder, index)
+        return find_smoothing(self._decoder, index) if self._is_smoothing else {}
 
     def on_block(self, index: int, block: Block, stream: Stream | None, dense: Stream | None) -> tuple[Block, Detail]:
         packed = dict(block)
@@ -106,7 +107,7 @@ class QuantizeStep:
                     peak_I = hessian.peak_I
                     if is_smoothed and peak_I is not None and hessian_II is not None:
                         assert sublayer.norm is not None
-                        scale_I = self._smooth(sublayer, norms[sublayer.norm], effective, packed, peak_I)
+                        scale_I = self._smooth(sublayer, norms[sublayer.norm], effective, packed, hessian_II, peak_I)
                         hessian_II = hessian_II / scale_I[:, None] / scale_I[None, :]
                         peak_I = peak_I / scale_I
                     self._round(group, effective, packed, hessian_II, peak_I, errors, notes)
@@ -234,14 +235,18 @@ class QuantizeStep:
         offset: float,
         effective: Block,
         packed: Block,
+        hessian_II: Tensor,
         peak_I: Tensor,
     ) -> Tensor:
         """Divide the norm's outputs by the smoothing factors, multiply the producers' columns; return the factors."""
-        assert self._step.smoothquant is not None
         assert sublayer.norm is not None
         norm, producers = sublayer.norm, sublayer.stages[0][0]
-        weight_peak_I = torch.stack([effective[f"{layer}.weight"].float().abs().amax(0) for layer in producers]).amax(0)
-        scale_I = quantize.smooth_scales(peak_I, weight_peak_I, self._step.smoothquant)
+        weights = [effective[f"{layer}.weight"] for layer in producers]
+        if self._step.smoothquant is None:
+            scale_I = quantize.awq_scales(torch.cat(weights).float(), hessian_II, self._to_nearest)
+        else:
+            weight_peak_I = torch.stack([weight_OI.float().abs().amax(0) for weight_OI in weights]).amax(0)
+            scale_I = quantize.smooth_scales(peak_I, weight_peak_I, self._step.smoothquant)
         weight, bias = f"{norm}.weight", f"{norm}.bias"
         before = dict(effective)
         effective[weight] = packed[weight] = smooth(before, norm, offset, (), scale_I)[weight]
@@ -251,6 +256,12 @@ class QuantizeStep:
         for layer in producers:
             effective[f"{layer}.weight"] = effective[f"{layer}.weight"].float() * scale_I
         return scale_I
+
+    def _to_nearest(self, weight_OI: Tensor) -> Tensor:
+        (result,) = self._format.pack(
+            [weight_OI], self._grid, lambda weight_OI, grid: quantize.round_to_nearest(weight_OI, None, grid)
+        )
+        return result.dequantize()
 
     def _kept(self, details: Sequence[Detail]) -> list[tuple[int, tuple[str, ...]]]:
         """Return block index and layer names of the fused layers that stay unquantized, in order of blocks.

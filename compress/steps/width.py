@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -33,9 +33,11 @@ class PruneStep(BoundStep):
         """Plan to keep `kept` units of each sublayer in `roles`, for the model of `config`."""
         self._step, self._roles, self._kept, self._seed = step, roles, kept, seed
         self._decoder = decoder_of(config)
-        self._method = prune.pruning_method(step.method)
-        self.needs_data = self._method.needs_data
-        self.wants_dense = self.needs_data and step.target == "dense"
+        self._names = {kind: step.method or prune.DEFAULT_METHODS[kind] for kind in roles}
+        self._methods = {kind: prune.pruning_method(name) for kind, name in self._names.items()}
+        self.needs_data = any(method.needs_data for method in self._methods.values())
+        self._targets = {kind: step.target or method.target for kind, method in self._methods.items()}
+        self.wants_dense = self.needs_data and set(self._targets.values()) != {"current"}
         self._sizes = with_sizes(config)
         self.planned_config = self.config(config, [])
 
@@ -51,25 +53,30 @@ class PruneStep(BoundStep):
                 if dense is not None:
                     dense.advance(sublayer, dense_block)
                 continue
-            layer = role.consumer
+            layer, method, target = role.consumer, self._methods[role.kind], self._targets[role.kind]
+            notes: Detail = {}
+            if target == "residual" and dense is not None and not self._adds_outputs(index, dense_block, dense):
+                # This block norms or scales the outputs of its sublayers, so a refit cannot restore earlier losses.
+                target = "dense"
+                notes["fallback"] = "target dense, as the block norms or scales its sublayers' outputs"
             hessian_II, cross_IO = None, None
             if stream is not None:
-                hessian_II, cross_IO = self._consumer_statistics(sublayer, block, stream, dense_block, dense)
-            weight_OI = block[f"{layer}.weight"]
+                hessian_II, cross_IO = _consumer_statistics(sublayer, block, stream, dense_block, dense, target)
+            weight_OI, damping = block[f"{layer}.weight"], self._step.damping or method.damping
             problem = prune.PruneProblem(
                 weight_OI=weight_OI.double(),
                 hessian_II=hessian_II,
                 target_IO=None
                 if cross_IO is None or hessian_II is None
-                else prune.dense_target(cross_IO, weight_OI.double(), hessian_II, self._step.damping),
+                else prune.dense_target(cross_IO, weight_OI.double(), hessian_II, damping),
                 group_size=role.columns,
-                damping=self._step.damping,
+                damping=damping,
                 seed=self._seed + index,
             )
-            pruned = self._method(problem, self._kept[role.kind])
+            pruned = method(problem, self._kept[role.kind])
             block = role.cut(block, pruned.kept_U)
             block[f"{layer}.weight"] = pruned.weight_OK.to(weight_OI.dtype).contiguous()
-            details[layer] = pruned.detail
+            details[layer] = {**pruned.detail, **notes}
             if stream is not None:
                 stream.advance(sublayer, block, pruned.kept_I)
         return block, details
@@ -81,7 +88,10 @@ class PruneStep(BoundStep):
         return after
 
     def describe(self, details: Sequence[Detail]) -> dict[str, Any]:
-        described: dict[str, Any] = {"method": self._step.method, "target": self._step.target}
+        described: dict[str, Any] = {
+            "method": " and ".join(dict.fromkeys(self._names.values())),
+            "target": " and ".join(dict.fromkeys(self._targets.values())),
+        }
         names: dict[Kind, tuple[str, str]] = {
             "mlp": ("neurons", "intermediate_size"),
             "attention": ("kv_groups", "num_key_value_heads"),
@@ -94,23 +104,46 @@ class PruneStep(BoundStep):
     def _sublayer(self, index: int, role: PruneRole) -> Sublayer | None:
         return sublayer_of(self._decoder, index, role.kind)
 
-    def _consumer_statistics(
-        self, sublayer: Sublayer, block: Block, stream: Stream, dense_block: Block, dense: Stream | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return XᵀX / T of the consumer's inputs and, if the target is dense, XᵀY / T with the dense outputs Y."""
-        if dense is None:
-            return stream.consumer_hessian(sublayer, block).mean().double(), None
-        hessian, cross_IO = stream.consumer_hessian(sublayer, block), None
-        for _ in dense.run(sublayer, dense_block):
-            pass
-        bias_D = dense_block.get(f"{sublayer.consumer}.bias")
-        for inner_BTI, output_BTD in zip(stream.inner(), dense.advance_batches(sublayer, dense_block), strict=True):
-            if bias_D is not None:  # the pruned block keeps the bias, so the weight must not reproduce it
-                output_BTD = output_BTD - bias_D.to(output_BTD.dtype)
-            part_IO = inner_BTI.flatten(0, 1).float().T @ output_BTD.flatten(0, 1).float()
-            cross_IO = part_IO if cross_IO is None else cross_IO.add_(part_IO)
-        assert cross_IO is not None
-        return hessian.mean().double(), cross_IO.double() / hessian.num_tokens
+    def _adds_outputs(self, index: int, block: Block, dense: Stream) -> bool:
+        return decoder_of(self._decoder.config, device=dense.decoder.device).adds_outputs(index, block)
+
+
+def _consumer_statistics(
+    sublayer: Sublayer, block: Block, stream: Stream, dense_block: Block, dense: Stream | None, target: prune.Target
+) -> tuple[Tensor, Tensor | None]:
+    """Return XᵀX / T of the consumer's inputs and, unless the target is current, XᵀY / T with the target Y.
+
+    The dense stream is advanced through the sublayer.
+    """
+    hessian, cross_IO = stream.consumer_hessian(sublayer, block), None
+    if dense is None or target == "current":
+        if dense is not None:
+            dense.advance(sublayer, dense_block)
+        return hessian.mean().double(), None
+    for _ in dense.run(sublayer, dense_block):
+        pass
+    bias_D = dense_block.get(f"{sublayer.consumer}.bias")
+    wanted = _wanted_outputs(sublayer, stream, dense_block, dense, target)
+    for inner_BTI, wanted_BTD in zip(stream.inner(), wanted, strict=True):
+        if bias_D is not None:  # the pruned block keeps the bias, so the weight must not reproduce it
+            wanted_BTD = wanted_BTD - bias_D.to(wanted_BTD.dtype)
+        part_IO = inner_BTI.flatten(0, 1).float().T @ wanted_BTD.flatten(0, 1).float()
+        cross_IO = part_IO if cross_IO is None else cross_IO.add_(part_IO)
+    assert cross_IO is not None
+    return hessian.mean().double(), cross_IO.double() / hessian.num_tokens
+
+
+def _wanted_outputs(
+    sublayer: Sublayer, stream: Stream, dense_block: Block, dense: Stream, target: prune.Target
+) -> Iterator[Tensor]:
+    """Advance the dense stream through the sublayer and yield what its outputs should be, `[B, T, D]`."""
+    outputs = dense.advance_batches(sublayer, dense_block)
+    if target == "dense":
+        yield from outputs
+        return
+    before = zip(dense.before_sublayer(), stream.before_sublayer(), strict=True)
+    for (dense_BTD, own_BTD), output_BTD in zip(before, outputs, strict=True):
+        yield output_BTD + (dense_BTD - own_BTD)
 
 
 def bind(step: Prune, config: Mapping[str, Any], seed: int) -> list[PruneStep]:

@@ -16,7 +16,7 @@ from pydantic import TypeAdapter
 from starlette.datastructures import State
 from vllm.entrypoints.pooling.scoring import protocol
 
-from slimserve.serve.engine.rerank import RerankRequest, document_text, rerank_body
+from slimserve.serve.engine.rerank import RerankRequest, documents_texts, rerank_body
 from slimserve.serve.engine.score_request import RequestError, ScoreRequest, time_limit
 
 _SCORE_FIELDS = {"query", "items", "model", "timeout_s", "user"}
@@ -45,7 +45,7 @@ class Classifier:
             if getattr(request, name) != ScoreRequest.model_fields[name].get_default(call_default_factory=True):
                 problem = "is not supported: this model has a classification head and gives one score per item"
                 raise RequestError(name, f"{problem}; remove the field")
-        items = [request.items] if isinstance(request.items, str) else request.items
+        items = [request.items] if isinstance(request.items, str) else request.items or []
         if not isinstance(request.query, str) or not all(isinstance(item, str) for item in items):
             raise RequestError("items", "and query must be texts, because the model pairs them in its own form")
         if not items:
@@ -63,7 +63,9 @@ class Classifier:
     async def rerank(self, body: bytes, raw_request: Request, request_id: str, api_version: int) -> dict[str, Any]:
         """Return the answer for Cohere's and Jina's clients; raises RequestError and pydantic's ValidationError."""
         request = RerankRequest.model_validate_json(body)
-        texts = [document_text(one, index, request.rank_fields) for index, one in enumerate(request.documents)]
+        if request.item_ids is not None:
+            raise RequestError("item_ids", "is not supported: this model has a classification head and reads texts")
+        texts = documents_texts(request.documents or [], request.rank_fields)
         if not texts:
             raise RequestError("documents", "is empty; give at least one document")
         asked = protocol.RerankRequest(

@@ -4,10 +4,10 @@ vLLM loads it if `VLLM_PLUGINS` names `slimserve`, under `slimserve serve` and u
 
     VLLM_PLUGINS=slimserve python -m vllm.entrypoints.openai.api_server --model DIR
 
-Routes: `POST /v1/score`, `POST /rerank`, `/v1/rerank` and `/v2/rerank`, `GET /metrics`. The engine gets one request
-of one token per item through `engine_client.generate`, all at the same time. vLLM's scheduler adds full blocks to
-the prefix cache as it allocates them. The first item therefore computes the shared prefix, and the others, scheduled
-after it in the same step or later, use the cached blocks.
+Routes: `POST /v1/score`, `POST /v1/warm`, `POST /rerank`, `/v1/rerank` and `/v2/rerank`, `GET /metrics`. The engine
+gets one request of one token per item through `engine_client.generate`, all at the same time. vLLM's scheduler adds
+full blocks to the prefix cache as it allocates them. The first item therefore computes the shared prefix, and the
+others, scheduled after it in the same step or later, use the cached blocks.
 """
 
 from __future__ import annotations
@@ -35,12 +35,20 @@ from vllm.sampling_params import MAX_LOGPROB_TOKEN_IDS, RequestOutputKind, Sampl
 from vllm.utils import random_uuid
 from vllm.v1.metrics.prometheus import get_prometheus_registry
 
+from slimserve.core.catalogue import read_catalogue
 from slimserve.core.variant import read_manifest
 from slimserve.serve.engine.classifier import Classifier
+from slimserve.serve.engine.item_ids import ItemTexts
 from slimserve.serve.engine.partial_prefix import SHARED_PREFIX_TOKENS, PartialPrefixConnector
 from slimserve.serve.engine.prompt_tokenizer import PromptTokenizer
 from slimserve.serve.engine.rerank import RerankRequest, as_score_request, rerank_response
-from slimserve.serve.engine.score_request import RequestError, ScoreRequest, time_limit, validation_problem
+from slimserve.serve.engine.score_request import (
+    RequestError,
+    ScoreRequest,
+    WarmRequest,
+    time_limit,
+    validation_problem,
+)
 from slimserve.serve.engine.scoring import (
     LabelRead,
     ScoringPlan,
@@ -51,6 +59,7 @@ from slimserve.serve.engine.scoring import (
     plan_scoring,
     score_response,
 )
+from slimserve.serve.engine.warm import warm_prompt, warm_response
 from slimserve.serve.policy.engine_environment import VARIANT_VARIABLE
 from slimserve.serve.policy.errors import Rejection, error_body, no_such_route, wrong_method
 from slimserve.serve.policy.exposition import label_series
@@ -85,6 +94,9 @@ class Scorer:
         manifest = read_manifest(Path(config.model))
         self.calibrations = manifest.score_calibrations if manifest else {}
         self._metrics = score_metrics()
+        self.item_texts = ItemTexts(
+            read_catalogue(Path(config.model)), lambda outcome: self._metrics.unknown_items.labels(outcome).inc()
+        )
 
     async def answer(
         self, request: ScoreRequest, request_id: str
@@ -100,8 +112,31 @@ class Scorer:
             logprobs, cached = await self._logprobs(plan, request_id, lora, request.cache_salt, request.priority)
         return plan, logprobs, model, cached
 
+    async def warm(self, request: WarmRequest, request_id: str) -> dict[str, Any]:
+        """Compute the prefix of coming score requests into the prefix cache, and return the number of its tokens.
+
+        The engine caches full blocks, so a score request computes the tokens after the last full block again. Raises
+        RequestError as `answer` does.
+        """
+        model, lora = self._model(request.model)
+        async with time_limit(request.timeout_s):
+            tokens = await asyncio.to_thread(self._warm_tokens, request)
+            prompt = tokens_input(tokens, cache_salt=request.cache_salt)
+            stream = self._engine_client.generate(
+                prompt, _sampling(None, None), request_id, lora_request=lora, priority=request.priority
+            )
+            results = [result async for result in stream]
+        num_cached = (results[-1].num_cached_tokens or 0) if results else 0
+        self._metrics.tokens.labels("warm").inc(len(tokens) - num_cached)
+        return warm_response(model, len(tokens), num_cached)
+
+    def _warm_tokens(self, request: WarmRequest) -> list[int]:
+        request = self.item_texts.in_warm_request(request)
+        return warm_prompt(request, self.tokenizer, self._vocabulary, self._max_prompt_tokens, self._render)
+
     def _plan(self, request: ScoreRequest) -> ScoringPlan:
-        """Return the plan for this model's tokenizer, template and limits."""
+        """Return the plan for this model's tokenizer, template, catalogue and limits."""
+        request = self.item_texts.in_score_request(request)
         plan = plan_scoring(
             request, self.tokenizer, self._vocabulary, self._max_prompt_tokens, self._limits.max_items, self._render
         )
@@ -198,15 +233,15 @@ _PoolingHandler = Callable[[Classifier, bytes, Request, str], Awaitable[dict[str
 """Answers a body for a model with a classification head; the arguments include the HTTP request and its id."""
 
 
-def _sampling(next_tokens: Sequence[int], prefix_params: dict[str, Any] | None) -> SamplingParams:
-    """Return parameters for one token of which only the labels' log-probabilities are read.
+def _sampling(next_tokens: Sequence[int] | None, prefix_params: dict[str, Any] | None) -> SamplingParams:
+    """Return parameters for one token of which only the labels' log-probabilities are read, or nothing without labels.
 
     `logprobs` stays unset, because with it the sampler would also sort the full vocabulary.
     """
     return SamplingParams(
         temperature=0.0,
         max_tokens=1,
-        logprob_token_ids=list(next_tokens),
+        logprob_token_ids=list(next_tokens) if next_tokens is not None else None,
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
         extra_args={"kv_transfer_params": prefix_params} if prefix_params else None,
@@ -227,9 +262,19 @@ async def _score(scorer: Scorer, request: ScoreRequest, request_id: str) -> dict
     return score_response(request, *await scorer.answer(request, request_id), calibrate)
 
 
+async def _warm(scorer: Scorer, request: WarmRequest, request_id: str) -> dict[str, Any]:
+    return await scorer.warm(request, request_id)
+
+
+async def _warm_pairs(scorer: Classifier, body: bytes, raw_request: Request, request_id: str) -> dict[str, Any]:  # noqa: ARG001
+    raise RequestError("model", "has a classification head, which reads query and item together; nothing to warm")
+
+
 def _rerank(api_version: int) -> _Handler:
     async def handle(scorer: Scorer, request: RerankRequest, request_id: str) -> dict[str, Any]:
-        scoring = as_score_request(request, scorer.rerank_template, scorer.tokenizer.first_tokens_end)
+        scoring = as_score_request(
+            request, scorer.rerank_template, scorer.tokenizer.first_tokens_end, scorer.item_texts
+        )
         try:
             plan, logprobs, model, cached = await scorer.answer(scoring, request_id)
         except RequestError as error:
@@ -321,6 +366,7 @@ class SlimservePlugin:
     def attach_router(self, app: FastAPI) -> None:
         """Add the routes; they replace vLLM's own routes with the same path and method."""
         self._post(app, "/v1/score", ScoreRequest, _score, _score_pairs)
+        self._post(app, "/v1/warm", WarmRequest, _warm, _warm_pairs)
         for path, api_version in (("/rerank", 1), ("/v1/rerank", 1), ("/v2/rerank", 2)):
             self._post(app, path, RerankRequest, _rerank(api_version), _rerank_pairs(api_version))
         app.add_api_route("/metrics", _metrics, methods=["GET"], include_in_schema=False)

@@ -3,7 +3,8 @@
 Prompt and item are tokenized as one text, because a merge may cross the seam: the tokens of "The capital is" + "n't"
 are not those of its two parts. To tokenize a long history once and not once per item, the text is cut where this kind
 of tokenizer never merges: between an ASCII letter and a single space followed by a letter ("…the | capital…"). Every
-byte-level BPE splits words there before it merges, and what follows does not change the words before. The parts left
+byte-level BPE splits words there before it merges, and what follows does not change the words before. Another such
+place is before an item token (core/catalogue.py), because tokenizers split texts at added tokens first. The parts left
 of the query's last cut and right of the first cut after the item are tokenized once. With another kind of
 tokenizer, or without such a cut, each joined text is tokenized as it is.
 """
@@ -16,12 +17,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from slimserve.core.catalogue import token_text
 from slimserve.serve.engine.score_request import RequestError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-_CUT = re.compile(r"(?<=[A-Za-z])(?= [A-Za-z])")
+_CUT = r"(?<=[A-Za-z])(?= [A-Za-z])"
+_BEFORE_ITEM = r"(?=<\|item_\d+\|>)"
 _SHOWN_CHARACTERS = 40
 _NEAR_END_CHARACTERS = 200
 
@@ -53,7 +56,10 @@ class PromptTokenizer:
         if backend is not None:
             backend.no_truncation()
             backend.no_padding()
-        self.can_share = backend is not None and _cuts_are_safe(json.loads(backend.to_str()))
+        config = json.loads(backend.to_str()) if backend is not None else None
+        has_items = config is not None and any(token["content"] == token_text(0) for token in config["added_tokens"])
+        self._cut = re.compile(f"{_CUT}|{_BEFORE_ITEM}" if has_items else _CUT)
+        self.can_share = config is not None and _cuts_are_safe(config)
         """Whether joined texts may be cut; otherwise each is tokenized completely."""
         around = _added_around(self.encode("a", True), self.encode("a", False))
         self.can_share = self.can_share and around is not None
@@ -79,7 +85,7 @@ class PromptTokenizer:
     def prompts(self, texts: PromptTexts) -> list[list[int]]:
         """Return the tokens of `head + item + tail` for each item, equal to those of each joined text."""
         left = self._last_cut(texts.head)
-        tail_cut = _CUT.search(texts.tail) if self.can_share else None
+        tail_cut = self._cut.search(texts.tail) if self.can_share else None
         if not left and tail_cut is None:
             return self.encode_all([texts.prompt(index) for index in range(len(texts.items))], texts.add_special_tokens)
         right = tail_cut.start() if tail_cut else len(texts.tail)
@@ -116,7 +122,7 @@ class PromptTokenizer:
         if not self.can_share:
             return 0
         for start in (max(len(text) - _NEAR_END_CHARACTERS, 0), 0):
-            if cuts := [match.start() for match in _CUT.finditer(text, start)]:
+            if cuts := [match.start() for match in self._cut.finditer(text, start)]:
                 return cuts[-1]
         return 0
 

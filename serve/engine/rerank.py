@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, field_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, ValidationInfo, field_validator
 
+from slimserve.serve.engine.item_ids import NO_ITEMS, ItemTexts
 from slimserve.serve.engine.score_request import RequestError, ScoreRequest
 from slimserve.serve.engine.scoring import ScoringPlan, probabilities, usage
 from slimserve.serve.policy.rerank_templates import RerankTemplate
@@ -27,7 +28,11 @@ class RerankRequest(BaseModel):
     model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
 
     query: str
-    documents: list[str | dict[str, Any]]
+    item_ids: list[str] | None = None
+    """Ids of the documents in the catalogue of a model with item tokens, in place of `documents` or beside them."""
+    unknown_items: Literal["error", "text"] = "error"
+    """`error` rejects an id that the catalogue lacks; `text` takes the document in its place."""
+    documents: list[str | dict[str, Any]] | None = Field(default=None, validate_default=True)
     """Texts, or objects with a `text` (Jina, Cohere v1) or with the fields in `rank_fields`."""
     model: str | None = None
     top_n: int | None = Field(default=None, ge=0)
@@ -42,6 +47,13 @@ class RerankRequest(BaseModel):
     """Seconds after which the request ends with 504."""
     calibrated: Literal[False] = False
 
+    @field_validator("documents")
+    @classmethod
+    def _has_documents(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is None and info.data.get("item_ids") is None:
+            raise ValueError("give the documents, or their item_ids")
+        return value
+
     @field_validator("calibrated", mode="before")
     @classmethod
     def _has_no_calibration(cls, value: Any) -> Any:
@@ -51,18 +63,24 @@ class RerankRequest(BaseModel):
 
 
 def as_score_request(
-    request: RerankRequest, template: RerankTemplate, first_tokens_end: Callable[[str, int], int]
+    request: RerankRequest,
+    template: RerankTemplate,
+    first_tokens_end: Callable[[str, int], int],
+    item_texts: ItemTexts = NO_ITEMS,
 ) -> ScoreRequest:
     """Return the score request that answers a rerank request; raises RequestError if a document has no text.
 
-    `first_tokens_end(text, n)` returns the number of characters that the first n tokens of a text cover.
+    `first_tokens_end(text, n)` returns the number of characters that the first n tokens of a text cover. `item_texts`
+    gives items of the catalogue their texts.
     """
     before, between, after = template.parts()
-    texts = [document_text(document, index, request.rank_fields) for index, document in enumerate(request.documents)]
+    texts = None if request.documents is None else documents_texts(request.documents, request.rank_fields)
+    if texts is not None and request.max_tokens_per_doc is not None:
+        texts = [text[: first_tokens_end(text, request.max_tokens_per_doc)] for text in texts]
+    if request.item_ids is not None:
+        texts = item_texts.candidates(request.item_ids, texts, request.unknown_items)
     if not texts:
         raise RequestError("documents", "is empty; give at least one document")
-    if request.max_tokens_per_doc is not None:
-        texts = [text[: first_tokens_end(text, request.max_tokens_per_doc)] for text in texts]
     return ScoreRequest(
         query=f"{before}{request.query}{between}",
         items=[text + after for text in texts],
@@ -72,6 +90,11 @@ def as_score_request(
         model=request.model,
         timeout_s=request.timeout_s,
     )
+
+
+def documents_texts(documents: Sequence[str | dict[str, Any]], rank_fields: Sequence[str] | None) -> list[str]:
+    """Return the texts of documents that are ranked; raises RequestError if one has none."""
+    return [document_text(document, index, rank_fields) for index, document in enumerate(documents)]
 
 
 def document_text(document: str | Mapping[str, Any], index: int, rank_fields: Sequence[str] | None) -> str:
@@ -120,8 +143,10 @@ def rerank_body(
     best = sorted(scored, key=lambda pair: (-pair[1], pair[0]))[: request.top_n or None]
     with_documents = api_version == 1 if request.return_documents is None else request.return_documents
     results: list[dict[str, Any]] = [{"index": index, "relevance_score": score} for index, score in best]
-    if with_documents:
-        for result in results:
+    for result in results:
+        if request.item_ids is not None:
+            result["item_id"] = request.item_ids[result["index"]]
+        if with_documents and request.documents is not None:
             document = request.documents[result["index"]]
             result["document"] = {"text": document} if isinstance(document, str) else document
     return {

@@ -1,7 +1,7 @@
-"""The body of `POST /v1/score`, and the error that names what is wrong with it.
+"""The bodies of `POST /v1/score` and `POST /v1/warm`, and the error that names what is wrong with it.
 
-The fields are those of SGLang 0.5.23 (`ScoringRequest` in its `entrypoints/openai/protocol.py`), followed by our own.
-Fields of SGLang that vLLM cannot serve are accepted with their default values and refused with any other.
+A score request has the fields of SGLang 0.5.23 (`ScoringRequest` in its `entrypoints/openai/protocol.py`), followed by
+our own. Fields of SGLang that vLLM cannot serve are accepted with their default values and refused with any other.
 """
 
 from __future__ import annotations
@@ -11,9 +11,33 @@ import json
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictFloat,
+    StrictInt,
+    ValidationError,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+)
+
+
+class HistoryItem(BaseModel):
+    """An item of a history, by its id in the catalogue of the served model."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    item_id: str = Field(min_length=1)
+    text: str | None = None
+    """Text of the item, for `"unknown_items": "text"`."""
+
+
+HistoryPart = str | Annotated[HistoryItem, WithJsonSchema(HistoryItem.model_json_schema())]
+"""A text or an item. The schema stands in its place, because a reference leads nowhere inside an OpenAPI document."""
 
 
 class ScoreRequest(BaseModel):
@@ -23,8 +47,14 @@ class ScoreRequest(BaseModel):
 
     query: str | list[int] = ""
     """Text or token ids that all items have in common; null is the same as none."""
-    items: str | list[str] | list[list[int]]
+    item_ids: list[str] | None = None
+    """Ids of the items in the catalogue of a model with item tokens, in place of `items` or beside them."""
+    items: str | list[str] | list[list[int]] | None = Field(default=None, validate_default=True)
     """Items to score: one text, several texts, or lists of token ids."""
+    history: list[HistoryPart] = Field(default_factory=list)
+    """Texts and items of the catalogue, as {"item_id": "…"}, that stand before the query."""
+    unknown_items: Literal["error", "text"] = "error"
+    """`error` rejects an id that the catalogue lacks; `text` takes the item's text in its place."""
     label_token_ids: list[int] | list[list[int]] | None = Field(default=None, min_length=1)
     """Token ids of the labels, whose probability after query + item is the score; or one list for each item."""
     apply_softmax: bool = False
@@ -65,6 +95,13 @@ class ScoreRequest(BaseModel):
     user: str | None = None
     """Name of the end user; the gateway sends all requests of a user to the same variant of an alias."""
 
+    @field_validator("items")
+    @classmethod
+    def _has_items(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is None and info.data.get("item_ids") is None:
+            raise ValueError("give the items, or their item_ids")
+        return value
+
     @field_validator("query", mode="before")
     @classmethod
     def _null_is_no_query(cls, query: Any) -> Any:
@@ -83,6 +120,34 @@ class ScoreRequest(BaseModel):
         if value is not None and value is not False:
             raise ValueError("this server does not support the field; remove it")
         return value
+
+
+class WarmRequest(BaseModel):
+    """The body of `POST /v1/warm`: the fields of a score request that determine the prefix of its prompts."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    query: str | list[int] = ""
+    """Text or token ids that the items of the coming score requests have in common."""
+    history: list[HistoryPart] = Field(default_factory=list)
+    """Texts and items of the catalogue, as {"item_id": "…"}, that stand before the query."""
+    unknown_items: Literal["error", "text"] = "error"
+    """`error` rejects an id that the catalogue lacks; `text` takes the item's text in its place."""
+    model: str | None = None
+    apply_chat_template: bool = False
+    """Read the query as the beginning of a user message."""
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Variables of the chat template, such as {"enable_thinking": false}."""
+    add_special_tokens: bool | None = None
+    """Add the tokenizer's special tokens to texts; by default they are added except with a chat template."""
+    timeout_s: StrictFloat | StrictInt | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Seconds after which the request ends with 504."""
+    cache_salt: str | None = Field(default=None, min_length=1)
+    """Requests with different salts do not share cached prefixes."""
+    priority: int = Field(default=0, ge=-(2**63), lt=2**63)
+    """Priority for vLLM's scheduler, if its policy uses one."""
+    user: str | None = None
+    """Name of the end user; the gateway sends all requests of a user to the same variant of an alias."""
 
 
 class RequestError(Exception):

@@ -65,9 +65,9 @@ def plan_scoring(
     """Turn a request into tasks for the engine; raises RequestError for what cannot be scored.
 
     `render(content, kwargs)` applies the chat template to one user message. `max_prompt_tokens` is the model's
-    maximum length minus one.
+    maximum length minus one. Texts stand for the items of the catalogue already (serve/engine/item_ids.py).
     """
-    items = [request.items] if isinstance(request.items, str) else request.items
+    items = [request.items] if isinstance(request.items, str) else request.items or []
     if not items:
         raise RequestError("items", "is empty; give at least one item")
     if len(items) > max_items:

@@ -68,9 +68,15 @@ class ScoreMetrics:
             "Number of items that the engine computed; duplicates count once",
             registry=registry,
         )
+        self.unknown_items = Counter(
+            "slimserve_score_unknown_items",
+            "Number of item ids in requests that the catalogue lacks",
+            ["outcome"],
+            registry=registry,
+        )
         self.tokens = Counter(
             "slimserve_score_tokens",
-            "Number of prompt tokens in score requests; a shared prefix counts once per request",
+            "Number of prompt tokens in score and warm requests; a shared prefix counts once per request",
             ["part"],
             registry=registry,
         )

@@ -9,7 +9,7 @@ INFERENCE_PATHS = frozenset(
         *("/classify", "/cohere/v2/chat", "/generative_scoring", "/inference/v1/generate", "/invocations", "/pooling"),
         *("/rerank", "/score", "/v1/audio/transcriptions", "/v1/audio/translations", "/v1/chat/completions"),
         *("/v1/chat/completions/batch", "/v1/completions", "/v1/embeddings", "/v1/messages", "/v1/rerank"),
-        *("/v1/responses", "/v1/score", "/v1/systemone", "/v2/embed", "/v2/rerank"),
+        *("/v1/responses", "/v1/score", "/v1/systemone", "/v1/warm", "/v2/embed", "/v2/rerank"),
     }
 )
 """Paths whose POST requests take one of the engine's slots."""

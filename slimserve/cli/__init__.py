@@ -22,6 +22,7 @@ class _Entry(NamedTuple):
 
 _COMMANDS = {
     "distill": _Entry("distill", "Train a small model to imitate a teacher, or fine-tune it."),
+    "items": _Entry("items", "Add items to a variant that reads items as tokens."),
     "compress": _Entry("compress", "Prune and quantize a model by a recipe."),
     "inspect": _Entry("compress", "Show the steps, sizes, errors and kernels of a variant."),
     "check": _Entry("compress", "Check that transformers and vLLM load a variant and compute the same logits."),

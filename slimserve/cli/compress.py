@@ -47,6 +47,13 @@ def check(
     rank: Annotated[
         bool, typer.Option("--rank", help="Check the served rerank scores instead, with known answers.")
     ] = False,
+    device: Annotated[
+        str,
+        typer.Option(
+            help="Device of PyTorch and transformers: auto takes a GPU if PyTorch sees one.",
+            metavar="auto|cpu|cuda[:N]",
+        ),
+    ] = "auto",
 ) -> None:
     """Check that a variant loads, and that transformers and vLLM compute the same logits as plain PyTorch.
 
@@ -57,7 +64,8 @@ def check(
     from slimserve.core.model import resolve_model
 
     passed = True
-    for finding in (check_rank if rank else check_variant)(resolve_model(directory)):
+    model = resolve_model(directory)
+    for finding in check_rank(model) if rank else check_variant(model, device):
         passed &= finding.passed
         typer.echo(f"{'ok  ' if finding.passed else 'FAIL'} {finding.name:13} {finding.detail}")
     if not passed:

@@ -39,7 +39,8 @@ def distill(context: typer.Context, settings: DistillSettings, keys: dict[str, A
 
     recipe = load_distill_recipe(settings.recipe, settings.assignments, keys)
     name = settings.recipe.stem if settings.recipe else "distill"
-    directory = run(settings.student, settings.teacher, recipe, settings.output, recipe_name=name)
+    models = (settings.student, settings.teacher)
+    directory = run(*models, recipe, settings.output, recipe_name=name, device=settings.device)
     if PartialState().is_main_process:
         typer.echo(directory)
 
@@ -60,7 +61,7 @@ def sweep(settings: SweepSettings, data: dict[str, Any]) -> None:
 
     points = make_points(settings.lead_spans, settings.windows, settings.sections, settings.controls)
     recipe = load_distill_recipe(settings.recipe, settings.assignments, {"data": data})
-    rows = run(settings.student, settings.teacher, recipe, points, settings.output)
+    rows = run(settings.student, settings.teacher, recipe, points, settings.output, device=settings.device)
     print_table(Console(), *table(rows), title="lead spans, windows and sections")
     typer.echo(settings.output)
 

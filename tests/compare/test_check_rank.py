@@ -38,7 +38,7 @@ def served(directory: Path) -> Scores:
         request = RerankRequest(query=known.query, documents=[known.answer, known.other])
         scoring = as_score_request(request, template, lambda text, _: len(text))
         values = []
-        for item in scoring.items:
+        for item in scoring.items or ():
             yes = yes_probability(f"{scoring.query}{item}")
             values.append(yes if scoring.labels is not None and scoring.labels[0] == "yes" else 1 - yes)
         scores.append((values[0], values[1]))

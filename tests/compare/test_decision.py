@@ -32,12 +32,24 @@ def test_quality_kept_counts_from_the_floor() -> None:
     assert math.isnan(kept_frac(0.6, 0.5, None))
 
 
-def test_with_no_tolerance_the_posterior_is_that_of_the_discordant_pairs() -> None:
+@pytest.mark.parametrize(("gained", "lost"), [(9, 4), (0, 0), (1, 20), (0, 40), (300, 250)])
+def test_with_no_tolerance_the_posterior_is_that_of_the_discordant_pairs(gained: int, lost: int) -> None:
     # With t = 0, D = p_gained - p_lost, and its sign depends on gained / (gained + lost) alone: a Beta posterior.
-    ours, theirs = pairs(60, 9, 4, 30)
-    margin = DecisionRule(max_loss_frac=0.0).margin(ours, theirs, 103)
-    assert margin.keep_probability == pytest.approx(beta(9.5, 4.5).sf(0.5), abs=0.01)
-    assert margin.value == pytest.approx(5 / 103)
+    ours, theirs = pairs(60, gained, lost, 30)
+    margin = DecisionRule(max_loss_frac=0.0).margin(ours, theirs, 90 + gained + lost)
+    expected = beta(gained + 0.5, lost + 0.5).sf(0.5)
+    assert margin.keep_probability == pytest.approx(expected, abs=1e-6)
+    assert margin.value == pytest.approx((gained - lost) / (90 + gained + lost))
+
+
+@pytest.mark.parametrize("counts", [(60, 9, 4, 30), (0, 0, 0, 8), (3, 0, 1, 0), (500, 40, 60, 400)])
+def test_the_posterior_is_that_of_dirichlet_draws(counts: tuple[int, int, int, int]) -> None:
+    ours, theirs = pairs(*counts)
+    margin = RULE.margin(ours, theirs, sum(counts))
+    shares = np.random.default_rng(0).dirichlet(np.array(counts) + 0.5, 200_000)
+    draws = shares @ np.array([0.03, 1.0, -0.97, 0.0])
+    assert margin.keep_probability == pytest.approx(np.mean(draws >= 0), abs=0.005)
+    assert margin.sd == pytest.approx(np.std(draws) * math.sqrt(sum(counts)), rel=0.01)
 
 
 def test_the_posterior_equals_one_minus_the_p_value_in_large_samples() -> None:

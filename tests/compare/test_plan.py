@@ -1,6 +1,12 @@
 from dataclasses import replace
+from pathlib import Path
 
-from slimserve.compare.plan import describe_plan, load_seed, make_preset, round_rates, slo_rate
+import pytest
+
+from slimserve.compare import plan
+from slimserve.compare.plan import calibration_warnings, describe_plan, load_seed, make_preset, round_rates, slo_rate
+from slimserve.core.hardware import probe_hardware
+from slimserve.workloads import load_workload
 from slimserve.workloads.interface import Estimate
 from tests.compare.invented import comparison, variant
 
@@ -28,3 +34,38 @@ def test_the_plan_says_what_is_measured() -> None:
     assert "plan: 2 variants in 2 round(s), dense first: dense, w8a8" in text
     assert "160 recommendation, 256 reasoning" in text
     assert "10 tests of 16 s" in text
+
+
+@pytest.mark.parametrize(("isa", "minutes"), [(("avx2", "avx512f"), 19), (("avx2",), 48)])
+def test_the_plan_expects_more_time_on_a_slow_cpu(
+    monkeypatch: pytest.MonkeyPatch, isa: tuple[str, ...], minutes: int
+) -> None:
+    monkeypatch.setattr(plan, "probe_hardware", lambda: replace(probe_hardware(), isa=isa, gpus=()))
+    quick = make_preset("quick", ["recommendation", "reasoning"])
+    last = describe_plan(quick, ["recommendation", "reasoning"], ["a", "b", "c", "d"], "a")[-1]
+    assert f"about {minutes} minutes" in last
+
+
+def test_a_variant_that_was_calibrated_on_other_data_is_named_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.jsonl").write_text('{"question": "2 + 2?", "answer": "4"}\n' * 4)
+    (tmp_path / "own.toml").write_text(
+        'kind = "generate"\ndata = "own.jsonl"\nprompt = "{question}"\nanswer = "answer"\n'
+    )
+    own = load_workload("own.toml").name
+    sources = {"dense": "", "a": "mixed", "b": "reasoning", "c": "self-generated", "d": "own.toml", "e": "reasoning"}
+    made = [
+        replace(variant(name, [], Estimate(0.7, 0.6, 0.8, 9), []), calibration_source=source)
+        for name, source in sources.items()
+    ]
+    assert calibration_warnings(made[:2], ["recommendation", "reasoning"]) == []
+    assert calibration_warnings([made[4]], [own]) == []
+    lines = calibration_warnings(made, ["reasoning", own])
+    assert [line.split("differ: ")[1].split(";")[0] for line in lines] == [
+        f"a was calibrated on mixed, not on {own}",
+        f"b, e was calibrated on reasoning, not on {own}",
+        f"c was calibrated on self-generated, not on reasoning, {own}",
+        "d was calibrated on own.toml, not on reasoning",
+    ]

@@ -1,9 +1,12 @@
+from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
 from slimserve.compare.settings import CompareSettings, Endpoint, ExistingModel
+
+FILE = Path(__file__).parents[2] / "examples" / "checked_sums.py"
 
 
 def settings_of(**options: Any) -> CompareSettings:
@@ -40,6 +43,19 @@ def test_rates_and_objectives_are_grouped_by_workload() -> None:
     )
     assert settings.rates_by_workload() == {"recommendation": (2.0, 4.0), "reasoning": (0.5,)}
     assert settings.slos_by_workload() == {"reasoning": ("itl_p99=50ms", "errors=1%")}
+
+
+def test_rates_and_objectives_of_a_workloads_file_belong_to_its_name() -> None:
+    slos = [f"{FILE}:itl_p99=50ms", f"{FILE}:errors=1%"]
+    settings = settings_of(workloads=str(FILE), rates=[f"{FILE}=2"], slos=slos)
+    assert settings.rates_by_workload() == {"checked_sums": (2.0,)}
+    assert settings.slos_by_workload() == {"checked_sums": ("itl_p99=50ms", "errors=1%")}
+
+
+@pytest.mark.parametrize("options", [{"rates": ["reasoning=2"]}, {"slos": ["reasoning:errors=1%"]}])
+def test_a_rate_or_an_objective_of_a_workload_that_is_not_compared_is_rejected(options: dict[str, list[str]]) -> None:
+    with pytest.raises(ValidationError, match="names reasoning, which is not compared; add it to --workloads"):
+        settings_of(workloads="recommendation", **options)
 
 
 @pytest.mark.parametrize("text", ["2", "chess=2", "reasoning=", "reasoning=0", "reasoning=x"])

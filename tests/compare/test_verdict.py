@@ -8,6 +8,7 @@ import pytest
 
 from slimserve.compare.results import Signal, VariantResult, Verdict, load_comparison
 from slimserve.compare.verdict import confidence_words, make_verdict
+from slimserve.loadtest.summary import percentiles
 from slimserve.workloads.interface import Estimate
 from tests.compare.invented import comparison, kept, variant
 
@@ -21,6 +22,18 @@ def dense() -> VariantResult:
 
 def decision_names(verdict: Verdict, field: str) -> dict[str, list[str]]:
     return {one.name: getattr(one, field) for one in verdict.decisions}
+
+
+def test_a_rate_without_a_request_is_not_reported_as_a_missed_latency() -> None:
+    slow = variant("w8a8", [100.0, 104.0], AUC, (2.0, 2.0))
+    for one in slow.rounds:
+        (load,) = one.at_rate["recommendation"]
+        missed = [replace(objective, value=None) for objective in load.summary.objectives]
+        empty = replace(load.summary, e2e_s=percentiles([]), objectives=missed)
+        one.at_rate = {"recommendation": [replace(load, summary=empty)]}
+    verdict = make_verdict(comparison([dense(), slow]), {"dense": kept(1, 1), "w8a8": kept(0.99, 0.96)})
+    (reason,) = [one.reason for one in verdict.decisions if one.name == "w8a8"]
+    assert reason == "had no recommendation request in the measured time at 2 requests/s; load it longer"
 
 
 def test_the_cheapest_that_keeps_quality_and_objectives_wins() -> None:

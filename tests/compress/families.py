@@ -20,6 +20,10 @@ _SIZES: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+_WIDTHS = {
+    *("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "ffn_dim", "word_embed_proj_dim"),
+    *("head_dim", "query_pre_attn_scalar"),
+}
 _ALL_HEADS = "its norm of queries spans all heads"
 _DERIVES = "vLLM derives the heads' width from their number"
 _DERIVES_TOO = "transformers derives the heads' width from their number"
@@ -67,9 +71,11 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def tiny_config(name: str) -> PreTrainedConfig:
-    """Return the config of a tiny random model of an architecture."""
-    return AutoConfig.for_model(name, **{**_SIZES, **FAMILIES[name].changes})
+def tiny_config(name: str, factor: int = 1) -> PreTrainedConfig:
+    """Return the config of a tiny random model of an architecture; all widths are multiplied by `factor`."""
+    sizes = {**_SIZES, **FAMILIES[name].changes}
+    sizes |= {key: sizes[key] * factor for key in _WIDTHS & sizes.keys()}
+    return AutoConfig.for_model(name, **sizes)
 
 
 def table() -> str:

@@ -206,6 +206,7 @@ def test_a_calibration_file_that_changed_is_not_the_same_build(tiny_llama: TinyM
     recipe = Recipe(
         summary="", steps=(GPTQ,), calibration=Calibrate(source=ids_file(tmp_path), num_samples=6, sequence_length=16)
     )
+    assert build_variant("tiny", tiny_llama.directory, "own", recipe, target) == target, "the folder does not matter"
     (tmp_path / "ids.jsonl").write_text(json.dumps({"input_ids": [3] * 200}))
     with pytest.raises(UserError, match="exists and holds something else"):
         build_variant("tiny", tiny_llama.directory, "own", recipe, target)

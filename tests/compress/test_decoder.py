@@ -13,6 +13,7 @@ from slimserve.compress.reference import kl_per_token, nll_per_token, reference_
 from slimserve.compress.stream import Stream
 
 from .conftest import TinyModel
+from .families import tiny_config
 
 SEQUENCES = [torch.randint(0, 67, (length,), generator=torch.Generator().manual_seed(length)) for length in (17, 5)]
 
@@ -66,3 +67,25 @@ def test_the_hessians_of_a_stream_do_not_depend_on_the_batch_size(
                     torch.testing.assert_close(hessian.peak_I, x.abs().amax(0), atol=1e-4, rtol=1e-4)
                 torch.testing.assert_close(hessian.mean(), x.T @ x / len(x), atol=1e-3, rtol=1e-3)
         stream.leave()
+
+
+@pytest.mark.parametrize(
+    ("family", "adds"),
+    [
+        ("llama", True),
+        ("cohere2", True),
+        ("stablelm", True),
+        ("gemma2", False),
+        ("olmo2", False),
+        ("granite", False),
+        ("opt", False),  # its MLP is no module with an output of its own
+    ],
+)
+def test_a_block_that_norms_or_scales_the_outputs_of_its_sublayers_does_not_add_them(family: str, adds: bool) -> None:
+    decoder = Decoder(tiny_config(family).to_dict())
+    generator = torch.Generator().manual_seed(0)
+    block = {
+        name: 0.3 * torch.randn(shape, generator=generator) if len(shape) > 1 else torch.full(shape, 0.7)
+        for name, shape in decoder.block_shapes(0).items()
+    }
+    assert decoder.adds_outputs(0, block) == adds

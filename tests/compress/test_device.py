@@ -1,4 +1,4 @@
-"""Tests of the choice of a device and of activations that stay in memory; a GPU is not needed."""
+"""Tests of activations that stay in memory; a GPU is not needed."""
 
 from __future__ import annotations
 
@@ -11,25 +11,9 @@ from safetensors.torch import load_file
 
 from slimserve.compress import stream
 from slimserve.compress.activations import ActivationFile, MemoryActivations
-from slimserve.compress.device import choose_device, make_store
-from slimserve.core.errors import UserError
+from slimserve.compress.device import make_store
 
 from .conftest import GPTQ, KV, TinyModel, build_on_data
-
-
-def test_auto_takes_a_gpu_only_if_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    for available, expected in ((False, "cpu"), (True, "cuda")):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
-        assert choose_device("auto").type == expected
-
-
-@pytest.mark.parametrize(
-    ("name", "message"), [("cuda:7", "PyTorch sees 1 CUDA devices"), ("tpu", "is no device"), ("meta", "is no device")]
-)
-def test_a_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch, name: str, message: str) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(UserError, match=message):
-        choose_device(name)
 
 
 def test_activations_leave_the_gpu_for_pinned_memory_and_then_for_files(

@@ -84,6 +84,11 @@ def test_vllms_avx2_library_has_the_int8_product_but_no_4_bit_one() -> None:
     avx2 = replace(HARDWARE, isa=("avx2",))
     assert "needs AVX-512" in explain(avx2, "w4a16")
     assert "CPUInt8ScaledMMLinearKernel" in explain(avx2, "w8a8")
+    assert "inexact" in explain(avx2, "w8a8")
+    assert "inexact" not in explain(HARDWARE, "w8a8")
+    assert "kernel for INT8 experts needs AMX" in explain(avx2, "w8a8", num_experts=8)
+    assert "cannot run" not in explain(avx2, "w8a8", num_experts=0)
+    assert "cannot run" not in explain(replace(HARDWARE, isa=("avx512f", "amx_tile")), "w8a8", num_experts=8)
 
 
 @pytest.mark.parametrize(

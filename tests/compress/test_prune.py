@@ -127,10 +127,10 @@ def test_methods_that_use_more_information_have_a_smaller_error() -> None:
     problem = make_problem(make_inputs(2, 200, 60), 13)
     error = {name: METHODS[name](problem, 40).detail["relative_output_error"] for name in METHODS}
     assert error["osscar_search"] <= error["osscar"] < error["refit"] < error["magnitude"] < error["random"]
-    assert error["wanda"] < error["magnitude"]
+    assert error["osscar"] < error["wanda_refit"] < error["wanda"] < error["magnitude"]
 
 
-@pytest.mark.parametrize("method", ["magnitude", "refit", "osscar", "osscar_search"])
+@pytest.mark.parametrize("method", ["magnitude", "refit", "wanda_refit", "osscar", "osscar_search"])
 @pytest.mark.parametrize("group_size", [1, 3])
 def test_for_white_inputs_every_method_is_magnitude_pruning(method: str, group_size: int) -> None:
     problem = replace(make_problem(make_inputs(3, 9, 21), 5, group_size), hessian_II=torch.eye(21, dtype=torch.float64))
@@ -156,6 +156,16 @@ def test_wanda_keeps_the_columns_with_the_largest_contribution() -> None:
     written_I = torch.stack([torch.outer(x_TI[:, i], problem.weight_OI[:, i]).square().sum() for i in range(14)])
     written_U = written_I[0::2] + written_I[1::2]
     assert METHODS["wanda"](problem, 3).kept_U.tolist() == sorted(torch.topk(written_U, 3).indices.tolist())
+
+
+def test_the_refit_after_wandas_choice_is_ridge_regression_on_the_kept_columns() -> None:
+    x_TI = make_inputs(6, 50, 14)
+    problem = make_problem(x_TI, 5, 2)
+    pruned = METHODS["wanda_refit"](problem, 3)
+    assert torch.equal(pruned.kept_U, METHODS["wanda"](problem, 3).kept_U)
+    rows = torch.cat([x_TI, (ridge_of(problem) * len(x_TI)).sqrt() * torch.eye(14, dtype=torch.float64)])
+    solution_KO = torch.linalg.lstsq(rows[:, pruned.kept_I], rows @ problem.weight_OI.T).solution
+    torch.testing.assert_close(pruned.weight_OK, solution_KO.T)
 
 
 def test_the_peak_of_a_group_is_that_of_its_highest_column() -> None:
@@ -213,7 +223,7 @@ def test_the_layers_own_outputs_as_target_equal_no_target(method: str, group_siz
     assert targeted.detail["relative_output_error"] == pytest.approx(expected.detail["relative_output_error"], rel=1e-8)
 
 
-@pytest.mark.parametrize("method", ["refit", "osscar", "osscar_search"])
+@pytest.mark.parametrize("method", ["refit", "wanda_refit", "osscar", "osscar_search"])
 def test_the_dense_target_reduces_the_error_against_the_dense_outputs(method: str) -> None:
     """Earlier pruned blocks have changed the inputs, while the target stays the same."""
     dense_TI = make_inputs(9, 80, 14)
@@ -228,7 +238,7 @@ def test_the_dense_target_reduces_the_error_against_the_dense_outputs(method: st
     assert errors[0] < 0.9 * errors[1]
 
 
-@pytest.mark.parametrize("method", ["refit", "osscar", "osscar_search"])
+@pytest.mark.parametrize("method", ["refit", "wanda_refit", "osscar", "osscar_search"])
 @pytest.mark.parametrize("damping", [0.0, 0.01])
 def test_redundant_inputs_of_low_rank_lose_nothing(method: str, damping: float) -> None:
     factors_TR = make_inputs(11, 50, 4)

@@ -10,6 +10,7 @@ from slimserve.compress.quantize import (
     Grid,
     Quantized,
     RoundingOptions,
+    awq_scales,
     fp4_global_scale,
     output_error,
     relative_error,
@@ -238,6 +239,39 @@ def test_smoothing_leaves_dead_inputs_unchanged() -> None:
     assert scale_I[:3].tolist() == [1.0, 1.0, 1.0]
     assert scale_I[3] == pytest.approx(1e-5)
     assert scale_I.dtype == torch.float32
+
+
+def test_awq_factors_are_the_best_of_their_kind_in_float64_and_spare_large_inputs() -> None:
+    torch.manual_seed(4)
+    weight_OI, inputs_NI = torch.randn(24, 32), torch.randn(200, 32)
+    inputs_NI *= torch.linspace(0, 4, 32).exp()
+    inputs_NI[:, 3] = 0
+    hessian_II = inputs_NI.T @ inputs_NI / 200
+    grid = GRIDS["int4 by rows"]
+
+    def lost(scale_I: Tensor) -> float:
+        error_OI = weight_OI - round_to_nearest(weight_OI * scale_I, None, grid).dequantize() / scale_I
+        return float((inputs_NI.double() @ error_OI.double().T).square().sum())
+
+    size_I = inputs_NI.square().mean(0).sqrt()
+    live_I = size_I > 0
+    best_I, best = torch.ones(32), float("inf")
+    for trial in range(20):
+        power_I = size_I ** (trial / 20)
+        scale_I = power_I / (power_I[live_I].max() * power_I[live_I].min()).sqrt()
+        scale_I[3] = 1.0
+        if lost(scale_I) < best:
+            best_I, best = scale_I, lost(scale_I)
+    found_I = awq_scales(weight_OI, hessian_II, lambda weight: round_to_nearest(weight, None, grid).dequantize())
+    torch.testing.assert_close(found_I, best_I)
+    assert found_I[3] == 1
+    assert found_I[31] > found_I[0] * 2
+    assert best < 0.8 * lost(torch.ones(32))
+
+
+def test_awq_gives_inputs_that_are_never_used_the_factor_one() -> None:
+    ones = awq_scales(torch.randn(2, 3), torch.zeros(3, 3), lambda weight: weight)
+    assert ones.tolist() == [1.0, 1.0, 1.0]
 
 
 def test_scales_are_stored_as_fp8_times_a_global_scale_or_as_powers_of_two() -> None:

@@ -22,6 +22,16 @@ def test_a_recipe_is_read_from_a_file(tmp_path: Path) -> None:
     assert recipe.steps == (Prune(step="prune", mlp_remove_frac=0.5, multiple=8),)
 
 
+def test_workloads_replace_the_calibration_source_unless_the_recipe_names_one() -> None:
+    recipe = load_recipe("w8a8")[1]
+    assert recipe.calibration.source == "mixed"
+    assert recipe.calibrated_on(["reasoning", "own.toml"]).calibration.source == "reasoning,own.toml"
+    assert recipe.calibrated_on([]) == recipe
+    for source in ("mixed", "self-generated"):
+        own = load_recipe("w8a8", [f"calibration.source={source}"])[1]
+        assert own.calibrated_on(["reasoning"]) == own
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -48,6 +58,10 @@ def test_a_recipe_is_read_from_a_file(tmp_path: Path) -> None:
         (
             'summary = "x"\n[[steps]]\nstep = "quantize"\nformat = "w4a16"\nsmoothquant = 0.5',
             "smoothquant needs",
+        ),
+        (
+            'summary = "x"\n[[steps]]\nstep = "quantize"\nformat = "w8a8"\nawq = true',
+            "awq needs a format that keeps activations",
         ),
         ('summary = "x"\n[calibration]\nnum_samples = 0', "calibration.num_samples: '0' is invalid"),
     ],

@@ -20,13 +20,15 @@ from .conftest import GPTQ, INPUT_IDS, KV, TinyModel, build_on_data, ids_file, l
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("target", ["current", "dense"])
-def test_every_method_removes_neurons_and_kv_groups(tiny: TinyModel, tmp_path: Path, method: str, target: str) -> None:
+@pytest.mark.parametrize("target", [None, "dense"])
+def test_every_method_removes_neurons_and_kv_groups(
+    tiny: TinyModel, tmp_path: Path, method: str, target: str | None
+) -> None:
     step = KV.model_copy(update={"method": method, "target": target})
     groups, heads = tiny.model.config.num_key_value_heads, tiny.model.config.num_attention_heads
     if tiny.model.config.model_type == "qwen2":
         # For qwen2, vLLM 0.32 derives the heads' width from their number.
-        with pytest.raises(UserError, match="'qwen2' cannot lose KV groups: vLLM cannot load such a qwen2"):
+        with pytest.raises(UserError, match="cannot lose KV groups: vLLM cannot load a cut model of type qwen2"):
             build_on_data(tiny, step, target=tmp_path / "variant")
         step, groups, heads = step.model_copy(update={"kv_remove_frac": 0}), 2 * groups, 2 * heads
     variant = build_on_data(tiny, step, target=tmp_path / "variant")
@@ -36,6 +38,26 @@ def test_every_method_removes_neurons_and_kv_groups(tiny: TinyModel, tmp_path: P
     assert loaded.config.intermediate_size == 32
     own = next(iter(reference_logits(variant, [INPUT_IDS[0]])))
     torch.testing.assert_close(own, logits(loaded)[0], atol=2e-4, rtol=1e-4)
+
+
+def test_each_kind_of_unit_has_a_method_of_its_own_by_default(tiny_llama: TinyModel, tmp_path: Path) -> None:
+    by_default = build_on_data(tiny_llama, KV, target=tmp_path / "default")
+    manifest = read_manifest(by_default)
+    assert manifest is not None
+    assert manifest.steps[0].detail["method"] == "wanda_refit and osscar_search"
+    named = {
+        method: build_on_data(tiny_llama, KV.model_copy(update={"method": method}), target=tmp_path / method)
+        for method in ("wanda_refit", "osscar_search")
+    }
+    tensors = {name: load_file(path / "model.safetensors") for name, path in {**named, "default": by_default}.items()}
+    name = "model.layers.0.self_attn.o_proj.weight"
+    torch.testing.assert_close(tensors["default"][name], tensors["osscar_search"][name])
+    widths = {method: tensors[method]["model.layers.0.mlp.gate_proj.weight"] for method in tensors}
+    assert not torch.equal(widths["default"], widths["osscar_search"])
+
+
+def first_of(output: Any) -> torch.Tensor:
+    return output[0] if isinstance(output, tuple) else output
 
 
 def test_osscar_has_a_lower_loss_than_random_and_magnitude(tiny_llama: TinyModel, tmp_path: Path) -> None:
@@ -146,18 +168,52 @@ def test_an_interrupted_search_resumes_with_the_same_errors(
     assert resumed.steps[0].detail == complete.steps[0].detail
 
 
-def test_both_targets_are_equal_in_the_first_block(tiny: TinyModel, tmp_path: Path) -> None:
-    # Nothing has been cut before block 0, so both targets are the same there, biases included.
+def test_all_targets_are_equal_in_the_first_block(tiny: TinyModel, tmp_path: Path) -> None:
+    # Nothing has been cut before block 0, so all targets are the same there, biases included.
     step = KV if tiny.model.config.model_type != "qwen2" else KV.model_copy(update={"kv_remove_frac": 0})
     weights = {}
-    for target in ("current", "dense"):
+    for target in ("current", "dense", "residual"):
         variant = build_on_data(tiny, step.model_copy(update={"target": target}), target=tmp_path / f"to-{target}")
         weights[target] = load_file(variant / "model.safetensors")
     name = "model.layers.0.self_attn.o_proj.weight"
-    torch.testing.assert_close(weights["dense"][name], weights["current"][name], atol=1e-3, rtol=1e-3)
-    if step.kv_remove_frac == 0:
-        name = "model.layers.0.mlp.down_proj.weight"
-        torch.testing.assert_close(weights["dense"][name], weights["current"][name], atol=1e-3, rtol=1e-3)
+    for target in ("dense", "residual"):
+        torch.testing.assert_close(weights[target][name], weights["current"][name], atol=1e-3, rtol=1e-3)
+        if step.kv_remove_frac == 0:
+            down = "model.layers.0.mlp.down_proj.weight"
+            torch.testing.assert_close(weights[target][down], weights["current"][down], atol=1e-3, rtol=1e-3)
+
+
+@torch.no_grad()
+def test_the_residual_target_makes_up_for_what_earlier_cuts_have_lost(tiny_llama: TinyModel, tmp_path: Path) -> None:
+    """The refitted weight solves the normal equations for the dense model's hidden states after the block."""
+    step = Prune(step="prune", mlp_remove_frac=0.5, multiple=2, method="wanda_residual")
+    variant = build_on_data(tiny_llama, step, target=tmp_path / "variant")
+    lines = Path(ids_file(tmp_path)).read_text().splitlines()
+    tokens_NT = torch.tensor([json.loads(line)["input_ids"] for line in lines])
+    dense, pruned = tiny_llama.model, AutoModelForCausalLM.from_pretrained(variant, dtype=torch.float32)
+    seen: dict[str, Any] = {}
+    for index in range(3):
+        ours, theirs = pruned.model.layers[index], dense.model.layers[index]
+        ours.mlp.register_forward_hook(lambda _, given, out: seen.update(normed=given[0], mlp=out))
+        ours.mlp.down_proj.register_forward_hook(lambda _, given, __: seen.update(kept=given[0]))
+        ours.register_forward_hook(lambda _, __, out: seen.update(after=first_of(out)))
+        theirs.register_forward_hook(lambda _, __, out: seen.update(wanted=first_of(out)))
+        for model in (dense, pruned):
+            model(tokens_NT)
+        for module in (ours, ours.mlp, ours.mlp.down_proj, theirs):
+            module._forward_hooks.clear()
+        x_TK = seen["kept"].flatten(0, 1).double()
+        y_TD = (seen["wanted"] - (seen["after"] - seen["mlp"])).flatten(0, 1).double()
+        all_TI = (theirs.mlp.act_fn(theirs.mlp.gate_proj(seen["normed"])) * theirs.mlp.up_proj(seen["normed"])).flatten(
+            0, 1
+        )
+        ridge = 0.1 * all_TI.double().square().mean()
+        same_KI = (ours.mlp.gate_proj.weight[:, None] == theirs.mlp.gate_proj.weight[None]).all(dim=2)
+        before_KD = theirs.mlp.down_proj.weight.double().T[same_KI.int().argmax(dim=1)]
+        rows = torch.cat([x_TK, (ridge * len(x_TK)).sqrt() * torch.eye(x_TK.shape[1])])
+        wanted = torch.cat([y_TD, (ridge * len(x_TK)).sqrt() * before_KD])
+        solution_KD = torch.linalg.lstsq(rows, wanted).solution
+        torch.testing.assert_close(ours.mlp.down_proj.weight.double().T, solution_KD, atol=2e-3, rtol=2e-3)
 
 
 def test_the_layers_with_the_largest_error_stay_unquantized(tiny_llama: TinyModel, tmp_path: Path) -> None:
@@ -173,12 +229,32 @@ def test_the_layers_with_the_largest_error_stay_unquantized(tiny_llama: TinyMode
     assert manifest.steps[0].detail["kept_unquantized"] == kept
 
 
-def test_an_unquantized_layer_compensates_for_its_smoothed_norm(tiny: TinyModel, tmp_path: Path) -> None:
-    step = GPTQ.model_copy(update={"smoothquant": 0.8, "keep_worst": 11})
+@pytest.mark.parametrize("changes", [{"smoothquant": 0.8}, {"format": "w4a16", "awq": True}])
+def test_an_unquantized_layer_compensates_for_its_smoothed_norm(
+    tiny: TinyModel, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    step = GPTQ.model_copy(update={**changes, "keep_worst": 11})
     variant = build_on_data(tiny, step, target=tmp_path / "variant")
     own = next(iter(reference_logits(variant, [INPUT_IDS[0]])))
     # Eleven of twelve fused layers are dense, so almost nothing may be lost.
     assert float((own - logits(tiny.model)[0]).norm() / logits(tiny.model).norm()) < 0.03
+
+
+def test_awq_lowers_the_error_of_a_layer_with_a_few_large_inputs(tiny_llama: TinyModel, tmp_path: Path) -> None:
+    file = tiny_llama.directory / "model.safetensors"
+    tensors = load_file(file)
+    for norm in ("input_layernorm", "post_attention_layernorm"):
+        tensors[f"model.layers.0.{norm}.weight"][[2, 7, 11]] = 10.0
+    save_file(tensors, file, metadata={"format": "pt"})
+    errors = []
+    for awq in (False, True):
+        step = Quantize(step="quantize", format="w4a16", awq=awq)
+        manifest = read_manifest(build_on_data(tiny_llama, step, target=tmp_path / str(awq)))
+        assert manifest is not None
+        errors.append(manifest.steps[0].detail["per_block"][0]["output_error"])
+    for layer in ("self_attn.q_proj", "self_attn.k_proj", "mlp.gate_proj", "mlp.up_proj"):
+        assert errors[1][layer] < errors[0][layer]
+    assert errors[1]["self_attn.q_proj"] < 0.9 * errors[0]["self_attn.q_proj"]
 
 
 @pytest.mark.parametrize(

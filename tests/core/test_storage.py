@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from slimserve.core.errors import UserError
-from slimserve.core.storage import atomic_directory, cache_dir, sha256_of_files, write_atomically
+from slimserve.core.storage import atomic_directory, cache_dir, cached_result, sha256_of_files, write_atomically
 
 _UNUSED_PID = 2**22 + 1
 
@@ -55,6 +55,16 @@ def test_a_file_is_replaced_atomically(tmp_path: Path) -> None:
     write_atomically(path, "two")
     assert path.read_text() == "two"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_result_is_computed_once_for_each_of_its_inputs(tmp_path: Path) -> None:
+    values = iter((1, 2))
+
+    def result(*inputs: object) -> int:
+        return int(cached_result(tmp_path / "new", "auc", inputs, lambda: {"value": next(values)})["value"])
+
+    assert [result("model", 8), result("model", 8), result("model", 9), result("model", 8)] == [1, 1, 2, 1]
+    assert len(list((tmp_path / "new").glob("auc-*.json"))) == 2
 
 
 def test_the_hash_depends_on_names_and_bytes_but_not_on_order(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def test_the_score_example_is_a_request_and_its_answer_has_our_keys() -> None:
     words = shlex.split(curl)
     request = ScoreRequest.model_validate_json(words[words.index("-d") + 1])
     answer = json.loads(blocks("json")[0])
-    assert len(answer["scores"]) == len(request.items)
+    assert len(answer["scores"]) == len(request.items or ())
     assert all(len(row) == len(request.labels or ()) for row in answer["scores"])
     assert set(answer) == {"scores", "model", "usage", "object"}
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import slimserve.distill.chunked
-from slimserve.distill.chunked import TeacherStates, chunked_loss, plain_losses
-from slimserve.distill.losses import TopK, top_k_of
+from slimserve.distill.chunked import TeacherMixture, TeacherStates, chunk_size, chunked_loss, plain_losses
+from slimserve.distill.losses import Targets, TopK, mixture_logits, top_k_of
 from slimserve.distill.recipe import LossSettings
 
 N, D, WIDER, V, PADDED = 23, 12, 20, 57, 64
@@ -26,16 +26,22 @@ def inputs() -> tuple[Tensor, Tensor, Tensor, TeacherStates]:
     return draw(N, D, seed=1).requires_grad_(), draw(V, D, seed=2).requires_grad_(), labels, teacher
 
 
-@pytest.mark.parametrize("kind", ["none", "states", "top"])
+@pytest.mark.parametrize("kind", ["none", "states", "top", "mixture", "targets"])
 @pytest.mark.parametrize("name", ["forward_kl", "js"])
 @pytest.mark.parametrize("chunk", [1, 7, 23, 100])
 def test_the_chunked_loss_equals_the_plain_loss(chunk: int, name: Any, kind: str) -> None:
-    hidden, head, labels, states = inputs()
+    hidden, head, tokens, states = inputs()
+    labels: Any = tokens
+    if kind == "targets":
+        labels = Targets(tokens, tokens.roll(1), draw(N, seed=5).sigmoid(), draw(N, seed=6).abs())
     settings = LossSettings(divergence=name, kd_weight=0.0 if kind == "none" else 0.7, temperature=1.5)
     theirs = states.hidden_ND @ states.head_VD.T
     top = top_k_of(theirs[:, :V], 5, 1.5)
-    teacher: Any = {"none": None, "states": states, "top": top}[kind]
-    plain_teacher: Any = {"none": None, "states": theirs, "top": top}[kind]
+    other = TeacherStates(draw(N, D, seed=7), draw(V, D, seed=8))
+    mixture = TeacherMixture((states, other), (0.3, 0.7))
+    mixed = mixture_logits([theirs, other.hidden_ND @ other.head_VD.T], (0.3, 0.7), 1.5)
+    teachers: dict[str, tuple[Any, Any]] = {"none": (None, None), "top": (top, top), "mixture": (mixture, mixed)}
+    teacher, plain_teacher = teachers.get(kind, (states, theirs))
 
     chunked = chunked_loss(hidden, head, labels, teacher, settings, chunk)
     gradients = torch.autograd.grad(3 * chunked.total, (hidden, head))
@@ -61,6 +67,12 @@ def test_logits_are_computed_for_one_chunk_at_a_time(monkeypatch: pytest.MonkeyP
     assert chunk_sizes == [5, 5, 5, 5, 3]
     assert hidden.grad is not None
     assert head.grad is not None
+
+
+def test_a_chunk_on_a_gpu_has_a_gibibyte_of_logits_and_on_a_cpu_few_tokens() -> None:
+    # The meta device stands for a GPU: neither has the CPU's memory.
+    assert chunk_size(torch.empty(2**16, 8, device="meta")) * 2**16 * 4 == 2**30
+    assert chunk_size(torch.empty(2**28, 1, device="meta")) == chunk_size(torch.empty(2**16, 8)) == 64
 
 
 def test_a_frozen_output_layer_gets_no_gradient_and_a_frozen_student_none_at_all() -> None:

@@ -132,7 +132,19 @@ def test_every_label_of_a_history_is_an_answer(tokenizer: Any) -> None:
         if section is A
     ]
     assert answers == [" yes", " no", " no", " yes"]
-    assert label_example(tokenizer, prompt, "x", 5).tokens == example.tokens[:5]
+    cut = label_example(tokenizer, prompt, "x", 5)
+    assert (cut.tokens, cut.labels) == (example.tokens[:5], ())
+
+
+def test_labels_of_a_history_are_hard_and_those_of_its_candidates_soft(tokenizer: Any) -> None:
+    items = ("No yes:", "Amélie (2001), it says no\nand yes:")
+    prompt = ScoringPrompt("Yes: yes\nA bad film: no\n", items, (" yes", " no"), (False, True), 1, (), (0.25, 0.75))
+    example = label_example(tokenizer, prompt, "x", 500)
+    yes, no = (tokenizer(label, add_special_tokens=False)["input_ids"][0] for label in (" yes", " no"))
+    assert {label[1:3] for label in example.labels} == {(yes, no)}
+    written = [(tokenizer.decode([example.tokens[label.position]]), label.share) for label in example.labels]
+    # A line of an item that ends like a label counts as one, as in the history.
+    assert written == [(" yes", 1.0), (" no", 0.0), (" no", 0.25), (" no", 0.0), (" yes", 0.75)]
 
 
 def test_a_sampled_reply_keeps_its_own_tokens(tokenizer: Any) -> None:

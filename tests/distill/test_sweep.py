@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from slimserve.core.errors import UserError
-from slimserve.distill.sweep import SweepPoint, make_points, sweep
+from slimserve.distill.sweep import Evaluation, SweepPoint, make_points, sweep
 from tests.distill.conftest import make_recipe
 
 
@@ -46,13 +46,14 @@ def test_a_sweep_writes_a_table_a_plot_and_metrics_and_resumes(
     points = make_points("0.8,1", "", "all", True)
     evaluated: list[str] = []
 
-    def evaluate(directory: Path) -> dict[str, float]:
+    def measure(directory: Path) -> dict[str, float]:
         evaluated.append(directory.name)
         return {"accuracy": 0.25}
 
+    evaluation = Evaluation("prompts", measure)
     recipe = make_recipe(stages=[{"steps": 2}], data={"num_examples": 8})
-    rows = sweep(str(tiny_student), str(tiny_teacher), recipe, points[:2], tmp_path, evaluate)
-    rows = sweep(str(tiny_student), str(tiny_teacher), recipe, points, tmp_path, evaluate)
+    rows = sweep(str(tiny_student), str(tiny_teacher), recipe, points[:2], tmp_path, evaluation)
+    rows = sweep(str(tiny_student), str(tiny_teacher), recipe, points, tmp_path, evaluation)
     assert evaluated == [point.name for point in points], "each student is evaluated once"
     short, full, control = rows
     assert short["tokens_read"] < 0.85 * full["tokens_read"]
@@ -68,3 +69,19 @@ def test_a_sweep_writes_a_table_a_plot_and_metrics_and_resumes(
     assert "left, as many tokens | 0.8" in table[-1]
     assert table[-1].endswith("| 0.25 |")
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_evaluation_is_measured_again_for_another_student_or_other_prompts(
+    tiny_student: Path, tiny_teacher: Path, tmp_path: Path
+) -> None:
+    values = iter((0.1, 0.2, 0.3))
+
+    def evaluate(directory: Path, prompts: str) -> float:
+        return Evaluation(prompts, lambda _: {"accuracy": next(values)}).of(directory, tmp_path)["accuracy"]
+
+    student = tiny_student.rename(tmp_path / "point")
+    assert evaluate(student, "prompts") == evaluate(student, "prompts") == 0.1
+    assert evaluate(student, "other prompts") == 0.2
+    # A sweep with another recipe has a student of the same name, but not the same weights.
+    student.rename(tmp_path / "old")
+    assert evaluate(tiny_teacher.rename(student), "prompts") == 0.3

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from slimserve.core.errors import UserError
 from slimserve.distill.components import rate_frac
+from slimserve.distill.cost import ModelShape
 from slimserve.distill.recipe import DistillRecipe
 from slimserve.distill.run import LOG_FILE, distill
 from slimserve.distill.train import Trainer
@@ -42,6 +43,11 @@ def steps_of(directory: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (directory / LOG_FILE).read_text().splitlines()]
 
 
+def detail_of(directory: Path) -> dict[str, Any]:
+    """Return what the manifest says about the training."""
+    return dict(json.loads((directory / "slimserve.json").read_text())["steps"][0]["detail"])
+
+
 def losses_of(directory: Path) -> list[float]:
     return [row["loss"] for row in steps_of(directory)]
 
@@ -56,6 +62,9 @@ def assert_same_weights(one: Path, other: Path, **tolerances: float) -> None:
     for name, weight in ours.items():
         torch.testing.assert_close(weight, theirs[name], **tolerances)
 
+
+SUMMED = {"seconds": "train_s", "tokens": "tokens_read", "flops": "flops"}
+"""Keys of a cost, and of the training steps that it is added to."""
 
 FULLY_SHARDED = """
 import accelerate
@@ -111,7 +120,7 @@ def test_a_student_learns_from_its_teacher(tiny_student: Path, tiny_teacher: Pat
     assert len(losses) == 12
     assert losses[-1] < 0.8 * losses[0]
     manifest = json.loads((target / "slimserve.json").read_text())
-    detail = manifest["steps"][0]["detail"]
+    detail = detail_of(target)
     assert [row["step"] for row in detail["validation"]] == [0, 4, 8, 12]
     assert detail["validation"][-1]["loss"] < detail["validation"][0]["loss"]
     assert detail["tokens_read"] == sum(row["tokens"] for row in steps_of(target))
@@ -229,20 +238,17 @@ def test_an_interrupted_run_is_not_resumed_with_another_recipe(
     ("kind", "tables"),
     [
         ("ddp", {"training": {"keep": "last"}}),
-        *[
-            (
-                kind,
-                {
-                    "data": {"source": "recommendation", "num_validation": 4, "max_tokens": 1024},
-                    "supervision": {"sections": "answer"},
-                    "training": {"keep": "best", "validate_every": 1, "lora_rank": 4, "save_every_s": 0},
-                },
-            )
-            for kind in ("ddp", "fsdp")
-        ],
+        (
+            "fsdp",
+            {
+                "data": {"source": "recommendation", "num_validation": 4, "max_tokens": 1024},
+                "supervision": {"sections": "answer"},
+                "training": {"keep": "best", "validate_every": 1, "lora_rank": 4, "save_every_s": 0},
+            },
+        ),
         ("fsdp", {"loss": {"kd_weight": 1.0, "top_k": 50}, "training": {"keep": "best", "learning_rate": 1e-2}}),
     ],
-    ids=["full-ddp", "lora-ddp", "lora-fsdp", "cached-fsdp"],
+    ids=["full-ddp", "lora-fsdp", "cached-fsdp"],
 )
 def test_two_processes_give_the_same_result_as_one(
     tables: dict[str, Any], kind: str, tiny_student: Path, tiny_teacher: Path, tmp_path: Path
@@ -291,7 +297,7 @@ def test_a_cached_teacher_reports_its_error_and_still_lowers_the_loss(
         return distill(str(tiny_student), str(tiny_teacher), make_recipe(loss=loss), tmp_path / name)
 
     online, cached = train("online", 0), train("cached", 2000)
-    error = json.loads((cached / "slimserve.json").read_text())["steps"][0]["detail"]["cache_error"]
+    error = detail_of(cached)["cache_error"]
     assert 0 < error["missing_mass"] < 1
     assert 0 < error["divergence_frac"] < 1
     num_targets = sum(row["targets"] for row in steps_of(cached))
@@ -302,6 +308,17 @@ def test_a_cached_teacher_reports_its_error_and_still_lowers_the_loss(
     ratio = losses_of(cached)[0] / losses_of(online)[0]
     assert 1 - error["missing_mass"] - 0.3 < ratio < 1
     assert losses_of(cached)[-1] < losses_of(cached)[0]
+    # The teacher read every sequence once for the cache, and in every step without it.
+    detail = detail_of(cached)
+    teacher, student = (ModelShape.of(json.loads((one / "config.json").read_text())) for one in (tiny_teacher, cached))
+    assert detail["teacher_cache"]["tokens"] == detail["tokens_read"], "three steps of four are one epoch"
+    running = detail_of(online)["flops"] - detail["flops"]
+    assert detail["teacher_cache"]["flops"] == pytest.approx(running)
+    assert running > teacher.block_flops([1]) * detail["tokens_read"] > 0
+    assert detail["flops"] > 3 * student.block_flops([1]) * detail["tokens_read"]
+    total = {key: detail["teacher_cache"][key] + detail[name] for key, name in SUMMED.items()}
+    assert detail["total"] == pytest.approx(total)
+    assert detail["teacher_cache"]["seconds"] > 0
 
 
 def test_hidden_states_are_matched_through_a_width_map(tiny_student: Path, tiny_teacher: Path, tmp_path: Path) -> None:
@@ -352,6 +369,27 @@ def test_on_policy_steps_train_on_text_that_the_student_wrote(
     half = make_recipe(stages=[{"kind": "on_policy", "steps": 1, "fraction": 0.5, "max_new_tokens": 7}])
     row = steps_of(distill(str(tiny_student), str(tiny_teacher), half, tmp_path / "half", sampler=sampler))[0]
     assert row["targets"] > 8
+
+
+def test_the_cost_of_sampled_replies_is_counted(tiny_student: Path, tiny_teacher: Path, tmp_path: Path) -> None:
+    prompts_read: list[int] = []
+
+    def sampler(student: Any, prompts: Any, settings: Any, seed: int) -> list[list[int]]:
+        prompts_read.extend(map(len, prompts))
+        time.sleep(0.05)
+        return [[5, 6, 2] for _ in prompts]
+
+    recipe = make_recipe(stages=[{"kind": "on_policy", "steps": 2, "fraction": 0.5, "max_new_tokens": 7}])
+    target = distill(str(tiny_student), str(tiny_teacher), recipe, tmp_path / "out", sampler=sampler)
+    detail, shape = detail_of(target), ModelShape.of(json.loads((target / "config.json").read_text()))
+    assert len(prompts_read) == 4
+    # A reply's last token is not read; each of its tokens is predicted.
+    by_hand = sum(shape.block_flops([length + 2]) + 3 * shape.head_flops(1) for length in prompts_read)
+    assert detail["sampling"]["tokens"] == sum(prompts_read) + 4 * 3
+    assert detail["sampling"]["flops"] == pytest.approx(by_hand)
+    assert 0.1 <= detail["sampling"]["seconds"] < 2
+    total = {key: detail["sampling"][key] + detail[name] for key, name in SUMMED.items()}
+    assert detail["total"] == pytest.approx(total)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_sequences(tiny_student: Path, tmp_path: Path) -> None:

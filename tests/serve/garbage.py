@@ -69,6 +69,7 @@ def real_requests(model: str) -> list[tuple[str, dict[str, Any]]]:
         ("/v1/messages/count_tokens", {"model": model, "messages": hello}),
         ("/v1/score", {**items, "apply_softmax": True, "item_first": False}),
         ("/generative_scoring", items),
+        ("/v1/warm", {"model": model, "query": "is it good?", "history": ["a film"], "unknown_items": "text"}),
         ("/v1/rerank", {**documents, "return_documents": True}),
         ("/v2/rerank", documents),
         ("/rerank", documents),

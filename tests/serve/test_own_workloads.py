@@ -107,27 +107,26 @@ def harness_tasks(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize(("task", "count"), [("capital_choices", NUM_CHOICES), ("small_sums", NUM_SUMS)])
-def test_lm_eval_tasks_give_the_values_of_the_harness_run_by_hand(
-    target: Target, harness_tasks: Path, task: str, count: int
-) -> None:
-    workload = load_workload(str(harness_tasks / f"{task}.toml"))
-    assert len(workload.make_prompts("quality", 1000)) == count
-    metrics = quality_metrics(task, count, 0, ask_quality(target, task, count, 0))
+def test_lm_eval_tasks_give_the_values_of_the_harness_run_by_hand(target: Target, harness_tasks: Path) -> None:
+    tasks = {"capital_choices": NUM_CHOICES, "small_sums": NUM_SUMS}
     arguments = f"model={NAME},base_url={target.url}/v1/completions,tokenizer={target.tokenizer},num_concurrent=8"
     command = [sys.executable, "-m", "lm_eval", "--model", "local-completions", "--model_args", arguments]
-    command += ["--tasks", task, "--include_path", str(harness_tasks), "--output_path", str(harness_tasks / "by-hand")]
+    command += ["--tasks", ",".join(tasks), "--include_path", str(harness_tasks)]
+    command += ["--output_path", str(harness_tasks / "by-hand")]
     subprocess.run(command, check=True, cwd=harness_tasks, env={**os.environ, "HF_DATASETS_CACHE": str(harness_tasks)})
     (file,) = (harness_tasks / "by-hand").rglob("results*.json")
-    by_hand = json.loads(file.read_text())["results"][task]
-    for name, metric in metrics.items():
-        assert metric.value == pytest.approx(by_hand[f"{name},none"], abs=1e-9)
-        assert metric.n == count
-    if task == "capital_choices":
-        assert metrics["acc"].floor == 0.25
-        assert metrics["acc"].value > 0.5
-        summary, rows = run_suite(
-            task, target, LoadSettings(users=2, duration_s=3, warmup_s=0, cooldown_s=0), harness_tasks / "load"
-        )
-        assert rows
-        assert not summary.errors
+    by_hand = json.loads(file.read_text())["results"]
+    metrics = {}
+    for task, count in tasks.items():
+        workload = load_workload(str(harness_tasks / f"{task}.toml"))
+        assert len(workload.make_prompts("quality", 1000)) == count
+        metrics[task] = quality_metrics(task, count, 0, ask_quality(target, task, count, 0))
+        for name, metric in metrics[task].items():
+            assert metric.value == pytest.approx(by_hand[task][f"{name},none"], abs=1e-9)
+            assert metric.n == count
+    assert metrics["capital_choices"]["acc"].floor == 0.25
+    assert metrics["capital_choices"]["acc"].value > 0.5
+    settings = LoadSettings(users=2, duration_s=3, warmup_s=0, cooldown_s=0)
+    summary, rows = run_suite("capital_choices", target, settings, harness_tasks / "load")
+    assert rows
+    assert not summary.errors

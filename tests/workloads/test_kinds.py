@@ -75,6 +75,16 @@ def test_soft_labels_are_relevant_above_a_limit(write: Write) -> None:
     assert (prompt.truth, prompt.gains) == ((False, True), (0.0, 0.7))
 
 
+def test_grades_become_soft_labels_by_the_highest_grade(write: Write) -> None:
+    rows = [{"query": "q", "items": ["a", "b", "c"], "grades": [0, 1, 4]}]
+    workload = write(f'kind = "rank"\nrelevant_above = 2\nmax_grade = 4\n{ALL_QUALITY}', rows)
+    (prompt,) = cast("list[ScoringPrompt]", workload.make_prompts("quality", 1))
+    assert (prompt.soft, prompt.truth, prompt.gains) == ((0.0, 0.25, 1.0), (False, False, True), (0.0, 0.0, 4.0))
+    rows.append({"query": "p", "items": ["a"], "grades": [5]})
+    workload = write(f'kind = "rank"\nmax_grade = 4\nmax_unusable = 0.5\n{ALL_QUALITY}', rows)
+    assert len(workload.make_prompts("quality", 2)) == 1, "a grade above the highest cannot be used"
+
+
 def test_items_by_likelihood_are_choices(write: Write) -> None:
     workload = write(f'kind = "rank"\nscoring = "likelihood"\nitem = " {{item}}"\n{ALL_QUALITY}', ranked(3))
     prompts = cast("list[ChoicePrompt]", workload.make_prompts("quality", 3))

@@ -87,7 +87,7 @@ class Generate(FileWorkload):
         return [self.spec.json_schema] if self.spec.json_schema else []
 
     def read_rows(self) -> Table:
-        """Read all data; prints the columns that say how a row's answer is drawn, which the workload file decides."""
+        """Read all rows, and print which of their columns are ignored because the workload file sets the sampling."""
         table = super().read_rows()
         if self.spec.messages is not None:
             named = {value for value in vars(self.spec).values() if isinstance(value, str)}

@@ -24,6 +24,7 @@ from slimserve.workloads.interface import (
     SCORING_VIEW,
     Answer,
     ChoicePrompt,
+    Interaction,
     LaunchProfile,
     MetricData,
     Prompt,
@@ -52,9 +53,14 @@ class RankSpec(FileSpec):
     query: str = Field("{query}", description="Template of the text before every item, with columns in braces.")
     item: str = Field("{item}", description="Template of an item's text; `{item}` is the item itself.")
     items: str = Field("items", description="Column of a row's items: a list of texts or of objects.")
+    item_id: str | None = Field(None, description="Column of an item's id in catalogues; needs items that are objects.")
+    line_ids: str | None = Field(None, description="Column with the id of the item on each line of the query.")
     grades: str = Field("grades", description="Column of the items' grades: numbers, relevant above `relevant_above`.")
     grade: str = Field("grade", description="Column of the grade, if each row has one item.")
     relevant_above: float = Field(0.0, description="Grades above this are relevant; 0.5 suits soft labels.")
+    max_grade: float | None = Field(
+        None, gt=0, description="Grade of a certain item; students then learn grade / max_grade as a soft label."
+    )
     scoring: Literal["labels", "likelihood"] = Field(
         "labels", description="Score an item by a label's probability after it, or by the likelihood of its own text."
     )
@@ -105,7 +111,28 @@ class Rank(FileWorkload):
             return ChoicePrompt(query, texts, tuple(self._above(grade) for grade in grades), group)
         truth = tuple(grade > self.spec.relevant_above for grade in grades)
         gains = tuple(self._above(grade) for grade in grades)
-        return ScoringPrompt(query, texts, tuple(self.spec.labels), truth, group, gains)
+        ids = tuple(self._item_id(row, item) for item in items) if self.spec.item_id else ()
+        line_ids = tuple(map(str, _list_in(row, self.spec.line_ids))) if self.spec.line_ids else ()
+        labels, soft = tuple(self.spec.labels), self._soft(grades)
+        prompt = ScoringPrompt(query, texts, labels, truth, group, gains, soft, ids, line_ids)
+        if line_ids and len(line_ids) != len(prompt.lines):
+            raise UnusableRowError(f"has {len(line_ids)} ids for the {len(prompt.lines)} lines of its query")
+        return prompt
+
+    def item_texts(self) -> dict[str, str]:
+        """Return the text of each item that has an id, without the colon that ends it."""
+        lists = [one for rows in self.splits.rows.values() for one in rows if isinstance(one, ScoringPrompt)]
+        pairs = ((item, text) for one in lists for item, text in zip(one.item_ids, one.items, strict=False))
+        return {item: text.removesuffix(":") for item, text in pairs}
+
+    def interactions(self) -> list[Interaction]:
+        """Return the items of the calibration split with an id, and whether they are relevant."""
+        lists = [one for one in self.splits.rows["calibration"] if isinstance(one, ScoringPrompt)]
+        return [
+            Interaction(one.group, item, is_relevant)
+            for one in lists
+            for item, is_relevant in zip(one.item_ids, one.truth, strict=False)
+        ]
 
     def question(self, prompt: Prompt) -> str:
         """Return the query with its items."""
@@ -136,12 +163,25 @@ class Rank(FileWorkload):
         """Return the gain of a grade: 0 if it is not relevant."""
         return grade if grade > self.spec.relevant_above else 0.0
 
+    def _soft(self, grades: Sequence[float]) -> tuple[float, ...]:
+        """Return the soft labels of grades, or none; UnusableRowError names a grade that is no share of max_grade."""
+        if self.spec.max_grade is None:
+            return ()
+        if unusable := [grade for grade in grades if not 0 <= grade <= self.spec.max_grade]:
+            raise UnusableRowError(f"has the grade {unusable[0]:g}, which is not between 0 and max_grade")
+        return tuple(grade / self.spec.max_grade for grade in grades)
+
     def _item_text(self, row: Row, item: Any) -> str:
         if isinstance(item, dict):
             return fill(self.spec.item, Row(row.place, {**row.values, **item}))
         if isinstance(item, bool) or not isinstance(item, (str, int, float)):
             raise UnusableRowError(f"has an item that is a {type(item).__name__}, not a text")
         return fill(self.spec.item, row, {"item": str(item)})
+
+    def _item_id(self, row: Row, item: Any) -> str:
+        assert self.spec.item_id is not None
+        values = {**row.values, **item} if isinstance(item, dict) else {**row.values, "item": item}
+        return text_column(Row(row.place, values), self.spec.item_id)
 
     def _joined(self, rows: Sequence[Row], table: Table) -> Iterator[Row]:
         """Yield one row for all rows with the same query and group."""

@@ -112,7 +112,9 @@ def test_mixed_traffic_gives_the_answers_of_requests_alone(scoring_url: str) -> 
         return answer
 
     async def run() -> tuple[int, int]:
-        async with httpx.AsyncClient(base_url=scoring_url, timeout=120) as client:
+        # uvicorn closes connections that are idle for 5 s, which is also httpx's own limit.
+        limits = httpx.Limits(keepalive_expiry=2)
+        async with httpx.AsyncClient(base_url=scoring_url, timeout=120, limits=limits) as client:
             alone = [await post(client, "/v1/completions", body) for body in completions]
             alone_scores = [await post(client, "/v1/score", body) for body in scores]
             wrong = total = 0

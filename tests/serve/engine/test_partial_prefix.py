@@ -226,7 +226,7 @@ def hits(url: str) -> float:
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("prefix_tokens", [10, 95, 607])
+@pytest.mark.parametrize("prefix_tokens", [10, 95, 303])
 def test_scores_are_those_of_prompts_computed_alone(scoring_url: str, prefix_tokens: int) -> None:
     url, rng = scoring_url, random.Random(prefix_tokens)
 

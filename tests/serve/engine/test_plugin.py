@@ -88,7 +88,7 @@ def busy(url: str) -> float:
 
 
 def long_request(num_items: int = 128) -> dict[str, Any]:
-    """Return a request that takes the engine many seconds."""
+    """Return a request that takes the engine about a minute; one step of it may take 2 s."""
     rng = random.Random()
     items = [[rng.randrange(100, 49000) for _ in range(1500)] for _ in range(num_items)]
     return {"query": [5], "items": items, "label_token_ids": [1]}
@@ -193,10 +193,10 @@ def test_a_request_ends_at_its_deadline_and_leaves_nothing_running(url: str) -> 
         answer = pool.submit(requests.post, f"{url}/v1/score", json=long_request() | {"timeout_s": 4}, timeout=60)
         wait_until(lambda: busy(url) > 0, 4)
         late = answer.result()
-    assert 3.5 < time.monotonic() - start < 6
+    assert 3.5 < time.monotonic() - start < 10
     assert late.status_code == 504
     assert late.json()["error"]["param"] == "timeout_s"
-    wait_until(lambda: busy(url) == 0, 2)
+    wait_until(lambda: busy(url) == 0, 10)
 
 
 def test_a_client_that_disconnects_leaves_nothing_running(url: str) -> None:
@@ -204,7 +204,7 @@ def test_a_client_that_disconnects_leaves_nothing_running(url: str) -> None:
         disconnected = pool.submit(requests.post, f"{url}/v1/score", json=long_request(), timeout=4)
         wait_until(lambda: busy(url) > 0, 4)
         assert isinstance(disconnected.exception(), requests.ReadTimeout)
-    wait_until(lambda: busy(url) == 0, 2)
+    wait_until(lambda: busy(url) == 0, 10)
 
 
 def wait_until(condition: Callable[[], bool], seconds: float) -> None:

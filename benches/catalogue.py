@@ -1,0 +1,310 @@
+"""Compare rankers that read films as tokens with rankers that read their texts: quality, items/s, bytes, training time.
+
+    make bench-catalogue
+
+All rankers are SmolLM2-135M, trained on the same MovieLens users with the true label of every film. They read titles,
+titles with genres, or 8, 4, 2 or 1 tokens per film. A tenth of the films, chosen by a hash, is in no training data;
+rankers with tokens get these from `slimserve items add`. The `quality` split is evaluated once. The settings are
+first guesses; choose them on users of the `load` split before the first complete run.
+
+Quality covers the 9th to the 24th label of a user's latest 24 films, given all labels before. `warm` films were in the
+training data, `cold` ones were not. Differences have 95% intervals that resample users, paired over the same labels.
+Speed is that of our launch in a closed loop with lists of 16 and of 100 candidates after histories of 24 films, each
+ranker in turn and then in reverse order. `stacked` is one token per film, a quarter of the neurons pruned, and W8A8; it
+stands against stock vLLM, launched as its documentation advises, with titles and genres.
+
+The cache keeps every model and measurement, so an interrupted run resumes. `catalogue.json` there has everything; the
+last line of output is one JSON object. `--quick` trains
+for two steps, and `--model DIR` takes another model: both only try the steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from benches.rankers import Scores, sequence_scores
+from benches.served import MODEL, guide_spec, our_spec
+from slimserve.compare.quality import ask_prompts
+from slimserve.compress.build import build_variant
+from slimserve.compress.recipe import load_recipe
+from slimserve.core.catalogue import read_catalogue
+from slimserve.core.model import resolve_model
+from slimserve.core.model_files import model_hash
+from slimserve.core.openai_client import Target
+from slimserve.core.progress import print_status
+from slimserve.core.provenance import bench_line
+from slimserve.core.storage import cache_dir, write_atomically
+from slimserve.core.variant import read_manifest
+from slimserve.distill.items import add_items
+from slimserve.distill.recipe import DistillRecipe
+from slimserve.distill.run import distill
+from slimserve.distill.validation import NUM_SKIPPED_LABELS
+from slimserve.loadtest.run import run_suite
+from slimserve.loadtest.settings import LoadSettings, SuiteOptions
+from slimserve.serve.launch.process import Engine, EngineSpec
+from slimserve.workloads import intervals, load_workload, metrics
+from slimserve.workloads.interface import MetricData, ScoringPrompt
+from slimserve.workloads.recommendation import Recommendation, is_held_out, label_prompts
+
+NUM_TEST_ITEMS = 24
+METRICS = ("auc", "within_group_auc", "ndcg_at_10")
+ONE, STACKED, TITLE, GENRES = "items-1", "stacked", "text-title", "text-genres"
+LIST_LENGTHS = (16, 100)
+NUM_LOAD_USERS = 8
+_SUITES = {kind: str(Path(__file__).with_name(f"catalogue_{kind}.py")) for kind in ("title", "genres")}
+_MICRO_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class Size:
+    """Size of a run."""
+
+    tokens_per_item: tuple[int, ...] = (8, 4, 2, 1)
+    text_steps: int = 86
+    item_steps: int = 60
+    num_users: int | None = None
+    load_s: float = 30.0
+    num_rounds: int = 2
+
+
+FULL = Size()
+QUICK = Size(tokens_per_item=(1,), text_steps=2, item_steps=2, num_users=12, load_s=6.0, num_rounds=1)
+
+
+class Bench:
+    """One run with its cache folder."""
+
+    def __init__(self, model: str, size: Size) -> None:
+        self.model, self.size = model, size
+        kind = "quick" if size is QUICK else "full"
+        self.folder = cache_dir(f"bench-catalogue-{kind}-{model_hash(resolve_model(model))[:8]}")
+        self.prompts = _test_prompts("genres", size.num_users)
+        self.titles = _test_prompts("title", size.num_users)
+
+    def kept(self, name: str, measure: Callable[[], Any]) -> Any:
+        """Return a measurement from the cache; measure it if it is not there."""
+        file = self.folder / f"{name}.json"
+        if not file.is_file():
+            write_atomically(file, json.dumps(measure()))
+        return json.loads(file.read_text(encoding="utf-8"))
+
+    def models(self) -> dict[str, Path]:
+        """Return the trained models by name."""
+        files = {}
+        for name, is_cold in (("warm", False), ("cold", True)):
+            texts = load_workload(_SUITES["genres"]).item_texts()
+            lines = [
+                json.dumps({"id": one, "text": text}) for one, text in texts.items() if is_held_out(one) == is_cold
+            ]
+            files[name] = self.folder / f"{name}.jsonl"
+            write_atomically(files[name], "\n".join(lines) + "\n")
+        made = {}
+        for kind in ("title", "genres"):
+            recipe = _recipe(_SUITES[kind], self.size.text_steps, 8, 3e-5)
+            made[f"text-{kind}"] = distill(self.model, None, recipe, self.folder / f"text-{kind}")
+        for count in self.size.tokens_per_item:
+            items = {"file": files["warm"], "tokens_per_item": count, "learning_rate": 2e-3}
+            recipe = _recipe(_SUITES["genres"], self.size.item_steps, 16, 5e-5, items)
+            directory = distill(self.model, None, recipe, self.folder / f"items-{count}")
+            catalogue = read_catalogue(directory)
+            assert catalogue is not None
+            if not any(map(is_held_out, catalogue.tokens)):
+                add_items(directory, files["cold"])
+            made[f"items-{count}"] = directory
+        return made
+
+    def stacked(self, one: Path) -> Path:
+        """Return the ranker of one token per film, pruned and quantized."""
+        settings = [f"calibration.source={json.dumps(_SUITES['genres'])}"]
+        settings += ["calibration.num_samples=4", "calibration.sequence_length=64"] if self.size is QUICK else []
+        return build_variant(str(one), one, *load_recipe("prune25-w8a8", settings), self.folder / STACKED)
+
+    def scores_in_process(self, name: str, directory: Path) -> Scores:
+        """Return the scores of a model in torch, which reads each user's films in one pass."""
+        prompts = self.titles if name == TITLE else self.prompts
+
+        def measure() -> Scores:
+            return [scores for _, scores in sequence_scores(directory, prompts)]
+
+        return cast("Scores", self.kept(f"scores-{name}", measure))
+
+    def scores_served(self, name: str, directory: Path, spec: EngineSpec) -> Scores:
+        """Return the scores of a served model; each label is the only candidate after all earlier films."""
+        asked = [label_prompts(one, NUM_SKIPPED_LABELS) for one in self.prompts]
+
+        def measure() -> Scores:
+            with Engine(spec) as engine:
+                target = Target(engine.spec.url, engine.spec.name, str(directory))
+                answers = iter(ask_prompts(target, f"labels, {name}", [one for user in asked for one in user]))
+            return [[float(cast("Sequence[float]", next(answers))[0]) for _ in user] for user in asked]
+
+        return cast("Scores", self.kept(f"scores-{name}", measure))
+
+    def baselines(self) -> dict[str, Scores]:
+        """Return the scores of the baselines without a language model, from the same labels before each film."""
+        asked = [label_prompts(one, NUM_SKIPPED_LABELS) for one in self.prompts]
+        flat = [one for user in asked for one in user]
+        answers = load_workload(_SUITES["genres"]).baselines(flat)
+        results = {}
+        for name, given in answers.items():
+            values = iter(cast("Sequence[Sequence[float]]", given))
+            results[name] = [[next(values)[0] for _ in user] for user in asked]
+        return results
+
+    def speed(self, name: str, directory: Path, spec: EngineSpec, number: int) -> dict[str, Any]:
+        """Return items/s and latencies at capacity by the length of the candidate list."""
+        suite = _SUITES["title" if name == TITLE else "genres"]
+        item_tokens = str(directory) if read_catalogue(directory) else ""
+
+        def measure() -> dict[str, Any]:
+            results = {}
+            with Engine(spec) as engine:
+                target = Target(engine.spec.url, engine.spec.name, str(directory))
+                for length in LIST_LENGTHS:
+                    options = SuiteOptions(candidates=str(length), prompt_seed=number, item_tokens=item_tokens)
+                    settings = LoadSettings(users=NUM_LOAD_USERS, duration_s=self.size.load_s, suite=options)
+                    summary, _ = run_suite(suite, target, settings, self.folder / "loads" / f"{name}-{number}-{length}")
+                    results[str(length)] = {
+                        "items_per_s": summary.items_per_s,
+                        "p50_s": summary.e2e_s.p50,
+                        "p99_s": summary.e2e_s.p99,
+                        "prompt_tokens": summary.prompt_tokens_mean,
+                        "num_errors": sum(summary.errors.values()),
+                    }
+            return results
+
+        return cast("dict[str, Any]", self.kept(f"speed-{name}-{number}", measure))
+
+    def metrics(self, scores: Scores, is_cold: bool) -> dict[str, MetricData]:
+        """Return the quality metrics over the labels of cold or of warm films."""
+        truths: list[list[float]] = []
+        kept: Scores = []
+        for prompt, row in zip(self.prompts, scores, strict=True):
+            ids = (*prompt.line_ids, *prompt.item_ids)[NUM_SKIPPED_LABELS:]
+            wanted = [place for place, item in enumerate(ids) if is_held_out(item) == is_cold]
+            gains = [float(one.truth[0]) for one in label_prompts(prompt, NUM_SKIPPED_LABELS)]
+            truths.append([gains[place] for place in wanted])
+            kept.append([row[place] for place in wanted])
+        return metrics.ranking_metrics(truths, kept, [one.group for one in self.prompts])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--quick", action="store_true", help="Train for two steps, to try the benchmark.")
+    parser.add_argument("--model", default=MODEL, help="Model that all rankers begin as (default: %(default)s).")
+    arguments = parser.parse_args()
+    bench = Bench(arguments.model, QUICK if arguments.quick else FULL)
+    models = bench.models()
+    scores = {name: bench.scores_in_process(name, directory) for name, directory in models.items()}
+    models[STACKED] = bench.stacked(models[ONE])
+    log = bench.folder / "engine.log"
+    specs = {name: our_spec(log, directory, "prefill") for name, directory in models.items()}
+    scores[STACKED] = bench.scores_served(STACKED, models[STACKED], specs[STACKED])
+    specs["guide"], models["guide"] = guide_spec(log, models[GENRES]), models[GENRES]
+    speeds: dict[str, list[dict[str, Any]]] = {}
+    for number in range(bench.size.num_rounds):
+        for name in list(specs) if number % 2 == 0 else list(specs)[::-1]:
+            speeds.setdefault(name, []).append(bench.speed(name, models[name], specs[name], number))
+    document = {
+        "quality": _quality(bench, scores | bench.baselines()),
+        "speed": speeds,
+        "models": {name: _facts(directory) for name, directory in models.items()},
+    }
+    write_atomically(bench.folder / "catalogue.json", json.dumps(document, indent=2) + "\n")
+    print_status(f"all results: {bench.folder / 'catalogue.json'}")
+    print(bench_line("catalogue", _summary(document)))
+
+
+def _recipe(
+    source: str, num_steps: int, batch_size: int, learning_rate: float, items: Mapping[str, Any] | None = None
+) -> DistillRecipe:
+    return DistillRecipe.model_validate(
+        {
+            "data": {"source": source, "num_examples": num_steps * batch_size, "num_validation": 32},
+            "supervision": {"sections": "answer"},
+            "loss": {"kd_weight": 0.0},
+            "training": {
+                "learning_rate": learning_rate,
+                "batch_size": batch_size,
+                "micro_batch_tokens": _MICRO_TOKENS,
+                "validate_every": 20,
+                "save_every_s": 120,
+            },
+            "items": items or {},
+            "stages": [{"steps": num_steps}],
+        }
+    )
+
+
+def _test_prompts(kind: str, num_users: int | None) -> list[ScoringPrompt]:
+    workload = cast("Recommendation", load_workload(_SUITES[kind]))
+    latest = type(workload)(
+        history_len=NUM_SKIPPED_LABELS,
+        num_candidates=NUM_TEST_ITEMS - NUM_SKIPPED_LABELS,
+        is_latest_only=True,
+        item_text=workload.item_text,
+        holds_out_items=True,
+    )
+    return cast("list[ScoringPrompt]", latest.make_prompts("quality", num_users or 10_000))
+
+
+def _quality(bench: Bench, scores: Mapping[str, Scores]) -> dict[str, Any]:
+    """Return estimates by films, ranker and metric, and the differences of each ranker from both texts."""
+    results: dict[str, Any] = {}
+    for films, is_cold in (("warm", False), ("cold", True)):
+        data = {name: bench.metrics(one, is_cold) for name, one in scores.items()}
+        for name, of_name in data.items():
+            row: dict[str, Any] = {metric: asdict(intervals.estimate(of_name[metric])) for metric in METRICS}
+            for other in (TITLE, GENRES):
+                if other == name:
+                    continue
+                for metric in METRICS:
+                    ours, theirs = of_name[metric], data[other][metric]
+                    low, high, _ = intervals.paired_difference(intervals.paired_samples(ours, theirs))
+                    row[f"{metric}_minus_{other}"] = [ours.value - theirs.value, low, high]
+            results.setdefault(films, {})[name] = row
+            print_status(f"{films} {name}: " + ", ".join(f"{one} {of_name[one].value:.4f}" for one in METRICS))
+    return results
+
+
+def _facts(directory: Path) -> dict[str, Any]:
+    """Return the bytes per item in embedding and output layer, and the minutes of the training."""
+    catalogue, manifest = read_catalogue(directory), read_manifest(directory)
+    hidden_size = json.loads((directory / "config.json").read_text(encoding="utf-8"))["hidden_size"]
+    return {
+        "bytes_per_item": 2 * 2 * hidden_size * catalogue.tokens_per_item if catalogue else 0,
+        "build_minutes": manifest.build_s / 60 if manifest else 0.0,
+    }
+
+
+def _summary(document: Mapping[str, Any]) -> dict[str, list[float]]:
+    """Return the benchmark's own metrics; speeds are those of lists of 16 candidates, one sample per round."""
+    quality, speeds = document["quality"], document["speed"]
+
+    def ratios(ours: str, theirs: str) -> list[float]:
+        pairs = zip(speeds[ours], speeds[theirs], strict=True)
+        return [one["16"]["items_per_s"] / max(other["16"]["items_per_s"], 1e-9) for one, other in pairs]
+
+    def gain(films: str, metric: str, other: str, name: str = ONE) -> list[float]:
+        return [quality[films][name][f"{metric}_minus_{other}"][0]]
+
+    return {
+        "items_per_s_ratio": ratios(ONE, TITLE),
+        "items_per_s_ratio_genres": ratios(ONE, GENRES),
+        "stacked_ratio": ratios(STACKED, "guide"),
+        "auc_gain": gain("warm", "auc", GENRES),
+        "within_auc_gain": gain("warm", "within_group_auc", GENRES),
+        "cold_auc_loss": [-value for value in gain("cold", "auc", GENRES)],
+        "stacked_auc_gain": gain("warm", "auc", GENRES, STACKED),
+        **{f"auc_{name}": [row["auc"]["value"]] for name, row in quality["warm"].items()},
+        **{f"within_auc_{name}": [row["within_group_auc"]["value"]] for name, row in quality["warm"].items()},
+    }
+
+
+if __name__ == "__main__":
+    main()

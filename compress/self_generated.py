@@ -1,0 +1,138 @@
+"""Calibration text that the model writes itself, for users who name no workload (arXiv 2410.17170).
+
+The model answers a few general requests in its own chat format. The text therefore starts as served prompts start, and
+covers what the model does, not one task. A model without a chat template continues its first token.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slimserve.core.chat_template import render_chat
+from slimserve.core.errors import UserError
+from slimserve.core.hardware import probe_hardware
+from slimserve.core.model_files import model_hash, weight_files
+from slimserve.core.progress import progress
+from slimserve.core.storage import cache_dir, write_atomically
+
+_OPENERS = (
+    "Explain how something in nature works.",
+    "Make up a maths problem and solve it step by step.",
+    "Write a short story.",
+    "Write a short Python function and explain it.",
+    "Tell me about an event in history.",
+    "Recommend some books and films, and say why.",
+    "Write an email to a colleague.",
+    "What are the advantages and disadvantages of living in a city?",
+    "Translate a few everyday sentences into another language.",
+    "Compare two animals in a table.",
+    "Answer a question that many people ask about health.",
+    "Describe how to cook a dinner.",
+    "Write a dialogue between two people who disagree.",
+    "Ask yourself a difficult question, think step by step, and answer it.",
+    "Write a JSON object that describes a product.",
+    "Summarize a news article.",
+)
+_BATCH = 64
+"""Number of replies that are sampled at once."""
+_REPLY_TOKENS = 256
+"""Maximum number of tokens of a reply. Short replies give more sequences, and so more first tokens."""
+_MEMORY_SHARE = 0.8
+"""Share of the machine's memory that the weights may take; sampling holds the complete model."""
+
+
+def self_generated_documents(directory: Path, tokenizer: Any, seed: int) -> Iterator[list[int]]:
+    """Yield the token ids of one conversation after another, indefinitely, sampled from the model at temperature 1.
+
+    Batches are cached by the hash of the model and by the seed. Raises UserError if the model does not fit into memory.
+    """
+    prompts = [_prompt_ids(tokenizer, opener) for opener in _OPENERS]
+    model: Any = None
+    number = 0
+    while True:
+        file = _cache_file(directory, prompts, seed, number)
+        if not file.is_file():
+            model = model or _load(directory)
+            batch = [prompts[(number * _BATCH + index) % len(prompts)] for index in range(_BATCH)]
+            write_atomically(file, json.dumps(_sample(model, batch, f"{seed} {number}")))
+        yield from json.loads(file.read_text(encoding="utf-8"))
+        number += 1
+
+
+def _prompt_ids(tokenizer: Any, opener: str) -> list[int]:
+    if tokenizer.chat_template is None:
+        first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        return [first or 0]
+    question = [{"role": "user", "content": opener}]
+    text = render_chat(tokenizer, question, "a request for calibration", add_generation_prompt=True)
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def _cache_file(directory: Path, prompts: list[list[int]], seed: int, number: int) -> Path:
+    settings = json.dumps([model_hash(directory), prompts, _BATCH, _REPLY_TOKENS, seed, number])
+    return cache_dir("calibration") / f"{hashlib.sha256(settings.encode()).hexdigest()[:16]}.json"
+
+
+def _load(directory: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    hardware = probe_hardware()
+    size_gib = sum(file.stat().st_size for file in weight_files(directory)) / 2**30
+    if size_gib > _MEMORY_SHARE * hardware.memory_gib:
+        raise UserError(
+            "calibration source",
+            directory,
+            f"has {size_gib:.0f} GiB of weights, too much to sample from in {hardware.memory_gib:.0f} GiB of memory",
+            "name a workload or a file of text to calibrate on",
+        )
+    logging.disable_progress_bar()
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        directory, dtype="auto" if hardware.has_bf16_products else torch.float32
+    )
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+@torch.no_grad()
+def _sample(model: Any, prompts: list[list[int]], seed: str) -> list[list[int]]:
+    """Return the prompts, each followed by a reply with its stop token if that came in time."""
+    from transformers import GenerationConfig, StoppingCriteriaList
+
+    stop = model.generation_config.eos_token_id
+    stops = {stop} if isinstance(stop, int) else set(stop or ())
+    longest = max(map(len, prompts))
+    # Padding is on the left, so that all replies begin at the same position.
+    rows = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=model.device)
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
+    settings = GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=_REPLY_TOKENS,
+        eos_token_id=sorted(stops) or None,
+        pad_token_id=0,
+    )
+    with torch.random.fork_rng(), progress("sampling calibration text", _REPLY_TOKENS, "tokens") as tick:
+
+        def count(tokens_BT: Tensor, *_: Any, **__: Any) -> Tensor:
+            tick(tokens_BT.shape[1] - longest)
+            return torch.zeros(len(tokens_BT), dtype=torch.bool, device=tokens_BT.device)  # stops nothing
+
+        torch.manual_seed(int(hashlib.sha256(seed.encode()).hexdigest()[:15], 16))
+        generated = model.generate(
+            rows, attention_mask=mask, generation_config=settings, stopping_criteria=StoppingCriteriaList([count])
+        )
+    conversations = []
+    for prompt, reply in zip(prompts, generated[:, longest:].tolist(), strict=True):
+        end = next((at + 1 for at, token in enumerate(reply) if token in stops), len(reply))
+        conversations.append(prompt + reply[:end])
+    return conversations

@@ -1,0 +1,60 @@
+"""Warm requests: the prefix of coming score requests, which the engine computes before their items are known."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from typing import Any
+
+from slimserve.serve.engine.prompt_tokenizer import PromptTokenizer
+from slimserve.serve.engine.score_request import RequestError, WarmRequest
+
+
+def warm_prompt(
+    request: WarmRequest,
+    tokenizer: PromptTokenizer,
+    vocabulary: int,
+    max_prompt_tokens: int,
+    render: Callable[[str, dict[str, Any]], str],
+) -> list[int]:
+    """Return the tokens that score requests with the query of a warm request begin with.
+
+    The last token may differ, because an item that follows can merge with it. Raises RequestError for a query that
+    cannot be scored either.
+    """
+    if request.apply_chat_template:
+        if not isinstance(request.query, str):
+            raise RequestError("apply_chat_template", "needs the query as a text, not as token ids")
+        mark = secrets.token_hex(16)
+        before, *after = render(request.query + mark, request.chat_template_kwargs).split(mark)
+        if len(after) != 1:
+            raise RequestError("apply_chat_template", "the model's chat template does not write the message once")
+        tokens = tokenizer.encode(before, bool(request.add_special_tokens))
+    elif isinstance(request.query, str):
+        tokens = tokenizer.encode(request.query, request.add_special_tokens is not False)
+    else:
+        tokens = request.query
+    if not tokens:
+        raise RequestError("query", "is empty; there is nothing to compute")
+    outside = next((token for token in tokens if not 0 <= token < vocabulary), None)
+    if outside is not None:
+        raise RequestError("query", f"token id {outside} is outside the vocabulary of {vocabulary} tokens")
+    if len(tokens) > max_prompt_tokens:
+        raise RequestError(
+            "query", f"has {len(tokens)} tokens, and the model takes {max_prompt_tokens} before the label"
+        )
+    return tokens
+
+
+def warm_response(model: str, num_tokens: int, num_cached: int) -> dict[str, Any]:
+    """Return the answer to a warm request whose prefix has `num_tokens` tokens, some of which were cached before."""
+    return {
+        "object": "warm",
+        "model": model,
+        "usage": {
+            "prompt_tokens": num_tokens,
+            "total_tokens": num_tokens,
+            "completion_tokens": 0,
+            "prompt_tokens_details": {"cached_tokens": num_cached},
+        },
+    }
