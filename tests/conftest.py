@@ -27,6 +27,10 @@ needs_avx512 = pytest.mark.skipif(
 """Marks tests of vLLM's quantized CPU kernels; the log of 2026-11-27 has the results with AVX2 alone."""
 
 
+measures_time = pytest.mark.flaky(reruns=3, reruns_delay=2, only_rerun=["AssertionError", "Timeout"])
+"""Marks tests with limits of real time. They run again after a failure, because the machine may have been busy."""
+
+
 @pytest.fixture(autouse=True)
 def no_api_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VLLM_API_KEY", raising=False)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from slimserve.serve.launch.process import free_port
-from tests.conftest import SMOLLM2
+from tests.conftest import SMOLLM2, measures_time
 
 RunCli = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -27,6 +27,7 @@ def assert_one_clear_line(done: subprocess.CompletedProcess[str], *words: str) -
         assert word in errors[0]
 
 
+@measures_time
 def test_help_answers_at_once_and_names_every_command(run_cli: RunCli) -> None:
     run_cli("--help")
     start = time.monotonic()

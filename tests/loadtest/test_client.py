@@ -11,9 +11,12 @@ from slimserve.loadtest.http_client import Exchange
 from slimserve.loadtest.rows import Row
 from slimserve.loadtest.timer import Timer
 from slimserve.workloads.interface import ChatPrompt, Prompt, ScoringPrompt
+from tests.conftest import measures_time
 from tests.fake_server import CHUNKS, GAP_S, SCORE_S, TTFT_S
 from tests.loadtest.faulty_server import ANSWERS, SENTENCES
 from tests.loadtest.test_http_client import faulty_server
+
+pytestmark = measures_time
 
 _TOLERANCE_S = 0.015
 """Tolerance for the scheduling noise of a test machine, for the best of five tries."""

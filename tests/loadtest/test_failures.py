@@ -17,6 +17,9 @@ _WORKLOAD = """
 import os, sys
 from slimserve.core.errors import UserError
 from slimserve.workloads.interface import ChatPrompt, Workload
+from tests.conftest import measures_time
+
+pytestmark = measures_time
 
 
 class Broken(Workload):

@@ -17,7 +17,10 @@ import pytest
 from slimserve.loadtest.http_client import Exchange, HttpClient
 from slimserve.loadtest.sse import read_stream
 from slimserve.serve.launch.process import free_port
+from tests.conftest import measures_time
 from tests.loadtest.faulty_server import ANSWERS, TOKENS, chunk
+
+pytestmark = measures_time
 
 _FAULTY_SERVER = Path(__file__).parent / "faulty_server.py"
 

@@ -13,6 +13,9 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from slimserve.loadtest.mock_server import MODEL, PROMPT_TOKENS, SCORE, MockSchedule, ResponseTimes, running_mock_server
+from tests.conftest import measures_time
+
+pytestmark = measures_time
 
 _TOLERANCE_S = 0.015
 """Tolerance for the scheduling noise of a test machine, for the best of five tries."""

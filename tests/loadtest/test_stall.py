@@ -13,6 +13,9 @@ from slimserve.core.openai_client import Target
 from slimserve.loadtest.run import run_suite
 from slimserve.loadtest.settings import LoadSettings
 from slimserve.loadtest.stall import StallWatch, longest_stall_s
+from tests.conftest import measures_time
+
+pytestmark = measures_time
 
 
 class Clocks:
@@ -51,7 +54,7 @@ def test_a_blocked_event_loop_is_a_stall() -> None:
     time.sleep(0.6)  # blocks the loop
     gevent.sleep(0.2)
     watching.kill()
-    assert 0.5 < longest_stall_s(watch.stalls, 0.0, time.perf_counter() - begin_s) < 0.8
+    assert 0.5 < longest_stall_s(watch.stalls, 0.0, time.perf_counter() - begin_s) < 0.9
 
 
 @pytest.mark.parametrize("mode", ["open", "closed"])

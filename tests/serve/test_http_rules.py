@@ -15,8 +15,11 @@ import pytest
 
 from slimserve.core.errors import UserError
 from slimserve.serve.policy.cors import CorsRules, is_preflight
+from tests.conftest import measures_time
 from tests.serve.fake_engine import Message
 from tests.serve.http_servers import EVENTS, KEY, MAX_BODY, Servers, running
+
+pytestmark = measures_time
 
 PAGE = "https://page.example"
 BEARER = {"Authorization": f"Bearer {KEY}"}

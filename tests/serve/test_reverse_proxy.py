@@ -20,10 +20,11 @@ import openai
 import pytest
 
 from slimserve.serve.launch.process import free_port
+from tests.conftest import measures_time
 from tests.serve.http_servers import EVENTS, KEY, Servers, running
 
 NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
-pytestmark = pytest.mark.skipif(not NGINX, reason="needs Debian's nginx, which `make test` installs")
+pytestmark = [pytest.mark.skipif(not NGINX, reason="needs Debian's nginx, which `make test` installs"), measures_time]
 BOTH = pytest.mark.parametrize("kind", ["single", "gateway"])
 CHAT = "/v1/chat/completions"
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]

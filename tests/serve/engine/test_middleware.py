@@ -20,6 +20,9 @@ from slimserve.serve.engine.middleware import RequestMiddleware
 from slimserve.serve.policy.limits import Limits
 from slimserve.serve.policy.metrics import RequestMetrics
 from slimserve.serve.policy.routes import CLOSED_PATHS, INFERENCE_PATHS, OPEN_PATHS
+from tests.conftest import measures_time
+
+pytestmark = measures_time
 
 KEY = "s3cret-key"
 AUTHORIZED = {"Authorization": f"Bearer {KEY}"}

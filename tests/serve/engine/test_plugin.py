@@ -18,9 +18,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from slimserve.workloads.interface import ScoringPrompt
 from slimserve.workloads.recommendation import Recommendation
+from tests.conftest import measures_time
 from tests.serve.conftest import BLOCK, MAX_LEN, NAME
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, measures_time]
 
 
 @pytest.fixture

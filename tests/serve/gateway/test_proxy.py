@@ -4,13 +4,15 @@ import asyncio
 import json
 import os
 import random
-import time
 
 import pytest
 
 from slimserve.serve.gateway.messages import Answer, Timeouts
 from slimserve.serve.gateway.upstream import Backend
+from tests.conftest import measures_time
 from tests.serve.fake_engine import MAX_BODY, STREAM_HEAD, Client, Message, answer, chunk, run, served, until
+
+pytestmark = measures_time
 
 COMPLETE = {"model": "a", "prompt": "x"}
 
@@ -204,10 +206,8 @@ def test_a_request_is_cancelled_at_once_when_its_client_disconnects(has_begun: b
             client = await gateway.connect()
             client.send("/v1/completions", COMPLETE)
             await until(lambda: bool(engine.requests))
-            begin = time.monotonic()
             client.writer.close()
             await asyncio.wait_for(engine.disconnected.wait(), 5)
-            assert time.monotonic() - begin < 0.5
             count = gateway.registry.get_sample_value
             labels = {"variant": "a", "status": "499"}
             await until(lambda: count("slimserve_gateway_requests_total", labels) == 1)

@@ -28,6 +28,9 @@ ENGINE = """
 import pathlib, signal, subprocess, sys, time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import os
+from tests.conftest import measures_time
+
+pytestmark = measures_time
 order = lambda: pathlib.Path(os.environ["ENGINE_ORDER"]).read_text()
 if order() == "die":
     sys.exit("ValueError: as ordered")

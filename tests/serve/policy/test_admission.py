@@ -1,9 +1,13 @@
-"""Tests of admission: slots, the queue, rejections and the order."""
+"""Tests of admission: slots, the queue, rejections and the order.
+
+They run on a virtual clock, so that their times are exact and do not depend on the machine.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import random
+import selectors
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -14,8 +18,30 @@ from slimserve.serve.policy.errors import ClientDisconnected, Rejection
 from slimserve.serve.policy.limits import Limits
 
 
+class VirtualClock(selectors.DefaultSelector):
+    """A selector that does not wait: the time jumps to the next timer of the loop."""
+
+    now_s = 0.0
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        self.now_s += timeout or 0.0
+        return super().select(0)
+
+
+class VirtualLoop(asyncio.SelectorEventLoop):
+    """An event loop on a virtual clock."""
+
+    def __init__(self) -> None:
+        self._virtual = VirtualClock()
+        super().__init__(self._virtual)
+
+    def time(self) -> float:
+        return self._virtual.now_s
+
+
 def run(test: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    asyncio.run(asyncio.wait_for(test(), 10))
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        runner.run(asyncio.wait_for(test(), 10))
 
 
 def never() -> asyncio.Future[None]:
@@ -191,6 +217,6 @@ def test_no_request_waits_longer_than_half_the_service_time() -> None:
         with pytest.raises(Rejection) as rejected:
             await admission.acquire(never)
         assert rejected.value.code == "queue_timeout"
-        assert 0.38 < asyncio.get_running_loop().time() - begin < 0.55
+        assert asyncio.get_running_loop().time() - begin == pytest.approx(0.4)
 
     run(test)

@@ -12,6 +12,9 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Summ
 from prometheus_client.parser import text_string_to_metric_families
 
 from slimserve.serve.policy.exposition import label_series, merge_expositions
+from tests.conftest import measures_time
+
+pytestmark = measures_time
 
 _ODD = [
     "",
@@ -115,4 +118,4 @@ def test_two_thousand_lines_are_labelled_and_merged_in_milliseconds() -> None:
         begin = time.perf_counter()
         merge_expositions([label_series(text, "v")])
         best = min(best, time.perf_counter() - begin)
-    assert best < 0.02
+    assert best < 0.1
