@@ -12,14 +12,14 @@ from slimserve.core.errors import UserError, exception_text
 from slimserve.core.openai_client import Target
 from slimserve.loadtest.run import run_suite
 from slimserve.loadtest.settings import LoadSettings
+from tests.conftest import measures_time
+
+pytestmark = measures_time
 
 _WORKLOAD = """
 import os, sys
 from slimserve.core.errors import UserError
 from slimserve.workloads.interface import ChatPrompt, Workload
-from tests.conftest import measures_time
-
-pytestmark = measures_time
 
 
 class Broken(Workload):

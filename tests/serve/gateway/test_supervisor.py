@@ -22,15 +22,15 @@ from slimserve.serve.gateway.upstream import fetch
 from slimserve.serve.launch.plan import Choice, LaunchPlan
 from slimserve.serve.launch.process import EngineSpec
 from slimserve.serve.policy.metrics import GatewayMetrics
+from tests.conftest import measures_time
 from tests.serve.fake_engine import run, until
+
+pytestmark = measures_time
 
 ENGINE = """
 import pathlib, signal, subprocess, sys, time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import os
-from tests.conftest import measures_time
-
-pytestmark = measures_time
 order = lambda: pathlib.Path(os.environ["ENGINE_ORDER"]).read_text()
 if order() == "die":
     sys.exit("ValueError: as ordered")
