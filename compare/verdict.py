@@ -332,7 +332,8 @@ def _confidence_text(winner: VariantDecision, comparison: Comparison, num_tried:
     if winner.name == comparison.reference and not is_any_cheaper:
         return "The reference loses nothing against itself, and no cheaper variant was rejected."
     if winner.name == comparison.reference:
-        return f"This is the smallest probability that a rejected cheaper variant loses too much quality. {left_out}"
+        least = "This is the smallest probability that a cheaper variant, which is not shipped, loses too much quality."
+        return f"{least} {left_out}"
     tried = f", with the choice among {num_tried} variants accounted for" if num_tried > 1 else ""
     return (
         f"This is the probability that its quality stays within {max_loss:.0%} of {comparison.reference}{tried}. "
