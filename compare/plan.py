@@ -18,20 +18,21 @@ _MAX_PROMPTS = 2000
 """Number of quality prompts of each workload with --until-decided, if none is given."""
 REFERENCE = "dense"
 """Recipe that is the reference if it is among the variants."""
-_BUILD_S, _START_S, _LOAD_OVERHEAD_S, _QUALITY_S = 40.0, 55.0, 6.0, 90.0
+_BUILD_S, _START_S, _LOAD_OVERHEAD_S, _TEXTS_S, _PROMPT_S = 40.0, 55.0, 6.0, 10.0, 0.13
 """Estimated seconds for a model of 0.1B parameters on two cores: to build a variant, to start an engine, to start
-Locust and drain the last requests of a load test, and to answer all quality prompts of a variant."""
-_SLOWNESS_OF_AVX2 = 3.3
-"""Factor of all but the load tests on a CPU with AVX2 alone, from a demo of 48 minutes with 64 prompts per workload."""
+Locust and drain the last requests of a load test, to read the texts, and to answer one quality prompt."""
+_SLOWNESS_OF_AVX2 = 4.7
+"""Factor of all but the load tests on a CPU with AVX2 alone, from two demos of 48 and 57 minutes."""
 
 _PRESETS: dict[str, dict[str, Any]] = {
     "quick": {
-        "duration_s": 15.0,
-        "warmup_s": 3.0,
+        "duration_s": 10.0,
+        "warmup_s": 2.0,
         "cooldown_s": 1.0,
         "num_rounds": 1,
         "num_texts": 4,
         "rate_fracs": (0.5,),
+        "loads_losers": False,
     },
     "full": {"duration_s": 16.0, "warmup_s": 3.0, "cooldown_s": 1.0, "num_rounds": 2},
 }
@@ -104,7 +105,8 @@ def describe_plan(preset: Preset, workloads: Sequence[str], names: Sequence[str]
     num_loads = num_first + (preset.num_rounds - 1) * num_later
     slowness = 1.0 if probe_hardware().has_bf16_products else _SLOWNESS_OF_AVX2
     rounds_s = preset.num_rounds * _START_S * slowness + num_loads * load_s
-    total_s = len(names) * ((_BUILD_S + _QUALITY_S) * slowness + rounds_s)
+    quality_s = _TEXTS_S + _PROMPT_S * sum(preset.quality_prompts[name] for name in workloads)
+    total_s = len(names) * ((_BUILD_S + quality_s) * slowness + rounds_s)
     prompts = ", ".join(f"{preset.quality_prompts[name]} {name}" for name in workloads)
     return [
         f"plan: {len(names)} variants in {preset.num_rounds} round(s), {reference} first: {', '.join(names)}",

@@ -214,6 +214,8 @@ class Preset:
     """Open-loop rates in requests/s by workload, which replace `rate_fracs`."""
     looks: tuple[float, ...] = ()
     """Fractions of the quality prompts after which asking ends if the variant's quality is decided; empty asks all."""
+    loads_losers: bool = True
+    """Whether a variant is load-tested that has lost too much quality."""
     seed: int = 0
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from slimserve.compare.backend import Backend
 from slimserve.compare.bottleneck import EnergyMeter, find_bottleneck, read_rooflines
 from slimserve.compare.calibrate import calibrate_target, can_calibrate, keep_calibration
+from slimserve.compare.decision import Ruling
 from slimserve.compare.evaluation import answers_file, decide_quality, kept_answers, look_prompts, quality_outcomes
 from slimserve.compare.plan import load_seed, round_rates
 from slimserve.compare.quality import ask_quality, ask_text, count_prompts, write_answers
@@ -76,15 +77,18 @@ class Measurement:
             variant.rounds.append(one)
         folder = self._folder / (f"{variant.name}-baseline" if is_baseline else variant.name)
         is_asked = is_baseline or number > 1 or self._is_asked(variant)
-        if is_asked and self._is_loaded(one):
+        if is_asked and (self._is_loaded(one) or self._is_lost(variant, is_baseline)):
             print_status(f"--- {title}: measured earlier, reused ---")
             return
         print_status(f"--- {title} ---")
         with self._served(variant, one, folder / f"engine-{number}.log") as target:
             if not is_asked:
                 self._ask(variant, target)
-            for workload in self._comparison.workloads:
-                self._load(variant, one, target, workload, folder)
+            if self._is_lost(variant, is_baseline):
+                print_status(f"{variant.name}: loses too much quality, so a quick comparison does not load it")
+            else:
+                for workload in self._comparison.workloads:
+                    self._load(variant, one, target, workload, folder)
         self.write()
 
     @contextmanager
@@ -108,7 +112,7 @@ class Measurement:
         if all(count >= self._num_prompts(name) for name, count in counts.items()):
             return True
         is_reference = variant.name == self._comparison.reference
-        return bool(preset.looks) and not is_reference and all(counts.values()) and self._is_decided(variant)
+        return bool(preset.looks) and not is_reference and all(counts.values()) and self._ruling(variant) != "undecided"
 
     def _num_answers(self, variant: VariantResult, workload: str) -> int:
         answers = kept_answers(self._folder, variant.name, workload)
@@ -119,9 +123,14 @@ class Measurement:
         preset = self._comparison.preset
         return count_prompts(workload, preset.quality_prompts[workload], preset.seed)
 
-    def _is_decided(self, variant: VariantResult) -> bool:
-        outcomes = quality_outcomes(self._comparison, self._folder, variant.name)
-        return decide_quality(self._comparison, outcomes) != "undecided"
+    def _ruling(self, variant: VariantResult) -> Ruling:
+        return decide_quality(self._comparison, quality_outcomes(self._comparison, self._folder, variant.name))
+
+    def _is_lost(self, variant: VariantResult, is_baseline: bool) -> bool:
+        """Whether the preset saves the load tests of a variant, because it has lost too much quality."""
+        if self._comparison.preset.loads_losers or is_baseline or variant.name == self._comparison.reference:
+            return False
+        return self._ruling(variant) == "loses"
 
     def _ask(self, variant: VariantResult, target: Target) -> None:
         """Ask the quality prompts, in batches until the quality is decided if the preset has looks.
@@ -138,7 +147,7 @@ class Measurement:
                 answers = ask_quality(target, workload, num_prompts, preset.seed, known, until)
                 write_answers(answers_file(self._folder, variant.name, workload), answers)
             self.write()
-            if not is_reference and preset.looks and self._is_decided(variant):
+            if not is_reference and preset.looks and self._ruling(variant) != "undecided":
                 break
         text_file = answers_file(self._folder, variant.name, TEXT)
         if preset.num_texts and not text_file.exists():

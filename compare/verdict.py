@@ -174,6 +174,8 @@ def _with_reason(decision: VariantDecision, comparison: Comparison) -> VariantDe
     elif decision.ruling == "undecided" and not parts:
         parts.append(_undecided_text(decision, comparison))
     for workload, slo in decision.slo.items():
+        if not slo.num_rounds and decision.ruling == "loses":
+            continue
         if not slo.num_rounds:
             parts.append(f"was not load-tested with {workload}")
         elif slo.num_met < slo.num_rounds and not _has_requests(comparison, decision.name, workload):

@@ -59,7 +59,8 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path == "/v1/score":
             time.sleep(SCORE_S)
             num_items = len(body["items"]) - (body["model"] == "few-scores")
-            pairs = [[0.75, 0.25] if "good" in item else [0.25, 0.75] for item in body["items"][:num_items]]
+            is_first = [("good" in item) != (body["model"] == "wrong") for item in body["items"][:num_items]]
+            pairs = [[0.75, 0.25] if first else [0.25, 0.75] for first in is_first]
             logprobs = [[-0.1 if "good" in label else -2.0 for label in body["labels"]]] * num_items
             return self._answer(200, {"scores": pairs, "logprobs": logprobs, "usage": {"prompt_tokens": 100}})
         if self.path == "/v1/completions":

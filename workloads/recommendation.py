@@ -99,7 +99,7 @@ class Recommendation(Workload):
     name: ClassVar[str] = "recommendation"
     primary_metric: ClassVar[str] = "auc"
     launch_profile: ClassVar[LaunchProfile] = "prefill"
-    preset_prompts: ClassVar[Mapping[str, int]] = {"quick": 192, "full": 256}
+    preset_prompts: ClassVar[Mapping[str, int]] = {"quick": 128, "full": 256}
     view: ClassVar[ReportView] = SCORING_VIEW
 
     def make_prompts(self, split: Split, num_prompts: int, seed: int = 0) -> list[Prompt]:

@@ -25,6 +25,7 @@ from slimserve.core.openai_client import Target
 from slimserve.loadtest.rows import Row, encode_row
 from slimserve.loadtest.settings import LoadSettings
 from slimserve.loadtest.summary import LoadSummary, summarize
+from slimserve.report.comparison import print_table, write_report
 from slimserve.workloads import intervals
 
 PRESET = Preset(
@@ -56,6 +57,8 @@ class FakeMachine:
     versions: dict[str, str] = field(default_factory=dict)
     events: list[str] = field(default_factory=list)
     loads_until_killed: int = 10**6
+    wrong: str = ""
+    """The variant that scores the wrong items best."""
     running: str = ""
     """The engine that is started; empty under a load: that of an endpoint."""
 
@@ -92,7 +95,8 @@ class FakeBackend(Backend):
         name = next(name for name in self._machine.speeds if directory.name.startswith(name))
         self._machine.events.append(f"start {name}")
         self._machine.running = name
-        yield ServedVariant(Target(self._machine.url, name), 30.0, lambda: 2**30)
+        model = "wrong" if name == self._machine.wrong else name
+        yield ServedVariant(Target(self._machine.url, model), 30.0, lambda: 2**30)
         self._machine.running = ""
 
     def run_load(self, workload: str, target: Target, settings: LoadSettings, folder: Path) -> LoadSummary:
@@ -308,6 +312,26 @@ def test_a_users_own_workload_names_a_winner(compare: Compare, own_workload: str
     assert (verdict.winner, verdict.uninformative) == ("w8a8", [])
     outcome = verdict.decisions[1].quality["lists"]
     assert (outcome.kept_frac, outcome.num_prompts) == (1.0, 100)
+
+
+def test_a_quick_comparison_does_not_load_a_variant_that_loses_too_much_quality(
+    machine: FakeMachine, compare: Compare, own_workload: str, tmp_path: Path
+) -> None:
+    machine.wrong = "nf4"
+    preset = own_preset(loads_losers=False)
+    comparison = compare(tmp_path / "out", workloads=(own_workload,), preset=preset)
+    assert {name for name, *_ in machine.loads()} == {"dense", "w8a8"}
+    assert comparison.verdict is not None
+    assert comparison.verdict.winner == "w8a8"
+    lost = comparison.verdict.decisions[2]
+    assert (lost.name, lost.ruling, lost.slo, "load-tested" in lost.reason) == ("nf4", "loses", {}, False)
+    print_table(comparison)
+    assert "loses too much quality" in write_report(comparison, tmp_path / "out").read_text()
+    machine.events.clear()
+    compare(tmp_path / "out", workloads=(own_workload,), preset=preset)
+    assert machine.events == [], "a finished comparison starts no engine"
+    compare(tmp_path / "all", workloads=(own_workload,), preset=own_preset())
+    assert {name for name, *_ in machine.loads()} == set(RECIPES)
 
 
 def test_asking_stops_as_soon_as_a_variant_is_decided(compare: Compare, own_workload: str, tmp_path: Path) -> None:
