@@ -93,7 +93,7 @@ def test_a_comparison_on_the_users_data_says_that_a_random_model_cannot_be_compa
     files = [str(folder / "shop.toml"), str(folder / "sums.toml")]
     names = [load_workload(file).name for file in files]
     preset = replace(make_preset("quick", names, prompts=40, rates={"shop": (0.5,), "sums": (0.5,)}), num_texts=0)
-    preset = replace(preset, duration_s=4.0, warmup_s=1.0, users=dict.fromkeys(names, 2))
+    preset = replace(preset, duration_s=4.0, warmup_s=1.0, users=dict.fromkeys(names, 2), loads_losers=True)
     settings = CompareSettings(recipes=("dense", str(recipe)), workloads=tuple(files))
     with reported(folder / "out"):
         comparison = compare(str(tiny), settings, folder / "out", preset=preset)
