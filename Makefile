@@ -18,7 +18,7 @@ OBJECTIVES := --slo recommendation:e2e_p95=1.5s --slo reasoning:ttft_p95=500ms -
 
 .PHONY: help image-check demo compare test install lock lint types unit clean $(BENCHES)
 
-demo: install ## Compare four variants of SmolLM2: build, serve, evaluate, load (about an hour with AVX2 alone)
+demo: install ## Compare four variants of SmolLM2: build, serve, evaluate, load (a quarter of an hour with AMX, an hour with AVX2 alone)
 	$(BIN)/slimserve compare --model smollm2-135m-tuned --recipes dense,w8a8,prune25-w8a8,prune50 \
 	    --workloads recommendation,reasoning --quick $(OBJECTIVES)
 
