@@ -16,7 +16,7 @@ from pathlib import Path
 
 from slimserve.compare.results import VariantResult
 from slimserve.compress.recipe import load_recipe
-from slimserve.core.catalogue import read_catalogue
+from slimserve.core.catalogue import CATALOGUE_FILE
 from slimserve.core.errors import UserError
 from slimserve.core.hardware import probe_hardware
 from slimserve.core.model import model_name, resolve_model
@@ -112,7 +112,7 @@ class Backend:
 
     def run_load(self, workload: str, target: Target, settings: LoadSettings, folder: Path) -> LoadSummary:
         """Run one load test and write its raw rows to `folder`; a variant with a catalogue gets item tokens."""
-        if target.tokenizer and read_catalogue(Path(target.tokenizer)):
+        if target.tokenizer and (Path(target.tokenizer) / CATALOGUE_FILE).is_file():
             suite = settings.suite.model_copy(update={"item_tokens": target.tokenizer})
             settings = settings.model_copy(update={"suite": suite})
         summary, _ = run_suite(workload, target, settings, folder)

@@ -108,6 +108,8 @@ def check_baseline(
                 notes += [result] if isinstance(result, str) else []
             else:
                 notes.append(f"{variant.name}: raw answers of {workload} are missing, so its quality is not compared")
+            if not variant.capacity(workload):
+                notes.append(f"{variant.name}: was not load-tested with {workload}, so its speed is not compared")
             losses += _speed_losses(comparison, variant, again or earlier, workload, again is not None, baseline)
     if not losses:
         remedy = "compare the same variants and workloads"

@@ -300,7 +300,12 @@ class VariantDecision:
     indistinguishable_from: list[str]
     """Variants whose intervals overlap this one's in quality, cost and latency."""
     reason: str
-    """One sentence that says why the variant may or may not be shipped."""
+    """Why the variant may or may not be shipped, as one or more sentences without their subject and last full stop."""
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the variant was measured against an objective."""
+        return any(one.num_rounds for one in self.slo.values())
 
     @property
     def qualifies(self) -> bool:

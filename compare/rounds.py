@@ -77,14 +77,14 @@ class Measurement:
             variant.rounds.append(one)
         folder = self._folder / (f"{variant.name}-baseline" if is_baseline else variant.name)
         is_asked = is_baseline or number > 1 or self._is_asked(variant)
-        if is_asked and (self._is_loaded(one) or self._is_lost(variant, is_baseline)):
+        if is_asked and (self._is_loaded(one) or self._is_lost(variant)):
             print_status(f"--- {title}: measured earlier, reused ---")
             return
         print_status(f"--- {title} ---")
         with self._served(variant, one, folder / f"engine-{number}.log") as target:
             if not is_asked:
                 self._ask(variant, target)
-            if self._is_lost(variant, is_baseline):
+            if self._is_lost(variant):
                 print_status(f"{variant.name}: loses too much quality, so a quick comparison does not load it")
             else:
                 for workload in self._comparison.workloads:
@@ -126,9 +126,12 @@ class Measurement:
     def _ruling(self, variant: VariantResult) -> Ruling:
         return decide_quality(self._comparison, quality_outcomes(self._comparison, self._folder, variant.name))
 
-    def _is_lost(self, variant: VariantResult, is_baseline: bool) -> bool:
-        """Whether the preset saves the load tests of a variant, because it has lost too much quality."""
-        if self._comparison.preset.loads_losers or is_baseline or variant.name == self._comparison.reference:
+    def _is_lost(self, variant: VariantResult) -> bool:
+        """Whether the preset saves the load tests of a variant, because it has lost too much quality.
+
+        Then a baseline's variant of the same name needs none either.
+        """
+        if self._comparison.preset.loads_losers or variant.name == self._comparison.reference:
             return False
         return self._ruling(variant) == "loses"
 

@@ -97,12 +97,18 @@ def _cannot_tell(comparison: Comparison, unclear: Sequence[str], decisions: Sequ
 
 def _winner(comparison: Comparison, ranked: Sequence[VariantDecision], decisions: Sequence[VariantDecision]) -> Verdict:
     winner, reference = ranked[0], comparison.reference
-    cheaper = [one for one in decisions if _median(one.cost_ratio) < _median(winner.cost_ratio) and not one.qualifies]
+    # A variant that was not loaded may be cheaper.
+    cheaper = [
+        one
+        for one in decisions
+        if not one.qualifies and (one.cost_ratio is None or _median(one.cost_ratio) < _median(winner.cost_ratio))
+    ]
     undecided = [one for one in cheaper if one.meets_slo and one.ruling == "undecided"]
     num_tried = decision_rule(comparison).num_variants
     if winner.name == reference:
         # The reference loses nothing against itself; the risk is that a cheaper variant was rejected wrongly.
-        confidence = min((1 - one.quality_probability for one in cheaper if one.meets_slo), default=1.0)
+        counted = [one for one in cheaper if one.meets_slo or one.cost_ratio is None]
+        confidence = min((1 - one.quality_probability for one in counted), default=1.0)
         wanted = "keeps quality and meets the objectives" if winner.slo else "keeps quality"
         known = f"no cheaper variant surely {wanted}" if undecided else f"no cheaper variant {wanted}"
         sentences = [f"Ship {winner.name}: {known if cheaper else 'no other is cheaper'}."]
@@ -174,10 +180,8 @@ def _with_reason(decision: VariantDecision, comparison: Comparison) -> VariantDe
     elif decision.ruling == "undecided" and not parts:
         parts.append(_undecided_text(decision, comparison))
     for workload, slo in decision.slo.items():
-        if not slo.num_rounds and decision.ruling == "loses":
-            continue
         if not slo.num_rounds:
-            parts.append(f"was not load-tested with {workload}")
+            parts += [f"was not load-tested with {workload}"] if decision.ruling != "loses" else []
         elif slo.num_met < slo.num_rounds and not _has_requests(comparison, decision.name, workload):
             parts.append(
                 f"had no {workload} request in the measured time at {slo.rate_rps:g} requests/s; load it longer"
@@ -262,7 +266,7 @@ def _dominance(comparison: Comparison) -> dict[str, tuple[list[str], list[str]]]
         above, indistinguishable_from = [], []
         for other, theirs in axes.items():
             shared = [(ours[axis], theirs[axis]) for axis in ours if axis in theirs]
-            if other == name or not shared:
+            if other == name or not shared or ("cost" in ours) != ("cost" in theirs):
                 continue
             is_clear = any(their.high < our.low for our, their in shared)
             if is_clear and all(their.value <= our.value for our, their in shared):

@@ -147,9 +147,8 @@ class Tables:
             latencies = view.latencies.values()
             cells += [_latency_cell([getattr(load, latency) for load in loads]) or missing for latency in latencies]
         if has_slo:
-            is_unloaded = decision is not None and _is_lost_and_unloaded(decision)
-            text = "met" if slo and slo.num_rounds and slo.num_met == slo.num_rounds else "MISSED"
-            cells.append((text, f"{slo.num_met}/{slo.num_rounds} rounds") if slo and not is_unloaded else _UNKNOWN)
+            text = "met" if slo and slo.num_met == slo.num_rounds else "MISSED"
+            cells.append((text, f"{slo.num_met}/{slo.num_rounds} rounds") if slo and slo.num_rounds else _UNKNOWN)
         return [
             *cells,
             _spread_cell(variant.costs.get(workload, {}).get(view.cost), number_text),
@@ -230,8 +229,8 @@ class Tables:
             parts.append("no verdict")
         elif decision.ruling != "keeps":
             parts.append("loses too much quality" if decision.ruling == "loses" else "quality undecided")
-        if not decision.meets_slo and not _is_lost_and_unloaded(decision):
-            parts.append("misses objectives")
+        if not decision.meets_slo:
+            parts.append("misses objectives" if decision.is_loaded else "not load-tested")
         if decision.dominated_by:
             parts.append(f"dominated by {' and '.join(decision.dominated_by)}")
         return ", ".join(parts) or "qualifies, costs more"
@@ -296,15 +295,10 @@ def _spread_cell(values: Spread | None, text: Callable[[float], str]) -> Cell:
     return text(values.median), _range(values.min, values.max, text) if values.n > 1 else ""
 
 
-def _is_lost_and_unloaded(decision: VariantDecision) -> bool:
-    """Tell whether no load test was run, because the variant loses too much quality."""
-    return decision.ruling == "loses" and not any(slo.num_rounds for slo in decision.slo.values())
-
-
 def _objectives_cell(decision: VariantDecision | None) -> Cell:
     if decision is None or not decision.slo:
         return "none given", ""
-    if _is_lost_and_unloaded(decision):
+    if not decision.is_loaded:
         return _UNKNOWN
     rounds = ", ".join(f"{name} {slo.num_met}/{slo.num_rounds}" for name, slo in decision.slo.items())
     return "met" if decision.meets_slo else "MISSED", f"{rounds} rounds"

@@ -325,11 +325,17 @@ def test_a_quick_comparison_does_not_load_a_variant_that_loses_too_much_quality(
     assert comparison.verdict.winner == "w8a8"
     lost = comparison.verdict.decisions[2]
     assert (lost.name, lost.ruling, lost.slo, "load-tested" in lost.reason) == ("nf4", "loses", {}, False)
+    assert lost.dominated_by == [], "its cost is unknown"
     print_table(comparison)
     assert "loses too much quality" in write_report(comparison, tmp_path / "out").read_text()
     machine.events.clear()
     compare(tmp_path / "out", workloads=(own_workload,), preset=preset)
     assert machine.events == [], "a finished comparison starts no engine"
+    alone = compare(tmp_path / "alone", ["dense", "nf4"], workloads=(own_workload,), preset=preset).verdict
+    assert alone is not None
+    assert alone.winner == "dense"
+    assert "no other is cheaper" not in " ".join(alone.sentences), "nobody knows what the unloaded variant costs"
+    machine.events.clear()
     compare(tmp_path / "all", workloads=(own_workload,), preset=own_preset())
     assert {name for name, *_ in machine.loads()} == set(RECIPES)
 
