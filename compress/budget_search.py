@@ -132,7 +132,8 @@ class BudgetSearch:
         """Return calibration sequences that no build sees; if the source has no more, the last ones that they see."""
         settings = self.recipe.calibration
         num_wanted = settings.num_samples + _NUM_EVALUATION_SEQUENCES
-        data = load_calibration(self.directory, settings.source, num_wanted, settings.sequence_length, settings.seed)
+        sizes = (num_wanted, settings.sequence_length)
+        data = load_calibration(self.directory, settings.source, *sizes, settings.seed, self.runner.device)
         unseen_NT = data.tokens_NT[settings.num_samples :]
         if len(unseen_NT):
             return list(unseen_NT)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 
 from slimserve.compress.artifacts import RESUMABLE, place_checkpoint
@@ -22,7 +23,7 @@ from slimserve.compress.decoder import decoder_of
 from slimserve.compress.formats import get_format
 from slimserve.compress.preflight import check_model, needed_bytes
 from slimserve.compress.prune import pruning_method
-from slimserve.compress.recipe import Quantize, Recipe
+from slimserve.compress.recipe import MIXED, Quantize, Recipe
 from slimserve.compress.runner import BetweenRounds, RunResult, StepRunner, peak_rss_bytes
 from slimserve.compress.steps import BoundStep, bind
 from slimserve.core.device import choose_device
@@ -40,6 +41,7 @@ from slimserve.core.storage import (
     write_remedy,
 )
 from slimserve.core.variant import BaseModelRecord, Manifest, StepRecord, disk_bytes, read_manifest, write_manifest
+from slimserve.workloads import workload_names
 
 _BUILD_FORMAT = 6
 """Raise this number if the same recipe starts to give other bytes, so that old builds are not reused."""
@@ -74,7 +76,7 @@ def build_variant(
     _check(plan, target)
     try:
         with work_folder(target, plan.key, RESUMABLE) as work:
-            calibration = _load_calibration(directory, recipe) if plan.needs_data else None
+            calibration = _load_calibration(directory, recipe, chosen) if plan.needs_data else None
             runner = StepRunner(plan.name, work, calibration, between_rounds, chosen)
             result = _run(plan, runner, device)
             manifest = _write_variant(target, plan, result, calibration)
@@ -170,8 +172,10 @@ def _inputs(model_sha256: str, resolved_recipe: dict[str, Any], needs_data: bool
     if needs_data:
         # A file counts by its name and its content, which is hashed, and not by its folder.
         names = ",".join(Path(one).name for one in calibration["source"].split(","))
+        if names == ",".join(workload_names()):
+            names = MIXED
         used["calibration"] = calibration | {"source": names}
-    elif any(step["step"] == "prune" and pruning_method(step["method"]).uses_seed for step in steps):
+    elif any(pruning_method(one["method"]).uses_seed for one in steps if one["step"] == "prune" and one["method"]):
         used["seed"] = calibration["seed"]
     return json.dumps([model_sha256, used, source_sha256], sort_keys=True)
 
@@ -187,9 +191,10 @@ def _reuse(target: Path, plan: _Plan) -> Path:
     raise UserError("output directory", target, "exists and holds something else", "name another, or delete it")
 
 
-def _load_calibration(directory: Path, recipe: Recipe) -> CalibrationData:
+def _load_calibration(directory: Path, recipe: Recipe, device: torch.device) -> CalibrationData:
     settings = recipe.calibration
-    data = load_calibration(directory, settings.source, settings.num_samples, settings.sequence_length, settings.seed)
+    sizes = (settings.num_samples, settings.sequence_length)
+    data = load_calibration(directory, settings.source, *sizes, settings.seed, device)
     if len(data.tokens_NT) < settings.num_samples:
         print_status(
             f"calibration: {settings.source} has only {len(data.tokens_NT)} of {settings.num_samples} sequences"

@@ -19,7 +19,7 @@ from slimserve.core.errors import UserError
 from slimserve.core.model_config import read_decoder_config
 from slimserve.core.text import read_jsonl, read_text
 from slimserve.core.tokenizer import encode, load_tokenizer
-from slimserve.workloads import is_workload, load_workload, workload_names
+from slimserve.workloads import is_workload, load_workload, workload_files, workload_names
 from slimserve.workloads.interface import ChatPrompt, Prompt
 from slimserve.workloads.item_tokens import item_tokens_of
 
@@ -62,24 +62,30 @@ def source_files(source: str) -> list[Path]:
     if source in _WITHOUT_FILES:
         return []
     if all(map(is_workload, source.split(","))):
-        return [file for name in source.split(",") for file in load_workload(name).files]
+        return [file for name in source.split(",") for file in workload_files(name)]
     return [Path(source)]
 
 
 def load_calibration(
-    directory: Path, source: str, num_samples: int, sequence_length: int, seed: int = 0
+    directory: Path,
+    source: str,
+    num_samples: int,
+    sequence_length: int,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
 ) -> CalibrationData:
     """Return `num_samples` sequences of `sequence_length` tokens, made with the tokenizer of the model in `directory`.
 
     Documents are shuffled by `seed` and joined, so no token is padding. Each sequence starts with a document, as a
     served prompt does. A workload gives only its calibration split: prompts with true answers, in the form that the
-    server builds. A .txt file is split at empty lines. A line of a
-    .jsonl file is `{"text": …}` or `{"input_ids": [...]}`. If the source has fewer sequences, all of them are returned.
+    server builds. A .txt file is split at empty lines. A line of a .jsonl file is `{"text": …}` or
+    `{"input_ids": [...]}`. The source `self-generated` samples from the model on `device`. If the source has fewer
+    sequences, all of them are returned.
 
     Raises UserError if the source is unknown, malformed, or has not even one sequence.
     """
     check_source(source)
-    ids, num_documents = _joined(_documents(directory, source, seed), num_samples, sequence_length)
+    ids, num_documents = _joined(_documents(directory, source, seed, device), num_samples, sequence_length)
     found = len(ids) // sequence_length
     if not found:
         raise UserError(
@@ -130,7 +136,7 @@ def _joined(documents: Iterator[list[int]], num_samples: int, sequence_length: i
     return (ids + cut_off)[: num_samples * sequence_length], num_documents
 
 
-def _documents(directory: Path, source: str, seed: int) -> Iterator[list[int]]:
+def _documents(directory: Path, source: str, seed: int, device: torch.device | str) -> Iterator[list[int]]:
     """Yield the token ids of one document after another, in the order that `seed` gives."""
     path = Path(source)
     if path.suffix == ".jsonl":
@@ -145,7 +151,7 @@ def _documents(directory: Path, source: str, seed: int) -> Iterator[list[int]]:
         texts = [(source, paragraph.strip()) for paragraph in paragraphs if paragraph.strip()]
         random.Random(seed).shuffle(texts)
     elif source == SELF_GENERATED:
-        yield from self_generated_documents(directory, load_tokenizer(directory), seed)
+        yield from self_generated_documents(directory, load_tokenizer(directory), seed, device)
         return
     else:
         yield from _workload_documents(directory, source, seed)

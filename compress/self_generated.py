@@ -7,8 +7,9 @@ covers what the model does, not one task. A model without a chat template contin
 from __future__ import annotations
 
 import hashlib
-import json
+import itertools
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,9 @@ from torch import Tensor
 from slimserve.core.chat_template import render_chat
 from slimserve.core.errors import UserError
 from slimserve.core.hardware import probe_hardware
-from slimserve.core.model_files import model_hash, weight_files
+from slimserve.core.model_files import count_parameters, model_hash
 from slimserve.core.progress import progress
-from slimserve.core.storage import cache_dir, write_atomically
+from slimserve.core.storage import cache_dir, cached_result
 
 _OPENERS = (
     "Explain how something in nature works.",
@@ -48,22 +49,26 @@ _MEMORY_SHARE = 0.8
 """Share of the machine's memory that the weights may take; sampling holds the complete model."""
 
 
-def self_generated_documents(directory: Path, tokenizer: Any, seed: int) -> Iterator[list[int]]:
+def self_generated_documents(
+    directory: Path, tokenizer: Any, seed: int, device: torch.device | str
+) -> Iterator[list[int]]:
     """Yield the token ids of one conversation after another, indefinitely, sampled from the model at temperature 1.
 
     Batches are cached by the hash of the model and by the seed. Raises UserError if the model does not fit into memory.
     """
     prompts = [_prompt_ids(tokenizer, opener) for opener in _OPENERS]
+    settings = (model_hash(directory), prompts, _BATCH, _REPLY_TOKENS, seed)
     model: Any = None
-    number = 0
-    while True:
-        file = _cache_file(directory, prompts, seed, number)
-        if not file.is_file():
-            model = model or _load(directory)
-            batch = [prompts[(number * _BATCH + index) % len(prompts)] for index in range(_BATCH)]
-            write_atomically(file, json.dumps(_sample(model, batch, f"{seed} {number}")))
-        yield from json.loads(file.read_text(encoding="utf-8"))
-        number += 1
+
+    def sampled(number: int) -> dict[str, Any]:
+        nonlocal model
+        model = model or _load(directory, device)
+        batch = [prompts[(number * _BATCH + index) % len(prompts)] for index in range(_BATCH)]
+        return {"conversations": _sample(model, batch, f"{seed} {number}")}
+
+    for number in itertools.count():
+        found = cached_result(cache_dir("calibration"), "text", (*settings, number), partial(sampled, number))
+        yield from found["conversations"]
 
 
 def _prompt_ids(tokenizer: Any, opener: str) -> list[int]:
@@ -76,17 +81,12 @@ def _prompt_ids(tokenizer: Any, opener: str) -> list[int]:
     return ids
 
 
-def _cache_file(directory: Path, prompts: list[list[int]], seed: int, number: int) -> Path:
-    settings = json.dumps([model_hash(directory), prompts, _BATCH, _REPLY_TOKENS, seed, number])
-    return cache_dir("calibration") / f"{hashlib.sha256(settings.encode()).hexdigest()[:16]}.json"
-
-
-def _load(directory: Path) -> Any:
+def _load(directory: Path, device: torch.device | str) -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     hardware = probe_hardware()
-    size_gib = sum(file.stat().st_size for file in weight_files(directory)) / 2**30
+    size_gib = count_parameters(directory) * (2 if hardware.has_bf16_products else 4) / 2**30
     if size_gib > _MEMORY_SHARE * hardware.memory_gib:
         raise UserError(
             "calibration source",
@@ -98,7 +98,7 @@ def _load(directory: Path) -> Any:
     model: Any = AutoModelForCausalLM.from_pretrained(
         directory, dtype="auto" if hardware.has_bf16_products else torch.float32
     )
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    return model.to(device).eval()
 
 
 @torch.no_grad()

@@ -67,6 +67,13 @@ def load_workload(argument: str) -> Workload:
     return workload
 
 
+def workload_files(argument: str) -> list[Path]:
+    """Return the files whose content decides a workload's prompts; none for a built-in one."""
+    workload = load_workload(argument)
+    own = _arguments.get(workload.name)
+    return workload.files or ([Path(own)] if own else [])
+
+
 @cache
 def _from_file(file: str) -> Workload:
     """Return the workload of a file; the same object each time, so that its data is read once."""

@@ -78,7 +78,7 @@ def test_a_model_writes_its_own_calibration_text_once(
     tokenizer = load_tokenizer(tiny)
     text = tokenizer.decode(first.tokens_NT[0])
     assert text.startswith("<|im_start|>system")
-    monkeypatch.setattr(self_generated, "_load", lambda _: pytest.fail("the replies were not cached"))
+    monkeypatch.setattr(self_generated, "_load", lambda *_: pytest.fail("the replies were not cached"))
     assert load_calibration(tiny, "self-generated", 6, 64, 0).sha256 == first.sha256
 
 
