@@ -67,11 +67,7 @@ class Catalogue:
     @cached_property
     def texts(self) -> dict[str, str]:
         """Text of each item id: what a tokenizer turns into the item's tokens."""
-        return self.texts_at(0)
-
-    def texts_at(self, offset: int) -> dict[str, str]:
-        """Return the text of each item id with `offset` added to its tokens."""
-        numbers = range(offset - self.first_token, offset - self.first_token + self.tokens_per_item)
+        numbers = range(-self.first_token, self.tokens_per_item - self.first_token)
         return {item: "".join(token_text(token + number) for number in numbers) for item, token in self.tokens.items()}
 
     def with_items(self, ids: Iterable[str]) -> Catalogue:
@@ -123,6 +119,8 @@ def read_catalogue(directory: Path) -> Catalogue | None:
         return None
     first, *rows = split_lines(read_text(file, "catalogue")) or [""]
     head = _decoded(first, _Head, f"{file}:1")
+    if min(head.first_token, head.num_slots, head.tokens_per_item) < 1:
+        raise UserError("catalogue", f"{file}:1", "has a number that is not above 0", _RESTORE)
     tokens: dict[str, int] = {}
     taken: set[int] = set()
     end = head.first_token + head.num_slots * head.tokens_per_item
@@ -168,9 +166,6 @@ def check_tokens(tokenizer: Any, catalogue: Catalogue, directory: Path) -> None:
 
 def _decoded(row: str, kind: Any, place: str) -> Any:
     try:
-        line = msgspec.json.decode(row, type=kind)
+        return msgspec.json.decode(row, type=kind)
     except (msgspec.MsgspecError, UnicodeError) as error:
         raise UserError("catalogue", place, f"cannot be read ({error})", _RESTORE) from error
-    if isinstance(line, _Head) and not (line.first_token > 0 and line.num_slots > 0 and line.tokens_per_item > 0):
-        raise UserError("catalogue", place, "has a number that is not above 0", _RESTORE)
-    return line

@@ -53,10 +53,11 @@ def auth_headers() -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"} if key else {}
 
 
-def find_target(url: str, model: str | None) -> Target:
+def find_target(url: str, model: str | None, option: str = "--model") -> Target:
     """Check that a server answers at `url` and serves `model`; None selects the only model that it serves.
 
-    A server without a list of models (/v1/models) serves `model`, if it is given. Raises UserError otherwise.
+    A server without a list of models (/v1/models) serves `model`, if it is given. Raises UserError otherwise; the error
+    names `option` as the place to give a model.
     """
     base = url.rstrip("/").removesuffix("/v1")
     if not base.startswith(("http://", "https://")):
@@ -74,7 +75,7 @@ def find_target(url: str, model: str | None) -> Target:
     if served is not None and (model in served or (model is None and len(served) == 1)):
         return Target(base, model or served[0])
     if served is not None:
-        remedy = f"give --model {' or '.join(served)}" if served else "load a model into the server"
+        remedy = f"give {option} {' or '.join(served)}" if served else "load a model into the server"
         raise UserError("model", model, f"is not served at {base}", remedy)
     status = response.status_code
     if status in {401, 403}:
@@ -86,7 +87,7 @@ def find_target(url: str, model: str | None) -> Target:
     if model is not None:
         return Target(base, model)
     problem = f"answers {status} to /v1/models" if status != 200 else "does not answer /v1/models with a list of models"
-    raise UserError("url", url, problem, "give the model's name with --model, or check that it speaks the OpenAI API")
+    raise UserError("url", url, problem, f"give the model's name with {option}, or check that it speaks the OpenAI API")
 
 
 def _served_models(response: httpx.Response) -> list[str] | None:

@@ -33,7 +33,7 @@ from slimserve.distill.sections import (
     text_example,
     with_soft_reply,
 )
-from slimserve.workloads import is_workload, load_workload, workload_names
+from slimserve.workloads import is_workload, load_workload, workload_files, workload_names
 from slimserve.workloads.conversations import dialect_of, read_conversation, row_error, unread_line
 from slimserve.workloads.interface import (
     ChatPrompt,
@@ -141,6 +141,12 @@ def sources_of(source: str) -> list[str]:
     return names if len(names) > 1 and all(map(is_workload, names)) else [source]
 
 
+def source_files(source: str) -> list[Path]:
+    """Return the files whose content decides what a data source gives; none for built-in workloads."""
+    files = [workload_files(one) if is_workload(one) else [Path(one)] for one in sources_of(source)]
+    return [file for some in files for file in some if file.is_file()]
+
+
 def _load_source(
     tokenizer: Any,
     stop: Collection[int],
@@ -184,7 +190,7 @@ def _load_source(
             if isinstance(item, ScoringPrompt):
                 adapted = adapt(item)
                 assert isinstance(adapted, ScoringPrompt)
-                if not adapted.solved:  # none of its items is among those that are learned
+                if not (adapted.items or adapted.line_ids):  # none of its items is among those that are learned
                     continue
                 example = label_example(tokenizer, adapted, f"{source}/{number}", max_tokens)
             elif isinstance(item, ChoicePrompt):

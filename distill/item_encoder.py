@@ -118,9 +118,10 @@ def folded_features(
     other data has its factors in another order and with other signs.
     """
     every = interaction_features(ids, interactions, num_factors)
+    folds = {group: fold_of(group, num_folds) for group in {one.group for one in interactions}}
     features = [every]
     for fold in range(1, num_folds + 1):
-        without = [one for one in interactions if fold_of(one.group, num_folds) != fold]
+        without = [one for one in interactions if folds[one.group] != fold]
         part = interaction_features(ids, without, num_factors)
         factors = slice(2, 2 + num_factors)
         left, _, right = torch.linalg.svd(part[:, factors].T @ every[:, factors])

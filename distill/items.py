@@ -197,11 +197,11 @@ def add_items(directory: Path, file: Path, text_model: str | None = None) -> int
     item is there already, the file is broken, too few slots are free, or the model is another one.
     """
     texts = read_items(file)
-    encoder = load_encoder(directory)
     with FileLock(_lock_file(directory)):
         catalogue = read_catalogue(directory)
         if catalogue is None:
             raise UserError("model", directory, "has no item tokens", "train it with: slimserve distill --items FILE")
+        encoder = load_encoder(directory)
         added = catalogue.with_items(texts)
         check_catalogue(directory, catalogue)
         reader = resolve_model(text_model or encoder.text_model)

@@ -203,7 +203,8 @@ class DistillRecipe(Settings):
         if not self.stages:
             raise ValueError("give at least one stage")
         if self.loss.teacher_instruction and (self.supervision.window != "left" or not self.loss.kd_weight):
-            raise ValueError("teacher_instruction needs a teacher and the left window: set kd_weight above 0")
+            remedy = 'set loss.kd_weight above 0 and supervision.window to "left"'
+            raise ValueError(f"teacher_instruction needs a teacher and the left window: {remedy}")
         if self.teachers and not self.loss.kd_weight:
             raise ValueError("teachers have no effect: set loss.kd_weight above 0")
         if sum(one.weight for one in self.teachers) >= 1:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,11 @@ from slimserve.core.model_files import count_parameters, model_hash
 from slimserve.core.openai_client import find_target
 from slimserve.core.progress import print_status
 from slimserve.core.roofline import load_roofline
-from slimserve.core.storage import atomic_directory, building_path, check_free_space, work_folder
+from slimserve.core.storage import atomic_directory, building_path, check_free_space, sha256_of_files, work_folder
 from slimserve.core.tokenizer import check_tokenizer, load_tokenizer
 from slimserve.core.variant import BaseModelRecord, Manifest, StepRecord, read_manifest, write_manifest
 from slimserve.distill.cost import Cost
-from slimserve.distill.data import Examples, check_data, load_examples
+from slimserve.distill.data import Examples, check_data, load_examples, source_files
 from slimserve.distill.items import ItemTask, TextModel, start_items
 from slimserve.distill.models import check_same_tokens, load_model, stop_tokens, with_lora
 from slimserve.distill.parallel import current_device
@@ -73,7 +74,7 @@ class _Models:
     def is_teacher_served(self) -> bool:
         return self.teacher is not None and not self.teacher_directories
 
-    @property
+    @cached_property
     def teacher_hashes(self) -> list[str]:
         return [model_hash(directory) for directory in self.teacher_directories]
 
@@ -228,15 +229,11 @@ def _key(models: _Models, recipe: DistillRecipe) -> str:
     settings["training"]["precision"] = "bf16" if recipe.training.is_bf16 else "float32"
     hashes = [model_hash(models.student_directory), *models.teacher_hashes]
     hashes += [str(models.teacher)] if models.is_teacher_served else []
-    content: list[Any] = [_FORMAT, hashes, settings, _file_hash(Path(recipe.data.source))]
+    content: list[Any] = [_FORMAT, hashes, settings, sha256_of_files(source_files(recipe.data.source))]
     items = settings.pop("items")
     if recipe.items.file is not None:
-        content += [items, _file_hash(recipe.items.file)]
+        content += [items, sha256_of_files([recipe.items.file])]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _file_hash(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
 
 
 def _make_job(
@@ -309,7 +306,7 @@ def _make_caches(
         job.online.to(current_device())
         teachers = repr((models.teacher_hashes, [one.weight for one in recipe.teachers]))
         return make_cache(job.online, training, loss, work, teachers, recipe.training.micro_batch_tokens), None
-    target = find_target(str(models.teacher), loss.served_model or None)
+    target = find_target(str(models.teacher), loss.served_model or None, "loss.served_model")
     validation = validation_sequences(job.validation, recipe)
     known = make_served_cache(target, validation, loss, work, job.tokenizer) if validation else None
     return make_served_cache(target, training, loss, work, job.tokenizer), known
@@ -375,7 +372,7 @@ def _write_manifest(
         detail["cache_error"] = vars(job.cached.error)
     if items is not None:
         detail["items"] = {
-            "file_sha256": _file_hash(Path(recipe.items.file or "")),
+            "file_sha256": sha256_of_files([recipe.items.file] if recipe.items.file else []),
             "num_items": len(items.texts),
             "num_slots": items.catalogue.num_slots,
             "first_token": items.catalogue.first_token,

@@ -44,11 +44,10 @@ def save_student(student: Any, directory: Path, output: Path, items: ItemTask | 
     # Rows and encoder are taken before the student loses precision.
     learned = (embedding.all_rows().cpu(), embedding.encoder()) if embedding else None
     student = student.to(torch.bfloat16)
-    catalogue = items.catalogue if items else read_catalogue(directory)
     if items and learned:
         num_used = len(items.texts) * items.catalogue.tokens_per_item
         grow_vocabulary(student, learned[0][:num_used], items.catalogue.first_token, items.catalogue.num_tokens)
-    elif catalogue:
+    elif catalogue := read_catalogue(directory):
         reset_item_outputs(student, catalogue.first_token)
     try:
         _save_pretrained(student, output)

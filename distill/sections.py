@@ -209,8 +209,10 @@ def with_soft_reply(tokenizer: Any, example: Example, soft_labels: Mapping[str, 
     if not positions:
         return None
     text = written[positions[0]]
-    if len(positions) > 1 or text.strip() not in soft_labels:
-        problem = f"has the answer {''.join(written.values()).strip()[:40]!r}, which is none of its soft_labels"
+    whole = "".join(written.values()).strip()
+    if len(positions) > 1 or whole not in soft_labels:
+        why = f"{len(positions)} tokens in this model" if whole in soft_labels else "none of its soft_labels"
+        problem = f"has the answer {whole[:40]!r}, which is {why}"
         raise UserError("conversation", example.name, problem, "answer with one label of one token, and nothing else")
     space = text[: len(text) - len(text.lstrip())]
     first, second = (label_token(tokenizer, space + label) for label in soft_labels)
