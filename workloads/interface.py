@@ -17,8 +17,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
-import numpy as np
-
 from slimserve.core.errors import UserError
 from slimserve.core.messages import THINK_CLOSE as THINK_CLOSE
 from slimserve.core.messages import THINK_OPEN as THINK_OPEN
@@ -95,12 +93,12 @@ class ScoringPrompt:
         return replace(self, query="".join(lines), items=items)
 
     def only_items(self, ids: Collection[str]) -> ScoringPrompt:
-        """Return the prompt without the lines and items whose ids are not among `ids`."""
-        lines = [place for place, item in enumerate(self.line_ids) if item in ids]
+        """Return the prompt without the lines and items whose ids are not among `ids`; a query without ids stays."""
+        own, lines = self.lines, [place for place, item in enumerate(self.line_ids) if item in ids]
         kept = [place for place, item in enumerate(self.item_ids) if item in ids]
         return replace(
             self.with_candidates(kept),
-            query="".join(self.lines[place] for place in lines),
+            query="".join(own[place] for place in lines) if self.line_ids else self.query,
             line_ids=tuple(self.line_ids[place] for place in lines),
         )
 
@@ -315,9 +313,8 @@ class MetricData:
     def value(self) -> float:
         """The metric over all rows."""
         if self.values is not None:
-            values = np.asarray(self.values, dtype=np.float64)
-            known = values[~np.isnan(values)]
-            return float(known.mean()) if len(known) else math.nan
+            known = [one for one in self.values if not math.isnan(one)]
+            return math.fsum(known) / len(known) if known else math.nan
         return self.statistic(list(range(len(self.groups))))
 
 

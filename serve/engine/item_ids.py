@@ -7,12 +7,9 @@ error, or with `"unknown_items": "text"` gives way to the text beside it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 from slimserve.core.catalogue import Catalogue
-from slimserve.serve.engine.score_request import HistoryItem, RequestError, ScoreRequest, WarmRequest
-
-UnknownItems = Literal["error", "text"]
+from slimserve.serve.engine.score_request import HistoryItem, RequestError, ScoreRequest, UnknownItems, WarmRequest
 
 
 class ItemTexts:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, ValidationInfo, field_validator
 
 from slimserve.serve.engine.item_ids import NO_ITEMS, ItemTexts
-from slimserve.serve.engine.score_request import RequestError, ScoreRequest
+from slimserve.serve.engine.score_request import RequestError, ScoreRequest, UnknownItems
 from slimserve.serve.engine.scoring import ScoringPlan, probabilities, usage
 from slimserve.serve.policy.rerank_templates import RerankTemplate
 
@@ -30,7 +30,7 @@ class RerankRequest(BaseModel):
     query: str
     item_ids: list[str] | None = None
     """Ids of the documents in the catalogue of a model with item tokens, in place of `documents` or beside them."""
-    unknown_items: Literal["error", "text"] = "error"
+    unknown_items: UnknownItems = "error"
     """`error` rejects an id that the catalogue lacks; `text` takes the document in its place."""
     documents: list[str | dict[str, Any]] | None = Field(default=None, validate_default=True)
     """Texts, or objects with a `text` (Jina, Cohere v1) or with the fields in `rank_fields`."""

@@ -25,6 +25,13 @@ from pydantic import (
     field_validator,
 )
 
+UnknownItems = Literal["error", "text"]
+"""What a request does with an id that the catalogue lacks."""
+
+
+def _null_is_empty(query: Any) -> Any:
+    return "" if query is None else query
+
 
 class HistoryItem(BaseModel):
     """An item of a history, by its id in the catalogue of the served model."""
@@ -53,7 +60,7 @@ class ScoreRequest(BaseModel):
     """Items to score: one text, several texts, or lists of token ids."""
     history: list[HistoryPart] = Field(default_factory=list)
     """Texts and items of the catalogue, as {"item_id": "…"}, that stand before the query."""
-    unknown_items: Literal["error", "text"] = "error"
+    unknown_items: UnknownItems = "error"
     """`error` rejects an id that the catalogue lacks; `text` takes the item's text in its place."""
     label_token_ids: list[int] | list[list[int]] | None = Field(default=None, min_length=1)
     """Token ids of the labels, whose probability after query + item is the score; or one list for each item."""
@@ -102,10 +109,7 @@ class ScoreRequest(BaseModel):
             raise ValueError("give the items, or their item_ids")
         return value
 
-    @field_validator("query", mode="before")
-    @classmethod
-    def _null_is_no_query(cls, query: Any) -> Any:
-        return "" if query is None else query
+    _null_is_no_query = field_validator("query", mode="before")(_null_is_empty)
 
     @field_validator(
         "embed_override_token_id",
@@ -131,7 +135,7 @@ class WarmRequest(BaseModel):
     """Text or token ids that the items of the coming score requests have in common."""
     history: list[HistoryPart] = Field(default_factory=list)
     """Texts and items of the catalogue, as {"item_id": "…"}, that stand before the query."""
-    unknown_items: Literal["error", "text"] = "error"
+    unknown_items: UnknownItems = "error"
     """`error` rejects an id that the catalogue lacks; `text` takes the item's text in its place."""
     model: str | None = None
     apply_chat_template: bool = False
@@ -148,6 +152,8 @@ class WarmRequest(BaseModel):
     """Priority for vLLM's scheduler, if its policy uses one."""
     user: str | None = None
     """Name of the end user; the gateway sends all requests of a user to the same variant of an alias."""
+
+    _null_is_no_query = field_validator("query", mode="before")(_null_is_empty)
 
 
 class RequestError(Exception):
@@ -173,7 +179,7 @@ async def time_limit(timeout_s: float | None) -> AsyncIterator[None]:
     except TimeoutError as error:
         if timeout_s is None:
             raise
-        raise RequestError("timeout_s", f"{timeout_s:g} s passed before the scores were computed", 504) from error
+        raise RequestError("timeout_s", f"{timeout_s:g} s passed before the answer was computed", 504) from error
 
 
 def validation_problem(error: ValidationError, body: bytes) -> tuple[str, str]:

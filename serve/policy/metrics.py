@@ -76,7 +76,7 @@ class ScoreMetrics:
         )
         self.tokens = Counter(
             "slimserve_score_tokens",
-            "Number of prompt tokens in score and warm requests; a shared prefix counts once per request",
+            "Number of prompt tokens of score requests (a shared prefix once), and of those that warm requests compute",
             ["part"],
             registry=registry,
         )

@@ -180,7 +180,8 @@ class Rank(FileWorkload):
 
     def _item_id(self, row: Row, item: Any) -> str:
         assert self.spec.item_id is not None
-        values = {**row.values, **item} if isinstance(item, dict) else {**row.values, "item": item}
+        # Not the row's own columns: a list's items would all get one id.
+        values = item if isinstance(item, dict) else {"item": item}
         return text_column(Row(row.place, values), self.spec.item_id)
 
     def _joined(self, rows: Sequence[Row], table: Table) -> Iterator[Row]:
