@@ -18,7 +18,7 @@ OBJECTIVES := --slo recommendation:e2e_p95=1.5s --slo reasoning:ttft_p95=500ms -
 
 .PHONY: help image-check demo compare test install lock lint types unit clean $(BENCHES)
 
-demo: install ## Compare four variants of SmolLM2: build, serve, evaluate, load (a quarter of an hour with AMX, an hour with AVX2 alone)
+demo: install ## Compare four variants of SmolLM2: build, serve, evaluate, load (15 minutes with AMX, an hour with AVX2)
 	$(BIN)/slimserve compare --model smollm2-135m-tuned --recipes dense,w8a8,prune25-w8a8,prune50 \
 	    --workloads recommendation,reasoning --quick $(OBJECTIVES)
 
@@ -36,7 +36,7 @@ lint: ## Check style with ruff and the Dockerfile with hadolint
 types: ## Check types with mypy
 	$(BIN)/mypy
 
-# Two processes run the tests that measure no time, the longest files first; the others run alone.
+# Two processes run the tests without tight limits of time, the longest files first; the others run alone.
 TIMED := $(addprefix tests/,test_cli.py serve/engine/test_entry.py serve/engine/test_plugin.py)
 UNTIMED := $(filter-out $(TIMED),$(addprefix tests/,compare distill benches compress core workloads report) \
     $(addprefix tests/serve/,launch test_item_tokens.py test_own_workloads.py test_tools.py test_vllm.py) \

@@ -28,7 +28,8 @@ needs_avx512 = pytest.mark.skipif(
 
 
 measures_time = pytest.mark.flaky(reruns=3, reruns_delay=2, only_rerun=["AssertionError", "Timeout"])
-"""Marks tests with limits of real time. They run again after a failure, because the machine may have been busy."""
+"""Marks tests with limits of real time. They run again after a failure, because the machine may have been busy;
+the summary lists what was run again."""
 
 
 @pytest.fixture(autouse=True)

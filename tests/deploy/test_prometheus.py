@@ -21,17 +21,13 @@ import pytest
 import yaml
 
 from slimserve.serve.launch.process import answers, free_port
-from tests.conftest import measures_time
 
 ROOT = Path(__file__).parents[2]
 STAND_IN = Path(__file__).parent / "stand_in_engine.py"
 PROMETHEUS = ROOT / "deploy" / "prometheus"
 ALERT_TESTS = Path(__file__).parent / "alerts.test.yml"
 
-pytestmark = [
-    pytest.mark.skipif(shutil.which("promtool") is None, reason="needs Debian's package prometheus"),
-    measures_time,
-]
+pytestmark = pytest.mark.skipif(shutil.which("promtool") is None, reason="needs Debian's package prometheus")
 
 
 def promtool(*arguments: str | Path) -> str:

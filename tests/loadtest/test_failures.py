@@ -14,8 +14,6 @@ from slimserve.loadtest.run import run_suite
 from slimserve.loadtest.settings import LoadSettings
 from tests.conftest import measures_time
 
-pytestmark = measures_time
-
 _WORKLOAD = """
 import os, sys
 from slimserve.core.errors import UserError
@@ -82,6 +80,7 @@ def test_every_exception_of_a_worker_ends_the_run_with_its_reason_and_its_line(t
         assert (num_quits, exit_code) == (1, 2), fault
 
 
+@measures_time
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize(
     ("fault", "message"),

@@ -20,11 +20,8 @@ from slimserve.loadtest.settings import LoadSettings
 from slimserve.loadtest.summary import load_summary
 from slimserve.report.load import write_html
 from slimserve.serve.launch.process import free_port
-from tests.conftest import measures_time
 from tests.loadtest.faulty_server import ANSWERS, SENTENCES
 from tests.loadtest.test_http_client import faulty_server
-
-pytestmark = measures_time
 
 _SETTINGS = LoadSettings(
     rate="40",

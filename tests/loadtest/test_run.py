@@ -15,10 +15,7 @@ from slimserve.core.openai_client import Target
 from slimserve.loadtest.run import Cluster, run_suite
 from slimserve.loadtest.settings import LoadSettings, SuiteOptions
 from slimserve.serve.launch.process import free_port
-from tests.conftest import measures_time
 from tests.fake_server import CHUNKS, GAP_S, SCORE_S, TTFT_S
-
-pytestmark = measures_time
 
 _E2E_S = TTFT_S + GAP_S * (len(CHUNKS) - 1)
 _SUITES = Path(__file__).parents[2] / "loadtest" / "suites"

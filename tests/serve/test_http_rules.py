@@ -19,8 +19,6 @@ from tests.conftest import measures_time
 from tests.serve.fake_engine import Message
 from tests.serve.http_servers import EVENTS, KEY, MAX_BODY, Servers, running
 
-pytestmark = measures_time
-
 PAGE = "https://page.example"
 BEARER = {"Authorization": f"Bearer {KEY}"}
 CHAT = "/v1/chat/completions"
@@ -234,6 +232,7 @@ def test_http_1_0_gets_each_event_at_once(kind: str, servers: Servers) -> None:
     assert received.endswith(b"data: [DONE]\n\n")
 
 
+@measures_time
 @BOTH
 @pytest.mark.parametrize("version", ["0.9", "2.0", "3.0"])
 def test_other_versions_are_refused(kind: str, version: str, servers: Servers) -> None:

@@ -20,11 +20,10 @@ import openai
 import pytest
 
 from slimserve.serve.launch.process import free_port
-from tests.conftest import measures_time
 from tests.serve.http_servers import EVENTS, KEY, Servers, running
 
 NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
-pytestmark = [pytest.mark.skipif(not NGINX, reason="needs Debian's nginx, which `make test` installs"), measures_time]
+pytestmark = pytest.mark.skipif(not NGINX, reason="needs Debian's nginx, which `make test` installs")
 BOTH = pytest.mark.parametrize("kind", ["single", "gateway"])
 CHAT = "/v1/chat/completions"
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]

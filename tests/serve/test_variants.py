@@ -24,9 +24,8 @@ from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
 from slimserve.serve.launch.process import free_port
-from tests.conftest import measures_time
 
-pytestmark = [pytest.mark.engine, measures_time]
+pytestmark = pytest.mark.engine
 
 KEY = "the-right-key"
 HEADERS = {"Authorization": f"Bearer {KEY}"}

@@ -22,8 +22,6 @@ from slimserve.serve.policy.metrics import RequestMetrics
 from slimserve.serve.policy.routes import CLOSED_PATHS, INFERENCE_PATHS, OPEN_PATHS
 from tests.conftest import measures_time
 
-pytestmark = measures_time
-
 KEY = "s3cret-key"
 AUTHORIZED = {"Authorization": f"Bearer {KEY}"}
 
@@ -381,6 +379,7 @@ def test_an_unusual_but_valid_body_reaches_the_engine_unchanged(body: bytes) -> 
     run(test)
 
 
+@measures_time
 def test_a_hostile_string_is_checked_in_linear_time() -> None:
     async def test() -> None:
         async with client(protected(App())) as http:

@@ -17,9 +17,6 @@ from slimserve.core.model_cost import ModelCost
 from slimserve.core.roofline import Roofline
 from slimserve.serve.engine.roofline import TokenRates, set_constants
 from slimserve.serve.policy.metrics import RooflineMetrics
-from tests.conftest import measures_time
-
-pytestmark = measures_time
 
 COST = ModelCost(
     weight_bytes=4_000_000, decode_bytes=2_000_000, prefill_flops=1_000_000, kv_bytes=1024, precision="int8"

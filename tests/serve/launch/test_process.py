@@ -15,9 +15,7 @@ from slimserve.core.errors import UserError
 from slimserve.serve.launch import process as module
 from slimserve.serve.launch.plan import LaunchPlan
 from slimserve.serve.launch.process import STOCK_COMMAND, Engine, EngineSpec, answers, check_port_is_free, free_port
-from tests.conftest import FAKE_SERVER, measures_time
-
-pytestmark = measures_time
+from tests.conftest import FAKE_SERVER
 
 
 def fake_spec(directory: Path, port: int | None = None) -> EngineSpec:

@@ -14,8 +14,6 @@ from prometheus_client.parser import text_string_to_metric_families
 from slimserve.serve.policy.exposition import label_series, merge_expositions
 from tests.conftest import measures_time
 
-pytestmark = measures_time
-
 _ODD = [
     "",
     "a",
@@ -108,6 +106,7 @@ def test_merging_keeps_a_family_that_is_named_like_a_part_of_another() -> None:
     assert merge_expositions([]) == merge_expositions(["", "\n"]) == ""
 
 
+@measures_time
 def test_two_thousand_lines_are_labelled_and_merged_in_milliseconds() -> None:
     text = "".join(
         f"# HELP m{family} help\n# TYPE m{family} gauge\n" + f'm{family}{{a="b",c="d"}} 1.5\n' * 50
