@@ -86,9 +86,9 @@ class Bench:
         self.prompts = _test_prompts("genres", size.num_users)
         self.titles = _test_prompts("title", size.num_users)
 
-    def kept(self, name: str, measure: Callable[[], Any]) -> Any:
-        """Return a measurement from the cache; measure it if it is not there."""
-        file = self.folder / f"{name}.json"
+    def kept(self, name: str, directory: Path, measure: Callable[[], Any]) -> Any:
+        """Return a measurement of a model from the cache; measure it if it is not there."""
+        file = self.folder / f"{name}-{model_hash(directory)[:8]}.json"
         if not file.is_file():
             write_atomically(file, json.dumps(measure()))
         return json.loads(file.read_text(encoding="utf-8"))
@@ -131,7 +131,7 @@ class Bench:
         def measure() -> Scores:
             return [scores for _, scores in sequence_scores(directory, prompts)]
 
-        return cast("Scores", self.kept(f"scores-{name}", measure))
+        return cast("Scores", self.kept(f"scores-{name}", directory, measure))
 
     def scores_served(self, name: str, directory: Path, spec: EngineSpec) -> Scores:
         """Return the scores of a served model; each label is the only candidate after all earlier films."""
@@ -143,7 +143,7 @@ class Bench:
                 answers = iter(ask_prompts(target, f"labels, {name}", [one for user in asked for one in user]))
             return [[float(cast("Sequence[float]", next(answers))[0]) for _ in user] for user in asked]
 
-        return cast("Scores", self.kept(f"scores-{name}", measure))
+        return cast("Scores", self.kept(f"scores-{name}", directory, measure))
 
     def baselines(self) -> dict[str, Scores]:
         """Return the scores of the baselines without a language model, from the same labels before each film."""
@@ -178,7 +178,7 @@ class Bench:
                     }
             return results
 
-        return cast("dict[str, Any]", self.kept(f"speed-{name}-{number}", measure))
+        return cast("dict[str, Any]", self.kept(f"speed-{name}-{number}", directory, measure))
 
     def metrics(self, scores: Scores, is_cold: bool) -> dict[str, MetricData]:
         """Return the quality metrics over the labels of cold or of warm films."""

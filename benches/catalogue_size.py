@@ -22,7 +22,7 @@ from typing import Any
 import httpx
 import torch
 
-from benches.served import MODEL, our_spec
+from benches.served import KEEPALIVE_S, MODEL, our_spec
 from slimserve.core.catalogue import Catalogue, read_catalogue, write_catalogue
 from slimserve.core.model import resolve_model
 from slimserve.core.model_files import copy_companions
@@ -96,7 +96,8 @@ def _serve(directory: Path, samples: dict[str, list[float]], name: str) -> float
 async def _score(url: str, ids: list[str]) -> None:
     """Send requests with random histories and candidates, a fixed number of them at a time."""
     draw, remaining = random.Random(0), iter(range(NUM_REQUESTS))
-    async with httpx.AsyncClient(base_url=url, timeout=600, limits=httpx.Limits(max_connections=None)) as client:
+    limits = httpx.Limits(max_connections=None, keepalive_expiry=KEEPALIVE_S)
+    async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
 
         async def run_user() -> None:
             for _ in remaining:

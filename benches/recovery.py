@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -336,7 +337,9 @@ def main() -> None:
     options = parser.parse_args()
     kind = "quick" if options.quick else "cuda" if torch.cuda.is_available() else "cpu"
     num_problems = 8 if options.quick else NUM_TEST
-    folder = options.folder or cache_dir(f"bench-recovery-{kind}")
+    inputs = (model_hash(resolve_model(options.model)), SIZES[kind], num_problems)
+    key = hashlib.sha256(repr(inputs).encode()).hexdigest()[:8]
+    folder = options.folder or cache_dir(f"bench-recovery-{kind}-{key}")
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "students.json"
     if file.is_file():

@@ -29,7 +29,7 @@ QUICK_BUILD = ("calibration.num_samples=2", "calibration.sequence_length=128")
 _SERVED_NAME = "model"
 _TOKEN_IDS = range(100, 49_000)
 _LABELS = (1000, 2000)
-_KEEPALIVE_S = 2.0
+KEEPALIVE_S = 2.0
 """Seconds that an idle connection stays open; uvicorn closes idle connections after 5 s."""
 
 Sizes = TypeVar("Sizes")
@@ -167,7 +167,7 @@ class Served:
 @asynccontextmanager
 async def served(url: str, scoring_path: str = "/v1/score") -> AsyncIterator[Served]:
     """Yield a client of the server at `url` after one short warm-up completion."""
-    limits = httpx.Limits(max_connections=None, keepalive_expiry=_KEEPALIVE_S)
+    limits = httpx.Limits(max_connections=None, keepalive_expiry=KEEPALIVE_S)
     async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
         served_client = Served(client, scoring_path)
         await served_client.complete(64, 8)

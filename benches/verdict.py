@@ -5,8 +5,9 @@
 The decision code of `slimserve compare` decides about simulated variants whose true quality is known. Each comparison
 has 1, 3 or 8 variants beside the reference, on a task with accuracy 0.3, accuracy 0.7 or AUC 0.7 within lists of 16
 items. Variants keep 90% of the reference's quality above the floor (too little: the tolerance is 3%), 97% (exactly the
-limit) or 100%. Answers of a variant and the reference agree as those of W8A8 and dense SmolLM2 did in the committed
-comparison: 20% of the discordance of two independent models, and a Kendall's tau of 0.62 between scores.
+limit) or 100%. Answers of a variant and the reference agree as those of W8A8 and dense SmolLM2 did in the comparison
+of 2026-11-26 (commit 398c360): 20% of the discordance of two independent models, and a Kendall's tau of 0.62 between
+scores.
 
 Each comparison starts with a pilot of 256 prompts. The number of prompts that the rule then recommends is asked, in a
 fixed design and in a sequential one that looks at tenths of its maximum. That maximum is 1.2 times as large, because

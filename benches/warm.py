@@ -22,7 +22,7 @@ from pathlib import Path
 
 import httpx
 
-from benches.served import ScoringLoad, median, our_spec, served
+from benches.served import KEEPALIVE_S, ScoringLoad, median, our_spec, served
 from slimserve.core.progress import print_status
 from slimserve.core.provenance import bench_line
 from slimserve.core.statistics import percentile
@@ -68,7 +68,8 @@ async def _run_side(url: str, rate: float, num_users: int, seed: int, is_warm: b
     times = [0.0]
     while len(times) < num_users:
         times.append(times[-1] + arrivals.expovariate(rate))
-    async with httpx.AsyncClient(base_url=url, timeout=600, limits=httpx.Limits(max_connections=None)) as client:
+    limits = httpx.Limits(max_connections=None, keepalive_expiry=KEEPALIVE_S)
+    async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
         begun = time.perf_counter()
 
         async def wait_until(at_s: float) -> None:

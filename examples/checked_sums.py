@@ -1,7 +1,7 @@
 """A reasoning workload with long chains of thought: sums and shopping, each derived and then checked in another way.
 
 Prompts are short. The first half of a chain derives the result digit by digit. The second half confirms it from the
-other end, as reasoning models do, so half of a sequence already holds the answer. Chains have 200 to 400 tokens.
+other end, as reasoning models do, so half of a sequence already holds the answer. Chains have about 160 to 320 tokens.
 
     slimserve distill --student smollm2-135m-instruct --workload examples/checked_sums.py …
 """
