@@ -5,8 +5,9 @@ from pathlib import Path
 
 from slimserve.compare.plan import make_preset
 from slimserve.compare.results import Comparison, LoadRun, Requirements, Round, VariantResult
-from slimserve.compress.calibration import load_calibration
+from slimserve.compress.calibration import load_calibration, source_files
 from slimserve.core.openai_client import Target
+from slimserve.distill.data import source_files as data_files
 from slimserve.loadtest.mock_server import MODEL, MockSchedule, running_mock_server
 from slimserve.loadtest.run import run_suite
 from slimserve.loadtest.settings import LoadSettings
@@ -55,6 +56,9 @@ def test_one_file_adds_a_workload_to_every_part(tmp_path: Path, smollm2: Path) -
 
     calibration = load_calibration(smollm2, str(file), num_samples=3, sequence_length=64)
     assert calibration.tokens_NT.shape == (3, 64)
+
+    assert source_files(f"recommendation,{file}") == [file], "a variant is built again if the file has changed"
+    assert data_files(f"reasoning+{file}") == [file]
 
     workload = load_workload(str(file))
     prompts = [prompt for prompt in workload.make_prompts("quality", 10) if isinstance(prompt, ChatPrompt)]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from slimserve.core.catalogue import Catalogue, write_catalogue
+from slimserve.core.errors import UserError
 from slimserve.loadtest.prompts import make_prompts
 from slimserve.loadtest.settings import SuiteOptions
 from slimserve.workloads import load_workload
@@ -48,6 +50,8 @@ def test_items_that_are_not_learned_are_left_out() -> None:
     assert (left.query, left.line_ids) == ("Alien: no\n", ("x",))
     assert (left.items, left.item_ids, left.truth, left.gains) == (("Big:",), ("x",), (False,), (0.0,))
     assert PROMPT.only_items({}).solved == ""
+    own_query = replace(PROMPT, query="What should I see next?\n", line_ids=()).only_items({"x"})
+    assert (own_query.query, own_query.items) == ("What should I see next?\n", ("Big:",)), "it is no list of items"
 
 
 def test_every_line_and_candidate_of_a_recommendation_has_its_item(tmp_path: Path) -> None:
@@ -173,3 +177,12 @@ def test_lines_without_ids_make_a_row_unusable(tmp_path: Path) -> None:
     (tmp_path / "shop.toml").write_text(RANK)
     with pytest.raises(Exception, match="has 2 ids for the 1 lines of its query"):
         load_workload(str(tmp_path / "shop.toml")).make_prompts("quality", 1)
+
+
+def test_an_item_without_its_id_does_not_take_that_of_its_row(tmp_path: Path) -> None:
+    rows = [{"sku": "row", "items": [{"title": "a", "sku": "1"}, {"title": "b"}], "grades": [1, 0]}]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows * 4))
+    file = tmp_path / "own.toml"
+    file.write_text('kind = "rank"\ndata = "own.jsonl"\nitem = "{title}:"\nitem_id = "sku"\n')
+    with pytest.raises(UserError, match="sku"):
+        load_workload(str(file)).make_prompts("quality", 4)
