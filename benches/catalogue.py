@@ -7,8 +7,11 @@ titles with genres, or 8, 4, 2 or 1 tokens per film. A tenth of the films, chose
 rankers with tokens get these from `slimserve items add`. The `quality` split is evaluated once. The settings are
 first guesses; choose them on users of the `load` split before the first complete run.
 
-Quality covers the 9th to the 24th label of a user's latest 24 films, given all labels before. `warm` films were in the
-training data, `cold` ones were not. Differences have 95% intervals that resample users, paired over the same labels.
+Quality is measured in two ways. `sequence` covers the 9th to the 24th label of a user's latest 24 films, given all
+labels before. `lists` covers 16 candidates after a history of 24 films, where candidates do not see each other, as on a
+server. `warm` films were in the training data, `cold` ones were not. Differences have 95% intervals that resample
+users, paired over the same labels.
+
 Speed is that of our launch in a closed loop with lists of 16 and of 100 candidates after histories of 24 films, each
 ranker in turn and then in reverse order. `stacked` is one token per film, a quarter of the neurons pruned, and W8A8; it
 stands against stock vLLM, launched as its documentation advises, with titles and genres.
@@ -24,10 +27,11 @@ import argparse
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any, cast
 
-from benches.rankers import Scores, sequence_scores
+from benches.rankers import Scores, list_scores, sequence_scores
 from benches.served import MODEL, guide_spec, our_spec
 from slimserve.compare.quality import ask_prompts
 from slimserve.compress.build import build_variant
@@ -48,10 +52,12 @@ from slimserve.loadtest.run import run_suite
 from slimserve.loadtest.settings import LoadSettings, SuiteOptions
 from slimserve.serve.launch.process import Engine, EngineSpec
 from slimserve.workloads import intervals, load_workload, metrics
-from slimserve.workloads.interface import MetricData, ScoringPrompt
+from slimserve.workloads.interface import Answer, MetricData, ScoringPrompt
 from slimserve.workloads.recommendation import Recommendation, is_held_out, label_prompts
 
 NUM_TEST_ITEMS = 24
+NUM_HISTORY, NUM_CANDIDATES = 24, 16
+SEQUENCE, LISTS = "sequence", "lists"
 METRICS = ("auc", "within_group_auc", "ndcg_at_10")
 ONE, STACKED, TITLE, GENRES = "items-1", "stacked", "text-title", "text-genres"
 LIST_LENGTHS = (16, 100)
@@ -85,6 +91,7 @@ class Bench:
         self.folder = cache_dir(f"bench-catalogue-{kind}-{model_hash(resolve_model(model))[:8]}")
         self.prompts = _test_prompts("genres", size.num_users)
         self.titles = _test_prompts("title", size.num_users)
+        self.asked = {way: _asked(way, prompts) for way, prompts in self.prompts.items()}
 
     def kept(self, name: str, directory: Path, measure: Callable[[], Any]) -> Any:
         """Return a measurement of a model from the cache; measure it if it is not there."""
@@ -124,36 +131,35 @@ class Bench:
         settings += ["calibration.num_samples=4", "calibration.sequence_length=64"] if self.size is QUICK else []
         return build_variant(str(one), one, *load_recipe("prune25-w8a8", settings), self.folder / STACKED)
 
-    def scores_in_process(self, name: str, directory: Path) -> Scores:
-        """Return the scores of a model in torch, which reads each user's films in one pass."""
+    def scores_in_process(self, name: str, directory: Path) -> dict[str, Scores]:
+        """Return the scores of a model in torch, which reads each user's sequence or history once."""
         prompts = self.titles if name == TITLE else self.prompts
 
-        def measure() -> Scores:
-            return [scores for _, scores in sequence_scores(directory, prompts)]
+        def measure() -> dict[str, Scores]:
+            of_sequences = [scores for _, scores in sequence_scores(directory, prompts[SEQUENCE])]
+            return {SEQUENCE: of_sequences, LISTS: list_scores(directory, prompts[LISTS])}
 
-        return cast("Scores", self.kept(f"scores-{name}", directory, measure))
+        return cast("dict[str, Scores]", self.kept(f"scores-{name}", directory, measure))
 
-    def scores_served(self, name: str, directory: Path, spec: EngineSpec) -> Scores:
-        """Return the scores of a served model; each label is the only candidate after all earlier films."""
-        asked = [label_prompts(one, NUM_SKIPPED_LABELS) for one in self.prompts]
+    def scores_served(self, name: str, directory: Path, spec: EngineSpec) -> dict[str, Scores]:
+        """Return the scores of a served model; in a sequence each label is the only candidate after earlier films."""
 
-        def measure() -> Scores:
+        def measure() -> dict[str, Scores]:
             with Engine(spec) as engine:
                 target = Target(engine.spec.url, engine.spec.name, str(directory))
-                answers = iter(ask_prompts(target, f"labels, {name}", [one for user in asked for one in user]))
-            return [[float(cast("Sequence[float]", next(answers))[0]) for _ in user] for user in asked]
+                return {
+                    way: _by_user(ask_prompts(target, f"{way}, {name}", _flat(asked)), asked)
+                    for way, asked in self.asked.items()
+                }
 
-        return cast("Scores", self.kept(f"scores-{name}", directory, measure))
+        return cast("dict[str, Scores]", self.kept(f"scores-{name}", directory, measure))
 
-    def baselines(self) -> dict[str, Scores]:
-        """Return the scores of the baselines without a language model, from the same labels before each film."""
-        asked = [label_prompts(one, NUM_SKIPPED_LABELS) for one in self.prompts]
-        flat = [one for user in asked for one in user]
-        answers = load_workload(_SUITES["genres"]).baselines(flat)
-        results = {}
-        for name, given in answers.items():
-            values = iter(cast("Sequence[Sequence[float]]", given))
-            results[name] = [[next(values)[0] for _ in user] for user in asked]
+    def baselines(self) -> dict[str, dict[str, Scores]]:
+        """Return the scores of the baselines without a language model, which know the same labels before each film."""
+        results: dict[str, dict[str, Scores]] = {}
+        for way, asked in self.asked.items():
+            for name, given in load_workload(_SUITES["genres"]).baselines(_flat(asked)).items():
+                results.setdefault(name, {})[way] = _by_user(given, asked)
         return results
 
     def speed(self, name: str, directory: Path, spec: EngineSpec, number: int) -> dict[str, Any]:
@@ -180,17 +186,17 @@ class Bench:
 
         return cast("dict[str, Any]", self.kept(f"speed-{name}-{number}", directory, measure))
 
-    def metrics(self, scores: Scores, is_cold: bool) -> dict[str, MetricData]:
+    def metrics(self, way: str, scores: Scores, is_cold: bool) -> dict[str, MetricData]:
         """Return the quality metrics over the labels of cold or of warm films."""
         truths: list[list[float]] = []
         kept: Scores = []
-        for prompt, row in zip(self.prompts, scores, strict=True):
-            ids = (*prompt.line_ids, *prompt.item_ids)[NUM_SKIPPED_LABELS:]
+        for prompts, row in zip(self.asked[way], scores, strict=True):
+            ids = [one for prompt in prompts for one in prompt.item_ids]
+            gains = [float(one) for prompt in prompts for one in prompt.truth]
             wanted = [place for place, item in enumerate(ids) if is_held_out(item) == is_cold]
-            gains = [float(one.truth[0]) for one in label_prompts(prompt, NUM_SKIPPED_LABELS)]
             truths.append([gains[place] for place in wanted])
             kept.append([row[place] for place in wanted])
-        return metrics.ranking_metrics(truths, kept, [one.group for one in self.prompts])
+        return metrics.ranking_metrics(truths, kept, [user[0].group for user in self.asked[way]])
 
 
 def main() -> None:
@@ -241,23 +247,46 @@ def _recipe(
     )
 
 
-def _test_prompts(kind: str, num_users: int | None) -> list[ScoringPrompt]:
+def _test_prompts(kind: str, num_users: int | None) -> dict[str, list[ScoringPrompt]]:
+    """Return the solved prompts of the test users by the way of measuring, with one text per film."""
     workload = cast("Recommendation", load_workload(_SUITES[kind]))
-    latest = type(workload)(
-        history_len=NUM_SKIPPED_LABELS,
-        num_candidates=NUM_TEST_ITEMS - NUM_SKIPPED_LABELS,
-        is_latest_only=True,
-        item_text=workload.item_text,
-        holds_out_items=True,
-    )
-    return cast("list[ScoringPrompt]", latest.make_prompts("quality", num_users or 10_000))
+    sizes = {
+        SEQUENCE: (NUM_SKIPPED_LABELS, NUM_TEST_ITEMS - NUM_SKIPPED_LABELS),
+        LISTS: (NUM_HISTORY, NUM_CANDIDATES),
+    }
+    prompts = {}
+    for way, (history_len, num_candidates) in sizes.items():
+        latest = type(workload)(
+            history_len=history_len,
+            num_candidates=num_candidates,
+            is_latest_only=True,
+            item_text=workload.item_text,
+            holds_out_items=True,
+        )
+        prompts[way] = cast("list[ScoringPrompt]", latest.make_prompts("quality", num_users or 10_000))
+    return prompts
 
 
-def _quality(bench: Bench, scores: Mapping[str, Scores]) -> dict[str, Any]:
-    """Return estimates by films, ranker and metric, and the differences of each ranker from both texts."""
+def _asked(way: str, prompts: Sequence[ScoringPrompt]) -> list[list[ScoringPrompt]]:
+    """Return the prompts that a server is asked for each user: a list, or one prompt per label of a sequence."""
+    return [[one] if way == LISTS else label_prompts(one, NUM_SKIPPED_LABELS) for one in prompts]
+
+
+def _flat(asked: Sequence[Sequence[ScoringPrompt]]) -> list[ScoringPrompt]:
+    return [one for user in asked for one in user]
+
+
+def _by_user(answers: Sequence[Answer], asked: Sequence[Sequence[ScoringPrompt]]) -> Scores:
+    """Return the scores of each user's films from the answers to the flat prompts."""
+    rest = iter(answers)
+    return [[float(score) for _ in user for score in cast("Sequence[float]", next(rest))] for user in asked]
+
+
+def _quality(bench: Bench, scores: Mapping[str, Mapping[str, Scores]]) -> dict[str, Any]:
+    """Return estimates by way, films, ranker and metric, and the differences of each ranker from both texts."""
     results: dict[str, Any] = {}
-    for films, is_cold in (("warm", False), ("cold", True)):
-        data = {name: bench.metrics(one, is_cold) for name, one in scores.items()}
+    for way, (films, is_cold) in product((SEQUENCE, LISTS), (("warm", False), ("cold", True))):
+        data = {name: bench.metrics(way, one[way], is_cold) for name, one in scores.items()}
         for name, of_name in data.items():
             row: dict[str, Any] = {metric: asdict(intervals.estimate(of_name[metric])) for metric in METRICS}
             for other in (TITLE, GENRES):
@@ -267,8 +296,9 @@ def _quality(bench: Bench, scores: Mapping[str, Scores]) -> dict[str, Any]:
                     ours, theirs = of_name[metric], data[other][metric]
                     low, high, _ = intervals.paired_difference(intervals.paired_samples(ours, theirs))
                     row[f"{metric}_minus_{other}"] = [ours.value - theirs.value, low, high]
-            results.setdefault(films, {})[name] = row
-            print_status(f"{films} {name}: " + ", ".join(f"{one} {of_name[one].value:.4f}" for one in METRICS))
+            results.setdefault(way, {}).setdefault(films, {})[name] = row
+            shown = ", ".join(f"{one} {of_name[one].value:.4f}" for one in METRICS)
+            print_status(f"{way}, {films}, {name}: {shown}")
     return results
 
 
@@ -284,7 +314,8 @@ def _facts(directory: Path) -> dict[str, Any]:
 
 def _summary(document: Mapping[str, Any]) -> dict[str, list[float]]:
     """Return the benchmark's own metrics; speeds are those of lists of 16 candidates, one sample per round."""
-    quality, speeds = document["quality"], document["speed"]
+    quality, speeds = document["quality"][SEQUENCE], document["speed"]
+    lists = document["quality"][LISTS]["warm"]
 
     def ratios(ours: str, theirs: str) -> list[float]:
         pairs = zip(speeds[ours], speeds[theirs], strict=True)
@@ -303,6 +334,8 @@ def _summary(document: Mapping[str, Any]) -> dict[str, list[float]]:
         "stacked_auc_gain": gain("warm", "auc", GENRES, STACKED),
         **{f"auc_{name}": [row["auc"]["value"]] for name, row in quality["warm"].items()},
         **{f"within_auc_{name}": [row["within_group_auc"]["value"]] for name, row in quality["warm"].items()},
+        **{f"lists_auc_{name}": [row["auc"]["value"]] for name, row in lists.items()},
+        **{f"lists_within_auc_{name}": [row["within_group_auc"]["value"]] for name, row in lists.items()},
     }
 
 

@@ -87,9 +87,10 @@ def list_scores(directory: Path, prompts: Sequence[ScoringPrompt]) -> Scores:
     of a user with a given number of "yes", the next label is more often the other one, and a model that uses the
     user's share of "yes" then ranks against the truth.
     """
+    as_read = cast("Callable[[ScoringPrompt], ScoringPrompt]", item_tokens_of(directory))
 
     def scores(model: Any, tokenizer: Any, labels: tuple[int, ...]) -> Scores:
-        return [_scores_of_list(model, tokenizer, labels, prompt) for prompt in prompts]
+        return [_scores_of_list(model, tokenizer, labels, as_read(prompt)) for prompt in prompts]
 
     return _with_model(directory, prompts, scores)
 
