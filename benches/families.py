@@ -51,7 +51,7 @@ OUTCOMES: dict[str, tuple[AnyStep, ...]] = {
     "kv": (Prune(step="prune", kv_remove_frac=0.5),),
     "depth": (PruneDepth(step="prune_depth", num_blocks=1),),
     "w8a8": (Quantize(step="quantize", format="w8a8", method="gptq"),),
-    "w4a16": (Quantize(step="quantize", format="w4a16", method="gptq", group_size=32),),
+    "w4a16": (Quantize(step="quantize", format="w4a16", method="gptq", group_size=64),),
 }
 """Steps of each outcome."""
 SERVED = "served"

@@ -178,6 +178,11 @@ def kv_values_of(config: Mapping[str, Any]) -> int:
     return 2 * num_layers * num_kv_heads_of(config) * head_dim_of(config)
 
 
+def has_experts(config: Mapping[str, Any]) -> bool:
+    """Tell whether a config describes a mixture of experts, by the keys of different families for their number."""
+    return any(map(config.get, ("num_experts", "num_local_experts", "n_routed_experts")))
+
+
 def dtype_of(config: Mapping[str, Any]) -> str | None:
     """Return the dtype that a config states, such as `float16`; None if it states none."""
     for one in (config, text_config_of(config)):

@@ -10,7 +10,10 @@ import torch
 from slimserve.compress.families import input_sizes
 from slimserve.compress.formats.compressed_tensors import CompressedTensorsFormat
 from slimserve.core.hardware import Hardware
-from slimserve.core.model_config import head_dim_of, num_kv_heads_of
+from slimserve.core.model_config import has_experts, head_dim_of, num_kv_heads_of
+
+_NOT_FOR_EXPERTS = 32
+"""Group size that only vLLM's kernel for layers without experts has."""
 
 
 class _W4A16(CompressedTensorsFormat):
@@ -25,6 +28,11 @@ class _W4A16(CompressedTensorsFormat):
     def explain_cpu_kernel(self, hardware: Hardware, config: Mapping[str, Any]) -> str:
         if not set(hardware.isa) & {"avx512f", "asimd"}:
             return "cannot run: vLLM's 4-bit CPU kernel needs AVX-512 or NEON"
+        if has_experts(config):
+            if "amx_tile" not in hardware.isa:
+                return "cannot run: vLLM 0.32's kernel for INT4 experts needs AMX"
+            if _NOT_FOR_EXPERTS in _group_sizes(config):
+                return f"cannot run: vLLM 0.32's kernel for INT4 experts has no groups of {_NOT_FOR_EXPERTS} inputs"
         # vLLM computes q, k and v as one layer.
         qkv_outputs = (config["num_attention_heads"] + 2 * num_kv_heads_of(config)) * head_dim_of(config)
         odd = [size for size in (*input_sizes(config), qkv_outputs) if size % 32]
@@ -36,3 +44,9 @@ class _W4A16(CompressedTensorsFormat):
 
 
 W4A16 = _W4A16()
+
+
+def _group_sizes(config: Mapping[str, Any]) -> set[int]:
+    """Return the numbers of inputs in a group of the weights in a quantized model's config."""
+    groups = config.get("quantization_config", {}).get("config_groups", {})
+    return {group["weights"]["group_size"] for group in groups.values()}

@@ -8,9 +8,7 @@ from typing import Any
 from slimserve.compress.formats.compressed_tensors import CompressedTensorsFormat
 from slimserve.compress.quantize import Grid
 from slimserve.core.hardware import Hardware
-
-_NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
-"""Keys with the number of experts in the configs of different families."""
+from slimserve.core.model_config import has_experts
 
 
 class _W8A8(CompressedTensorsFormat):
@@ -24,7 +22,7 @@ class _W8A8(CompressedTensorsFormat):
         isa = set(hardware.isa)
         if not isa & {"avx2", "avx512f", "asimd"}:
             return "cannot run: the kernel needs AVX2, AVX-512 or NEON"
-        if any(map(config.get, _NUM_EXPERTS)) and not isa & {"amx_tile", "asimd"}:
+        if has_experts(config) and not isa & {"amx_tile", "asimd"}:
             return "cannot run: vLLM 0.32's kernel for INT8 experts needs AMX or NEON"
         best = "AMX" if "amx_tile" in isa else "AVX-512 VNNI" if "avx512_vnni" in isa else "the baseline instructions"
         explanation = f"oneDNN INT8 product (CPUInt8ScaledMMLinearKernel) with {best}"

@@ -1,13 +1,19 @@
-"""The choice between vLLM's two bf16 matrix products on a CPU with AMX.
+"""Changes to vLLM's matrix products on a CPU with AMX: which of the bf16 ones is used, and the INT8 one's inputs.
 
 vLLM 0.32 has a packed AMX kernel, which it uses for weights up to 1 MiB, and oneDNN for larger ones. With two threads
 oneDNN runs layers with fewer than about 1,024 outputs at half speed if a step has 500 to 1,300 tokens. The packed
 kernel does not (docs/log.md).
+
+The packed INT8 kernel takes matrices only. Models that vLLM runs with transformers' modules, such as SmolLM3, give it
+a batch dimension too, and so end with "mat1 must be a 2D tensor".
 """
 
 from __future__ import annotations
 
 import os
+from typing import Any
+
+from torch import Tensor
 
 from slimserve.serve.policy.engine_environment import PACKED_GEMM_VARIABLE
 
@@ -27,3 +33,17 @@ def register_gemm() -> None:
         return bool(vllm_choice(n, k, dtype) or (is_narrow and torch.cpu._is_amx_tile_supported()))
 
     utils.check_cpu_sgl_kernel = uses_packed_kernel
+
+
+def register_int8_inputs() -> None:
+    """Let the packed INT8 kernel take inputs with a batch dimension, `[B, T, K]`, as vLLM's other kernels do."""
+    from vllm.model_executor.kernels.linear.scaled_mm.cpu import CPUInt8ScaledMMLinearKernel
+
+    of_matrices = CPUInt8ScaledMMLinearKernel._apply_weights_sgl
+
+    def of_any_shape(self: Any, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        if x.dim() == 2:
+            return of_matrices(self, layer, x, bias)
+        return of_matrices(self, layer, x.reshape(-1, x.shape[-1]), bias).unflatten(0, x.shape[:-1])
+
+    CPUInt8ScaledMMLinearKernel._apply_weights_sgl = of_any_shape

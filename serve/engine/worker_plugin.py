@@ -4,9 +4,10 @@ from __future__ import annotations
 
 
 def register() -> None:
-    """Apply our changes to vLLM: the matrix product for narrow layers, and label log-probabilities."""
-    from slimserve.serve.engine.gemm import register_gemm
+    """Apply our changes to vLLM: the matrix products, and label log-probabilities."""
+    from slimserve.serve.engine.gemm import register_gemm, register_int8_inputs
     from slimserve.serve.engine.logprobs import register as register_logprobs
 
     register_gemm()
+    register_int8_inputs()
     register_logprobs()

@@ -88,7 +88,19 @@ def test_vllms_avx2_library_has_the_int8_product_but_no_4_bit_one() -> None:
     assert "inexact" not in explain(HARDWARE, "w8a8")
     assert "kernel for INT8 experts needs AMX" in explain(avx2, "w8a8", num_experts=8)
     assert "cannot run" not in explain(avx2, "w8a8", num_experts=0)
-    assert "cannot run" not in explain(replace(HARDWARE, isa=("avx512f", "amx_tile")), "w8a8", num_experts=8)
+    amx = replace(HARDWARE, isa=("avx512f", "amx_tile"))
+    assert "cannot run" not in explain(amx, "w8a8", num_experts=8)
+    assert "kernel for INT4 experts needs AMX" in explain(HARDWARE, "w4a16", num_experts=8)
+
+
+def test_int4_experts_need_groups_of_more_than_32_inputs() -> None:
+    amx = replace(HARDWARE, isa=("avx512f", "amx_tile"))
+    int4 = get_format("w4a16")
+    for group_size, can_run in ((32, False), (64, True), (128, True)):
+        quantized = int4.quantization_config(int4.make_grid(group_size=group_size), [])
+        of_group = {**SIZES, "num_experts": 8, "quantization_config": quantized}
+        assert ("no groups of 32 inputs" not in "\n".join(explain_variant(amx, of_group))) == can_run
+        assert "cannot run" not in "\n".join(explain_variant(amx, of_group | {"num_experts": 0}))
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,12 @@ METHODS = (
         "skip_gather",
         "serve/engine/label_logits.py",
     ),
+    (
+        "vllm.model_executor.kernels.linear.scaled_mm.cpu.CPUInt8ScaledMMLinearKernel._apply_weights_sgl",
+        3,
+        "",
+        "serve/engine/gemm.py",
+    ),
     ("vllm.entrypoints.pooling.scoring.serving.ServingScores.__call__", 2, "", "serve/engine/classifier.py"),
     (
         "vllm.entrypoints.pooling.scoring.protocol.ScoreQueriesDocumentsRequest",
