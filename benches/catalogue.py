@@ -4,8 +4,8 @@
 
 All rankers are SmolLM2-135M, trained on the same MovieLens users with the true label of every film. They read titles,
 titles with genres, or 8, 4, 2 or 1 tokens per film. A tenth of the films, chosen by a hash, is in no training data;
-rankers with tokens get these from `slimserve items add`. The `quality` split is evaluated once. The settings are
-first guesses; choose them on users of the `load` split before the first complete run.
+rankers with tokens get these from `slimserve items add`. All rankers read equally many sequences. The settings were
+chosen on the `load` split (docs/log.md), and the `quality` split is evaluated once.
 
 Quality is measured in two ways. `sequence` covers the 9th to the 24th label of a user's latest 24 films, given all
 labels before. `lists` covers 16 candidates after a history of 24 films, where candidates do not see each other, as on a
@@ -71,7 +71,7 @@ class Size:
     """Size of a run."""
 
     tokens_per_item: tuple[int, ...] = (8, 4, 2, 1)
-    text_steps: int = 86
+    text_steps: int = 120
     item_steps: int = 60
     num_users: int | None = None
     load_s: float = 30.0
@@ -303,12 +303,14 @@ def _quality(bench: Bench, scores: Mapping[str, Mapping[str, Scores]]) -> dict[s
 
 
 def _facts(directory: Path) -> dict[str, Any]:
-    """Return the bytes per item in embedding and output layer, and the minutes of the training."""
+    """Return the bytes per item in embedding and output layer, and what the training cost."""
     catalogue, manifest = read_catalogue(directory), read_manifest(directory)
+    detail = manifest.steps[0].detail if manifest else {}
     hidden_size = json.loads((directory / "config.json").read_text(encoding="utf-8"))["hidden_size"]
     return {
         "bytes_per_item": 2 * 2 * hidden_size * catalogue.tokens_per_item if catalogue else 0,
         "build_minutes": manifest.build_s / 60 if manifest else 0.0,
+        **{key: detail[key] for key in ("train_s", "tokens_read", "flops") if key in detail},
     }
 
 
