@@ -18,8 +18,8 @@ ranker in turn and then in reverse order. `stacked` is one token per film, a qua
 stands against stock vLLM, launched as its documentation advises, with titles and genres.
 
 The cache keeps every model and measurement, so an interrupted run resumes. `catalogue.json` there has everything; the
-last line of output is one JSON object. `--quick` trains
-for two steps, and `--model DIR` takes another model: both only try the steps.
+last line of output is one JSON object. `--quick` trains for two steps, and `--model DIR` takes another model: both only
+try the steps.
 """
 
 from __future__ import annotations
