@@ -66,7 +66,7 @@ unit: $(VENV)/.test-system
 # bench-distill-quality: ## Measure how much of the AUC lost by pruning distillation recovers
 # bench-ranker-kd: ## Compare ways to distill a ranker: hard labels, soft labels, both, lists, two teachers
 # bench-recovery: ## Measure how much of the accuracy lost by pruning distillation recovers, on long chains of thought
-# bench-truncation: ## Train students on parts of reasoning traces, into results/truncation
+# bench-truncation: ## Compare students of parts of reasoning traces, and of other losses and data
 # bench-catalogue: ## Compare item tokens with texts: quality, items per second, bytes
 # bench-catalogue-size: ## Measure a catalogue of a million items: load time, memory, items per second
 # bench-warm: ## Measure how much sooner scores arrive after a warm call

@@ -28,7 +28,7 @@ import asyncio
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -123,16 +123,14 @@ class Students:
 
     def run(self) -> dict[str, Any]:
         """Return the outcome: answers to test problems, accuracy on development problems, and costs, by model."""
-        teacher = self._train("teacher", self.model, None, self.sizes.teacher_rate, self.sizes.teacher_steps, 0)
+        teacher = self.train("teacher", self.model, None, self.sizes.teacher_rate, self.sizes.teacher_steps, 0)
         answers = {"teacher": self._answers(teacher)}
         pruned, removed_frac = self._prune(teacher, self._development_accuracy(answers["teacher"]))
         answers["pruned"] = self._answers(pruned)
 
         def train(student: Student) -> None:
             source = str(teacher) if student.method == "distilled" else None
-            directory = self._train(
-                student.name, str(pruned), source, student.rate, self.sizes.student_steps, student.seed
-            )
+            directory = self.train(student.name, pruned, source, student.rate, self.sizes.student_steps, student.seed)
             answers[student.name] = self._answers(directory)
 
         chosen = {}
@@ -157,66 +155,91 @@ class Students:
             "costs": self.costs,
         }
 
-    def _train(self, name: str, student: str, teacher: str | None, rate: float, num_steps: int, seed: int) -> Path:
+    def train(
+        self,
+        name: str,
+        student: str | Path,
+        teacher: str | None,
+        rate: float,
+        num_steps: int,
+        seed: int,
+        changes: Mapping[str, Any] | None = None,
+    ) -> Path:
+        """Train a student in its own folder, or find it there; `changes` replaces keys of the recipe's tables."""
         sizes = self.sizes
-        recipe = DistillRecipe.model_validate(
-            {
-                "data": {
-                    "source": WORKLOAD,
-                    "num_examples": num_steps * sizes.batch_size,
-                    "num_validation": 16,
-                    "max_tokens": 640,
-                    "seed": seed,
-                },
-                "loss": {"kd_weight": 0.5 if teacher else 0.0},
-                "supervision": {"sections": "cot+answer"},
-                "training": {
-                    "learning_rate": rate,
-                    "batch_size": sizes.batch_size,
-                    "micro_batch_tokens": sizes.micro_batch_tokens,
-                    "validate_every": 1000,
-                    "keep": "last",
-                },
-                "stages": [{"steps": num_steps}],
-            }
-        )
-        directory = distill(student, teacher, recipe, self.folder / name, recipe_name=name)
+        document: dict[str, Any] = {
+            "data": {
+                "source": WORKLOAD,
+                "num_examples": num_steps * sizes.batch_size,
+                "num_validation": 16,
+                "max_tokens": 640,
+                "seed": seed,
+            },
+            "loss": {"kd_weight": 0.5 if teacher else 0.0},
+            "supervision": {"sections": "cot+answer"},
+            "training": {
+                "learning_rate": rate,
+                "batch_size": sizes.batch_size,
+                "micro_batch_tokens": sizes.micro_batch_tokens,
+                "validate_every": 1000,
+                "keep": "last",
+            },
+            "stages": [{"steps": num_steps}],
+        }
+        for table, keys in (changes or {}).items():
+            document[table] = document[table] | keys if isinstance(keys, Mapping) else keys
+        recipe = DistillRecipe.model_validate(document)
+        directory = distill(str(student), teacher, recipe, self.folder / name, recipe_name=name)
         manifest = read_manifest(directory)
         assert manifest is not None
         detail = manifest.steps[0].detail
-        self.costs[name] = {key: detail[key] for key in ("train_s", "tokens_read", "flops", "peak_bytes")}
+        total = {f"total_{key}": value for key, value in detail["total"].items()}
+        self.costs[name] = {key: detail[key] for key in ("train_s", "tokens_read", "flops", "peak_bytes")} | total
         return directory
 
     def _prune(self, teacher: Path, accuracy: float) -> tuple[Path, float]:
         """Return the model of the smallest cut that costs enough accuracy, or the largest cut; and its fraction."""
-        device = "cuda" if torch.cuda.is_available() else "cpu"
         for removed_frac in CUTS:
-            prune = Prune(step="prune", mlp_remove_frac=removed_frac)
-            recipe = Recipe(summary="", calibration=Calibrate(source=WORKLOAD, num_samples=64), steps=(prune,))
-            name = f"cut-{removed_frac:g}"
-            directory = build_variant(str(teacher), teacher, name, recipe, self.folder / name, device=device)
+            directory = self.cut(teacher, f"cut-{removed_frac:g}", removed_frac)
             cut_accuracy = self._development_accuracy(self._answers(directory, self.development))
-            print_status(f"{name}: accuracy {cut_accuracy:.3f} on the development problems, teacher {accuracy:.3f}")
+            print_status(
+                f"{directory.name}: accuracy {cut_accuracy:.3f} on the development problems, teacher {accuracy:.3f}"
+            )
             if cut_accuracy <= accuracy - LEAST_LOSS:
                 break
         return directory, removed_frac
+
+    def cut(self, model: Path, name: str, removed_frac: float) -> Path:
+        """Build a model without a fraction of its MLP neurons, or find it."""
+        prune = Prune(step="prune", mlp_remove_frac=removed_frac)
+        recipe = Recipe(summary="", calibration=Calibrate(source=WORKLOAD, num_samples=64), steps=(prune,))
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        return build_variant(str(model), model, name, recipe, self.folder / name, device=device)
+
+    def test_answers(self, directory: Path) -> list[bool]:
+        """Return which test problems a model solves; kept by the model's hash."""
+        return self._correct(self.test, {"test": self._replies(directory, self.test)})
 
     def _prompts(self, split: Any, count: int) -> list[ChatPrompt]:
         return cast("list[ChatPrompt]", self.workload.make_prompts(split, count))
 
     def _answers(self, directory: Path, prompts: Sequence[ChatPrompt] | None = None) -> Replies:
-        """Return the replies to development and test problems, or to `prompts`; kept by the model's hash."""
+        """Return the replies to development and test problems, or to `prompts`."""
         # They are answered together, because a batch on a GPU takes as long as its longest reply.
-        prompts = prompts or [*self.development, *self.test]
-        file = self.folder / f"answers-{len(prompts)}-{model_hash(directory)[:16]}.json"
+        replies = self._replies(directory, prompts or [*self.development, *self.test])
+        count = len(self.development)
+        return {"development": replies[:count], "test": replies[count:]}
+
+    def _replies(self, directory: Path, prompts: Sequence[ChatPrompt]) -> list[tuple[str, float]]:
+        """Return a model's replies and their numbers of tokens; kept by the model and the prompts."""
+        asked = hashlib.sha256(repr([one.messages for one in prompts]).encode()).hexdigest()[:8]
+        file = self.folder / f"answers-{asked}-{model_hash(directory)[:16]}.json"
         if not file.is_file():
             begun = time.monotonic()
             replies = answer_prompts(directory, prompts, self.sizes.answer_batch, self.folder / "engine.log")
             write_atomically(file, json.dumps(replies))
             print_status(f"{directory.name}: {len(prompts)} answers in {time.monotonic() - begun:.0f} s")
-        replies = json.loads(file.read_text(encoding="utf-8"))
-        count = len(self.development)
-        return {"development": replies[:count], "test": replies[count:]}
+        return cast("list[tuple[str, float]]", json.loads(file.read_text(encoding="utf-8")))
 
     def _correct(self, prompts: Sequence[ChatPrompt], answers: Replies) -> list[bool]:
         replies = answers["test" if prompts is self.test else "development"]
@@ -328,6 +351,23 @@ def device_name() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
+def first_stage(model: str, is_quick: bool, folder: Path | None = None) -> tuple[Students, dict[str, Any]]:
+    """Return the first stage in `folder` (by default in the cache) and its outcome; finished parts are reused."""
+    kind = "quick" if is_quick else "cuda" if torch.cuda.is_available() else "cpu"
+    num_problems = 8 if is_quick else NUM_TEST
+    inputs = (model_hash(resolve_model(model)), SIZES[kind], num_problems)
+    key = hashlib.sha256(repr(inputs).encode()).hexdigest()[:8]
+    folder = folder or cache_dir(f"bench-recovery-{kind}-{key}")
+    folder.mkdir(parents=True, exist_ok=True)
+    students = Students(model, folder, SIZES[kind], num_problems)
+    file = folder / "students.json"
+    if file.is_file():
+        print_status(f"students: reused from {file}")
+    else:
+        write_atomically(file, json.dumps(students.run()))
+    return students, json.loads(file.read_text(encoding="utf-8"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="run the whole chain with two steps and eight problems")
@@ -335,23 +375,11 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="folder of all models and answers (default: in the cache)")
     parser.add_argument("--train-only", action="store_true", help="end after the first stage, which needs no vLLM")
     options = parser.parse_args()
-    kind = "quick" if options.quick else "cuda" if torch.cuda.is_available() else "cpu"
-    num_problems = 8 if options.quick else NUM_TEST
-    inputs = (model_hash(resolve_model(options.model)), SIZES[kind], num_problems)
-    key = hashlib.sha256(repr(inputs).encode()).hexdigest()[:8]
-    folder = options.folder or cache_dir(f"bench-recovery-{kind}-{key}")
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / "students.json"
-    if file.is_file():
-        print_status(f"students: reused from {file}")
-    else:
-        outcome = Students(options.model, folder, SIZES[kind], num_problems).run()
-        write_atomically(file, json.dumps(outcome))
-    outcome = json.loads(file.read_text(encoding="utf-8"))
+    students, outcome = first_stage(options.model, options.quick, options.folder)
     metrics = table(outcome)
     if not options.train_only:
-        prompts = cast("list[ChatPrompt]", load_workload(WORKLOAD).make_prompts("quality", num_problems))
-        metrics |= serve(folder, Student("distilled", outcome["rates"]["distilled"], 0).name, prompts)
+        name = Student("distilled", outcome["rates"]["distilled"], 0).name
+        metrics |= serve(students.folder, name, students.test)
     shown = {
         key: outcome[key] for key in ("device", "sizes", "mlp_remove_frac", "rates", "development_accuracy", "costs")
     }

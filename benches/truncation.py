@@ -1,147 +1,233 @@
-"""Measure quality and cost of students that are trained on a part of each reasoning trace, over the lead span.
+"""Compare what students of a pruned teacher learn from a part of each reasoning trace, and from other losses and data.
 
     make bench-truncation
 
-The problems are reasoning-gym's sums of four to eight terms. Each solution works term by term between think tags, so
-that the chain of thought is about half of a sequence. SmolLM2-135M, fine-tuned on these traces, is the teacher. The
-student is the original model with a quarter fewer MLP neurons. The students differ in the part that they learn from:
+Task, teacher, pruned model and the base recipe are those of bench-recovery, whose models are reused: chain of thought
+and answer of complete sequences, and half of the loss is the divergence from the teacher. Each row changes the recipe
+in one place and trains the pruned model for the same number of steps:
 
-- The first 25, 50, 75 or 100% of each sequence.
-- The last 50% of each sequence.
-- Full sequences, with only the chain of thought supervised.
-- Each shorter span again, with as many tokens in total as the full sequences.
+- `span`: the first 25, 50 or 75% of each sequence, or 50% at its end or in its middle.
+- `tokens`: the shorter spans again, for as many tokens in total as the base.
+- `sections`: other supervised sections.
+- `loss`: without the teacher, with it alone, and with the reverse divergence.
+- `data`: the second half of the steps on-policy, and half of the neurons cut after half of the steps (`gradual`).
 
-Evaluation uses full unseen sequences: the loss, and the verifier through the served endpoint. The table and the plot go
-to `results/truncation`. The cache keeps every student, so an interrupted run resumes. The last line of output is one
-JSON object. The benchmark takes about half an hour; `--quick` runs a tenth of the steps and does not write `results/`.
+The base and `left-0.5` have three seeds. All students are asked the test problems of bench-recovery. Settings come from
+its development problems; no row chooses anything. Intervals are 95% and paired over the problems.
+
+`retained_at_half` is (accuracy at half of each sequence - pruned) / (accuracy at complete sequences - pruned). The
+table and the plot go to `results/truncation`. The cache keeps every model and answer, so an interrupted run resumes.
+The last line of output is one JSON object. `--quick` trains for two steps, and `--model DIR` takes another model: both
+only try the steps.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import shutil
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from benches.served import MODEL, built, our_spec
-from slimserve.compare.quality import ask_prompts
-from slimserve.core.openai_client import Target
-from slimserve.core.provenance import bench_line
-from slimserve.core.storage import cache_dir, write_atomically
-from slimserve.distill.recipe import DistillRecipe
-from slimserve.distill.run import distill
-from slimserve.distill.sweep import Evaluation, make_points, sweep
-from slimserve.serve.launch.process import Engine
-from slimserve.workloads.interface import Answer, ChatPrompt
-from slimserve.workloads.metrics import evaluate
-from slimserve.workloads.reasoning import Reasoning, chain_of_thought
+import numpy as np
 
-NUM_STEPS, TEACHER_STEPS, BATCH_SIZE = 16, 80, 8
-NUM_VALIDATION, NUM_EVALUATED = 32, 120
-NUM_TRAINING = 640  # The control of the shortest span runs four times the steps.
+from benches.recovery import MODEL, Student, Students, Values, bootstrap, first_stage, interval
+from slimserve.core.progress import print_status
+from slimserve.core.provenance import provenance
+from slimserve.core.storage import write_atomically
+
 RESULTS = Path("results") / "truncation"
-_KIND = "chain_sum"
-_MAX_REPLY = 160
+BASE, HALF = "base", "left-0.5"
+COSTS = ("total_seconds", "tokens_read", "total_flops", "peak_bytes")
+Metric = dict[str, float | None]
+"""An estimate with its interval."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A student: tables of the recipe that replace those of the base, and the factor of its steps."""
+
+    table: str
+    name: str
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    steps_factor: float = 1.0
+    has_seeds: bool = False
+
+
+def _span(window: str, lead_span: float, steps_factor: float = 1.0) -> Row:
+    name = f"{window}-{lead_span:g}"
+    supervision = {"supervision": {"window": window, "lead_span": lead_span}}
+    if steps_factor != 1:
+        return Row("tokens", f"{name}-tokens", supervision, steps_factor)
+    return Row("span", name, supervision, has_seeds=name == HALF)
+
+
+def _sections(sections: str) -> Row:
+    return Row("sections", sections, {"supervision": {"sections": sections}})
+
+
+def _rows(num_steps: int) -> tuple[Row, ...]:
+    half = num_steps // 2
+    on_policy = {"kind": "on_policy", "steps": num_steps - half, "max_new_tokens": 480, "round_steps": 5}
+    return (
+        *(_span("left", part) for part in (0.25, 0.5, 0.75)),
+        *(_span(window, 0.5) for window in ("right", "middle")),
+        *(_span("left", part, 1 / part) for part in (0.25, 0.5, 0.75)),
+        *map(_sections, ("all", "prompt+cot", "cot", "answer")),
+        Row("loss", "teacher-alone", {"loss": {"kd_weight": 1.0}}),
+        Row("loss", "reverse-kl", {"loss": {"divergence": "reverse_kl"}}),
+        Row("data", "on-policy", {"stages": [{"steps": half}, on_policy]}),
+    )
+
+
+class Bench:
+    """Trains and asks the students of all rows, on top of the first stage of bench-recovery."""
+
+    def __init__(self, students: Students, outcome: Mapping[str, Any]) -> None:
+        self._students, self._outcome = students, outcome
+        self._rate = outcome["rates"]["distilled"]
+        self._teacher = students.folder / "teacher"
+        self._pruned = students.folder / f"cut-{outcome['mlp_remove_frac']:g}"
+        self.correct: dict[str, list[Values]] = {}
+        """Per row and seed, 1 for each test problem that is solved."""
+        self.costs: dict[str, dict[str, float]] = {}
+        self.tables: dict[str, str] = {}
+
+    def run(self) -> None:
+        for name, method in ((BASE, "distilled"), ("no-teacher", "sft")):
+            seeds = range(self._students.sizes.num_seeds)
+            own = [Student(method, self._outcome["rates"][method], seed).name for seed in seeds]
+            self._add("loss" if method == "sft" else BASE, name, own)
+            self.correct[name] = [np.array(self._outcome["correct"][one], dtype=float) for one in own]
+        rows = _rows(self._students.sizes.student_steps)
+        for number, row in enumerate(rows, start=1):
+            print_status(f"row {number} of {len(rows) + 1}: {row.name}")
+            seeds = range(self._students.sizes.num_seeds if row.has_seeds else 1)
+            directories = [self._train(row, seed) for seed in seeds]
+            self._add(row.table, row.name, [one.name for one in directories])
+            self.correct[row.name] = [self._ask(one) for one in directories]
+        print_status(f"row {len(rows) + 1} of {len(rows) + 1}: gradual")
+        gradual = self._gradual()
+        self._add("data", "gradual", [gradual.name])
+        self.correct["gradual"] = [self._ask(gradual)]
+
+    def _add(self, table: str, name: str, students: Sequence[str]) -> None:
+        costs = {**self._outcome["costs"], **self._students.costs}
+        self.tables[name] = table
+        self.costs[name] = {key: float(np.median([costs[one][key] for one in students])) for key in COSTS}
+
+    def _train(self, row: Row, seed: int) -> Path:
+        num_steps = round(self._students.sizes.student_steps * row.steps_factor)
+        return self._students.train(
+            f"row-{row.name}-{seed}", self._pruned, str(self._teacher), self._rate, num_steps, seed, row.changes
+        )
+
+    def _ask(self, directory: Path) -> Values:
+        return np.array(self._students.test_answers(directory), dtype=float)
+
+    def _gradual(self) -> Path:
+        """Cut and train in two rounds, each of which removes the same fraction of the neurons that are left."""
+        steps = self._students.sizes.student_steps
+        removed_frac = 1 - (1 - self._outcome["mlp_remove_frac"]) ** 0.5
+        train = partial(self._students.train, teacher=str(self._teacher), rate=self._rate, seed=0)
+        first_cut = self._students.cut(self._teacher, "gradual-cut-1", removed_frac)
+        first = train("gradual-1", first_cut, num_steps=steps // 2)
+        second_cut = self._students.cut(first, "gradual-cut-2", removed_frac)
+        second = train("gradual-2", second_cut, num_steps=steps - steps // 2)
+        costs = self._students.costs
+        costs["gradual-2"] = {
+            key: max(costs[one][key] for one in ("gradual-1", "gradual-2"))
+            if key == "peak_bytes"
+            else costs["gradual-1"][key] + costs["gradual-2"][key]
+            for key in COSTS
+        }
+        return second
+
+    def metrics(self) -> dict[str, Any]:
+        """Return each row's accuracy and difference from the base, what half of a sequence retains, and cost ratios."""
+        means = {name: np.mean(seeds, axis=0) for name, seeds in self.correct.items()}
+        pruned = np.array(self._outcome["correct"]["pruned"], dtype=float)
+        results: dict[str, Any] = {"accuracy_pruned": interval(pruned)}
+        for name, mean in means.items():
+            seeds = [float(one.mean()) for one in self.correct[name]]
+            results[f"accuracy_{name}"] = interval(mean) | {"seeds": seeds}
+            if name != BASE:
+                results[f"{name}_minus_base"] = bootstrap(
+                    lambda ours, base: float(ours.mean() - base.mean()), mean, means[BASE]
+                )
+        results["retained_at_half"] = bootstrap(_retained, means[HALF], means[BASE], pruned)
+        for name, key in (("time", "total_seconds"), ("flops", "total_flops"), ("memory", "peak_bytes")):
+            results[f"{name}_ratio"] = self.costs[HALF][key] / self.costs[BASE][key]
+        return results
+
+
+def _retained(half: Values, full: Values, pruned: Values) -> float:
+    gained = full.mean() - pruned.mean()
+    return float((half.mean() - pruned.mean()) / gained) if gained else float("nan")
+
+
+def markdown(bench: Bench, metrics: Mapping[str, Any]) -> str:
+    """Return the table of all rows as Markdown."""
+    lines = [
+        "| table | row | accuracy | minus the base | minutes | tokens | TFLOP | peak GiB |",
+        "|---|---|---|---|---|---|---|---|",
+        f"| | pruned, not trained | {_shown(metrics['accuracy_pruned'])} | | | | | |",
+    ]
+    for name, table in sorted(bench.tables.items(), key=lambda item: list(bench.tables.values()).index(item[1])):
+        costs = bench.costs[name]
+        difference = _shown(metrics[f"{name}_minus_base"]) if name != BASE else ""
+        lines.append(
+            f"| {table} | {name} | {_shown(metrics[f'accuracy_{name}'])} | {difference} "
+            f"| {costs['total_seconds'] / 60:.1f} | {costs['tokens_read']:,.0f} | {costs['total_flops'] / 1e12:.0f} "
+            f"| {costs['peak_bytes'] / 2**30:.1f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _shown(metric: Metric) -> str:
+    value, low, high = (metric[key] for key in ("value", "low", "high"))
+    return "" if value is None else f"{value:.3f}" if low is None else f"{value:.3f} ({low:.3f} to {high:.3f})"
+
+
+def plot(bench: Bench, metrics: Mapping[str, Any], file: Path) -> None:
+    """Plot the accuracy of each row with its interval."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    names = list(bench.tables)[::-1]
+    figure, axis = pyplot.subplots(figsize=(7, 0.32 * len(names) + 1.2), layout="constrained")
+    for place, name in enumerate(names):
+        metric = metrics[f"accuracy_{name}"]
+        axis.plot([metric["low"], metric["high"]], [place, place], color="tab:blue")
+        axis.plot(metric["value"], place, "o", color="tab:blue")
+    axis.axvline(metrics["accuracy_pruned"]["value"], color="gray", linestyle=":", label="pruned, not trained")
+    axis.axvline(metrics[f"accuracy_{BASE}"]["value"], color="gray", linestyle="--", label="base")
+    axis.set(yticks=range(len(names)), yticklabels=names, xlabel="share of the test problems solved")
+    axis.legend(fontsize=8)
+    axis.grid(axis="x", alpha=0.3)
+    figure.savefig(file, dpi=140)
+    pyplot.close(figure)
 
 
 def main() -> None:
-    is_quick = "--quick" in sys.argv[1:]
-    folder = cache_dir("bench-truncation-quick" if is_quick else "bench-truncation")
-    scale = 10 if is_quick else 1
-    problems = _problems()
-    prompts = [_prompt(one) for one in islice(problems, NUM_EVALUATED)]
-    # A hash of each conversation assigns a tenth of the file to validation.
-    data = _write_traces(folder / "sums.jsonl", islice(problems, 5 * NUM_TRAINING // 4))
-
-    evaluated = prompts[: NUM_EVALUATED // scale]
-    evaluation = Evaluation(evaluated, lambda directory: _evaluate(folder / "engine.log", directory, evaluated))
-    teacher = distill(MODEL, None, _recipe(data, TEACHER_STEPS // scale, 0.0), folder / "teacher")
-    # The student is pruned from the original model, which was not trained on the sums.
-    student = built("prune25")
-    points = make_points("0.25,0.5,0.75,1", "right@0.5", "all,cot", has_controls=True)
-    recipe = _recipe(data, NUM_STEPS // scale, 0.5)
-    rows = sweep(str(student), str(teacher), recipe, points, folder / "students", evaluation)
-    metrics: dict[str, list[float]] = {}
-    for row in rows:
-        name = row["name"].replace("-", "_")
-        results = {**row["validation"], **row["evaluation"]}
-        # Values by section are comparable; totals cover only the sections that a student learns.
-        for metric in ("cross_entropy_prompt", "cross_entropy_cot", "cross_entropy_answer", "accuracy"):
-            metrics[f"{metric}_{name}"] = [results[metric]]
-        for metric in ("train_s", "peak_bytes", "flops"):
-            metrics[f"{metric}_{name}"] = [row[metric]]
-    for name, directory in (("teacher", teacher), ("pruned", student)):
-        metrics[f"accuracy_{name}"] = [evaluation.of(directory, folder)["accuracy"]]
-    if not is_quick:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="two steps and eight problems; results/ is not written")
+    parser.add_argument("--model", default=MODEL, help=f"model that becomes the teacher (default {MODEL})")
+    options = parser.parse_args()
+    bench = Bench(*first_stage(options.model, options.quick))
+    bench.run()
+    metrics = bench.metrics()
+    table = markdown(bench, metrics)
+    print_status(f"all rows:\n{table}")
+    if not options.quick:
         RESULTS.mkdir(parents=True, exist_ok=True)
-        text = (folder / "students" / "sweep.json").read_text(encoding="utf-8")
-        write_atomically(RESULTS / "sweep.json", text.replace(f"{folder}/", "").replace(f"{folder.parent}/", ""))
-        for name in ("sweep.md", "sweep.png"):
-            shutil.copyfile(folder / "students" / name, RESULTS / name)
-    print(bench_line("truncation", metrics))
-
-
-def _problems() -> Iterator[dict[str, Any]]:
-    """Yield distinct sums in the order of their generator."""
-    import reasoning_gym
-
-    sizes = {"min_terms": 4, "max_terms": 8, "min_digits": 1, "max_digits": 1}
-    seen = set()
-    for entry in reasoning_gym.create_dataset(_KIND, size=100_000, seed=7, **sizes):
-        if entry["question"] not in seen:
-            seen.add(entry["question"])
-            yield entry
-
-
-def _prompt(entry: dict[str, Any]) -> ChatPrompt:
-    return ChatPrompt(
-        ({"role": "user", "content": entry["question"]},),
-        _MAX_REPLY,
-        _KIND,
-        chain_of_thought(entry),
-        entry["answer"],
-        entry,
-    )
-
-
-def _write_traces(file: Path, problems: Iterator[dict[str, Any]]) -> Path:
-    prompts = map(_prompt, problems)
-    rows = [{"prompt": one.messages[0]["content"], "completion": one.solution} for one in prompts]
-    write_atomically(file, "".join(json.dumps(row) + "\n" for row in rows))
-    return file
-
-
-def _recipe(data: Path, num_steps: int, kd_weight: float) -> DistillRecipe:
-    return DistillRecipe.model_validate(
-        {
-            "data": {
-                "source": str(data),
-                "num_examples": num_steps * BATCH_SIZE,
-                "num_validation": NUM_VALIDATION,
-            },
-            "loss": {"kd_weight": kd_weight},
-            "training": {
-                "learning_rate": 1e-4,
-                "batch_size": BATCH_SIZE,
-                "validate_every": 1000,
-                "save_every_s": 120,
-                "keep": "last",
-            },
-            "stages": [{"steps": num_steps}],
-        },
-    )
-
-
-def _evaluate(log: Path, directory: Path, prompts: Sequence[ChatPrompt]) -> Mapping[str, float]:
-    """Serve a model; return its accuracy and its tokens per answer by the verifier."""
-    with Engine(our_spec(log, directory, "decode")) as engine:
-        target = Target(engine.spec.url, engine.spec.name)
-        answers = ask_prompts(target, f"problems, {directory.name}", prompts)
-    metrics = evaluate(Reasoning(), prompts, cast("list[Answer]", answers))
-    return {name: metrics[name].value for name in ("accuracy", "tokens_per_answer")}
+        write_atomically(RESULTS / "truncation.md", table)
+        plot(bench, metrics, RESULTS / "truncation.png")
+    print(json.dumps({"bench": "truncation", **provenance(), "costs": bench.costs, "metrics": metrics}))
 
 
 if __name__ == "__main__":
