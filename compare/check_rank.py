@@ -10,13 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import httpx
 import torch
 
 from slimserve.compare.backend import Backend
 from slimserve.compare.check import Finding
+from slimserve.core.device import choose_device
 from slimserve.core.errors import UserError
 from slimserve.core.model_config import CONFIG_FILE, read_config
 from slimserve.core.openai_client import auth_headers
@@ -61,12 +64,13 @@ _MAX_DIFFERENCE = 0.05
 """Largest accepted mean difference of scores from transformers; bf16 alone causes 0.003 on SmolLM2."""
 
 
-def check_rank(directory: Path) -> Iterator[Finding]:
-    """Serve the model in a directory, ask the known answers, and yield the findings."""
+def check_rank(directory: Path, device: str = "cpu") -> Iterator[Finding]:
+    """Serve the model in a directory, ask the known answers, and yield the findings; transformers uses `device`."""
+    chosen = choose_device(device)
     log = cache_dir("logs") / f"check-rank-{directory.name}.log"
     with Backend(str(directory), workload_names()[:1]).serve(directory, log) as served:
         scores = ask_served(served.target.url, served.target.model, KNOWN_ANSWERS)
-    yield from rank_findings(directory, scores, reference_scores)
+    yield from rank_findings(directory, scores, partial(reference_scores, device=chosen))
 
 
 def rank_findings(
@@ -125,7 +129,9 @@ def ask_served(url: str, model: str, known: Sequence[KnownAnswer]) -> Scores:
 
 
 @torch.inference_mode()
-def reference_scores(directory: Path, template: RerankTemplate, known: Sequence[KnownAnswer]) -> Scores:
+def reference_scores(
+    directory: Path, template: RerankTemplate, known: Sequence[KnownAnswer], device: torch.device | str = "cpu"
+) -> Scores:
     """Return the scores that transformers computes in float32, one prompt after the other.
 
     Raises whatever transformers raises, and UserError if a label is not one token.
@@ -136,7 +142,8 @@ def reference_scores(directory: Path, template: RerankTemplate, known: Sequence[
     logging.disable_progress_bar()
     tokenizer = load_tokenizer(directory)
     if is_classifier(read_config(directory)):
-        classifier = AutoModelForSequenceClassification.from_pretrained(directory, dtype=torch.float32).eval()
+        classifier: Any = AutoModelForSequenceClassification.from_pretrained(directory, dtype=torch.float32)
+        classifier = classifier.to(device).eval()
         if classifier.config.num_labels != 1:
             problem = f"has {classifier.config.num_labels} classes, which give no relevance"
             raise UserError(CONFIG_FILE, directory / CONFIG_FILE, problem, "use a model with one class")
@@ -144,11 +151,12 @@ def reference_scores(directory: Path, template: RerankTemplate, known: Sequence[
 
         def relevance(query: str, document: str) -> float:
             texts = (_text(template, query, document),) if is_templated else (query, document)
-            logits = classifier(**tokenizer(*texts, return_tensors="pt")).logits
+            logits = classifier(**tokenizer(*texts, return_tensors="pt").to(device)).logits
             return float(logits[0, 0].sigmoid())
 
     else:
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+        model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+        model = model.to(device).eval()
 
         def relevance(query: str, document: str) -> float:
             text = _text(template, query, document)
@@ -161,7 +169,7 @@ def reference_scores(directory: Path, template: RerankTemplate, known: Sequence[
             for label, tokens in zip(template.labels, labels, strict=True):
                 if len(tokens) != len(prompt) + 1:
                     raise UserError("rerank template", label, "is not one token here", "choose another label")
-            logits = model(torch.tensor([prompt])).logits[0, -1, [tokens[-1] for tokens in labels]]
+            logits = model(torch.tensor([prompt], device=device)).logits[0, -1, [tokens[-1] for tokens in labels]]
             return float(logits.double().softmax(-1)[0])
 
     return [(relevance(one.query, one.answer), relevance(one.query, one.other)) for one in known]

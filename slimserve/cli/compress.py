@@ -65,7 +65,7 @@ def check(
 
     passed = True
     model = resolve_model(directory)
-    for finding in check_rank(model) if rank else check_variant(model, device):
+    for finding in check_rank(model, device) if rank else check_variant(model, device):
         passed &= finding.passed
         typer.echo(f"{'ok  ' if finding.passed else 'FAIL'} {finding.name:13} {finding.detail}")
     if not passed:

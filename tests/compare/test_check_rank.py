@@ -11,9 +11,11 @@ from slimserve.compare.check_rank import (
     KNOWN_ANSWERS,
     KnownAnswer,
     Scores,
+    check_rank,
     rank_findings,
     reference_scores,
 )
+from slimserve.core.errors import UserError
 from slimserve.serve.engine.rerank import RerankRequest, as_score_request
 from slimserve.serve.policy.rerank_templates import TEMPLATES, RerankTemplate, load_template
 
@@ -135,3 +137,8 @@ def test_transformers_scores_are_the_share_of_the_first_label(smollm2: Path, tmp
     assert answer != other
     swapped = RerankTemplate(template="{query} ? {document} :", labels=[" no", " yes"])
     assert reference_scores(tmp_path, swapped, known)[0] == pytest.approx((1 - answer, 1 - other), abs=1e-6)
+
+
+def test_a_device_that_is_not_there_is_refused_before_the_server_starts(reranker: Path) -> None:
+    with pytest.raises(UserError, match="cuda:99"):
+        next(check_rank(reranker, "cuda:99"))
