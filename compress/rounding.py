@@ -195,9 +195,10 @@ class _RoundingState:
 
     def reorder(self, order_I: Tensor) -> None:
         """Permute the features; `order_I` holds positions in the present order."""
-        self.weight_IO, self.codes_IO, self.error_IO = (
-            matrix[order_I] for matrix in (self.weight_IO, self.codes_IO, self.error_IO)
-        )
+        # One after the other, because two copies of all three would be the largest memory of a build.
+        self.weight_IO = self.weight_IO[order_I]
+        self.codes_IO = self.codes_IO[order_I]
+        self.error_IO = self.error_IO[order_I]
         self.group_I = [self.group_I[index] for index in order_I.tolist()]
 
     def quantized(self, notes: dict[str, int | float]) -> Quantized:
@@ -232,6 +233,7 @@ def _round_once(
         earlier = slice(0, block.start)
         target_BO = torch.addmm(state.weight_IO[block], feedback_II[block, earlier], state.error_IO[earlier])
         state.round_block(block, target_BO, feedback_II)
+    del feedback_II
     state.reorder(factors.order_I.argsort())
     if options.scales == "mse":
         state.refit_scales(factors.damped_hessian_II.float())
