@@ -4,9 +4,9 @@
 
 All rankers are SmolLM2-135M, trained on the same MovieLens users with the true label of every film. They read titles,
 titles with genres, or 8, 4, 2 or 1 tokens per film. A tenth of the films, chosen by a hash, is in no training data;
-rankers with tokens get these from `slimserve items add`. They read 1,600 sequences, which takes less time than the 960
-that rankers with texts read. The settings were chosen on the `load` split (docs/log.md), and the `quality` split is
-evaluated once.
+rankers with tokens get these from `slimserve items add`. They read 1,600 sequences, and rankers with texts, whose
+sequences are longer, 960; the result states the tokens and FLOPs of each training. The settings of one token per film
+were chosen on the `load` split (docs/log.md) and are those of 2 to 8 tokens too. The `quality` split is evaluated once.
 
 Quality is measured in two ways. `sequence` covers the 9th to the 24th label of a user's latest 24 films, given all
 labels before. `lists` covers 16 candidates after a history of 24 films, where candidates do not see each other, as on a

@@ -288,7 +288,7 @@ def table(outcome: dict[str, Any]) -> dict[str, Any]:
         mean = means[method] = np.mean(seeds, axis=0)
         metrics[f"accuracy_{method}"] = interval(mean) | {"seeds": [float(one.mean()) for one in seeds]}
         metrics[f"recovered_frac_{method}"] = bootstrap(recovered, mean, teacher, pruned)
-    metrics["distilled_minus_sft"] = bootstrap(lambda ours, theirs: float(ours.mean() - theirs.mean()), *means.values())
+    metrics["distilled_minus_sft"] = bootstrap(difference, *means.values())
     return metrics
 
 
@@ -296,6 +296,10 @@ def recovered(student: Values, teacher: Values, pruned: Values) -> float:
     """Return the share of the accuracy lost by pruning that a student has again; NaN if nothing was lost."""
     lost = teacher.mean() - pruned.mean()
     return float((student.mean() - pruned.mean()) / lost) if lost else float("nan")
+
+
+def difference(ours: Values, theirs: Values) -> float:
+    return float(ours.mean() - theirs.mean())
 
 
 def interval(values: Values) -> dict[str, float | None]:

@@ -33,7 +33,7 @@ from typing import Any
 
 import numpy as np
 
-from benches.recovery import MODEL, Student, Students, Values, bootstrap, first_stage, interval
+from benches.recovery import MODEL, Student, Students, Values, bootstrap, difference, first_stage, interval, recovered
 from slimserve.core.progress import print_status
 from slimserve.core.provenance import provenance
 from slimserve.core.storage import write_atomically
@@ -154,18 +154,11 @@ class Bench:
             seeds = [float(one.mean()) for one in self.correct[name]]
             results[f"accuracy_{name}"] = interval(mean) | {"seeds": seeds}
             if name != BASE:
-                results[f"{name}_minus_base"] = bootstrap(
-                    lambda ours, base: float(ours.mean() - base.mean()), mean, means[BASE]
-                )
-        results["retained_at_half"] = bootstrap(_retained, means[HALF], means[BASE], pruned)
+                results[f"{name}_minus_base"] = bootstrap(difference, mean, means[BASE])
+        results["retained_at_half"] = bootstrap(recovered, means[HALF], means[BASE], pruned)
         for name, key in (("time", "total_seconds"), ("flops", "total_flops"), ("memory", "peak_bytes")):
             results[f"{name}_ratio"] = self.costs[HALF][key] / self.costs[BASE][key]
         return results
-
-
-def _retained(half: Values, full: Values, pruned: Values) -> float:
-    gained = full.mean() - pruned.mean()
-    return float((half.mean() - pruned.mean()) / gained) if gained else float("nan")
 
 
 def markdown(bench: Bench, metrics: Mapping[str, Any]) -> str:

@@ -46,7 +46,7 @@ class _W4A16(CompressedTensorsFormat):
 W4A16 = _W4A16()
 
 
-def _group_sizes(config: Mapping[str, Any]) -> set[int]:
-    """Return the numbers of inputs in a group of the weights in a quantized model's config."""
+def _group_sizes(config: Mapping[str, Any]) -> set[int | None]:
+    """Return the numbers of inputs in a group of the weights in a quantized model's config; None for a complete row."""
     groups = config.get("quantization_config", {}).get("config_groups", {})
-    return {group["weights"]["group_size"] for group in groups.values()}
+    return {group["weights"].get("group_size") for group in groups.values()}

@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from slimserve.serve.policy.engine_environment import PACKED_GEMM_VARIABLE
@@ -23,7 +24,6 @@ def register_gemm() -> None:
     max_outputs = int(os.environ.get(PACKED_GEMM_VARIABLE, "0"))
     if not max_outputs:
         return
-    import torch
     from vllm.model_executor.layers import utils
 
     vllm_choice = utils.check_cpu_sgl_kernel
@@ -36,7 +36,9 @@ def register_gemm() -> None:
 
 
 def register_int8_inputs() -> None:
-    """Let the packed INT8 kernel take inputs with a batch dimension, `[B, T, K]`, as vLLM's other kernels do."""
+    """On a CPU with AMX, let the packed INT8 kernel take inputs `[B, T, K]`, as vLLM's other kernels do."""
+    if not torch.cpu._is_amx_tile_supported():
+        return
     from vllm.model_executor.kernels.linear.scaled_mm.cpu import CPUInt8ScaledMMLinearKernel
 
     of_matrices = CPUInt8ScaledMMLinearKernel._apply_weights_sgl

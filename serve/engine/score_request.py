@@ -26,7 +26,7 @@ from pydantic import (
 )
 
 UnknownItems = Literal["error", "text"]
-"""What a request does with an id that the catalogue lacks."""
+"""How a request treats an item id that is not in the catalogue: as an error, or by reading the item's text."""
 
 
 def _null_is_empty(query: Any) -> Any:

@@ -61,6 +61,10 @@ def test_int8_inputs_with_a_batch_dimension_give_the_outputs_of_their_rows(monke
         return torch.nn.functional.linear(x, layer.weight, bias)
 
     monkeypatch.setattr(CPUInt8ScaledMMLinearKernel, "_apply_weights_sgl", product)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    register_int8_inputs()
+    assert CPUInt8ScaledMMLinearKernel._apply_weights_sgl is product
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     register_int8_inputs()
     layer, bias = torch.nn.Linear(7, 5), torch.randn(5)
     for shape in ((3,), (2, 3), (2, 1, 3)):
