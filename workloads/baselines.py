@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from slimserve.workloads.interface import Answer, Interaction, ScoringPrompt
@@ -63,6 +64,18 @@ def ranking_baselines(
             ]
     if factors := _matrix_factorization(prompts, training, training_groups, rate):
         answers["matrix_factorization"] = factors
+    return answers
+
+
+def history_baselines(prompts: Sequence[ScoringPrompt], interactions: Sequence[Interaction]) -> dict[str, list[Answer]]:
+    """Return the scores of `ranking_baselines` by the ids of items, and `matrix_factorization` from the histories.
+
+    `interactions` are those of the training users.
+    """
+    lists = [replace(one, items=one.item_ids) for one in prompts]
+    answers = ranking_baselines(lists, [(one.item, one.is_positive) for one in interactions], [])
+    if interactions:
+        answers["matrix_factorization"] = folded_factorization(lists, interactions)
     return answers
 
 

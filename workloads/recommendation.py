@@ -36,7 +36,7 @@ from slimserve.core.errors import UserError
 from slimserve.core.progress import print_once
 from slimserve.core.text import read_table, split_lines
 from slimserve.workloads import metrics
-from slimserve.workloads.baselines import folded_factorization, ranking_baselines
+from slimserve.workloads.baselines import history_baselines
 from slimserve.workloads.interface import (
     SCORING_VIEW,
     Answer,
@@ -150,10 +150,7 @@ class Recommendation(Workload):
 
         `matrix_factorization` adds what the history says of the user's taste, by factors of the calibration split.
         """
-        lists = [replace(one, items=one.item_ids) for one in cast("Sequence[ScoringPrompt]", prompts)]
-        interactions = self.interactions()
-        answers = ranking_baselines(lists, [(one.item, one.is_positive) for one in interactions], [])
-        return answers | {"matrix_factorization": folded_factorization(lists, interactions)}
+        return history_baselines(cast("Sequence[ScoringPrompt]", prompts), self.interactions())
 
     def item_texts(self) -> dict[str, str]:
         """Return the title of each item that was rated, with its year and, if `item_text` says so, its genres."""

@@ -15,6 +15,7 @@ from slimserve.workloads.kinds.base import FileWorkload
 
 _KINDS = {
     "rank": ("slimserve.workloads.kinds.rank", "RankSpec", "Rank"),
+    "ratings": ("slimserve.workloads.kinds.ratings", "RatingsSpec", "Ratings"),
     "classify": ("slimserve.workloads.kinds.classify", "ClassifySpec", "Classify"),
     "generate": ("slimserve.workloads.kinds.generate", "GenerateSpec", "Generate"),
     "lm-eval": ("slimserve.workloads.kinds.lm_eval", "LmEvalSpec", "LmEval"),

@@ -169,7 +169,7 @@ class FileWorkload(Workload):
         """The prompts of each split; UserError if too many rows cannot be used."""
         table, result = self.read_rows(), SplitRows()
         result.unusable += table.unusable
-        result.num_rows = len(table.rows) + len(table.unusable)
+        result.num_rows = table.num_read or len(table.rows) + len(table.unusable)
         groups: set[str] = set()
         places: dict[str, dict[Split, str]] = defaultdict(dict)
         for number, row in enumerate(table.rows):

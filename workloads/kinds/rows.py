@@ -41,6 +41,8 @@ class Table:
 
     rows: list[Row] = field(default_factory=list)
     unusable: list[Unusable] = field(default_factory=list)
+    num_read: int | None = None
+    """Number of rows in the files, if several of them were joined into one."""
 
 
 def read_file(file: Path) -> Table:
