@@ -9,7 +9,7 @@ SOURCES := slimserve core workloads distill compress serve loadtest compare repo
 
 export HF_HUB_OFFLINE ?= 1
 
-BENCHES := $(addprefix bench-,verdict launch scoring decode gateway ready quantize formats prune memory load families \
+BENCHES := $(addprefix bench-,verdict launch scoring decode gateway ready quantize formats calibration first-tokens prune memory load families \
     loadtest-truth loadtest-stall loadtest-real max-rate \
     distill-cost kd-memory distill-quality ranker-kd recovery truncation catalogue catalogue-size warm gpu)
 
@@ -47,6 +47,8 @@ unit: $(VENV)/.test-system
 
 # bench-quantize: ## Compare GPTQ and QuantEase with llm-compressor: seconds, memory, KL
 # bench-formats: ## Measure the KL and the bytes of every quantization format
+# bench-calibration: ## Compare calibration sources on three tasks
+# bench-first-tokens: ## Find out what breaks the attention sink of pruned models
 # bench-prune: ## Compare OSSCAR with other pruning methods: NLL, seconds, prefill speed
 # bench-memory: ## Measure peak memory of compressing a 1.5B model
 # bench-load: ## Build every recipe; load it with stock transformers and vLLM

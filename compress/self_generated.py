@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from slimserve.core.model_files import count_parameters, model_hash
 from slimserve.core.progress import progress
 from slimserve.core.storage import cache_dir, cached_result
 
-_OPENERS = (
+REQUESTS = (
     "Explain how something in nature works.",
     "Make up a maths problem and solve it step by step.",
     "Write a short story.",
@@ -41,6 +41,7 @@ _OPENERS = (
     "Write a JSON object that describes a product.",
     "Summarize a news article.",
 )
+"""General requests, which the model answers in turn."""
 _BATCH = 64
 """Number of replies that are sampled at once."""
 _REPLY_TOKENS = 256
@@ -50,13 +51,14 @@ _MEMORY_SHARE = 0.8
 
 
 def self_generated_documents(
-    directory: Path, tokenizer: Any, seed: int, device: torch.device | str
+    directory: Path, tokenizer: Any, seed: int, device: torch.device | str, requests: Sequence[str] = REQUESTS
 ) -> Iterator[list[int]]:
     """Yield the token ids of one conversation after another, indefinitely, sampled from the model at temperature 1.
 
-    Batches are cached by the hash of the model and by the seed. Raises UserError if the model does not fit into memory.
+    The conversations answer the requests in turn. Batches are cached by the hash of the model, the requests and the
+    seed. Raises UserError if the model does not fit into memory.
     """
-    prompts = [_prompt_ids(tokenizer, opener) for opener in _OPENERS]
+    prompts = [request_ids(tokenizer, request) for request in requests]
     settings = (model_hash(directory), prompts, _BATCH, _REPLY_TOKENS, seed)
     model: Any = None
 
@@ -71,11 +73,12 @@ def self_generated_documents(
         yield from found["conversations"]
 
 
-def _prompt_ids(tokenizer: Any, opener: str) -> list[int]:
+def request_ids(tokenizer: Any, request: str) -> list[int]:
+    """Return the token ids of a request in the model's chat format; its first token if it has no chat template."""
     if tokenizer.chat_template is None:
         first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         return [first or 0]
-    question = [{"role": "user", "content": opener}]
+    question = [{"role": "user", "content": request}]
     text = render_chat(tokenizer, question, "a request for calibration", add_generation_prompt=True)
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids

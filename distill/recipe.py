@@ -13,6 +13,7 @@ from typing import Any, Literal
 from pydantic import model_validator
 
 from slimserve.core.config import Settings, load_toml, set_value, setting, validated
+from slimserve.core.errors import UserError
 from slimserve.core.hardware import probe_hardware
 from slimserve.distill.supervision import Supervision, sections_text
 from slimserve.workloads import DEFAULT_TRAINING_WORKLOAD
@@ -21,6 +22,7 @@ _key = partial(setting, option="")
 """Declares a recipe key that has no command-line option of its own; `--set` reaches it."""
 
 Divergence = Literal["forward_kl", "reverse_kl", "skewed_forward_kl", "skewed_reverse_kl", "js"]
+_FOLDER = Path(__file__).with_name("recipes")
 HiddenDistance = Literal["cosine", "mse"]
 LabelKind = Literal["soft", "hard"]
 
@@ -231,10 +233,10 @@ def load_distill_recipe(
 ) -> DistillRecipe:
     """Return the recipe of a TOML file (None: the defaults), changed by `table.key=value` assignments and by options.
 
-    `options` holds tables of keys, such as `{"data": {"source": "reasoning"}}`; they take precedence. Raises UserError
-    that names the first invalid key.
+    `file` may also be the name of a built-in recipe.     `options` holds tables of keys, such as `{"data": {"source":
+    "reasoning"}}`; they take precedence. Raises UserError that names an unknown recipe or the first invalid key.
     """
-    document = load_toml(file, "recipe") if file is not None else {}
+    document = load_toml(_recipe_file(file), "recipe") if file is not None else {}
     for assignment in assignments:
         set_value(document, assignment)
     for name, keys in (options or {}).items():
@@ -242,3 +244,18 @@ def load_distill_recipe(
         if isinstance(table, dict):
             table.update(keys)
     return validated(DistillRecipe, document, "recipe", file or "the options")
+
+
+def distill_recipe_names() -> list[str]:
+    """Return the names of the built-in recipes."""
+    return sorted(file.stem for file in _FOLDER.glob("*.toml"))
+
+
+def _recipe_file(file: Path) -> Path:
+    """Return the file of a built-in recipe's name; any other file as it is."""
+    if file.is_file() or file.suffix == ".toml":
+        return file
+    if str(file) not in distill_recipe_names():
+        choices = ", ".join(distill_recipe_names())
+        raise UserError("recipe", file, "is unknown", f"choose from {choices}, or give the path of a .toml file")
+    return _FOLDER / f"{file}.toml"

@@ -17,7 +17,9 @@ class ModelSettings(Settings):
         "Model to imitate, or the address of a server of it; without it the student is fine-tuned on the data alone.",
         metavar="MODEL|URL",
     )
-    recipe: Path | None = setting(None, "TOML file of the recipe (docs/distill.md).", metavar="FILE.toml")
+    recipe: Path | None = setting(
+        None, "Built-in recipe, or path of a recipe file (docs/distill.md).", metavar="NAME|FILE.toml"
+    )
     assignments: tuple[str, ...] = setting(
         (), "Change a key of the recipe; may be repeated.", option="--set", metavar="TABLE.KEY=VALUE"
     )

@@ -15,7 +15,7 @@ from slimserve.core.errors import UserError
 from slimserve.core.model_files import weight_files
 from slimserve.core.storage import sha256_of_files
 from slimserve.distill import run
-from slimserve.distill.recipe import load_distill_recipe
+from slimserve.distill.recipe import distill_recipe_names, load_distill_recipe
 from slimserve.distill.run import distill
 from tests.distill.conftest import make_recipe, save_tiny
 
@@ -49,6 +49,21 @@ def test_the_error_names_the_invalid_key(settings: list[str], message: str) -> N
     with pytest.raises(UserError) as caught:
         load_distill_recipe(None, settings)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("name", distill_recipe_names())
+def test_each_built_in_recipe_is_valid_and_has_a_summary(name: str) -> None:
+    recipe = load_distill_recipe(
+        Path(name), options={"items": {"file": "items.jsonl"}} if name == "item-tokens" else None
+    )
+    assert recipe.summary
+
+
+def test_an_unknown_recipe_is_an_error_that_names_the_known_ones(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"recipe: 'fast' is unknown: choose from concise, item-tokens, "):
+        load_distill_recipe(Path("fast"))
+    with pytest.raises(UserError, match="recipe"):
+        load_distill_recipe(tmp_path / "missing.toml")
 
 
 def test_settings_without_anything_to_learn_are_rejected_before_any_work(

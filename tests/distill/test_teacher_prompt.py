@@ -139,6 +139,6 @@ def test_an_instruction_that_could_have_no_effect_is_refused(
 
 
 def test_the_recipe_of_concise_chains_samples_everything_and_is_valid() -> None:
-    recipe = load_distill_recipe(Path(distill.__code__.co_filename).parent / "recipes" / "concise.toml")
+    recipe = load_distill_recipe(Path("concise"))
     assert (recipe.loss.divergence, recipe.loss.kd_weight, recipe.stages[0].fraction) == ("reverse_kl", 1.0, 1.0)
     assert "concisely" in recipe.loss.teacher_instruction

@@ -86,11 +86,9 @@ def test_baselines_and_metrics_rank_a_world_where_one_item_is_liked_by_all(tmp_p
     baselines = workload.baselines(prompts)
     assert set(baselines) == {"history_share", "item_popularity", "popularity_and_history", "matrix_factorization"}
     lists = cast("list[ScoringPrompt]", prompts)
-    best = [
-        max(zip(scores, one.item_ids, strict=True))[1]
-        for one, scores in zip(lists, baselines["item_popularity"], strict=True)
-        if "i0" in one.item_ids
-    ]
+    popularity = cast("list[tuple[float, ...]]", baselines["item_popularity"])
+    pairs = [zip(scores, one.item_ids, strict=True) for one, scores in zip(lists, popularity, strict=True)]
+    best = [max(ranked)[1] for one, ranked in zip(lists, pairs, strict=True) if "i0" in one.item_ids]
     assert best
     assert set(best) == {"i0"}
     perfect = [tuple(map(float, one.truth)) for one in lists]
