@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from slimserve.core.config import validated
 from slimserve.distill.recipe import DistillRecipe
+from slimserve.distill.train import Trainer
 
 VOCABULARY = 49_152
 
@@ -75,3 +76,20 @@ def make_recipe(**tables: Any) -> DistillRecipe:
     for name, table in tables.items():
         raw[name] = {**raw.get(name, {}), **table} if isinstance(table, dict) else table
     return validated(DistillRecipe, raw, "recipe", "test")
+
+
+class Killed(BaseException):
+    """Stands for a kill; a BaseException, so that no handler for errors catches it."""
+
+
+def kill_after(num_steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the next run end after `num_steps` steps, before it can save the last one."""
+    real, left = Trainer.record, [num_steps]
+
+    def record(trainer: Trainer, *arguments: Any) -> None:
+        real(trainer, *arguments)
+        left[0] -= 1
+        if left[0] == 0:
+            raise Killed
+
+    monkeypatch.setattr(Trainer, "record", record)

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from slimserve.core.catalogue import CATALOGUE_FILE, read_catalogue
+from slimserve.core.catalogue import CATALOGUE_FILE, ENCODER_FILE, read_catalogue
 from slimserve.core.errors import UserError
 from slimserve.core.model_files import WEIGHTS_FILE, model_hash
 from slimserve.core.variant import read_manifest
@@ -33,7 +33,7 @@ from slimserve.distill.item_encoder import (
 from slimserve.distill.items import add_items
 from slimserve.distill.run import distill
 from slimserve.workloads.interface import Interaction, ScoringPrompt, split_of
-from tests.distill.conftest import VOCABULARY, make_recipe, save_tiny
+from tests.distill.conftest import VOCABULARY, Killed, kill_after, make_recipe, save_tiny
 
 NUM_ITEMS = 30
 WORKLOAD = """
@@ -115,6 +115,42 @@ def test_a_student_learns_items_and_stock_transformers_reads_them(
         logits = model(torch.tensor([ids["input_ids"]])).logits[0, -1]
         scores.append((logits[labels[0]] - logits[labels[1]]).item())
     assert min(scores[1::2]) > max(scores[::2])
+
+
+def test_an_interrupted_training_of_items_resumes_with_the_same_result(
+    source: Path, tiny_student: Path, tmp_path: Path
+) -> None:
+    recipe = item_recipe(source, stages=[{"steps": 5}])
+    whole = distill(str(tiny_student), None, recipe, tmp_path / "whole")
+    target = tmp_path / "killed"
+    for num_steps in (1, 3):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+            kill_after(num_steps, patch)
+            distill(str(tiny_student), None, recipe, target)
+    distill(str(tiny_student), None, recipe, target)
+    for file in (WEIGHTS_FILE, ENCODER_FILE):
+        ours, theirs = load_file(target / file), load_file(whole / file)
+        assert ours.keys() == theirs.keys()
+        for name, tensor in ours.items():
+            torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=0)
+
+
+def test_low_rank_adapters_learn_beside_the_items_and_are_merged(
+    source: Path, tiny_student: Path, tmp_path: Path
+) -> None:
+    recipe = item_recipe(source, training={"lora_rank": 4, "learning_rate": 1e-2, "keep": "last"})
+    output = distill(str(tiny_student), None, recipe, tmp_path / "out")
+    catalogue = read_catalogue(output)
+    assert catalogue is not None
+    check_catalogue(output, catalogue)
+    before, after = load_file(tiny_student / WEIGHTS_FILE), load_file(output / WEIGHTS_FILE)
+    embedding = "model.embed_tokens.weight"
+    torch.testing.assert_close(after[embedding][:VOCABULARY], before[embedding].bfloat16(), rtol=0, atol=0)
+    assert bool(after[embedding][VOCABULARY : VOCABULARY + NUM_ITEMS - 2].ne(0).any(1).all())
+    name = "model.layers.0.self_attn.q_proj.weight"
+    change = after[name].float() - before[name].float()
+    assert change.norm() > 0.01 * before[name].float().norm()
+    assert AutoModelForCausalLM.from_pretrained(output).get_input_embeddings().weight.shape[0] == len(after[embedding])
 
 
 @pytest.fixture(scope="module")

@@ -60,7 +60,7 @@ def test_each_built_in_recipe_is_valid_and_has_a_summary(name: str) -> None:
 
 
 def test_an_unknown_recipe_is_an_error_that_names_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"recipe: 'fast' is unknown: choose from concise, item-tokens, "):
+    with pytest.raises(UserError, match=r"recipe: 'fast' is unknown; choose from concise, item-tokens, "):
         load_distill_recipe(Path("fast"))
     with pytest.raises(UserError, match="recipe"):
         load_distill_recipe(tmp_path / "missing.toml")

@@ -20,8 +20,7 @@ from slimserve.distill.components import rate_frac
 from slimserve.distill.cost import ModelShape
 from slimserve.distill.recipe import DistillRecipe
 from slimserve.distill.run import LOG_FILE, distill
-from slimserve.distill.train import Trainer
-from tests.distill.conftest import make_recipe
+from tests.distill.conftest import Killed, kill_after, make_recipe
 
 STUDENT_AND_TEACHER = """
 import json, sys
@@ -164,23 +163,6 @@ def test_a_student_equal_to_its_teacher_has_no_divergence_and_does_not_change(
 
 
 TWO_STAGES = make_recipe(stages=[{"steps": 4}, {"kind": "on_policy", "steps": 3, "max_new_tokens": 6}])
-
-
-class Killed(BaseException):
-    """Stands for a kill; a BaseException, so that no handler for errors catches it."""
-
-
-def kill_after(num_steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make the next run end after `num_steps` steps, before it can save the last one."""
-    real, left = Trainer.record, [num_steps]
-
-    def record(trainer: Trainer, *arguments: Any) -> None:
-        real(trainer, *arguments)
-        left[0] -= 1
-        if left[0] == 0:
-            raise Killed
-
-    monkeypatch.setattr(Trainer, "record", record)
 
 
 def test_a_run_interrupted_at_any_step_resumes_with_the_same_result(
