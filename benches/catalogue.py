@@ -42,6 +42,7 @@ from benches.served import MODEL, guide_spec, our_spec
 from slimserve.compare.quality import ask_prompts
 from slimserve.compress.build import build_variant
 from slimserve.compress.recipe import load_recipe
+from slimserve.core.allocator import restart_with_fast_allocator
 from slimserve.core.catalogue import read_catalogue
 from slimserve.core.model import resolve_model
 from slimserve.core.model_files import model_hash
@@ -231,6 +232,7 @@ class Bench:
 
 
 def main() -> None:
+    restart_with_fast_allocator()
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--quick", action="store_true", help="Train for two steps, to try the benchmark.")
     parser.add_argument("--model", default=MODEL, help="Model that all rankers begin as (default: %(default)s).")

@@ -21,6 +21,7 @@ import torch
 from benches.child import in_process
 from benches.heldout import packed_tokens
 from benches.served import MODEL, built
+from slimserve.core.allocator import restart_with_fast_allocator
 from slimserve.core.model import resolve_model
 from slimserve.core.progress import print_status
 from slimserve.core.provenance import bench_line
@@ -39,6 +40,7 @@ _WARM_UP_TOKENS = 32
 
 
 def main() -> None:
+    restart_with_fast_allocator()
     if len(sys.argv) > 1:
         print(json.dumps(_measure(float(sys.argv[1]))))
         return

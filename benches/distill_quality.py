@@ -26,6 +26,7 @@ from benches.served import MODEL, our_spec
 from slimserve.compare.quality import ask_prompts
 from slimserve.compress.build import build_variant
 from slimserve.compress.recipe import Calibrate, Prune, Recipe, load_recipe
+from slimserve.core.allocator import restart_with_fast_allocator
 from slimserve.core.model import resolve_model
 from slimserve.core.model_files import model_hash
 from slimserve.core.openai_client import Target
@@ -52,6 +53,7 @@ NUM_WINDOWS = 192
 
 
 def main() -> None:
+    restart_with_fast_allocator()
     num_seeds = 1 if "--quick" in sys.argv[1:] else NUM_SEEDS
     folder = cache_dir("bench-distill-quality")
     samples: dict[str, list[float]] = {}

@@ -40,6 +40,7 @@ from rich.table import Table
 from benches.rankers import list_scores, ranker_recipe
 from slimserve.compress.build import build_variant
 from slimserve.compress.recipe import Calibrate, Prune, Recipe
+from slimserve.core.allocator import restart_with_fast_allocator
 from slimserve.core.model import resolve_model
 from slimserve.core.model_files import model_hash
 from slimserve.core.progress import print_status
@@ -160,6 +161,7 @@ class Bench:
 
 
 def main() -> None:
+    restart_with_fast_allocator()
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--quick", action="store_true", help="Train for two steps, to try the benchmark.")
     parser.add_argument(

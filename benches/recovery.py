@@ -39,6 +39,7 @@ from numpy.typing import NDArray
 
 from slimserve.compress.build import build_variant
 from slimserve.compress.recipe import Calibrate, Prune, Recipe, load_recipe
+from slimserve.core.allocator import restart_with_fast_allocator
 from slimserve.core.chat_template import render_chat
 from slimserve.core.model import resolve_model
 from slimserve.core.model_files import model_hash
@@ -373,6 +374,7 @@ def first_stage(model: str, is_quick: bool, folder: Path | None = None) -> tuple
 
 
 def main() -> None:
+    restart_with_fast_allocator()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="run the whole chain with two steps and eight problems")
     parser.add_argument("--model", default=MODEL, help=f"model that becomes the teacher (default {MODEL})")

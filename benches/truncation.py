@@ -34,6 +34,7 @@ from typing import Any
 import numpy as np
 
 from benches.recovery import MODEL, Student, Students, Values, bootstrap, difference, first_stage, interval, recovered
+from slimserve.core.allocator import restart_with_fast_allocator
 from slimserve.core.progress import print_status
 from slimserve.core.provenance import provenance
 from slimserve.core.storage import write_atomically
@@ -207,6 +208,7 @@ def plot(bench: Bench, metrics: Mapping[str, Any], file: Path) -> None:
 
 
 def main() -> None:
+    restart_with_fast_allocator()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two steps and eight problems; results/ is not written")
     parser.add_argument("--model", default=MODEL, help=f"model that becomes the teacher (default {MODEL})")

@@ -6,13 +6,13 @@ A GPU keeps vLLM's defaults, except for what vLLM's documentation advises.
 
 from __future__ import annotations
 
-import ctypes.util
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from slimserve.core.allocator import find_fast_allocator
 from slimserve.core.hardware import Hardware, openmp_library
 from slimserve.core.model_config import kv_values_of, read_config, size_of
 from slimserve.core.model_files import stored_dtype
@@ -111,7 +111,7 @@ def plan_launch(
                 "tokens",
             )
         )
-    preload = [library for library in (_find_tcmalloc(), openmp_library()) if library]
+    preload = [library for library in (find_fast_allocator(), openmp_library()) if library]
     if preload:
         environment.append(
             Choice(
@@ -233,7 +233,3 @@ def _ranges(cores: Sequence[int]) -> str:
         else:
             spans.append([core, core])
     return ",".join(f"{first}-{last}" if last > first else str(first) for first, last in spans)
-
-
-def _find_tcmalloc() -> str | None:
-    return ctypes.util.find_library("tcmalloc_minimal") or ctypes.util.find_library("tcmalloc")

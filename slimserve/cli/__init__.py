@@ -10,18 +10,20 @@ from typing import Any, NamedTuple
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from slimserve.core.allocator import restart_with_fast_allocator
 from slimserve.core.errors import UserError
 
 
 class _Entry(NamedTuple):
-    """A command: its module in this package, and the line that the list of commands shows."""
+    """A command: its module in this package, the line that the list of commands shows, and whether it trains."""
 
     module: str
     summary: str
+    trains: bool = False
 
 
 _COMMANDS = {
-    "distill": _Entry("distill", "Train a small model to imitate a teacher, or fine-tune it."),
+    "distill": _Entry("distill", "Train a small model to imitate a teacher, or fine-tune it.", trains=True),
     "items": _Entry("items", "Add items to a variant that reads items as tokens."),
     "compress": _Entry("compress", "Prune and quantize a model by a recipe."),
     "inspect": _Entry("compress", "Show the steps, sizes, errors and kernels of a variant."),
@@ -31,7 +33,7 @@ _COMMANDS = {
     "workload": _Entry("workload", "Check a file that describes your own data as a workload."),
     "loadtest": _Entry("loadtest", "Load a running server through Locust and report latency and throughput."),
     "compare": _Entry("compare", "Build, serve, evaluate and load variants, and report which one to ship."),
-    "pipeline": _Entry("pipeline", "Distill and compress a model in steps, then compare the results."),
+    "pipeline": _Entry("pipeline", "Distill and compress a model in steps, then compare the results.", trains=True),
 }
 
 
@@ -87,6 +89,9 @@ def _group() -> None:
 
 def main() -> None:
     """Run the command line; a user error is one line and exit code 2, Ctrl-C exits with 130 and SIGTERM with 143."""
+    command = _COMMANDS.get(next(iter(sys.argv[1:]), ""))
+    if command and command.trains:
+        restart_with_fast_allocator()
     signal.signal(signal.SIGINT, _leave)
     signal.signal(signal.SIGTERM, _leave)
     try:

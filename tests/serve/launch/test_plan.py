@@ -196,7 +196,7 @@ def test_a_gpu_keeps_vllms_defaults_except_where_its_documentation_advises_other
 
 
 def test_libraries_that_are_not_there_are_not_preloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_find_tcmalloc", lambda: None)
+    monkeypatch.setattr(module, "find_fast_allocator", lambda: None)
     monkeypatch.setattr(module, "openmp_library", lambda: None)
     assert "LD_PRELOAD" not in planned(tmp_path)
 
