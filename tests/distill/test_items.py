@@ -34,6 +34,7 @@ from slimserve.distill.items import add_items
 from slimserve.distill.run import distill
 from slimserve.workloads.interface import Interaction, ScoringPrompt, split_of
 from tests.distill.conftest import VOCABULARY, Killed, kill_after, make_recipe, save_tiny
+from tests.distill.test_train import start_two_processes
 
 NUM_ITEMS = 30
 WORKLOAD = """
@@ -151,6 +152,25 @@ def test_low_rank_adapters_learn_beside_the_items_and_are_merged(
     change = after[name].float() - before[name].float()
     assert change.norm() > 0.01 * before[name].float().norm()
     assert AutoModelForCausalLM.from_pretrained(output).get_input_embeddings().weight.shape[0] == len(after[embedding])
+
+
+def test_two_processes_learn_the_same_items_as_one_and_sharded_ones_are_refused(
+    source: Path, tiny_student: Path, tmp_path: Path
+) -> None:
+    recipe = item_recipe(source, training={"keep": "last"})
+    alone = distill(str(tiny_student), None, recipe, tmp_path / "alone")
+    process = start_two_processes("ddp", tiny_student, "", tmp_path / "two", recipe)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    for file in (WEIGHTS_FILE, ENCODER_FILE):
+        ours, theirs = load_file(tmp_path / "two" / file), load_file(alone / file)
+        for name, tensor in ours.items():
+            torch.testing.assert_close(tensor, theirs[name], rtol=2e-2, atol=2e-3)
+    process = start_two_processes("fsdp", tiny_student, "", tmp_path / "three", recipe)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode != 0
+    assert "items.file" in output
+    assert "is not supported under FSDP" in output
 
 
 @pytest.fixture(scope="module")

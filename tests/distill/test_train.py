@@ -104,7 +104,7 @@ def start_distill(
 
 
 def start_two_processes(
-    kind: str, student: Path, teacher: Path, target: Path, recipe: DistillRecipe
+    kind: str, student: Path, teacher: Path | str, target: Path, recipe: DistillRecipe
 ) -> subprocess.Popen[str]:
     """Start a distillation in two processes, under DDP or FSDP."""
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
