@@ -30,7 +30,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any, cast
@@ -81,7 +81,7 @@ _MICRO_TOKENS = 2048
 class Size:
     """Size of a run."""
 
-    tokens_per_item: tuple[int, ...] = (8, 4, 2, 1)
+    tokens_per_item: tuple[int, ...] = (1, 2, 4, 8)
     text_steps: int = 120
     item_steps: int = 100
     num_users: int | None = None
@@ -96,9 +96,9 @@ QUICK = Size(tokens_per_item=(1,), text_steps=2, item_steps=2, num_users=12, loa
 class Bench:
     """One run with its cache folder."""
 
-    def __init__(self, model: str, size: Size) -> None:
-        self.model, self.size = model, size
-        kind = "quick" if size is QUICK else "full"
+    def __init__(self, model: str, size: Size, *, is_quick: bool) -> None:
+        self.model, self.size, self.is_quick = model, size, is_quick
+        kind = "quick" if is_quick else "full"
         self.folder = cache_dir(f"bench-catalogue-{kind}-{model_hash(resolve_model(model))[:8]}")
         self.prompts = _test_prompts("genres", size.num_users)
         self.titles = _test_prompts("title", size.num_users)
@@ -139,7 +139,7 @@ class Bench:
     def stacked(self, one: Path) -> Path:
         """Return the ranker of one token per film, pruned and quantized."""
         settings = [f"calibration.source={json.dumps(_SUITES['genres'])}"]
-        settings += ["calibration.num_samples=4", "calibration.sequence_length=64"] if self.size is QUICK else []
+        settings += ["calibration.num_samples=4", "calibration.sequence_length=64"] if self.is_quick else []
         return build_variant(str(one), one, *load_recipe("prune25-w8a8", settings), self.folder / STACKED)
 
     def scores_in_process(self, name: str, directory: Path) -> dict[str, Scores]:
@@ -235,9 +235,15 @@ def main() -> None:
     restart_with_fast_allocator()
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--quick", action="store_true", help="Train for two steps, to try the benchmark.")
+    parser.add_argument(
+        "--tokens", help="Only these numbers of tokens per film, such as 1,2; 1 is among them (default: 1,2,4,8)."
+    )
     parser.add_argument("--model", default=MODEL, help="Model that all rankers begin as (default: %(default)s).")
     arguments = parser.parse_args()
-    bench = Bench(arguments.model, QUICK if arguments.quick else FULL)
+    size = QUICK if arguments.quick else FULL
+    if arguments.tokens:
+        size = replace(size, tokens_per_item=tuple(map(int, arguments.tokens.split(","))))
+    bench = Bench(arguments.model, size, is_quick=arguments.quick)
     models = bench.models()
     scores = {name: bench.scores_in_process(name, directory) for name, directory in models.items()}
     models[STACKED] = bench.stacked(models[ONE])
