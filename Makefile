@@ -9,8 +9,8 @@ SOURCES := slimserve core workloads distill compress serve loadtest compare repo
 
 export HF_HUB_OFFLINE ?= 1
 
-BENCHES := $(addprefix bench-,verdict launch scoring decode gateway ready quantize formats calibration first-tokens prune memory load families \
-    loadtest-truth loadtest-stall loadtest-real max-rate \
+BENCHES := $(addprefix bench-,verdict launch scoring decode gateway ready quantize formats calibration first-tokens \
+    prune memory load families loadtest-truth loadtest-stall loadtest-real max-rate \
     distill-cost kd-memory distill-quality ranker-kd recovery truncation catalogue catalogue-size warm gpu)
 
 # SLOs that the winner must meet at half of the dense model's capacity.

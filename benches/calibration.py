@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -32,7 +32,7 @@ from slimserve.core.model import resolve_model
 from slimserve.core.model_files import model_hash
 from slimserve.core.progress import print_status
 from slimserve.core.provenance import bench_line
-from slimserve.core.storage import cache_dir, cached_result
+from slimserve.core.storage import cache_dir, cached_result, sha256_of_files
 from slimserve.core.tokenizer import load_tokenizer
 from slimserve.distill.sections import label_token
 from slimserve.workloads import load_workload
@@ -73,11 +73,12 @@ def main() -> None:
     model = resolve_model(MODEL)
     folder = cache_dir("bench-calibration")
     tasks = _tasks(model)
+    code = sha256_of_files((Path(__file__).parent.parent / "compress").rglob("*.py"))
     metrics: dict[str, list[float]] = {}
     for name, source, seed in itertools.product(RECIPES, SOURCES, range(NUM_SEEDS)):
         base, changes = RECIPES[name]
         recipe = load_recipe(base, (*changes, f'calibration.source="{source}"', f"calibration.seed={seed}"))[1]
-        inputs = (model_hash(model), recipe, tasks)
+        inputs = (code, model_hash(model), recipe, tasks)
         measure = partial(_measure, model, name, recipe, folder / "variant", tasks)
         for task, value in cached_result(folder, f"{name}-{source}-{seed}", inputs, measure).items():
             metrics.setdefault(f"{name}_{source}_{task}", []).append(value)
@@ -100,9 +101,8 @@ def _measure(
     return results
 
 
-def _divergence(dense: Path, variant: Path, sequences: Iterable[AnsweredTokens]) -> float:
+def _divergence(dense: Path, variant: Path, sequences: Sequence[AnsweredTokens]) -> float:
     """Return the mean KL(dense || variant) over the answered positions of all sequences, in nats."""
-    sequences = list(sequences)
     tokens = [torch.tensor(ids) for ids, _ in sequences]
     streams = (reference_logits(dense, tokens), reference_logits(variant, tokens))
     values = [

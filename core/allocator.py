@@ -1,7 +1,8 @@
 """tcmalloc for programs that train: a fast allocator must be loaded before everything else.
 
 Training allocates and frees tensors of many sizes in every step. glibc's allocator keeps the freed ones in sorted lists
-and walks these lists; with aligned memory, as torch asks for, they become longer with every step.
+and walks these lists; with aligned memory, as torch asks for, they become longer with every step (docs/log.md,
+2026-11-28).
 """
 
 from __future__ import annotations

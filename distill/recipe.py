@@ -22,9 +22,10 @@ _key = partial(setting, option="")
 """Declares a recipe key that has no command-line option of its own; `--set` reaches it."""
 
 Divergence = Literal["forward_kl", "reverse_kl", "skewed_forward_kl", "skewed_reverse_kl", "js"]
-_FOLDER = Path(__file__).with_name("recipes")
 HiddenDistance = Literal["cosine", "mse"]
 LabelKind = Literal["soft", "hard"]
+
+_FOLDER = Path(__file__).with_name("recipes")
 
 
 class DataSettings(Settings):
@@ -233,7 +234,7 @@ def load_distill_recipe(
 ) -> DistillRecipe:
     """Return the recipe of a TOML file (None: the defaults), changed by `table.key=value` assignments and by options.
 
-    `file` may also be the name of a built-in recipe.     `options` holds tables of keys, such as `{"data": {"source":
+    `file` may also be the name of a built-in recipe. `options` holds tables of keys, such as `{"data": {"source":
     "reasoning"}}`; they take precedence. Raises UserError that names an unknown recipe or the first invalid key.
     """
     document = load_toml(_recipe_file(file), "recipe") if file is not None else {}

@@ -73,14 +73,34 @@ class RankSpec(FileSpec):
     num_negatives: int = Field(0, ge=0, description="Number of random documents that are added to each judged list.")
 
 
-class Rank(FileWorkload):
-    """Candidate lists with grades."""
+class CandidateLists(FileWorkload):
+    """What workloads of candidate lists have in common."""
 
-    spec: ClassVar[RankSpec]
     default_metric: ClassVar[str] = "within_group_auc"
     default_profile: ClassVar[LaunchProfile] = "prefill"
     metric_names: ClassVar[tuple[str, ...]] = METRICS
     view: ClassVar[ReportView] = SCORING_VIEW
+
+    def question(self, prompt: Prompt) -> str:
+        """Return the query with its items."""
+        one = cast("ScoringPrompt | ChoicePrompt", prompt)
+        return "\n".join((one.query, *(one.items if isinstance(one, ScoringPrompt) else one.choices)))
+
+    def metric_data(self, prompts: Sequence[Prompt], answers: Sequence[Answer]) -> dict[str, MetricData]:
+        """Return the ranking metrics, grouped by user or query."""
+        lists = cast("Sequence[ScoringPrompt | ChoicePrompt]", prompts)
+        given = cast("Sequence[Sequence[float]]", answers)
+        scores = [
+            row if isinstance(prompt, ScoringPrompt) else prompt.probabilities(row)
+            for prompt, row in zip(lists, given, strict=True)
+        ]
+        return metrics.ranking_metrics([one.gains for one in lists], scores, [one.group for one in lists])
+
+
+class Rank(CandidateLists):
+    """Candidate lists with grades."""
+
+    spec: ClassVar[RankSpec]
 
     def read_rows(self) -> Table:
         """Return one row per list: read from `qrels`, or from `data` with single items joined by their query."""
@@ -133,21 +153,6 @@ class Rank(FileWorkload):
             for one in lists
             for item, is_relevant in zip(one.item_ids, one.truth, strict=False)
         ]
-
-    def question(self, prompt: Prompt) -> str:
-        """Return the query with its items."""
-        one = cast("ScoringPrompt | ChoicePrompt", prompt)
-        return "\n".join((one.query, *(one.items if isinstance(one, ScoringPrompt) else one.choices)))
-
-    def metric_data(self, prompts: Sequence[Prompt], answers: Sequence[Answer]) -> dict[str, MetricData]:
-        """Return the ranking metrics, grouped by user or query."""
-        lists = cast("Sequence[ScoringPrompt | ChoicePrompt]", prompts)
-        given = cast("Sequence[Sequence[float]]", answers)
-        scores = [
-            row if isinstance(prompt, ScoringPrompt) else prompt.probabilities(row)
-            for prompt, row in zip(lists, given, strict=True)
-        ]
-        return metrics.ranking_metrics([one.gains for one in lists], scores, [one.group for one in lists])
 
     def baselines(self, prompts: Sequence[Prompt]) -> dict[str, list[Answer]]:
         """Return baselines from the query's own labels and from the items' popularity in the calibration split."""

@@ -20,28 +20,22 @@ from typing import ClassVar, Literal, NamedTuple, cast
 from pydantic import Field
 
 from slimserve.core.errors import UserError
-from slimserve.workloads import metrics
 from slimserve.workloads.baselines import history_baselines
 from slimserve.workloads.interface import (
-    SCORING_VIEW,
     Answer,
     Interaction,
-    LaunchProfile,
-    MetricData,
     Prompt,
-    ReportView,
     ScoringPrompt,
 )
 from slimserve.workloads.kinds.base import (
     FileSpec,
-    FileWorkload,
     UnusableRowError,
     column,
     fill,
     number_of,
     text_column,
 )
-from slimserve.workloads.kinds.rank import METRICS
+from slimserve.workloads.kinds.rank import CandidateLists
 from slimserve.workloads.kinds.rows import Row, Table, Unusable, read_file
 
 _WINDOW = "window"
@@ -72,14 +66,10 @@ class _Rating(NamedTuple):
     is_liked: bool
 
 
-class Ratings(FileWorkload):
+class Ratings(CandidateLists):
     """Candidate lists after the histories of users."""
 
     spec: ClassVar[RatingsSpec]
-    default_metric: ClassVar[str] = "within_group_auc"
-    default_profile: ClassVar[LaunchProfile] = "prefill"
-    metric_names: ClassVar[tuple[str, ...]] = METRICS
-    view: ClassVar[ReportView] = SCORING_VIEW
 
     def read_rows(self) -> Table:
         """Return one row per window. The number of rows read is that of the ratings."""
@@ -116,17 +106,6 @@ class Ratings(FileWorkload):
             item_ids=tuple(one.item for one in candidates),
             line_ids=tuple(one.item for one in history),
         )
-
-    def question(self, prompt: Prompt) -> str:
-        """Return the history with its candidates."""
-        one = cast("ScoringPrompt", prompt)
-        return "\n".join((one.query, *one.items))
-
-    def metric_data(self, prompts: Sequence[Prompt], answers: Sequence[Answer]) -> dict[str, MetricData]:
-        """Return the ranking metrics, grouped by user."""
-        lists = cast("Sequence[ScoringPrompt]", prompts)
-        scores = cast("Sequence[Sequence[float]]", answers)
-        return metrics.ranking_metrics([one.gains for one in lists], scores, [one.group for one in lists])
 
     def baselines(self, prompts: Sequence[Prompt]) -> dict[str, list[Answer]]:
         """Return the share of the first label in the history, the items' popularity, both, and a factorization."""
