@@ -15,6 +15,7 @@ tokens of the workloads' own prompts. The last line of output is one JSON object
 from __future__ import annotations
 
 import itertools
+import math
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -57,7 +58,9 @@ def main() -> None:
                 variant = _read(build_variant(source, model, cut, recipe, Path(folder) / "variant"), tokens_NT)
             found = _compared(dense, variant, first_tokens, served)
             print_status(f"{name}, {cut}, {start}: " + ", ".join(f"{key} {value:.4f}" for key, value in found.items()))
-            metrics |= {f"{name}_{cut}_{start}_{key}": [value] for key, value in found.items()}
+            # Without a broken sink, kl_broken is undefined and left out.
+            known = {key: value for key, value in found.items() if not math.isnan(value)}
+            metrics |= {f"{name}_{cut}_{start}_{key}": [value] for key, value in known.items()}
             table.add_row(name, cut, start, *(f"{value:.3f}" for value in found.values()))
     Console(stderr=True).print(table)
     print(bench_line("first-tokens", metrics))
