@@ -35,7 +35,7 @@ from slimserve.distill.models import load_model
 from slimserve.serve.launch.process import Engine
 
 SMALL, LARGE, QUICK_LARGE = 1_682, 1_000_000, 20_000
-NUM_REQUESTS, CONCURRENCY, HISTORY, CANDIDATES = 120, 8, 24, 16
+NUM_REQUESTS, CONCURRENCY, HISTORY, CANDIDATES = 480, 8, 24, 16
 
 
 def main() -> None:

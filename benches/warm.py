@@ -4,8 +4,9 @@
 
 A request has a history of 1,000 random tokens and 16 items of 24 tokens. Its candidates are known 0.5 s after the user
 arrives; latency counts from then until the scores arrive. With the warm call, the history is sent to /v1/warm on
-arrival; without it, nothing is sent before. Users arrive at random at half of the rate of the server's capacity, with
-the same arrival times on both sides. The sides take turns in three rounds.
+arrival; without it, nothing is sent before. Users arrive at half of the server's capacity: as many as that rate allows
+in the length of a round, each at a random time, and at the same times on both sides. The sides take turns in five
+rounds.
 
 `warm_latency_ratio` is the median latency with the warm call over that without it, per round; the goal is at most 0.6.
 The last line of output is one JSON object. `--quick` runs one short round.
@@ -36,7 +37,7 @@ _LABELS = [1000, 2000]
 
 def main() -> None:
     is_quick = "--quick" in sys.argv[1:]
-    num_users, num_rounds = (6, 1) if is_quick else (40, 3)
+    num_users, num_rounds = (6, 1) if is_quick else (40, 5)
     with tempfile.TemporaryDirectory() as folder, Engine(our_spec(Path(folder) / "engine.log", None, "prefill")) as one:
         samples = asyncio.run(_measure(one.spec.url, num_users, num_rounds))
     print(bench_line("warm", samples))
@@ -65,9 +66,8 @@ async def _measure(url: str, num_users: int, num_rounds: int) -> dict[str, list[
 async def _run_side(url: str, rate: float, num_users: int, seed: int, is_warm: bool) -> list[float]:
     """Return each user's latency in seconds from when the candidates are known."""
     arrivals, texts = random.Random(seed), random.Random(f"{seed} {is_warm}")
-    times = [0.0]
-    while len(times) < num_users:
-        times.append(times[-1] + arrivals.expovariate(rate))
+    # A Poisson process with a given number of arrivals: the load is the same in every round.
+    times = [arrivals.uniform(0, num_users / rate) for _ in range(num_users)]
     limits = httpx.Limits(max_connections=None, keepalive_expiry=KEEPALIVE_S)
     async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
         begun = time.perf_counter()

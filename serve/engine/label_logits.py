@@ -1,4 +1,4 @@
-"""Logits of label tokens in full precision, for the labels' rows of the output layer only.
+"""Logits of label tokens in full precision, and steps that compute no other logits.
 
 An engine in bfloat16 rounds every logit to 8 bits: between 16 and 32 to a multiple of 0.125. The difference of two
 labels then has a handful of values, and many documents of a rerank request tie. This module keeps what went into the
@@ -9,13 +9,19 @@ The rows come from the layer in memory. vLLM packs INT8 output layers, and those
 out, and drops the originals; their rows come from the checkpoint. For an INT8 layer, the rows are the INT8 codes times
 their scales, and the inputs are not rounded to INT8. Where no rows are available (tensor parallelism, other packed
 formats), the logits of the engine remain, and the log says so once.
+
+Requests that compare labels with each other need no other logits (`LABELS_ALONE`). A step in which all requests do so
+leaves the product out, and the sampler takes the labels' logits alone (logprobs.py). The output layer and the sampler
+otherwise take time in proportion to the vocabulary, which has every item of a catalogue. A processor leaves products
+out only after a step has shown that the model hands its logits to the sampler unchanged.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -30,6 +36,9 @@ _MAX_CACHED_ROWS = 4096
 _log = logging.getLogger("slimserve.labels")
 EXACT_VARIABLE = "SLIMSERVE_EXACT_SCORES"
 """Environment variable that leaves the engine's rounded logits as they are if it is 0, to measure what this costs."""
+LABELS_ALONE = "slimserve_labels_alone"
+"""Key of a request's `extra_args`: true if its labels are only compared with each other, or if it has no labels and its
+token is not used."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +52,24 @@ class HeadProduct:
     hidden_BD: Tensor
     bias_V: Tensor | None
     logits_BV: Tensor
+    """With V = 0 if the product was left out."""
+
+    @property
+    def is_left_out(self) -> bool:
+        return self.logits_BV.shape[1] == 0
+
+    def computed(self) -> HeadProduct:
+        """Return the product with its logits."""
+        from vllm.model_executor.layers.logits_processor import LogitsProcessor
+
+        vllm_forward = LogitsProcessor.vllm_methods["forward"]
+        return replace(self, logits_BV=vllm_forward(self.processor, self.head, self.hidden_BD, self.bias_V))
 
 
 _last: list[HeadProduct] = []
 """The latest product; empty once the sampler has used it."""
+_runner: list[Any] = []
+"""The model runner of this process, which knows the requests of a step."""
 
 
 def register() -> None:
@@ -62,12 +85,18 @@ def register() -> None:
         vllm_init(self, *args, **kwargs)
         model = get_current_vllm_config().model_config
         self.checkpoint = Path(model.model) if model is not None else None
+        self.can_leave_out = False
+        _remember_runner()
 
     def forward(
         self: Any, lm_head: Any, hidden_states: Tensor, embedding_bias: Tensor | None = None, *args: Any, **kwargs: Any
     ) -> Tensor | None:
-        logits: Tensor | None = vllm_forward(self, lm_head, hidden_states, embedding_bias, *args, **kwargs)
         _last.clear()
+        if getattr(self, "can_leave_out", False) and _compares_labels(lm_head, len(hidden_states)):
+            nothing = hidden_states.new_empty(len(hidden_states), 0)
+            _last.append(HeadProduct(self, lm_head, hidden_states, embedding_bias, nothing))
+            return nothing
+        logits: Tensor | None = vllm_forward(self, lm_head, hidden_states, embedding_bias, *args, **kwargs)
         if logits is not None and logits.dtype != torch.float32 and not self.logits_as_input:
             _last.append(HeadProduct(self, lm_head, hidden_states, embedding_bias, logits))
         return logits
@@ -77,13 +106,55 @@ def register() -> None:
     LogitsProcessor.vllm_methods = {"__init__": vllm_init, "forward": vllm_forward}
 
 
+def _remember_runner() -> None:
+    """Make vLLM's model runner known to this module from its next step on; not vLLM's second GPU runner."""
+    module = sys.modules.get("vllm.v1.worker.gpu_model_runner")
+    runner = getattr(module, "GPUModelRunner", None)
+    if runner is None or hasattr(runner, "vllm_execute_model"):
+        return
+    vllm_execute_model = runner.execute_model
+
+    def execute_model(self: Any, *args: Any, **kwargs: Any) -> Any:
+        _runner[:] = [self]
+        return vllm_execute_model(self, *args, **kwargs)
+
+    runner.execute_model = execute_model
+    runner.vllm_execute_model = vllm_execute_model
+
+
+def _compares_labels(head: Any, num_rows: int) -> bool:
+    """Tell whether all requests of the present step, one for each row, compare labels only."""
+    if not _runner or getattr(head, "base_layer", head).tp_size > 1:
+        return False
+    runner = _runner[0]
+    names = runner.input_batch.req_ids
+    if len(names) != num_rows or runner.speculative_config is not None:
+        return False
+    return all(_is_comparison(runner.requests[name].sampling_params) for name in names)
+
+
+def _is_comparison(params: Any) -> bool:
+    """Tell whether a request reads nothing but labels. Any client can set `extra_args`, so all else is checked too."""
+    return (
+        params is not None
+        and bool((params.extra_args or {}).get(LABELS_ALONE))
+        and params.max_tokens == 1
+        and params.logprobs is None
+        and params.prompt_logprobs is None
+        and params.structured_outputs is None
+    )
+
+
 def take_product(logits_BV: Tensor) -> HeadProduct | None:
     """Return the product that gave `logits_BV`, and forget it.
 
     Return None if there is none: the logits are float32 already, or other code has changed them since.
     """
     product = _last.pop() if _last else None
-    return product if product is not None and product.logits_BV is logits_BV else None
+    if product is None or product.logits_BV is not logits_BV:
+        return None
+    product.processor.can_leave_out = True
+    return product
 
 
 def refine(logprobs_L: Tensor, rounded_L: Tensor, exact_L: Tensor, first_L: Tensor) -> Tensor:

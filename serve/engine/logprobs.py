@@ -2,7 +2,8 @@
 
 vLLM 0.32's sampler returns one tensor of log-probabilities per step. `register` changes it in two ways:
 
-- Label tokens get log-probabilities from logits that are not rounded to the engine's bfloat16 (label_logits.py).
+- Label tokens get log-probabilities from logits that are not rounded to the engine's bfloat16 (label_logits.py). In a
+  step that computes no other logits, they are log-probabilities over the labels of the request.
 - If any request of the step reads labels, vLLM's tensor holds label tokens for every request. A completion that asked
   for its most likely tokens then gets token 0 with a log-probability of minus infinity instead. Requests without
   labels get their most likely tokens here, as in a step of their own.
@@ -12,6 +13,7 @@ Both are in one method of the sampler that CPU engines and vLLM's first GPU mode
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -33,7 +35,14 @@ def register() -> None:
 
     def forward(self: Any, logits: Tensor, sampling_metadata: Any, *args: Any, **kwargs: Any) -> Any:
         self.num_most_likely = sampling_metadata.max_num_logprobs
-        self.head_product = take_product(logits)
+        product = take_product(logits)
+        if product is not None and product.is_left_out:
+            output = _compare_labels(product, sampling_metadata.logprob_token_ids or {})
+            if output is not None:
+                return output
+            product = product.computed()
+            logits = product.logits_BV
+        self.head_product = product
         return vllm_forward(self, logits, sampling_metadata, *args, **kwargs)
 
     def gather(self: Any, logprobs: Tensor, logprob_token_ids: dict[int, list[int]], sampled: Tensor) -> Any:
@@ -69,15 +78,50 @@ def register() -> None:
     Sampler.vllm_methods = {"forward": vllm_forward, "gather_specific_token_logprobs": vllm_gather}
 
 
-def _refine(labels: Any, logprob_token_ids: dict[int, list[int]], product: HeadProduct) -> None:
-    """Replace the log-probabilities of labels, one group of requests with the same labels at a time."""
+def _rows_by_labels(
+    logprob_token_ids: dict[int, list[int]], device: torch.device
+) -> Iterator[tuple[tuple[int, ...], Tensor, Tensor]]:
+    """Yield each list of labels, the same as a tensor, and the rows that read them."""
     groups: dict[tuple[int, ...], list[int]] = {}
     for row, tokens in logprob_token_ids.items():
         groups.setdefault(tuple(tokens), []).append(row)
+    for labels, rows in groups.items():
+        yield labels, torch.tensor(labels, device=device), torch.tensor(rows, device=device)
+
+
+def _compare_labels(product: HeadProduct, logprob_token_ids: dict[int, list[int]]) -> Any:
+    """Return the sampler's output from the labels' logits alone; None if their rows are not available.
+
+    The sampled token is the best label, or 0 for a request without labels.
+    """
+    from vllm.v1.outputs import LogprobsTensors, SamplerOutput
+
+    num_rows, device = len(product.hidden_BD), product.hidden_BD.device
+    width = 1 + max(map(len, logprob_token_ids.values()), default=0)
+    tokens = torch.zeros(num_rows, width, dtype=torch.int32, device=device)
+    logprobs = torch.full((num_rows, width), -torch.inf, device=device)
+    for labels, tokens_L, rows_R in _rows_by_labels(logprob_token_ids, device):
+        exact_RL = exact_logits(product, rows_R, tokens_L)
+        if exact_RL is None:
+            return None
+        values_RL = exact_RL.log_softmax(-1)
+        best_R = values_RL.argmax(-1)
+        columns = torch.arange(1, len(labels) + 1, device=device)
+        tokens[rows_R[:, None], columns] = tokens_L.int()
+        logprobs[rows_R[:, None], columns] = values_RL.float()
+        tokens[rows_R, 0] = tokens_L[best_R].int()
+        logprobs[rows_R, 0] = values_RL.amax(-1).float()
+    ranks = torch.ones(num_rows, dtype=torch.int64, device=device)
+    found = LogprobsTensors(logprob_token_ids=tokens, logprobs=logprobs, selected_token_ranks=ranks)
+    return SamplerOutput(
+        sampled_token_ids=tokens[:, :1].contiguous(), logprobs_tensors=found if logprob_token_ids else None
+    )
+
+
+def _refine(labels: Any, logprob_token_ids: dict[int, list[int]], product: HeadProduct) -> None:
+    """Replace the log-probabilities of labels, one group of requests with the same labels at a time."""
     device = product.logits_BV.device
-    for labels_of_group, rows_of_group in groups.items():
-        tokens_L = torch.tensor(labels_of_group, device=device)
-        rows_R = torch.tensor(rows_of_group, device=device)
+    for labels_of_group, tokens_L, rows_R in _rows_by_labels(logprob_token_ids, device):
         exact_RL = exact_logits(product, rows_R, tokens_L)
         if exact_RL is None:
             return

@@ -39,6 +39,7 @@ from slimserve.core.catalogue import read_catalogue
 from slimserve.core.variant import read_manifest
 from slimserve.serve.engine.classifier import Classifier
 from slimserve.serve.engine.item_ids import ItemTexts
+from slimserve.serve.engine.label_logits import LABELS_ALONE
 from slimserve.serve.engine.partial_prefix import SHARED_PREFIX_TOKENS, PartialPrefixConnector
 from slimserve.serve.engine.prompt_tokenizer import PromptTokenizer
 from slimserve.serve.engine.rerank import RerankRequest, as_score_request, rerank_response
@@ -53,6 +54,7 @@ from slimserve.serve.engine.scoring import (
     LabelRead,
     ScoringPlan,
     choose_calibration,
+    compares_labels,
     label_logprobs,
     label_reads,
     num_cached_prompt_tokens,
@@ -109,7 +111,7 @@ class Scorer:
         model, lora = self._model(request.model)
         async with time_limit(request.timeout_s):
             plan = await asyncio.to_thread(self._plan, request)
-            logprobs, cached = await self._logprobs(plan, request_id, lora, request.cache_salt, request.priority)
+            logprobs, cached = await self._logprobs(plan, request, request_id, lora)
         return plan, logprobs, model, cached
 
     async def warm(self, request: WarmRequest, request_id: str) -> dict[str, Any]:
@@ -123,7 +125,7 @@ class Scorer:
             tokens = await asyncio.to_thread(self._warm_tokens, request)
             prompt = tokens_input(tokens, cache_salt=request.cache_salt)
             stream = self._engine_client.generate(
-                prompt, _sampling(None, None), request_id, lora_request=lora, priority=request.priority
+                prompt, _sampling(None, {LABELS_ALONE: True}), request_id, lora_request=lora, priority=request.priority
             )
             results = [result async for result in stream]
         num_cached = (results[-1].num_cached_tokens or 0) if results else 0
@@ -148,17 +150,19 @@ class Scorer:
         return plan
 
     async def _logprobs(
-        self, plan: ScoringPlan, request_id: str, lora: LoRARequest | None, cache_salt: str | None, priority: int
+        self, plan: ScoringPlan, request: ScoreRequest, request_id: str, lora: LoRARequest | None
     ) -> tuple[list[list[float]], list[int]]:
         start = time.monotonic()
         reads = [read for task in plan.tasks for read in label_reads(task)]
-        params = self._prefix_params(plan)
+        extra_args = self._prefix_params(plan)
+        if compares_labels(request, plan):
+            extra_args[LABELS_ALONE] = True
 
         async def answer(index: int, read: LabelRead) -> tuple[dict[int, float], int]:
-            sampling = _sampling(read.next_tokens, params)
-            prompt = tokens_input(read.prompt, cache_salt=cache_salt)
+            sampling = _sampling(read.next_tokens, extra_args)
+            prompt = tokens_input(read.prompt, cache_salt=request.cache_salt)
             name = f"{request_id}-{index}"
-            stream = self._engine_client.generate(prompt, sampling, name, lora_request=lora, priority=priority)
+            stream = self._engine_client.generate(prompt, sampling, name, lora_request=lora, priority=request.priority)
             # Read to the end, although there is one result: leaving the stream earlier would send an abort.
             results = [result async for result in stream]
             output = results[-1].outputs[0] if results else None
@@ -192,11 +196,11 @@ class Scorer:
             raise RequestError("model", f"{name!r} does not exist; this server has {served}", 404)
         return name, None
 
-    def _prefix_params(self, plan: ScoringPlan) -> dict[str, Any] | None:
-        """Return the parameters that tell the connector the number of shared leading tokens; None without it."""
+    def _prefix_params(self, plan: ScoringPlan) -> dict[str, Any]:
+        """Return the arguments that tell the connector the number of shared leading tokens; none without it."""
         if not self._shares_partial_blocks or not plan.num_prefix_tokens:
-            return None
-        return {SHARED_PREFIX_TOKENS: plan.num_prefix_tokens}
+            return {}
+        return {"kv_transfer_params": {SHARED_PREFIX_TOKENS: plan.num_prefix_tokens}}
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens))
@@ -233,7 +237,7 @@ _PoolingHandler = Callable[[Classifier, bytes, Request, str], Awaitable[dict[str
 """Answers a body for a model with a classification head; the arguments include the HTTP request and its id."""
 
 
-def _sampling(next_tokens: Sequence[int] | None, prefix_params: dict[str, Any] | None) -> SamplingParams:
+def _sampling(next_tokens: Sequence[int] | None, extra_args: dict[str, Any]) -> SamplingParams:
     """Return parameters for one token of which only the labels' log-probabilities are read, or nothing without labels.
 
     `logprobs` stays unset, because with it the sampler would also sort the full vocabulary.
@@ -244,7 +248,7 @@ def _sampling(next_tokens: Sequence[int] | None, prefix_params: dict[str, Any] |
         logprob_token_ids=list(next_tokens) if next_tokens is not None else None,
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
-        extra_args={"kv_transfer_params": prefix_params} if prefix_params else None,
+        extra_args=extra_args or None,
         skip_clone=True,
         watermarking=False,
     )

@@ -135,6 +135,12 @@ def label_reads(task: ScoringTask) -> list[LabelRead]:
     return [LabelRead([*task.prompt, *given], tuple(tokens)) for given, tokens in next_tokens.items()]
 
 
+def compares_labels(request: ScoreRequest, plan: ScoringPlan) -> bool:
+    """Tell whether the answer needs the labels' probabilities relative to each other, and not over the vocabulary."""
+    is_one_token = all(len(label) == 1 for task in plan.tasks for label in task.labels)
+    return request.apply_softmax and is_one_token and not (request.return_logprobs or request.return_token_logprobs)
+
+
 def label_logprobs(task: ScoringTask, answers: Sequence[dict[int, float]]) -> list[float]:
     """Return the log-probability of each label, the sum over its tokens, from the answers to `label_reads(task)`."""
     given = list(dict.fromkeys(label[:position] for label in task.labels for position in range(len(label))))

@@ -18,6 +18,7 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 from vllm.v1.sample.sampler import Sampler
 
 from slimserve.serve.engine import label_logits
@@ -268,6 +269,103 @@ def test_other_formats_of_the_output_layer_are_not_misread(tensors: dict[str, Te
     if tensors:
         save_file(tensors, tmp_path / "model.safetensors")
     assert label_logits._checkpoint_row(tmp_path, 3) is None
+
+
+COMPARED = {"extra_args": {label_logits.LABELS_ALONE: True}, "max_tokens": 1}
+
+
+class Engine:
+    """An output layer and its processor in a process whose model runner knows the requests of the step."""
+
+    def __init__(self, head: Head, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.head, self.runner = head, SimpleNamespace(speculative_config=None)
+        monkeypatch.setattr(label_logits, "_runner", [self.runner])
+        config = VllmConfig()
+        config.model_config = SimpleNamespace(head_dtype=torch.bfloat16, model=str(head.checkpoint or "no directory"))
+        with set_current_vllm_config(config):
+            self.processor = LogitsProcessor(PADDED, V, **head.processor)
+        self.logits(torch.zeros(1, D, dtype=torch.bfloat16), {})
+        assert not self.leaves_out, "no step has shown yet that the sampler gets the logits unchanged"
+        self.step(torch.zeros(1, D, dtype=torch.bfloat16), {0: [1]})
+
+    @property
+    def leaves_out(self) -> bool:
+        return self.last_logits.shape[1] == 0
+
+    def logits(self, hidden_BD: Tensor, params: dict[str, Any]) -> Tensor:
+        requests = [SamplingParams(**(COMPARED | params)) for _ in hidden_BD]
+        self.runner.input_batch = SimpleNamespace(req_ids=[str(row) for row in range(len(requests))])
+        self.runner.requests = {str(row): SimpleNamespace(sampling_params=one) for row, one in enumerate(requests)}
+        self.last_logits: Tensor = self.processor(self.head.layer, hidden_BD, self.head.bias_V)
+        return self.last_logits
+
+    def step(self, hidden_BD: Tensor, labels: dict[int, list[int]], **params: Any) -> Any:
+        return sample(Sampler(), self.logits(hidden_BD, params), None, labels)
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_steps_that_compare_labels_compute_no_other_logits(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(HEADS[kind](tmp_path), monkeypatch)
+    hidden_BD = torch.randn(B, D).to(torch.bfloat16)
+    labels = {0: [5, 9], 1: [9, 5], 2: [7], 4: [8, 3, 199, 0], 5: [5, 9]}
+    result = engine.step(hidden_BD, labels)
+    assert engine.leaves_out
+    rounded_BV = logits_of(engine.head, hidden_BD)
+    for row, tokens in labels.items():
+        expected = reference(engine.head, hidden_BD[row], rounded_BV[row], tokens).log_softmax(-1)
+        torch.testing.assert_close(result.logprobs[row, 1 : len(tokens) + 1].double(), expected, rtol=0, atol=2e-6)
+        assert result.logprob_token_ids[row, : len(tokens) + 1].tolist() == [tokens[expected.argmax()], *tokens]
+        assert result.logprobs[row, 0] == result.logprobs[row, 1 : len(tokens) + 1].max()
+
+
+def test_a_step_of_warm_calls_alone_has_no_log_probabilities(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(plain(tmp_path), monkeypatch)
+    assert engine.step(torch.randn(B, D).to(torch.bfloat16), {}) is None
+    assert engine.leaves_out
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"extra_args": None},
+        {"extra_args": {"other": 1}},
+        {"max_tokens": 2},
+        {"logprobs": 1},
+        {"prompt_logprobs": 1},
+        {"structured_outputs": StructuredOutputsParams(json={})},
+    ],
+    ids=str,
+)
+def test_a_request_that_asks_for_more_gets_all_logits(
+    params: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(plain(tmp_path), monkeypatch)
+    engine.logits(torch.randn(B, D).to(torch.bfloat16), params)
+    assert not engine.leaves_out
+
+
+def test_other_rows_and_draft_tokens_get_all_logits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(plain(tmp_path), monkeypatch)
+    hidden_BD = torch.randn(B, D).to(torch.bfloat16)
+    assert engine.logits(hidden_BD, {}).shape == (B, 0)
+    # Prompt log-probabilities need the logits of other positions than the last ones of the requests.
+    assert engine.processor(engine.head.layer, hidden_BD[:3]).shape == (3, V)
+    engine.runner.speculative_config = object()
+    assert engine.logits(hidden_BD, {}).shape == (B, V)
+
+
+def test_without_the_labels_rows_the_product_is_computed_after_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(plain(tmp_path), monkeypatch)
+    hidden_BD = torch.randn(B, D).to(torch.bfloat16)
+    expected = logits_of(engine.head, hidden_BD).float().log_softmax(-1)
+    monkeypatch.setattr(label_logits, "_head_rows", lambda _product, _tokens: None)
+    result = engine.step(hidden_BD, {1: [4, 2]})
+    assert engine.leaves_out
+    assert torch.equal(result.logprobs[1, 1:3], expected[1, [4, 2]])
 
 
 def test_logits_that_other_code_replaced_are_left_alone(tmp_path: Path) -> None:

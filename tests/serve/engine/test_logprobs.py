@@ -16,6 +16,7 @@ from vllm.v1.sample.logits_processor import LogitsProcessors
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.sampler import Sampler
 
+from slimserve.serve.engine.label_logits import LABELS_ALONE
 from slimserve.serve.engine.logprobs import register
 from tests.serve.conftest import NAME
 
@@ -137,6 +138,35 @@ def test_mixed_traffic_gives_the_answers_of_requests_alone(scoring_url: str) -> 
     wrong, total = asyncio.run(run())
     assert total > 100
     assert wrong == 0, f"{wrong} of {total} entries differ from those of requests alone"
+
+
+@pytest.mark.engine
+def test_scores_without_other_logits_are_those_with_all_logits(scoring_url: str) -> None:
+    body = {
+        "model": NAME,
+        "query": "The colour of the sky is",
+        "items": [" on a clear day", " at night", " at dawn"],
+        "labels": [" blue", " black", " red"],
+        "apply_softmax": True,
+    }
+    with httpx.Client(base_url=scoring_url, timeout=120) as client:
+        compared, complete = (
+            client.post("/v1/score", json=body | extra).json() for extra in ({}, {"return_logprobs": True})
+        )
+        # A client can set the same argument on a request that needs all logits.
+        completion = {
+            "model": NAME,
+            "prompt": "Once upon a",
+            "max_tokens": 1,
+            "temperature": 0,
+            "structured_outputs": {"choice": [" time", " day"]},
+        }
+        answers = [
+            client.post("/v1/completions", json=completion | extra).json()["choices"][0]["text"]
+            for extra in ({}, {"vllm_xargs": {LABELS_ALONE: 1}})
+        ]
+    assert compared["scores"] == [pytest.approx(row, abs=1e-6) for row in complete["scores"]]
+    assert answers[0] == answers[1]
 
 
 def _num_wrong(ours: dict[str, Any], theirs: dict[str, Any]) -> int:

@@ -86,6 +86,16 @@ ATTRIBUTES = (
         "soft_cap scale logits_as_input",
         "serve/engine/label_logits.py",
     ),
+    (
+        "vllm.v1.worker.gpu_model_runner.GPUModelRunner",
+        "execute_model input_batch requests speculative_config",
+        "serve/engine/label_logits.py",
+    ),
+    (
+        "vllm.sampling_params.SamplingParams",
+        "extra_args max_tokens logprobs prompt_logprobs structured_outputs",
+        "serve/engine/label_logits.py",
+    ),
 )
 TEXTS = (
     # function or class, text in its source, file that relies on it
