@@ -56,7 +56,7 @@ class HeadProduct:
 
     @property
     def is_left_out(self) -> bool:
-        return self.logits_BV.shape[1] == 0
+        return not self.logits_BV.numel()
 
     def computed(self) -> HeadProduct:
         """Return the product with its logits."""

@@ -290,7 +290,7 @@ class Engine:
 
     @property
     def leaves_out(self) -> bool:
-        return self.last_logits.shape[1] == 0
+        return not self.last_logits.numel()
 
     def logits(self, hidden_BD: Tensor, params: dict[str, Any]) -> Tensor:
         requests = [SamplingParams(**(COMPARED | params)) for _ in hidden_BD]
