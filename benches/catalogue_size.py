@@ -60,7 +60,7 @@ def _variant(num_items: int) -> Path:
     model: Any = load_model(source, torch.bfloat16)
     first_token = load_tokenizer(source).backend_tokenizer.get_vocab_size()
     embedding = model.get_input_embeddings().weight
-    rows = torch.randn(num_items, embedding.shape[1], dtype=torch.bfloat16) * float(embedding.float().std())
+    rows = torch.randn(num_items, embedding.shape[1], dtype=torch.bfloat16) * float(embedding.detach().float().std())
     grow_vocabulary(model, rows, first_token, num_items)
     catalogue = Catalogue(first_token, num_items, 1, {}).with_items(str(number) for number in range(num_items))
     with atomic_directory(target) as output:

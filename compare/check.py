@@ -72,7 +72,8 @@ def _compare_catalogue(directory: Path, catalogue: Catalogue) -> Finding:
         check_catalogue(directory, catalogue)
     except UserError as error:
         return Finding("catalogue", False, str(error))
-    used = f"{len(catalogue.tokens)} of {catalogue.num_slots} slots are items of {catalogue.tokens_per_item} tokens"
+    length = f"{catalogue.tokens_per_item} token{'s' if catalogue.tokens_per_item > 1 else ''}"
+    used = f"{len(catalogue.tokens)} of {catalogue.num_slots} slots are items of {length}"
     return Finding("catalogue", True, f"{used}, which the model reads and never writes")
 
 

@@ -61,7 +61,7 @@ from slimserve.serve.engine.scoring import (
     plan_scoring,
     score_response,
 )
-from slimserve.serve.engine.warm import warm_prompt, warm_response
+from slimserve.serve.engine.warm import MAX_WAIT_S, ScoresFirst, piece_ends, warm_prompt, warm_response
 from slimserve.serve.policy.engine_environment import VARIANT_VARIABLE
 from slimserve.serve.policy.errors import Rejection, error_body, no_such_route, wrong_method
 from slimserve.serve.policy.exposition import label_series
@@ -90,6 +90,8 @@ class Scorer:
         # A copy, because vLLM's threads change the truncation of their own tokenizer.
         own = Tokenizer.from_str(backend.to_str()) if isinstance(backend, Tokenizer) else None
         self.tokenizer = PromptTokenizer(self._encode, own)
+        self._scores_first = ScoresFirst()
+        self._block_size = engine_client.vllm_config.cache_config.block_size
         transfer = engine_client.vllm_config.kv_transfer_config
         self._shares_partial_blocks = transfer is not None and transfer.kv_connector == PartialPrefixConnector.__name__
         self.rerank_template = load_template(Path(config.model))
@@ -111,24 +113,32 @@ class Scorer:
         model, lora = self._model(request.model)
         async with time_limit(request.timeout_s):
             plan = await asyncio.to_thread(self._plan, request)
-            logprobs, cached = await self._logprobs(plan, request, request_id, lora)
+            with self._scores_first.scoring():
+                logprobs, cached = await self._logprobs(plan, request, request_id, lora)
         return plan, logprobs, model, cached
 
     async def warm(self, request: WarmRequest, request_id: str) -> dict[str, Any]:
         """Compute the prefix of coming score requests into the prefix cache, and return the number of its tokens.
 
-        The engine caches full blocks, so a score request computes the tokens after the last full block again. Raises
-        RequestError as `answer` does.
+        The engine caches full blocks, so a score request computes the tokens after the last full block again. Score
+        requests go first (serve/engine/warm.py). Raises RequestError as `answer` does.
         """
         model, lora = self._model(request.model)
+        num_cached, is_cached, wait_s = 0, True, MAX_WAIT_S
         async with time_limit(request.timeout_s):
             tokens = await asyncio.to_thread(self._warm_tokens, request)
-            prompt = tokens_input(tokens, cache_salt=request.cache_salt)
-            stream = self._engine_client.generate(
-                prompt, _sampling(None, {LABELS_ALONE: True}), request_id, lora_request=lora, priority=request.priority
-            )
-            results = [result async for result in stream]
-        num_cached = (results[-1].num_cached_tokens or 0) if results else 0
+            for end in piece_ends(len(tokens)):
+                wait_s -= await self._scores_first.wait(wait_s)
+                prompt = tokens_input(tokens[:end], cache_salt=request.cache_salt)
+                sampling = _sampling(None, {LABELS_ALONE: True})
+                stream = self._engine_client.generate(
+                    prompt, sampling, f"{request_id}-{end}", lora_request=lora, priority=request.priority
+                )
+                results = [result async for result in stream]
+                # What earlier pieces of this request have computed was not cached before.
+                if is_cached:
+                    num_cached = (results[-1].num_cached_tokens or 0) if results else 0
+                    is_cached = end - num_cached <= self._block_size
         self._metrics.tokens.labels("warm").inc(len(tokens) - num_cached)
         return warm_response(model, len(tokens), num_cached)
 

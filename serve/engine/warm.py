@@ -1,13 +1,62 @@
-"""Warm requests: the prefix of coming score requests, which the engine computes before their items are known."""
+"""Warm requests: the prefix of coming score requests, which the engine computes before their items are known.
+
+Nobody waits for a warm request, but somebody waits for every score request. An engine step takes as long as all its
+tokens, so a long history would delay the scores in its step and those that arrive during it. The engine therefore gets
+a prefix in pieces, and the next piece waits while score requests are in flight.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import secrets
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from slimserve.serve.engine.prompt_tokenizer import PromptTokenizer
 from slimserve.serve.engine.score_request import RequestError, WarmRequest
+
+PIECE_TOKENS = 256
+"""Tokens that a warm request adds to an engine step; a multiple of all block sizes of the prefix cache."""
+MAX_WAIT_S = 1.0
+"""Time for which the pieces of a warm request wait for score requests, all together, so that it ends under any load."""
+
+
+class ScoresFirst:
+    """Lets the pieces of warm requests wait for score requests. Used from one event loop."""
+
+    def __init__(self) -> None:
+        self._num_scoring = 0
+        self._is_idle = asyncio.Event()
+        self._is_idle.set()
+
+    @contextmanager
+    def scoring(self) -> Iterator[None]:
+        """Count a score request in its block."""
+        self._num_scoring += 1
+        self._is_idle.clear()
+        try:
+            yield
+        finally:
+            self._num_scoring -= 1
+            if not self._num_scoring:
+                self._is_idle.set()
+
+    async def wait(self, limit_s: float) -> float:
+        """Wait until no score request is in flight, for at most `limit_s`; return the seconds that this took."""
+        begun = time.monotonic()
+        try:
+            async with asyncio.timeout(max(0.0, limit_s)):
+                await self._is_idle.wait()
+        except TimeoutError:
+            pass
+        return time.monotonic() - begun
+
+
+def piece_ends(num_tokens: int) -> list[int]:
+    """Return the numbers of leading tokens that the engine gets one after the other."""
+    return [*range(PIECE_TOKENS, num_tokens, PIECE_TOKENS), num_tokens]
 
 
 def warm_prompt(

@@ -70,7 +70,11 @@ METHODS = (
 )
 ATTRIBUTES = (
     ("vllm.config.model.ModelConfig", "max_model_len model runner_type", "serve/engine/plugin.py"),
-    ("vllm.config.vllm.VllmConfig", "kv_transfer_config model_config shutdown_timeout", "serve/engine/plugin.py"),
+    (
+        "vllm.config.vllm.VllmConfig",
+        "kv_transfer_config model_config cache_config shutdown_timeout",
+        "serve/engine/plugin.py",
+    ),
     (_SERVING, "lora_requests base_model_paths", "serve/engine/plugin.py"),
     ("vllm.outputs.RequestOutput", "outputs num_cached_tokens", "serve/engine/plugin.py"),
     ("vllm.outputs.CompletionOutput", "logprobs", "serve/engine/plugin.py"),
