@@ -61,7 +61,7 @@ from slimserve.serve.engine.scoring import (
     plan_scoring,
     score_response,
 )
-from slimserve.serve.engine.warm import MAX_WAIT_S, ScoresFirst, piece_ends, warm_prompt, warm_response
+from slimserve.serve.engine.warm import ScoresFirst, compute_prefix, warm_prompt, warm_response
 from slimserve.serve.policy.engine_environment import VARIANT_VARIABLE
 from slimserve.serve.policy.errors import Rejection, error_body, no_such_route, wrong_method
 from slimserve.serve.policy.exposition import label_series
@@ -124,21 +124,19 @@ class Scorer:
         requests go first (serve/engine/warm.py). Raises RequestError as `answer` does.
         """
         model, lora = self._model(request.model)
-        num_cached, is_cached, wait_s = 0, True, MAX_WAIT_S
         async with time_limit(request.timeout_s):
             tokens = await asyncio.to_thread(self._warm_tokens, request)
-            for end in piece_ends(len(tokens)):
-                wait_s -= await self._scores_first.wait(wait_s)
+
+            async def compute(end: int) -> int:
                 prompt = tokens_input(tokens[:end], cache_salt=request.cache_salt)
                 sampling = _sampling(None, {LABELS_ALONE: True})
                 stream = self._engine_client.generate(
                     prompt, sampling, f"{request_id}-{end}", lora_request=lora, priority=request.priority
                 )
                 results = [result async for result in stream]
-                # What earlier pieces of this request have computed was not cached before.
-                if is_cached:
-                    num_cached = (results[-1].num_cached_tokens or 0) if results else 0
-                    is_cached = end - num_cached <= self._block_size
+                return (results[-1].num_cached_tokens or 0) if results else 0
+
+            num_cached = await compute_prefix(len(tokens), self._block_size, self._scores_first, compute)
         self._metrics.tokens.labels("warm").inc(len(tokens) - num_cached)
         return warm_response(model, len(tokens), num_cached)
 

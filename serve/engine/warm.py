@@ -10,15 +10,15 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from slimserve.serve.engine.prompt_tokenizer import PromptTokenizer
 from slimserve.serve.engine.score_request import RequestError, WarmRequest
 
-PIECE_TOKENS = 256
-"""Tokens that a warm request adds to an engine step; a multiple of all block sizes of the prefix cache."""
+PIECE_TOKENS = 2048
+"""Tokens that a warm request gives to the engine at once; a multiple of all block sizes of the prefix cache."""
 MAX_WAIT_S = 1.0
 """Time for which the pieces of a warm request wait for score requests, all together, so that it ends under any load."""
 
@@ -57,6 +57,24 @@ class ScoresFirst:
 def piece_ends(num_tokens: int) -> list[int]:
     """Return the numbers of leading tokens that the engine gets one after the other."""
     return [*range(PIECE_TOKENS, num_tokens, PIECE_TOKENS), num_tokens]
+
+
+async def compute_prefix(
+    num_tokens: int, block_size: int, scores_first: ScoresFirst, compute: Callable[[int], Awaitable[int]]
+) -> int:
+    """Compute a prefix in pieces and return how many of its tokens were cached before.
+
+    `compute(end)` computes the first `end` tokens and returns how many of them were cached then.
+    """
+    num_cached, is_cached, wait_s = 0, True, MAX_WAIT_S
+    for end in piece_ends(num_tokens):
+        wait_s -= await scores_first.wait(wait_s)
+        found = await compute(end)
+        # After a piece that was not cached, the engine finds what this request itself has computed.
+        if is_cached:
+            num_cached = found
+            is_cached = end - found <= block_size
+    return num_cached
 
 
 def warm_prompt(

@@ -106,7 +106,6 @@ def test_a_warm_call_puts_the_prefix_of_the_next_request_into_the_cache(url: str
     assert after["prompt_tokens_details"]["cached_tokens"] == 2 * 96
     assert cold["prompt_tokens_details"]["cached_tokens"] == 96
     assert post(url, "/v1/warm", **body)["usage"]["prompt_tokens_details"]["cached_tokens"] == 96
-    # The engine gets 256 of these tokens first; what the call itself computed does not count as cached.
     long = {"query": [token % 50 + 100 for token in range(400)], "cache_salt": "l"}
     usages = [post(url, "/v1/warm", **long)["usage"]["prompt_tokens_details"]["cached_tokens"] for _ in range(2)]
     assert usages == [0, 384]

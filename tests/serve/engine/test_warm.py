@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from slimserve.serve.engine.warm import PIECE_TOKENS, ScoresFirst, piece_ends
+from slimserve.serve.engine.warm import PIECE_TOKENS, ScoresFirst, compute_prefix, piece_ends
 
 
 def test_a_prefix_has_pieces_of_full_blocks_and_a_rest() -> None:
@@ -65,3 +65,21 @@ def test_a_failed_or_cancelled_score_request_lets_pieces_go_on() -> None:
         return await turns.wait(30)
 
     assert asyncio.run(run()) < 5
+
+
+@pytest.mark.parametrize("num_before", [0, 32, PIECE_TOKENS - 32, PIECE_TOKENS, PIECE_TOKENS + 320, 2 * PIECE_TOKENS])
+def test_what_a_request_computes_itself_does_not_count_as_cached(num_before: int) -> None:
+    num_tokens, block_size, cached = 2 * PIECE_TOKENS + 100, 32, num_before
+
+    async def compute(end: int) -> int:
+        """Find full blocks, but not the one with the last token, as vLLM does."""
+        nonlocal cached
+        found = min(cached, (end - 1) // block_size * block_size)
+        cached = max(cached, end // block_size * block_size)
+        return found
+
+    found = asyncio.run(compute_prefix(num_tokens, block_size, ScoresFirst(), compute))
+    # The engine computes the last block of a piece again, so a piece that lacks only this block looks complete.
+    assert found == (PIECE_TOKENS if num_before == PIECE_TOKENS - block_size else num_before)
+    again = asyncio.run(compute_prefix(num_tokens, block_size, ScoresFirst(), compute))
+    assert again == (num_tokens - 1) // block_size * block_size
