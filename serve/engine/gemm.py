@@ -11,6 +11,7 @@ a batch dimension too, and so end with "mat1 must be a 2D tensor".
 from __future__ import annotations
 
 import os
+from functools import wraps
 from typing import Any
 
 import torch
@@ -42,7 +43,10 @@ def register_int8_inputs() -> None:
     from vllm.model_executor.kernels.linear.scaled_mm.cpu import CPUInt8ScaledMMLinearKernel
 
     of_matrices = CPUInt8ScaledMMLinearKernel._apply_weights_sgl
+    if hasattr(of_matrices, "__wrapped__"):
+        return
 
+    @wraps(of_matrices)
     def of_any_shape(self: Any, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         if x.dim() == 2:
             return of_matrices(self, layer, x, bias)
