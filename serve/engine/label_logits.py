@@ -56,7 +56,7 @@ class HeadProduct:
 
     @property
     def is_left_out(self) -> bool:
-        return not self.logits_BV.numel()
+        return bool(self.logits_BV.shape[1] == 0)
 
     def computed(self) -> HeadProduct:
         """Return the product with its logits."""

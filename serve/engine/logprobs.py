@@ -35,14 +35,13 @@ def register() -> None:
 
     def forward(self: Any, logits: Tensor, sampling_metadata: Any, *args: Any, **kwargs: Any) -> Any:
         self.num_most_likely = sampling_metadata.max_num_logprobs
-        product = take_product(logits)
+        product = self.head_product = take_product(logits)
         if product is not None and product.is_left_out:
             output = _compare_labels(product, sampling_metadata.logprob_token_ids or {})
             if output is not None:
                 return output
-            product = product.computed()
-            logits = product.logits_BV
-        self.head_product = product
+            self.head_product = product.computed()
+            logits = self.head_product.logits_BV
         return vllm_forward(self, logits, sampling_metadata, *args, **kwargs)
 
     def gather(self: Any, logprobs: Tensor, logprob_token_ids: dict[int, list[int]], sampled: Tensor) -> Any:

@@ -18,7 +18,10 @@ from slimserve.serve.engine.prompt_tokenizer import PromptTokenizer
 from slimserve.serve.engine.score_request import RequestError, WarmRequest
 
 PIECE_TOKENS = 2048
-"""Tokens that a warm request gives to the engine at once; a multiple of all block sizes of the prefix cache."""
+"""Tokens that a warm request gives to the engine at once; a multiple of all block sizes of the prefix cache.
+
+Each further piece costs an engine request: pieces of 256 tokens nearly doubled the time of a warm call (docs/log.md).
+"""
 MAX_WAIT_S = 1.0
 """Time for which the pieces of a warm request wait for score requests, all together, so that it ends under any load."""
 

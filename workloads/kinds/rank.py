@@ -74,7 +74,7 @@ class RankSpec(FileSpec):
 
 
 class CandidateLists(FileWorkload):
-    """What workloads of candidate lists have in common."""
+    """Base class of workloads with candidate lists: their metrics and how the report shows them."""
 
     default_metric: ClassVar[str] = "within_group_auc"
     default_profile: ClassVar[LaunchProfile] = "prefill"

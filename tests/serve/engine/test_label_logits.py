@@ -127,13 +127,15 @@ def step(head: Head, hidden_BD: Tensor, most_likely: int | None, labels: dict[in
     return sample(Sampler(), logits_of(head, hidden_BD), most_likely, labels)
 
 
-def logits_of(head: Head, hidden_BD: Tensor) -> Tensor:
-    model_config = SimpleNamespace(head_dtype=torch.bfloat16, model=str(head.checkpoint or "no directory"))
-    config = VllmConfig()
-    config.model_config = model_config
+def processor_of(head: Head) -> LogitsProcessor:
+    config: Any = VllmConfig()
+    config.model_config = SimpleNamespace(head_dtype=torch.bfloat16, model=str(head.checkpoint or "no directory"))
     with set_current_vllm_config(config):
-        processor = LogitsProcessor(PADDED, V, **head.processor)
-    logits_BV: Tensor = processor(head.layer, hidden_BD, head.bias_V)
+        return LogitsProcessor(PADDED, V, **head.processor)
+
+
+def logits_of(head: Head, hidden_BD: Tensor) -> Tensor:
+    logits_BV: Tensor = processor_of(head)(head.layer, hidden_BD, head.bias_V)
     assert logits_BV.shape == (len(hidden_BD), V)
     return logits_BV
 
@@ -280,17 +282,14 @@ class Engine:
     def __init__(self, head: Head, monkeypatch: pytest.MonkeyPatch) -> None:
         self.head, self.runner = head, SimpleNamespace(speculative_config=None)
         monkeypatch.setattr(label_logits, "_runner", [self.runner])
-        config = VllmConfig()
-        config.model_config = SimpleNamespace(head_dtype=torch.bfloat16, model=str(head.checkpoint or "no directory"))
-        with set_current_vllm_config(config):
-            self.processor = LogitsProcessor(PADDED, V, **head.processor)
+        self.processor = processor_of(head)
         self.logits(torch.zeros(1, D, dtype=torch.bfloat16), {})
         assert not self.leaves_out, "no step has shown yet that the sampler gets the logits unchanged"
         self.step(torch.zeros(1, D, dtype=torch.bfloat16), {0: [1]})
 
     @property
     def leaves_out(self) -> bool:
-        return not self.last_logits.numel()
+        return bool(self.last_logits.shape[1] == 0)
 
     def logits(self, hidden_BD: Tensor, params: dict[str, Any]) -> Tensor:
         requests = [SamplingParams(**(COMPARED | params)) for _ in hidden_BD]

@@ -17,9 +17,11 @@ from slimserve.serve.engine.prompt_tokenizer import PromptTexts, PromptTokenizer
 from slimserve.serve.engine.score_request import RequestError, ScoreRequest
 from slimserve.serve.engine.scoring import (
     LabelRead,
+    ScoringPlan,
     ScoringTask,
     choose_calibration,
     common_prefix,
+    compares_labels,
     label_logprobs,
     label_reads,
     num_cached_prompt_tokens,
@@ -273,6 +275,24 @@ def test_probabilities_are_over_the_vocabulary_or_over_the_labels() -> None:
     assert probabilities([-2000.0, -2001.0], True) == pytest.approx([1 / (1 + math.exp(-1)), 1 / (1 + math.e)])
     assert probabilities([-math.inf, -math.inf], True) == [0.5, 0.5]
     assert probabilities([-math.inf, 0.0], False) == [0.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("fields", "labels", "expected"),
+    [
+        ({"apply_softmax": True}, ((3,), (4,)), True),
+        ({"apply_softmax": True, "temperature": 2.0}, ((3,), (4,)), True),
+        ({}, ((3,), (4,)), False),
+        ({"apply_softmax": True, "return_logprobs": True}, ((3,), (4,)), False),
+        ({"apply_softmax": True, "return_token_logprobs": True}, ((3,), (4,)), False),
+        ({"apply_softmax": True}, ((3,), (4, 5)), False),
+    ],
+)
+def test_labels_are_only_compared_if_nothing_over_the_vocabulary_is_asked_for(
+    fields: dict[str, Any], labels: tuple[tuple[int, ...], ...], expected: bool
+) -> None:
+    request = ScoreRequest(query=[5], items=[[9]], label_token_ids=[3, 4], **fields)
+    assert compares_labels(request, ScoringPlan((ScoringTask((5, 9), labels),), (0,), 0)) is expected
 
 
 def test_logprobs_are_returned_on_request_and_are_json(tokenizer: PromptTokenizer) -> None:
