@@ -7,9 +7,10 @@ SmolLM2 writes a large activation into the first token of a sequence, to which l
 and on the same documents joined and cut anywhere. Every model then reads 200 frequent tokens, each followed by the same
 31 tokens of four documents. A sink is broken if the norm of the first token's hidden state in the middle of the model
 is less than half of the dense model's. The rows are two models (instruct and tuned), three cuts (a quarter of the MLP
-neurons, one of three KV groups, both) and the two kinds of calibration data. `kl` is KL(dense || variant) over all
-positions, `kl_broken` that of the sequences with a broken sink. `served_broken` counts broken sinks among the first
-tokens of the workloads' own prompts. The last line of output is one JSON object.
+neurons, one of three KV groups, both) and the two kinds of calibration data. Cuts of KV groups also calibrate on short
+sequences with many first tokens. `kl` is KL(dense || variant) over all positions, `kl_broken` that of the sequences
+with a broken sink. `served_broken` counts broken sinks among the first tokens of prompts of the workloads' `quality`
+split. The last line of output is one JSON object.
 """
 
 from __future__ import annotations
@@ -28,19 +29,21 @@ from torch import Tensor
 
 from benches.heldout import packed_tokens, write_tokens
 from slimserve.compress.build import build_variant
-from slimserve.compress.calibration import load_calibration
+from slimserve.compress.calibration import document_ids
 from slimserve.compress.recipe import MIXED, Calibrate, Prune, Recipe
 from slimserve.compress.reference import kl_per_token
 from slimserve.core.model import resolve_model
 from slimserve.core.progress import print_status
 from slimserve.core.provenance import bench_line
+from slimserve.core.tokenizer import load_tokenizer
+from slimserve.workloads import load_workload, workload_names
 
 MODELS = {"instruct": "smollm2-135m-instruct", "tuned": "smollm2-135m-tuned"}
 CUTS = {"mlp25": (0.25, 0.0), "kv1": (0.0, 1 / 3), "both": (0.25, 1 / 3)}
 """Fractions of the MLP neurons and of the KV groups that are removed."""
 STARTS = ("document", "anywhere")
 NUM_SAMPLES, SEQUENCE_LENGTH = 32, 512
-NUM_FIRST_TOKENS, NUM_CONTINUATIONS, LENGTH = 200, 4, 32
+NUM_PROMPTS, NUM_FIRST_TOKENS, NUM_CONTINUATIONS, LENGTH = 64, 200, 4, 32
 BROKEN_BELOW = 0.5
 
 
@@ -49,7 +52,7 @@ def main() -> None:
     table = Table("model", "cut", "sequences start", "broken", "served", "KL", "KL of broken", title="Attention sinks")
     for name, source in MODELS.items():
         model = resolve_model(source)
-        served = {int(row[0]) for row in load_calibration(model, MIXED, 64, 64).tokens_NT}
+        served = _served_tokens(model)
         tokens_NT, first_tokens = _sequences(model, served)
         dense = _read(model, tokens_NT)
         for (cut, fractions), start in itertools.product(CUTS.items(), STARTS):
@@ -77,6 +80,13 @@ def _recipe(model: Path, fractions: tuple[float, float], start: str, folder: Pat
         calibration=Calibrate(source=source, num_samples=NUM_SAMPLES, sequence_length=SEQUENCE_LENGTH),
         steps=(Prune(step="prune", mlp_remove_frac=mlp, kv_remove_frac=groups),),
     )
+
+
+def _served_tokens(model: Path) -> set[int]:
+    """Return the first tokens of the prompts of all built-in workloads, none of which is calibration data."""
+    tokenizer = load_tokenizer(model)
+    prompts = [load_workload(name).make_prompts("quality", NUM_PROMPTS, 0) for name in workload_names()]
+    return {document_ids(tokenizer, prompt)[0] for prompt in itertools.chain(*prompts)}
 
 
 def _sequences(model: Path, served: set[int]) -> tuple[Tensor, list[int]]:

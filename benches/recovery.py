@@ -85,7 +85,7 @@ class Sizes:
 
 
 SIZES = {
-    "cpu": Sizes(teacher_steps=100, student_steps=60, batch_size=8),
+    "cpu": Sizes(teacher_steps=200, student_steps=60, batch_size=8),
     "cuda": Sizes(
         teacher_steps=600,
         student_steps=400,

@@ -7,7 +7,7 @@ Shape suffixes: N sequences; B sequences of a batch; T tokens; I features.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol, cast
 
@@ -25,14 +25,13 @@ _MIN_BLOCK = 128
 class Activations(Protocol):
     """Activations `[N, T, I]`, read and written a few sequences at a time."""
 
+    num_sequences: int
+
     def write(self, first: int, x_BTI: Tensor) -> None:
         """Store a batch of sequences; the first has the index `first`."""
 
     def read(self, first: int, count: int) -> Tensor:
         """Return up to `count` sequences from index `first` on, `[B, T, I]`."""
-
-    def batches(self, count: int) -> Iterator[tuple[int, Tensor]]:
-        """Yield the index of the first sequence of each batch, and the batch of up to `count` sequences."""
 
     def delete(self) -> None:
         """Free the space."""
@@ -42,6 +41,7 @@ class MemoryActivations:
     """Activations `[N, T, I]` in one tensor, on a GPU or in pinned memory."""
 
     def __init__(self, values_NTI: Tensor) -> None:
+        self.num_sequences = len(values_NTI)
         self._values_NTI = values_NTI
 
     def write(self, first: int, x_BTI: Tensor) -> None:
@@ -49,10 +49,6 @@ class MemoryActivations:
 
     def read(self, first: int, count: int) -> Tensor:
         return self._values_NTI[first : first + count]
-
-    def batches(self, count: int) -> Iterator[tuple[int, Tensor]]:
-        for first in range(0, len(self._values_NTI), count):
-            yield first, self.read(first, count)
 
     def delete(self) -> None:
         self._values_NTI = self._values_NTI[:0].clone()
@@ -64,7 +60,7 @@ class ActivationFile:
     def __init__(self, path: Path, num_sequences: int, num_tokens: int, width: int, dtype: torch.dtype) -> None:
         self.path = path
         self._shape = (num_tokens, width)
-        self._num_sequences = num_sequences
+        self.num_sequences = num_sequences
         self._dtype = dtype
         self._sequence_bytes = num_tokens * width * dtype.itemsize
         path.touch()
@@ -80,7 +76,7 @@ class ActivationFile:
 
         Raises UserError if the file is shorter than that.
         """
-        x_BTI = torch.empty(min(count, self._num_sequences - first), *self._shape, dtype=self._dtype)
+        x_BTI = torch.empty(min(count, self.num_sequences - first), *self._shape, dtype=self._dtype)
         with self.path.open("rb", buffering=0) as file:
             file.seek(first * self._sequence_bytes)
             view, filled = _bytes_of(x_BTI), 0
@@ -93,13 +89,38 @@ class ActivationFile:
                 filled += got
         return x_BTI
 
-    def batches(self, count: int) -> Iterator[tuple[int, Tensor]]:
-        """Yield the index of the first sequence of each batch, and the batch of up to `count` sequences."""
-        for first in range(0, self._num_sequences, count):
-            yield first, self.read(first, count)
-
     def delete(self) -> None:
         self.path.unlink(missing_ok=True)
+
+
+class JoinedActivations:
+    """Activations of sequences of several lengths: one store per length, whose sequences are counted through."""
+
+    def __init__(self, stores: Sequence[Activations]) -> None:
+        self.num_sequences = sum(store.num_sequences for store in stores)
+        self._stores = stores
+
+    def write(self, first: int, x_BTI: Tensor) -> None:
+        """Store a batch of sequences of one length; the first has the index `first`."""
+        store, offset = self._find(first)
+        store.write(offset, x_BTI)
+
+    def read(self, first: int, count: int) -> Tensor:
+        """Return up to `count` sequences of one length from index `first` on, `[B, T, I]`."""
+        store, offset = self._find(first)
+        return store.read(offset, count)
+
+    def delete(self) -> None:
+        """Free the space."""
+        for store in self._stores:
+            store.delete()
+
+    def _find(self, first: int) -> tuple[Activations, int]:
+        for store in self._stores:
+            if first < store.num_sequences:
+                return store, first
+            first -= store.num_sequences
+        raise IndexError(first)
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

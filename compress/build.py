@@ -43,7 +43,7 @@ from slimserve.core.storage import (
 from slimserve.core.variant import BaseModelRecord, Manifest, StepRecord, disk_bytes, read_manifest, write_manifest
 from slimserve.workloads import workload_names
 
-_BUILD_FORMAT = 6
+_BUILD_FORMAT = 7
 """Raise this number if the same recipe starts to give other bytes, so that old builds are not reused."""
 
 

@@ -25,6 +25,10 @@ from slimserve.workloads.item_tokens import item_tokens_of
 
 _WITHOUT_FILES = (SELF_GENERATED, MIXED)
 """Sources that are neither a workload nor a file."""
+_SHORT_TOKENS = 16
+"""Tokens of a short sequence."""
+_TOKENS_PER_SHORT_TOKEN = 4
+"""Calibration tokens for each token of the short sequences."""
 _FIRST_PROMPTS = 64
 """Prompts in the first request to a workload; each later request asks for four times as many."""
 
@@ -116,12 +120,29 @@ def load_calibration(
     return CalibrationData(tokens_NT, hashlib.sha256(tokens_NT.numpy().tobytes()).hexdigest(), detail)
 
 
+def short_sequences(tokens_NT: Tensor) -> Tensor:
+    """Return parts of the sequences, `[M, S]` int64 with at most 16 tokens, each with a first token of its own.
+
+    They have up to a quarter as many tokens as the sequences. The first tokens of the sequences come first, then others
+    at random, so that frequent tokens are most likely among them.
+    """
+    num_sequences, length = tokens_NT.shape
+    parts_NPS = tokens_NT.unfold(1, min(_SHORT_TOKENS, length), 1)
+    _, num_parts, size = parts_NPS.shape
+    shuffled = torch.randperm(num_sequences * num_parts, generator=torch.Generator().manual_seed(0))
+    order = torch.cat((torch.arange(num_sequences) * num_parts, shuffled))
+    position_of: dict[int, int] = {}
+    for token, position in zip(parts_NPS[:, :, 0].flatten()[order].tolist(), order.tolist(), strict=True):
+        position_of.setdefault(token, position)
+    num_wanted = max(1, tokens_NT.numel() // (_TOKENS_PER_SHORT_TOKEN * size))
+    chosen = torch.tensor(list(position_of.values())[:num_wanted])
+    return parts_NPS[chosen // num_parts, chosen % num_parts]
+
+
 def _joined(documents: Iterator[list[int]], num_samples: int, sequence_length: int) -> tuple[list[int], int]:
     """Return the tokens of up to `num_samples` sequences and an incomplete one, and the number of documents read.
 
-    The end of a document that is cut off at the end of a sequence is used only if the documents do not suffice. Many
-    models write an attention sink into the first token of a sequence; which neurons do so depends on that token, so the
-    samples must have the first tokens of served prompts.
+    The end of a document that is cut off at the end of a sequence is used only if the documents do not suffice.
     """
     ids: list[int] = []
     cut_off: list[int] = []

@@ -32,6 +32,8 @@ KeyValueHook = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Gets keys and values `[B, heads, T, features]` as they enter the cache; returns those that attention reads."""
 
 _PROBE_TOKENS = 4
+_NUM_CONTEXTS = 2
+"""Numbers of tokens whose masks and rotary tables are kept; calibration has sequences of two lengths."""
 _ADDS_TOLERANCE = 1e-3
 """Largest difference, relative to the change of the hidden states by a layer, that float32 explains."""
 _FAILURES = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, AssertionError)
@@ -339,7 +341,9 @@ class Decoder:
             tokens_1T = torch.zeros(1, num_tokens, dtype=torch.int64, device=self.device)
             with self._layers_do(record), suppress(_StopRun):
                 self._run_model(outer, tokens_1T)
-            self._contexts = {num_tokens: seen}
+            while len(self._contexts) >= _NUM_CONTEXTS:
+                del self._contexts[next(iter(self._contexts))]
+            self._contexts[num_tokens] = seen
         return self._contexts[num_tokens]
 
     def _zeros(self, shape: tuple[int, ...]) -> Tensor:

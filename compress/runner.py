@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from slimserve.compress.artifacts import StepFolder
-from slimserve.compress.calibration import CalibrationData
+from slimserve.compress.calibration import CalibrationData, short_sequences
 from slimserve.compress.checkpoint import CheckpointReader, CheckpointWriter, iterate_blocks, open_dense
 from slimserve.compress.decoder import Block, decoder_of
 from slimserve.compress.device import moved
@@ -124,7 +124,8 @@ class StepRunner:
         outer = moved(outer, self.device) if is_first else {}
         folder.streams.mkdir(exist_ok=True)
         names = ("x", "dense") if visitor.wants_dense else ("x",)
-        streams = {name: Stream(decoder, folder.streams, tokens_NT, name) for name in names}
+        short_MS = short_sequences(tokens_NT) if visitor.wants_short else None
+        streams = {name: Stream(decoder, folder.streams, tokens_NT, name, short_MS) for name in names}
         if is_first:
             for stream in streams.values():
                 stream.embed(outer)

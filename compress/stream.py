@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from slimserve.compress.activations import ActivationFile, Activations, Hessian
+from slimserve.compress.activations import ActivationFile, Activations, Hessian, JoinedActivations
 from slimserve.compress.decoder import Decoder, KeyValueHook, Sublayer, Visit
 from slimserve.compress.device import make_store
 
@@ -27,15 +27,20 @@ _HESSIAN_BYTES = 2**29
 
 
 class Stream:
-    """Hidden states of all calibration sequences before and after one block, in files under `folder`."""
+    """Hidden states of all calibration sequences before and after one block, in files under `folder`.
 
-    def __init__(self, decoder: Decoder, folder: Path, tokens_NT: Tensor, name: str = "x") -> None:
+    The sequences `short_MS`, if there are any, come after `tokens_NT`. They count in every sum and never share a batch
+    with those.
+    """
+
+    def __init__(
+        self, decoder: Decoder, folder: Path, tokens_NT: Tensor, name: str = "x", short_MS: Tensor | None = None
+    ) -> None:
         self.decoder = decoder
-        self.tokens_NT = tokens_NT
+        self._sequences = (tokens_NT,) if short_MS is None else (tokens_NT, short_MS)
         self._folder = folder
         self._name = name
-        self._shape = (tokens_NT.shape[0], tokens_NT.shape[1])
-        self._batch = max(1, _TOKENS_AT_ONCE // tokens_NT.shape[1])
+        self._tokens_at_once = _TOKENS_AT_ONCE
         self._inner: tuple[str, Activations] | None = None
         self._outputs: dict[str, Activations] = {}
         self._branches: list[Stream] = []
@@ -45,10 +50,9 @@ class Stream:
     @torch.no_grad()
     def embed(self, outer: Mapping[str, Tensor]) -> None:
         """Write the hidden states before block 0, given the tensors outside the blocks."""
-        states: ActivationFile | None = None
-        for first in range(0, len(self.tokens_NT), self._batch):
-            tokens_BT = self.tokens_NT[first : first + self._batch].to(self.decoder.device)
-            x_BTD = self.decoder.embed(outer, tokens_BT)
+        states: Activations | None = None
+        for first, tokens_BT in self._batches():
+            x_BTD = self.decoder.embed(outer, tokens_BT.to(self.decoder.device))
             states = states or self._states(0, x_BTD.shape[2])
             states.write(first, x_BTD)
 
@@ -66,20 +70,19 @@ class Stream:
             stream._before.delete()
 
     def branch(self, name: str, num_sequences: int) -> Stream:
-        """Return a stream at the same block for a variation of the model, with the first `num_sequences` only.
+        """Return a stream at the same block for a variation of the model, with the first sequences of `tokens_NT` only.
 
         A new branch begins with `skip_block`. A branch of a name that exists continues with the states of that branch.
         """
-        branch = Stream(self.decoder, self._folder, self.tokens_NT[:num_sequences], name)
+        branch = Stream(self.decoder, self._folder, self._sequences[0][:num_sequences], name)
         branch.enter(self._index)
         self._branches.append(branch)
         return branch
 
     def skip_block(self, stream: Stream) -> None:
         """Leave the block out: the states after it are those that `stream` has before it."""
-        for first in range(0, len(self.tokens_NT), self._batch):
-            count = min(self._batch, len(self.tokens_NT) - first)
-            self._after.write(first, stream._before.read(first, count))
+        for first, tokens_BT in self._batches():
+            self._after.write(first, stream._before.read(first, len(tokens_BT)))
 
     def hessians(
         self,
@@ -120,11 +123,10 @@ class Stream:
         assert consumer is not None
         shown: list[Tensor] = []
         visit = Visit(shown=frozenset([consumer]), show=lambda _, x: shown.append(x))
-        path = self._folder / f"{self._name}-inner.bin"
         width = block[f"{consumer}.weight"].shape[1]
-        self._inner = (consumer, make_store(path, *self._shape, width, self.decoder.dtype, self.decoder.device))
-        for first, _ in self._visits(block, visit):
-            inner_BTI = shown.pop().reshape(-1, self._shape[1], width)
+        self._inner = (consumer, self._store("inner", width))
+        for first, tokens_BT, _ in self._visits(block, visit):
+            inner_BTI = shown.pop().reshape(*tokens_BT.shape, width)
             self._inner[1].write(first, inner_BTI)
             yield inner_BTI
 
@@ -145,14 +147,11 @@ class Stream:
         """
         is_last = sublayer.path == self.decoder.sublayers[self._index][-1].path
         visit = Visit(stops_after=None if is_last or not sublayer.path else sublayer.path)
-        path = self._folder / f"{self._name}-{sublayer.path.replace('.', '-')}.bin"
-        outputs = None
-        if visit.stops_after:
-            outputs = make_store(path, *self._shape, self._width, self.decoder.dtype, self.decoder.device)
-        for first, states_BTD in self._visits(block, visit, kept_I):
+        outputs = self._store(sublayer.path.replace(".", "-"), self._width) if visit.stops_after else None
+        for first, tokens_BT, states_BTD in self._visits(block, visit, kept_I):
             output_BTD = visit.kept.get(sublayer.path)
             if output_BTD is None and sublayer.consumer in visit.kept:
-                output_BTD = visit.kept[sublayer.consumer].reshape(-1, self._shape[1], self._width)
+                output_BTD = visit.kept[sublayer.consumer].reshape(*tokens_BT.shape, self._width)
             if is_last:
                 assert states_BTD is not None
                 self._after.write(first, states_BTD)
@@ -174,21 +173,20 @@ class Stream:
     def before_sublayer(self) -> Iterator[Tensor]:
         """Yield the hidden states before the block plus the outputs of its finished sublayers, one batch at a time."""
         device = self.decoder.device
-        for first, states_BTD in self._before.batches(self._batch):
-            states_BTD = states_BTD.to(device)
+        for first, tokens_BT in self._batches():
+            states_BTD = self._before.read(first, len(tokens_BT)).to(device)
             for outputs in self._outputs.values():
-                states_BTD = states_BTD + outputs.read(first, self._batch).to(device)
+                states_BTD = states_BTD + outputs.read(first, len(tokens_BT)).to(device)
             yield states_BTD
 
     def inner(self) -> Iterator[Tensor]:
         """Yield the consumer's inputs `[B, T, I]` that `run` kept, one batch at a time."""
         assert self._inner is not None
-        for _, inner_BTI in self._inner[1].batches(self._batch):
-            yield inner_BTI.to(self.decoder.device)
+        yield from self._read(self._inner[1])
 
     def run_block(self, block: Mapping[str, Tensor]) -> None:
         """Advance through an unchanged block."""
-        for first, states_BTD in self._visits(block, Visit()):
+        for first, _, states_BTD in self._visits(block, Visit()):
             assert states_BTD is not None
             self._after.write(first, states_BTD)
 
@@ -199,26 +197,29 @@ class Stream:
 
     def changes(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the hidden states before and after the block, one batch at a time."""
-        for first, before_BTD in self._before.batches(self._batch):
-            yield before_BTD.to(self.decoder.device), self._after.read(first, self._batch).to(self.decoder.device)
+        yield from zip(self._read(self._before), self._read(self._after), strict=True)
 
     def results(self) -> Iterator[Tensor]:
         """Yield the hidden states after the block, one batch at a time."""
-        for _, after_BTD in self._after.batches(self._batch):
-            yield after_BTD.to(self.decoder.device)
+        yield from self._read(self._after)
 
     def _visits(
         self, block: Mapping[str, Tensor], visit: Visit, kept_I: Tensor | None = None
-    ) -> Iterator[tuple[int, Tensor | None]]:
-        """Run the block on every batch, with what is known about it; yield the first index and the states after it."""
+    ) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+        """Run the block on every batch, with what is known about it.
+
+        Yield the index of the first sequence, the tokens `[B, T]`, and the states after the block.
+        """
         device = self.decoder.device
-        for first, x_BTD in self._before.batches(self._batch):
-            visit.outputs = {path: file.read(first, self._batch).to(device) for path, file in self._outputs.items()}
+        for first, tokens_BT in self._batches():
+            count = len(tokens_BT)
+            visit.outputs = {path: file.read(first, count).to(device) for path, file in self._outputs.items()}
             if self._inner is not None and self._inner[0] not in visit.shown:
-                inner_BTI = self._inner[1].read(first, self._batch).to(device)
+                inner_BTI = self._inner[1].read(first, count).to(device)
                 visit.inputs = {self._inner[0]: inner_BTI if kept_I is None else inner_BTI[..., kept_I]}
             visit.kept, visit.on_key_value = {}, self.on_key_value
-            yield first, self.decoder.run(self._index, block, x_BTD.to(device), visit)
+            x_BTD = self._before.read(first, count).to(device)
+            yield first, tokens_BT, self.decoder.run(self._index, block, x_BTD, visit)
 
     def _portions(
         self, groups: Sequence[tuple[str, ...]], block: Mapping[str, Tensor]
@@ -235,6 +236,36 @@ class Stream:
             num_bytes += size
         yield portion
 
-    def _states(self, index: int, hidden_size: int) -> ActivationFile:
-        path = self._folder / f"{self._name}-{index:05d}.bin"
-        return ActivationFile(path, *self._shape, hidden_size, self.decoder.dtype)
+    def _batches(self) -> Iterator[tuple[int, Tensor]]:
+        """Yield the index of the first sequence of each batch, and its tokens `[B, T]`."""
+        first = 0
+        for tokens_NT in self._sequences:
+            for tokens_BT in tokens_NT.split(max(1, self._tokens_at_once // tokens_NT.shape[1])):
+                yield first, tokens_BT
+                first += len(tokens_BT)
+
+    def _read(self, states: Activations) -> Iterator[Tensor]:
+        """Yield one batch after another on the decoder's device."""
+        for first, tokens_BT in self._batches():
+            yield states.read(first, len(tokens_BT)).to(self.decoder.device)
+
+    def _states(self, index: int, hidden_size: int) -> Activations:
+        """Return the hidden states before block `index`: always in files, so that a build resumes."""
+        stores = [
+            ActivationFile(path, len(tokens_NT), tokens_NT.shape[1], hidden_size, self.decoder.dtype)
+            for path, tokens_NT in self._files(f"{index:05d}")
+        ]
+        return JoinedActivations(stores)
+
+    def _store(self, kind: str, width: int) -> Activations:
+        """Return a store for activations that are needed only within a layer."""
+        stores = [
+            make_store(path, len(tokens_NT), tokens_NT.shape[1], width, self.decoder.dtype, self.decoder.device)
+            for path, tokens_NT in self._files(kind)
+        ]
+        return JoinedActivations(stores)
+
+    def _files(self, kind: str) -> Iterator[tuple[Path, Tensor]]:
+        """Yield a path for each group of sequences of one length, and the group's tokens."""
+        for name, tokens_NT in zip((self._name, f"{self._name}-short"), self._sequences, strict=False):
+            yield self._folder / f"{name}-{kind}.bin", tokens_NT

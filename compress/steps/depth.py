@@ -28,6 +28,7 @@ class PruneDepthStep(BoundStep):
     one_block_per_pass = False
     needs_data = True
     wants_dense = False
+    wants_short = False
 
     def __init__(self, config: Mapping[str, Any], num_removed: int) -> None:
         self._num_removed = num_removed

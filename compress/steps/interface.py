@@ -21,6 +21,8 @@ class Visitor(Protocol):
     """True if `on_block` needs the stream of calibration data."""
     wants_dense: bool
     """True if `on_block` also needs the stream through the model as it was before the walk."""
+    wants_short: bool
+    """True if the streams should also hold short sequences that start with many different tokens."""
 
     def on_block(self, index: int, block: Block, stream: Stream | None, dense: Stream | None) -> tuple[Block, Detail]:
         """Return the changed block and its detail. A stream that is given must be advanced past the block."""

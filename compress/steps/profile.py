@@ -25,6 +25,7 @@ class ErrorProfile:
 
     needs_data = True
     wants_dense = False
+    wants_short = False
 
     def __init__(self, step: Prune, config: Mapping[str, Any], roles: Mapping[Kind, PruneRole]) -> None:
         self._decoder, self._roles, self._damping = (

@@ -30,6 +30,7 @@ class QuantizeStep:
 
     name = "quantize"
     wants_dense = False
+    wants_short = False
 
     def __init__(self, step: Quantize, config: Mapping[str, Any]) -> None:
         self._step, self._decoder = step, decoder_of(config)

@@ -38,6 +38,9 @@ class PruneStep(BoundStep):
         self.needs_data = any(method.needs_data for method in self._methods.values())
         self._targets = {kind: step.target or method.target for kind, method in self._methods.items()}
         self.wants_dense = self.needs_data and set(self._targets.values()) != {"current"}
+        # The first token of a sequence attends only to itself. A cut that is fitted to later tokens changes its hidden
+        # state so much that the attention sinks of many first tokens are lost (docs/log.md 2026-11-29).
+        self.wants_short = self.needs_data and "attention" in roles
         self._sizes = with_sizes(config)
         self.planned_config = self.config(config, [])
 
@@ -91,6 +94,7 @@ class PruneStep(BoundStep):
         described: dict[str, Any] = {
             "method": " and ".join(dict.fromkeys(self._names.values())),
             "target": " and ".join(dict.fromkeys(self._targets.values())),
+            "with_short_sequences": self.wants_short,
         }
         names: dict[Kind, tuple[str, str]] = {
             "mlp": ("neurons", "intermediate_size"),

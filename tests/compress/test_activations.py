@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from slimserve.compress.activations import ActivationFile, Hessian
+from slimserve.compress.activations import ActivationFile, Hessian, JoinedActivations
 from slimserve.core.errors import UserError
 
 
@@ -15,9 +15,26 @@ def test_a_file_reads_back_the_same_for_any_batch_size(tmp_path: Path, dtype: to
     file = ActivationFile(tmp_path / "x.bin", 7, 5, 3, dtype)
     for first in range(0, 7, 2):
         file.write(first, x[first : first + 2])
-    assert torch.equal(torch.cat([part for _, part in file.batches(3)]), x)
+    assert torch.equal(torch.cat([file.read(first, 3) for first in range(0, 7, 3)]), x)
     file.write(4, -x[4:6])
     assert torch.equal(file.read(5, 1), -x[5:6])
+
+
+def test_sequences_of_several_lengths_are_counted_through(tmp_path: Path) -> None:
+    long, short = torch.randn(3, 5, 2), torch.randn(4, 2, 2)
+    files = [
+        ActivationFile(tmp_path / f"{len(x)}.bin", len(x), x.shape[1], x.shape[2], torch.float32) for x in (long, short)
+    ]
+    joined = JoinedActivations(files)
+    for first, part in ((0, long), (3, short[:3]), (6, short[3:])):
+        joined.write(first, part)
+    assert joined.num_sequences == 7
+    assert torch.equal(joined.read(1, 5), long[1:])
+    assert torch.equal(joined.read(4, 2), short[1:3])
+    with pytest.raises(IndexError):
+        joined.read(7, 1)
+    joined.delete()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_truncated_file_is_an_error_and_not_read_as_zeros(tmp_path: Path) -> None:

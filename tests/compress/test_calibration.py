@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from slimserve.compress import self_generated
-from slimserve.compress.calibration import load_calibration
+from slimserve.compress.calibration import load_calibration, short_sequences
 from slimserve.core.errors import UserError
 from slimserve.core.tokenizer import load_tokenizer
 from slimserve.workloads import load_workload
@@ -63,6 +63,20 @@ def test_each_sequence_starts_with_a_document_as_a_served_prompt_does(smollm2: P
     tokens_NT = load_calibration(smollm2, str(file), 9, 8).tokens_NT
     assert tokens_NT.shape == (5, 8)
     assert len(set(tokens_NT.flatten().tolist())) == 40
+
+
+def test_short_sequences_are_parts_of_the_text_with_different_first_tokens() -> None:
+    tokens_NT = torch.randint(0, 40, (6, 64), generator=torch.Generator().manual_seed(0))
+    short_MS = short_sequences(tokens_NT)
+    assert short_MS.shape == (6, 16)  # a quarter of 384 tokens
+    first = short_MS[:, 0].tolist()
+    assert first[: len(set(tokens_NT[:, 0].tolist()))] == list(dict.fromkeys(tokens_NT[:, 0].tolist()))
+    assert len(set(first)) == len(first)
+    text = [row.tolist() for row in tokens_NT]
+    assert all(any(part == row[at : at + 16] for row in text for at in range(49)) for part in short_MS.tolist())
+    # A text with few different tokens has fewer short sequences, and a sequence may be shorter than 16 tokens.
+    assert short_sequences(torch.tensor([[7, 8] * 64] * 4)).tolist() == [[7, 8] * 8, [8, 7] * 8]
+    assert short_sequences(torch.tensor([[7, 8, 9]])).tolist() == [[7, 8, 9]]
 
 
 def test_a_model_writes_its_own_calibration_text_once(

@@ -34,22 +34,27 @@ def test_nll_and_kl_equal_their_definitions() -> None:
     torch.testing.assert_close(nll_per_token(other, tokens), by_hand)
 
 
+@pytest.mark.parametrize("has_short", [False, True])
 @pytest.mark.parametrize("batch", [1, 3, 100])
 def test_the_hessians_of_a_stream_do_not_depend_on_the_batch_size(
-    tiny_llama: TinyModel, tmp_path: Path, batch: int
+    tiny_llama: TinyModel, tmp_path: Path, batch: int, has_short: bool
 ) -> None:
     tokens_NT = torch.randint(0, 67, (7, 11), generator=torch.Generator().manual_seed(1))
+    short_MS = torch.randint(0, 67, (5, 4), generator=torch.Generator().manual_seed(2)) if has_short else None
     captured: dict[str, Any] = {}
     for name, module in tiny_llama.model.named_modules():
         if name.endswith(("v_proj", "o_proj", "up_proj", "down_proj")):
-            module.register_forward_pre_hook(lambda _, args, name=name: captured.__setitem__(name, args[0].detach()))
-    tiny_llama.model(tokens_NT)
+            module.register_forward_pre_hook(
+                lambda _, args, name=name: captured.setdefault(name, []).append(args[0].detach().flatten(0, 1))
+            )
+    for given in (tokens_NT,) if short_MS is None else (tokens_NT, short_MS):
+        tiny_llama.model(given)
 
     config = json.loads((tiny_llama.directory / "config.json").read_text())
     reader = CheckpointReader(tiny_llama.directory)
     decoder = Decoder(config)
-    stream = Stream(decoder, tmp_path, tokens_NT)
-    stream._batch = batch
+    stream = Stream(decoder, tmp_path, tokens_NT, short_MS=short_MS)
+    stream._tokens_at_once = batch * 11
     stream.embed({name: reader.read(name) for name in decoder.outer_names})
     for index, (prefix, block) in enumerate(iterate_blocks(reader, decoder.block, config["num_hidden_layers"])):
         stream.enter(index)
@@ -62,7 +67,7 @@ def test_the_hessians_of_a_stream_do_not_depend_on_the_batch_size(
             for layer, hessian in hessians.items():
                 if prefix + layer not in captured:
                     continue
-                x = captured[prefix + layer].flatten(0, 1)
+                x = torch.cat(captured[prefix + layer])
                 if hessian.peak_I is not None:
                     torch.testing.assert_close(hessian.peak_I, x.abs().amax(0), atol=1e-4, rtol=1e-4)
                 torch.testing.assert_close(hessian.mean(), x.T @ x / len(x), atol=1e-3, rtol=1e-3)

@@ -10,8 +10,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from slimserve.compress import artifacts
+from slimserve.compress.build import build_variant
+from slimserve.compress.calibration import load_calibration, short_sequences
 from slimserve.compress.prune import METHODS
-from slimserve.compress.recipe import AnyStep, Keep, Prune, PruneDepth, Quantize
+from slimserve.compress.recipe import AnyStep, Calibrate, Keep, Prune, PruneDepth, Quantize, Recipe
 from slimserve.compress.reference import kl_per_token, reference_logits
 from slimserve.core.errors import UserError
 from slimserve.core.variant import read_manifest
@@ -54,6 +56,34 @@ def test_each_kind_of_unit_has_a_method_of_its_own_by_default(tiny_llama: TinyMo
     torch.testing.assert_close(tensors["default"][name], tensors["osscar_search"][name])
     widths = {method: tensors[method]["model.layers.0.mlp.gate_proj.weight"] for method in tensors}
     assert not torch.equal(widths["default"], widths["osscar_search"])
+
+
+@torch.no_grad()
+def test_a_cut_of_kv_groups_is_fitted_to_short_sequences_as_well(tiny_llama: TinyModel, tmp_path: Path) -> None:
+    """The refitted weight solves the normal equations over the calibration sequences and the short ones."""
+    step = Prune(step="prune", kv_remove_frac=0.5)
+    file = ids_file(tmp_path, 4, 32)
+    recipe = Recipe(summary="", calibration=Calibrate(source=file, num_samples=4, sequence_length=32), steps=(step,))
+    variant = build_variant("tiny", tiny_llama.directory, "own", recipe, tmp_path / "variant")
+    tokens_NT = load_calibration(tiny_llama.directory, file, 4, 32).tokens_NT
+    before = tiny_llama.model.model.layers[0].self_attn
+    after = AutoModelForCausalLM.from_pretrained(variant, dtype=torch.float32).model.layers[0].self_attn
+    seen: list[torch.Tensor] = []
+    before.o_proj.register_forward_hook(lambda _, given, __: seen.append(given[0].flatten(0, 1).double()))
+    for sequences in (tokens_NT, short_sequences(tokens_NT)):
+        tiny_llama.model(sequences)
+    x_TI, weight_OI = torch.cat(seen), before.o_proj.weight.double()
+    half = len(weight_OI) // 2
+    is_first = torch.equal(after.v_proj.weight, before.v_proj.weight[: len(after.v_proj.weight)])
+    kept = slice(0, half) if is_first else slice(half, None)
+    ridge = (0.01 * x_TI.square().mean() * len(x_TI)).sqrt() * torch.eye(half, dtype=torch.float64)
+    rows = torch.cat([x_TI[:, kept], ridge])
+    wanted = torch.cat([x_TI @ weight_OI.T, ridge @ weight_OI[:, kept].T])
+    solution_KO = torch.linalg.lstsq(rows, wanted).solution
+    torch.testing.assert_close(after.o_proj.weight.double(), solution_KO.T, atol=1e-3, rtol=1e-3)
+    manifest = read_manifest(variant)
+    assert manifest is not None
+    assert manifest.steps[0].detail["with_short_sequences"]
 
 
 def first_of(output: Any) -> torch.Tensor:
