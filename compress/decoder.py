@@ -341,7 +341,7 @@ class Decoder:
             tokens_1T = torch.zeros(1, num_tokens, dtype=torch.int64, device=self.device)
             with self._layers_do(record), suppress(_StopRun):
                 self._run_model(outer, tokens_1T)
-            while len(self._contexts) >= _NUM_CONTEXTS:
+            if len(self._contexts) == _NUM_CONTEXTS:
                 del self._contexts[next(iter(self._contexts))]
             self._contexts[num_tokens] = seen
         return self._contexts[num_tokens]

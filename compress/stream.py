@@ -70,9 +70,10 @@ class Stream:
             stream._before.delete()
 
     def branch(self, name: str, num_sequences: int) -> Stream:
-        """Return a stream at the same block for a variation of the model, with the first sequences of `tokens_NT` only.
+        """Return a stream at the same block for a variation of the model.
 
-        A new branch begins with `skip_block`. A branch of a name that exists continues with the states of that branch.
+        It has only the first `num_sequences` of `tokens_NT`. A new branch begins with `skip_block`. A branch of
+        a name that exists continues with the states of that branch.
         """
         branch = Stream(self.decoder, self._folder, self._sequences[0][:num_sequences], name)
         branch.enter(self._index)
