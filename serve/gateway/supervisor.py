@@ -142,12 +142,12 @@ class SupervisedEngine:
         self._failed_starts_s.clear()
         self._metrics.up.labels(self.spec.name).set(1)
         self._metrics.ready_s.labels(self.spec.name).set(self.ready_s)
-        self._print_status(f"{self.spec.name}: ready in {self.ready_s:.1f} s")
-        for line in await asyncio.to_thread(describe_start, self.spec.directory, self.spec.log):
-            self._print_status(f"{self.spec.name}: {line}")
-        watch = asyncio.create_task(self._watch_health())
         ready_at = loop.time()
+        watch = asyncio.create_task(self._watch_health())
         try:
+            self._print_status(f"{self.spec.name}: ready in {self.ready_s:.1f} s")
+            for line in await asyncio.to_thread(describe_start, self.spec.directory, self.spec.log):
+                self._print_status(f"{self.spec.name}: {line}")
             while (status := self._process.poll()) is None and not watch.done():
                 await asyncio.sleep(timeouts.poll_s)
         finally:

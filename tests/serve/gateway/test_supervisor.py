@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -128,6 +129,30 @@ def test_an_engine_becomes_ready_and_is_counted(tmp_path: Path) -> None:
             process = one.process
         assert is_gone(process), "cancelling ends the process"
         assert one.value("slimserve_variant_up") == 0
+
+    run(scenario())
+
+
+def test_an_engine_cancelled_while_its_start_is_described_counts_as_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_described = threading.Event()
+
+    def slow_description(*_: object) -> list[str]:
+        is_described.wait(30)
+        return []
+
+    monkeypatch.setattr("slimserve.serve.gateway.supervisor.describe_start", slow_description)
+
+    async def scenario() -> None:
+        try:
+            async with supervised(tmp_path) as one:
+                await one.until_ready()
+                process = one.process
+            assert is_gone(process)
+            assert one.value("slimserve_variant_up") == 0
+        finally:
+            is_described.set()
 
     run(scenario())
 
