@@ -37,6 +37,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benches.cuts import smallest_costly_cut
 from benches.rankers import list_scores, ranker_recipe
 from slimserve.compress.build import build_variant
 from slimserve.compress.recipe import Calibrate, Prune, Recipe
@@ -56,9 +57,8 @@ MODEL = "smollm2-135m-tuned"
 METRICS = {"ndcg_at_10": "NDCG@10", "within_group_auc": "within-user AUC", "auc": "pooled AUC"}
 CHOSEN_BY = "within_group_auc"
 """Metric on the development users that chooses the cut and the learning rate."""
-CUTS = (0.5, 0.625, 0.75, 0.875)
-"""Fractions of the MLP neurons that are removed in turn, until the metric falls by `LEAST_LOSS`."""
 LEAST_LOSS = 0.05
+"""Value of this metric that the cut must cost."""
 HARD = "hard"
 LOSSES = {
     HARD: {"kd_weight": 0.0},
@@ -111,7 +111,8 @@ class Bench:
         self.folder = cache_dir(f"bench-ranker-kd-{kind}-{model_hash(self.teacher)[:8]}")
         self.development = _prompts("load", self.size.num_development)
         self.test = _prompts("quality", self.size.num_test)
-        self.pruned, self.removed_frac = self._prune()
+        before = self._development_value(self.teacher)
+        self.pruned, self.removed_frac = smallest_costly_cut(self._cut, self._development_value, before, LEAST_LOSS)
         self.rate = self._choose_rate()
         second = self._recipe(HARD, self.rate, SECOND_SEED)
         self.second = distill(str(self.teacher), None, second, self.folder / f"second-{self.rate:g}")
@@ -135,20 +136,13 @@ class Bench:
         second = [{"model": str(self.second), "weight": SECOND_WEIGHT}] if row == "two-teachers" else []
         return ranker_recipe(self.size.num_steps, self.size.batch_size, seed, rate, LOSSES[row], second)
 
-    def _prune(self) -> tuple[Path, float]:
-        """Return the model of the smallest cut that costs enough, or of the largest one, and its fraction."""
-        before = self._development_value(self.teacher)
+    def _cut(self, removed_frac: float) -> Path:
+        """Return the first teacher without a fraction of its MLP neurons."""
         calibration = Calibrate(source=WORKLOAD.name, num_samples=self.size.num_calibration)
-        for removed_frac in CUTS:
-            prune = Prune(step="prune", mlp_remove_frac=removed_frac)
-            recipe = Recipe(summary="", calibration=calibration, steps=(prune,))
-            name, argument = f"cut-{removed_frac:g}", str(self.teacher)
-            pruned = build_variant(argument, self.teacher, name, recipe, self.folder / name, device="auto")
-            after = self._development_value(pruned)
-            print_status(f"{name}: {CHOSEN_BY} {after:.4f} on the development users, teacher {before:.4f}")
-            if after <= before - LEAST_LOSS:
-                break
-        return pruned, removed_frac
+        prune = Prune(step="prune", mlp_remove_frac=removed_frac)
+        recipe = Recipe(summary="", calibration=calibration, steps=(prune,))
+        name, argument = f"cut-{removed_frac:g}", str(self.teacher)
+        return build_variant(argument, self.teacher, name, recipe, self.folder / name, device="auto")
 
     def _choose_rate(self) -> float:
         """Return the learning rate at which hard labels alone are best on the development users."""

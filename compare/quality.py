@@ -94,10 +94,10 @@ def ask_quality(
     return Answers(sha256, [*done, *ask_prompts(target, title, left)])
 
 
-def ask_prompts(target: Target, title: str, prompts: Sequence[Prompt]) -> list[KeptAnswer]:
+def ask_prompts(target: Target, title: str, prompts: Sequence[Prompt], concurrency: int = 8) -> list[KeptAnswer]:
     """Return the served model's scores or greedy answers in the order of the prompts; UserError if one fails.
 
-    If the directory of the target is known and has a catalogue, its items are sent as item tokens.
+    At most `concurrency` requests are in flight. If the directory of the target is known and has a catalogue, its items are sent as item tokens.
     """
     scorer = _Scorer()
     as_read = item_tokens_of(Path(target.tokenizer) if target.tokenizer else None)
@@ -113,7 +113,7 @@ def ask_prompts(target: Target, title: str, prompts: Sequence[Prompt]) -> list[K
         return await _chat(client, prompt)
 
     try:
-        return ask_all(target, title, list(map(as_read, prompts)), ask)
+        return ask_all(target, title, list(map(as_read, prompts)), ask, concurrency=concurrency)
     except _UnsupportedError as error:
         problem = f"gives no log-probabilities of prompts ({error})"
         raise UserError("server", target.url, problem, "use vLLM or another server with `prompt_logprobs`") from error
