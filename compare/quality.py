@@ -97,7 +97,8 @@ def ask_quality(
 def ask_prompts(target: Target, title: str, prompts: Sequence[Prompt], concurrency: int = 8) -> list[KeptAnswer]:
     """Return the served model's scores or greedy answers in the order of the prompts; UserError if one fails.
 
-    At most `concurrency` requests are in flight. If the directory of the target is known and has a catalogue, its items are sent as item tokens.
+    At most `concurrency` requests are in flight. If the directory of the target is known and has a catalogue, its items
+    are sent as item tokens.
     """
     scorer = _Scorer()
     as_read = item_tokens_of(Path(target.tokenizer) if target.tokenizer else None)
