@@ -28,6 +28,9 @@ from slimserve.distill.recipe import LossSettings
 
 _CPU_CHUNK = 64
 """Number of tokens per chunk on a CPU: few enough for little memory, enough for efficient matrix products."""
+_HEAD_GRADIENT_TOKENS = 256
+"""Least number of tokens in one product of the output layer's gradient. Each product reads and writes the whole
+gradient, 113 MB of a small model, so that one per chunk of 64 tokens would take half of the time of the loss."""
 _GPU_LOGITS_BYTES = 2**30
 """Size of a chunk's float32 logits on a GPU, where many small products would leave most of the device idle."""
 
@@ -142,6 +145,14 @@ def plain_losses(
     return torch.stack((total, divergence, cross_entropy))
 
 
+def _add_product(sum_VD: Tensor, left_NV: Tensor, right_ND: Tensor) -> None:
+    """Add `left.T @ right` to a float32 sum in place."""
+    if left_NV.dtype == torch.float32:
+        sum_VD.addmm_(left_NV.T, right_ND)
+    else:
+        sum_VD += left_NV.T @ right_ND
+
+
 class _ChunkedLoss(torch.autograd.Function):
     """Computes the gradients in the forward pass; the backward pass scales them."""
 
@@ -160,11 +171,14 @@ class _ChunkedLoss(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden_ND) if needs_hidden else None
         grad_head = torch.zeros(head_VD.shape, dtype=torch.float32, device=head.device) if needs_head else None
         sums = torch.zeros(3, dtype=torch.float64, device=head.device)
+        num_tokens, block = len(labels_N), chunk * max(1, _HEAD_GRADIENT_TOKENS // chunk)
+        # Gradients of the logits are gathered over a block of chunks for one product.
+        is_gathered = needs_head and block > chunk
+        gathered_NV = hidden_ND.new_empty(min(block, num_tokens) if is_gathered else 0, len(head))
         with torch.autocast(head.device.type, enabled=False):
-            for begin in range(0, len(labels_N), chunk):
-                part = slice(begin, begin + chunk)
-                hidden = hidden_ND[part].detach()
-                logits = hidden @ head.T
+            for begin in range(0, num_tokens, chunk):
+                part = slice(begin, min(begin + chunk, num_tokens))
+                logits = hidden_ND[part].detach() @ head.T
                 teacher_chunk = _teacher_chunk(teacher, part, settings.temperature)
                 with torch.enable_grad():
                     logits.requires_grad_(needs_hidden or needs_head)
@@ -176,11 +190,14 @@ class _ChunkedLoss(torch.autograd.Function):
                 (grad_logits,) = torch.autograd.grad(total, logits)
                 if grad_hidden is not None:
                     torch.mm(grad_logits, head, out=grad_hidden[part])
-                if grad_head is not None:
-                    if grad_logits.dtype == torch.float32:
-                        grad_head.addmm_(grad_logits.T, hidden)
-                    else:
-                        grad_head += grad_logits.T @ hidden
+                if grad_head is None:
+                    continue
+                first = begin - begin % block
+                if is_gathered:
+                    gathered_NV[begin - first : part.stop - first] = grad_logits
+                    grad_logits = gathered_NV[: part.stop - first]
+                if part.stop in {first + block, num_tokens}:
+                    _add_product(grad_head, grad_logits, hidden_ND[first : part.stop].detach())
         ctx.gradients = (grad_hidden, None if grad_head is None else grad_head.to(head_VD.dtype))
         total, divergence, cross_entropy = sums.float().unbind()
         ctx.mark_non_differentiable(divergence, cross_entropy)

@@ -28,8 +28,11 @@ def inputs() -> tuple[Tensor, Tensor, Tensor, TeacherStates]:
 
 @pytest.mark.parametrize("kind", ["none", "states", "top", "mixture", "targets"])
 @pytest.mark.parametrize("name", ["forward_kl", "js"])
-@pytest.mark.parametrize("chunk", [1, 7, 23, 100])
-def test_the_chunked_loss_equals_the_plain_loss(chunk: int, name: Any, kind: str) -> None:
+@pytest.mark.parametrize(("chunk", "block"), [(1, 256), (7, 256), (23, 256), (100, 256), (3, 7), (5, 10), (7, 5)])
+def test_the_chunked_loss_equals_the_plain_loss(
+    chunk: int, block: int, name: Any, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slimserve.distill.chunked, "_HEAD_GRADIENT_TOKENS", block)
     hidden, head, tokens, states = inputs()
     labels: Any = tokens
     if kind == "targets":
