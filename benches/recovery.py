@@ -64,7 +64,7 @@ LEAST_LOSS = 0.3
 """Accuracy on the development problems that the cut must cost."""
 _NUM_REPEATS = 5
 _CONCURRENCY = 64
-"""Number of problems that a server answers at a time; 64 take a third of the time per problem that 8 take."""
+"""Number of problems that a server answers at a time; 64 take less than a third of the time of 8."""
 
 Replies = dict[str, list[tuple[str, float]]]
 """Texts and numbers of tokens of the replies to `development` and `test` problems."""

@@ -22,7 +22,7 @@ from pydantic import TypeAdapter
 from slimserve.compare.results import TEXT
 from slimserve.core.errors import UserError
 from slimserve.core.messages import read_answer
-from slimserve.core.openai_client import OpenAIClient, Target, ask_all, count_of
+from slimserve.core.openai_client import CONCURRENCY, OpenAIClient, Target, ask_all, count_of
 from slimserve.core.progress import print_status, progress
 from slimserve.core.score_calibration import ScoreCalibration
 from slimserve.core.storage import write_atomically
@@ -94,7 +94,9 @@ def ask_quality(
     return Answers(sha256, [*done, *ask_prompts(target, title, left)])
 
 
-def ask_prompts(target: Target, title: str, prompts: Sequence[Prompt], concurrency: int = 8) -> list[KeptAnswer]:
+def ask_prompts(
+    target: Target, title: str, prompts: Sequence[Prompt], concurrency: int = CONCURRENCY
+) -> list[KeptAnswer]:
     """Return the served model's scores or greedy answers in the order of the prompts; UserError if one fails.
 
     At most `concurrency` requests are in flight. If the directory of the target is known and has a catalogue, its items

@@ -23,6 +23,8 @@ from slimserve.core.errors import UserError
 from slimserve.core.messages import CHAIN_FIELDS
 from slimserve.core.progress import progress
 
+CONCURRENCY = 8
+"""Requests in flight unless a caller says otherwise; a weak server may reset connections of many more at once."""
 _CHECK_TIMEOUT_S = 10.0
 _REQUEST_TIMEOUT_S = 600.0
 _NUM_SHOWN_CHARACTERS = 200
@@ -268,7 +270,7 @@ def ask_all(
     ask: Callable[[OpenAIClient, P], Awaitable[R]],
     *,
     unit: str = "prompts",
-    concurrency: int = 8,
+    concurrency: int = CONCURRENCY,
     on_result: Callable[[P, R], None] | None = None,
 ) -> list[R]:
     """Ask every prompt with at most `concurrency` requests in flight; results come in the order of the prompts.

@@ -29,8 +29,8 @@ from slimserve.distill.recipe import LossSettings
 _CPU_CHUNK = 64
 """Number of tokens per chunk on a CPU: few enough for little memory, enough for efficient matrix products."""
 _HEAD_GRADIENT_TOKENS = 256
-"""Least number of tokens in one product of the output layer's gradient. Each product reads and writes the whole
-gradient, 113 MB of a small model, so that one per chunk of 64 tokens would take half of the time of the loss."""
+"""Number of tokens in one product of the output layer's gradient, if chunks are not larger. Each product reads and
+writes the whole gradient, 113 MB of a small model; one per chunk of 64 tokens would take half of the loss's time."""
 _GPU_LOGITS_BYTES = 2**30
 """Size of a chunk's float32 logits on a GPU, where many small products would leave most of the device idle."""
 
