@@ -76,12 +76,18 @@ class Answers:
 
 
 def ask_quality(
-    target: Target, workload: str, num_prompts: int, seed: int, known: Answers | None = None, until: int | None = None
+    target: Target,
+    workload: str,
+    num_prompts: int,
+    seed: int,
+    known: Answers | None = None,
+    until: int | None = None,
+    chat_concurrency: int = CONCURRENCY,
 ) -> Answers:
     """Ask the served model the first `until` of the workload's quality prompts, by default all `num_prompts`.
 
-    Prompts that `known` answers are not asked again. Raises UserError for the first request that fails: a metric over
-    some of the prompts would not be comparable.
+    Prompts that `known` answers are not asked again. At most `chat_concurrency` chats are in flight. Raises UserError
+    for the first request that fails: a metric over some of the prompts would not be comparable.
     """
     prompts = _prompts(workload, num_prompts, seed)
     sha256 = _sha256_of([asdict(prompt) for prompt in prompts])
@@ -91,7 +97,8 @@ def ask_quality(
         task = cast("LmEval", load_workload(workload))
         with progress(f"{title}, by lm-eval", None, "documents"):
             return Answers(sha256, [*done, *task.ask(target, cast("list[HarnessPrompt]", left))])
-    return Answers(sha256, [*done, *ask_prompts(target, title, left)])
+    concurrency = chat_concurrency if left and isinstance(left[0], ChatPrompt) else CONCURRENCY
+    return Answers(sha256, [*done, *ask_prompts(target, title, left, concurrency)])
 
 
 def ask_prompts(

@@ -21,7 +21,7 @@ from slimserve.compare.plan import load_seed, round_rates
 from slimserve.compare.quality import ask_quality, ask_text, count_prompts, write_answers
 from slimserve.compare.results import TEXT, Comparison, LoadRun, Round, VariantResult
 from slimserve.core.hardware import probe_hardware
-from slimserve.core.openai_client import Target
+from slimserve.core.openai_client import CONCURRENCY, ENGINE_CONCURRENCY, Target
 from slimserve.core.progress import print_status
 from slimserve.core.variant import read_manifest
 from slimserve.loadtest.settings import LoadSettings, SuiteOptions
@@ -142,12 +142,13 @@ class Measurement:
         """
         preset = self._comparison.preset
         is_reference = variant.name == self._comparison.reference
+        concurrency = CONCURRENCY if variant.directory is None else ENGINE_CONCURRENCY
         for look in (1.0,) if is_reference or not preset.looks else preset.looks:
             for workload in self._comparison.workloads:
                 known = kept_answers(self._folder, variant.name, workload)
                 until = look_prompts(self._comparison, workload, look)
                 num_prompts = preset.quality_prompts[workload]
-                answers = ask_quality(target, workload, num_prompts, preset.seed, known, until)
+                answers = ask_quality(target, workload, num_prompts, preset.seed, known, until, concurrency)
                 write_answers(answers_file(self._folder, variant.name, workload), answers)
             self.write()
             if not is_reference and preset.looks and self._ruling(variant) != "undecided":

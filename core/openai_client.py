@@ -25,6 +25,8 @@ from slimserve.core.progress import progress
 
 CONCURRENCY = 8
 """Requests in flight unless a caller says otherwise; a weak server may reset connections of many more at once."""
+ENGINE_CONCURRENCY = 64
+"""Chats in flight at a vLLM engine, which decodes them in one batch: 64 take less than a third of the time of 8."""
 _CHECK_TIMEOUT_S = 10.0
 _REQUEST_TIMEOUT_S = 600.0
 _NUM_SHOWN_CHARACTERS = 200
@@ -283,8 +285,9 @@ def ask_all(
         slots = asyncio.Semaphore(concurrency)
         # One connection per request: nothing is timed here, and a server may close an idle one as it is reused.
         limits = httpx.Limits(max_keepalive_connections=0)
+        timeout_s = _REQUEST_TIMEOUT_S * max(1, concurrency / CONCURRENCY)  # each waits for the others in flight
         async with httpx.AsyncClient(
-            base_url=target.url, headers=auth_headers(), timeout=_REQUEST_TIMEOUT_S, limits=limits
+            base_url=target.url, headers=auth_headers(), timeout=timeout_s, limits=limits
         ) as http:
             client = OpenAIClient(target, http)
 

@@ -115,6 +115,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.flush()
 
 
+class _Server(ThreadingHTTPServer):
+    request_queue_size = 128  # as many clients may come at once as a real server lets in
+
+
 def main() -> None:
     if os.environ.get("FAKE_DIES"):
         print("WARNING: may cause fd limit errors like `OSError: too many open files`\nProcess EngineCore:")
@@ -127,7 +131,7 @@ def main() -> None:
         child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
         print(f"child {child.pid}", flush=True)
     port = int(sys.argv[sys.argv.index("--port") + 1])
-    ThreadingHTTPServer(("127.0.0.1", port), _Handler).serve_forever()
+    _Server(("127.0.0.1", port), _Handler).serve_forever()
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 import json
 import math
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -27,6 +29,35 @@ def test_answers_are_checked_by_the_verifier(fake_url: str) -> None:
     right = sum(Reasoning().is_correct(problem, "42") for problem in Reasoning().make_prompts("quality", 30))  # type: ignore[arg-type]
     assert results["accuracy"].value == right / 30
     assert results["tokens_per_answer"].value == 7
+
+
+def test_a_batch_of_chats_is_in_flight_at_once() -> None:
+    num_chats = 16
+    together = threading.Barrier(num_chats, timeout=20)
+
+    class Server(ThreadingHTTPServer):
+        request_queue_size = num_chats
+
+    class Waits(BaseHTTPRequestHandler):
+        """Answers as soon as all chats have arrived."""
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            together.wait()
+            body = json.dumps({"choices": [{"message": {"content": "42"}}], "usage": {"completion_tokens": 3}})
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        def log_message(self, *_: object) -> None:
+            """Keep the terminal clean."""
+
+    with Server(("127.0.0.1", 0), Waits) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        target = Target(f"http://127.0.0.1:{server.server_port}", "m")
+        answers = ask_quality(target, "reasoning", num_chats, 0, chat_concurrency=num_chats)
+        server.shutdown()
+    assert answers.answers == [ChatAnswer("42", 3)] * num_chats
 
 
 @pytest.mark.parametrize("workload", ["recommendation", "reasoning"])
