@@ -83,7 +83,8 @@ def main() -> None:
         record_student("kd", "auc_recovered_frac", kd)
         sft = distill(str(pruned), None, hard, folder / f"sft-{seed}")
         record_student("sft", "auc_recovered_frac_sft", sft)
-        quantized = build_variant(str(kd), kd, *load_recipe("w8a8"), folder / f"w8a8-{seed}")
+        w8a8 = load_recipe("w8a8", ["calibration.source=mixed"])
+        quantized = build_variant(str(kd), kd, *w8a8, folder / f"w8a8-{seed}")
         record("served_w8a8", _served(folder, quantized))
     print(bench_line("distill-quality", samples))
 

@@ -108,6 +108,7 @@ def our_spec(log: Path, directory: Path | None = None, profile: TrafficProfile =
 
 def built(recipe: str, *settings: str) -> Path:
     """Return the directory of a recipe's variant; build it if the cache does not hold it."""
+    settings = ("calibration.source=mixed", *settings)
     return build_variant(MODEL, resolve_model(MODEL), *load_recipe(recipe, settings), None)
 
 

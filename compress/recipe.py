@@ -35,7 +35,7 @@ SELF_GENERATED = "self-generated"
 class Calibrate(StrictModel):
     """Samples for the steps that need data."""
 
-    source: str = MIXED
+    source: str = SELF_GENERATED
     """Names or files of workloads, separated by commas, `mixed` for all built-in workloads, path of a .txt or .jsonl
     file, or `self-generated` for text that the model writes in its chat format."""
     num_samples: int = Field(default=32, ge=1)

@@ -14,7 +14,9 @@ class CompressSettings(Settings):
         "w8a8", "Name of a built-in recipe (see --list), or path of a recipe file.", metavar="NAME|FILE.toml"
     )
     workload: str | None = setting(
-        None, "Workloads whose calibration split the steps read (default: the recipe's).", metavar="NAME|FILE.toml"
+        None,
+        "Workloads whose calibration split the steps read (default: the recipe's, or text that the model writes).",
+        metavar="NAME|FILE.toml",
     )
     output: Path | None = setting(
         None,

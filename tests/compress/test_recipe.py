@@ -24,7 +24,7 @@ def test_a_recipe_is_read_from_a_file(tmp_path: Path) -> None:
 
 def test_workloads_replace_the_calibration_source_unless_the_recipe_names_one() -> None:
     recipe = load_recipe("w8a8")[1]
-    assert recipe.calibration.source == "mixed"
+    assert recipe.calibration.source == "self-generated"
     assert recipe.calibrated_on(["reasoning", "own.toml"]).calibration.source == "reasoning,own.toml"
     assert recipe.calibrated_on([]) == recipe
     for source in ("mixed", "self-generated"):
