@@ -1,8 +1,8 @@
 """Shapes that meet a size or speed budget: their costs, and a ranking by estimated output error.
 
-A walk over the model (`ErrorProfile`) gives the error curves of every block: OSSCAR's loss at several MLP widths and at
-each number of KV groups, and the error of leaving the block out. All are relative to the hidden states. The sum over
-the blocks ranks the shapes; `budget_search.py` builds and evaluates the best ones.
+A walk over the model (`ErrorProfile`) gives the error curves of every block: the loss of the step's pruning method at
+several MLP widths and at each number of KV groups, and the error of leaving the block out. All are relative to the
+hidden states. The sum over the blocks ranks the shapes; `budget_search.py` builds and evaluates the best ones.
 """
 
 from __future__ import annotations

@@ -4,8 +4,9 @@ Shape suffixes: O output features; I input features of the consumer, the layer t
 adjacent columns; K kept columns; C rows of one chunk. Before a down projection a group is one MLP neuron (k = 1).
 Before an attention's output projection it is a KV group: one KV head with its query heads (k = their total width).
 
-A new pruning method is a function from a `PruneProblem` and the number of groups to keep to a `PrunedLayer`, plus one
-row in `METHODS`. All tensors are float64. The mathematics of OSSCAR is in `osscar.py`.
+A new pruning method is one row in `METHODS`, with a function from a `PruneProblem` and the number of groups to keep to
+a `PrunedLayer`. `_unchanged` and `_refitted` make this function from scores of the groups. All tensors are float64. The
+mathematics of OSSCAR is in `osscar.py`.
 """
 
 from __future__ import annotations
@@ -81,11 +82,17 @@ class PrunedLayer:
     """Values for the manifest, plain JSON."""
 
 
+Scores = Callable[[PruneProblem], Tensor]
+"""Function that returns a score of each group, `[U]`."""
+
+
 @dataclass(frozen=True)
 class PruningMethod:
     """A pruning method, called with a problem and the number of groups to keep; equal inputs give equal bits."""
 
     function: Callable[[PruneProblem, int], PrunedLayer]
+    scores: Scores | None = None
+    """The scores by which the method keeps the highest groups; None if it searches for the groups together."""
     needs_data: bool = False
     """True if the method reads the Hessian, so that the recipe needs calibration data."""
     uses_seed: bool = False
@@ -102,7 +109,7 @@ class PruningMethod:
         """
         if not self.needs_data or bool(_hessian(problem).diagonal().any()):
             return self.function(problem, num_kept)
-        pruned = _magnitude(problem, num_kept)
+        pruned = METHODS["magnitude"].function(problem, num_kept)
         return replace(pruned, detail={**pruned.detail, "fallback": "magnitude, as all calibration inputs are zero"})
 
 
@@ -132,8 +139,11 @@ def peak_magnitude(weight_OI: Tensor) -> Tensor:
 
 def choose_kept(scores_U: Tensor, num_kept: int) -> Tensor:
     """Return the indices of the `num_kept` highest scores, int64, ascending. The lower index wins a tie."""
-    order = torch.sort(scores_U, descending=True, stable=True).indices
-    return torch.sort(order[:num_kept]).values
+    return torch.sort(_order(scores_U)[:num_kept]).values
+
+
+def _order(scores_U: Tensor) -> Tensor:
+    return torch.sort(scores_U, descending=True, stable=True).indices
 
 
 def dense_target(cross_IO: Tensor, weight_OI: Tensor, hessian_II: Tensor, damping: float) -> Tensor:
@@ -158,14 +168,17 @@ def output_error(problem: PruneProblem, kept_I: Tensor, weight_OK: Tensor, *, da
     return _relative_error(hessian_II, _full_solution(problem), kept_I, weight_OK, ridge)
 
 
-def loss_curve(problem: PruneProblem, sizes: Sequence[int]) -> list[float]:
-    """Return the damped squared output error per token, summed over features, that OSSCAR leaves at each size.
+def loss_curve(problem: PruneProblem, sizes: Sequence[int], method: PruningMethod) -> list[float]:
+    """Return the damped squared output error per token, summed over features, that a refit leaves at each size.
 
-    `sizes` are numbers of groups in descending order; one greedy removal passes through all of them. Inputs that are
-    all zero lose nothing.
+    `sizes` are numbers of groups in descending order. The groups are those that the method keeps by its scores. For a
+    method that searches, one greedy removal of OSSCAR passes through all sizes. The error assumes a refit, also for
+    methods that do not refit. Inputs that are all zero lose nothing.
     """
     if not bool(_hessian(problem).diagonal().any()):
         return [0.0] * len(sizes)
+    if method.scores is not None:
+        return _nested_loss_curve(problem, sizes, _order(method.scores(problem)))
     tableau, _, _ = _make_tableau(problem)
     losses = []
     for size in sizes:
@@ -175,32 +188,57 @@ def loss_curve(problem: PruneProblem, sizes: Sequence[int]) -> list[float]:
     return losses
 
 
+def _nested_loss_curve(problem: PruneProblem, sizes: Sequence[int], order_U: Tensor) -> list[float]:
+    """Return the errors if the last groups of the order are removed; all sizes come from one factorization.
+
+    With the kept features K before the removed ones R, let H = L Lᵀ. The least error is tr(P_Rᵀ S P_R) with the Schur
+    complement S = H_RR - H_RK H_KK⁻¹ H_KR = L_RR L_RRᵀ. So it is the sum of the squares of the last rows of Lᵀ P, which
+    do not depend on how many features are removed.
+    """
+    order_I = osscar.expand_groups(order_U, problem.group_size)
+    hessian_II = _hessian(problem)
+    factor_II, damping = osscar.factorize(hessian_II[order_I[:, None], order_I], problem.damping)
+    solution_IO = _full_solution(replace(problem, damping=damping))[order_I]
+    lost_I = (factor_II.T @ solution_IO).square().sum(dim=1)
+    return [float(lost_I[size * problem.group_size :].sum()) for size in sizes]
+
+
+def _random_scores(problem: PruneProblem) -> Tensor:
+    return torch.randperm(problem.num_groups, generator=torch.Generator().manual_seed(problem.seed)).double()
+
+
+def _magnitude_scores(problem: PruneProblem) -> Tensor:
+    return problem.sum_per_group(magnitude(problem.weight_OI))
+
+
+def _peak_scores(problem: PruneProblem) -> Tensor:
+    return peak_magnitude(problem.weight_OI).reshape(problem.num_groups, problem.group_size).amax(dim=1)
+
+
+def _wanda_scores(problem: PruneProblem) -> Tensor:
+    """Return each column's magnitude times its input's (arXiv 2306.11695, eq. 1), squared and summed per group."""
+    return problem.sum_per_group(_hessian(problem).diagonal() * magnitude(problem.weight_OI))
+
+
+def _unchanged(scores: Scores) -> Callable[[PruneProblem, int], PrunedLayer]:
+    """Return a method that keeps the groups of the highest scores, with the layer's own weight."""
+
+    def prune(problem: PruneProblem, num_kept: int) -> PrunedLayer:
+        scores_U = scores(problem)
+        kept_U, total = choose_kept(scores_U, num_kept), float(scores_U.sum())
+        removed_frac = 1 - float(scores_U[kept_U].sum()) / total if total > 0 else 0.0
+        return _without_refit(problem, kept_U, {"removed_score_frac": removed_frac})
+
+    return prune
+
+
+def _refitted(scores: Scores) -> Callable[[PruneProblem, int], PrunedLayer]:
+    """Return a method that keeps the groups of the highest scores, with a refitted weight."""
+    return lambda problem, num_kept: _with_refit(problem, choose_kept(scores(problem), num_kept), {})
+
+
 def _random(problem: PruneProblem, num_kept: int) -> PrunedLayer:
-    generator = torch.Generator().manual_seed(problem.seed)
-    kept_U = choose_kept(torch.randperm(problem.num_groups, generator=generator), num_kept)
-    return _without_refit(problem, kept_U, {})
-
-
-def _magnitude(problem: PruneProblem, num_kept: int) -> PrunedLayer:
-    return _by_score(problem, num_kept, problem.sum_per_group(magnitude(problem.weight_OI)))
-
-
-def _peak_magnitude(problem: PruneProblem, num_kept: int) -> PrunedLayer:
-    peaks_Uk = peak_magnitude(problem.weight_OI).reshape(problem.num_groups, problem.group_size)
-    return _by_score(problem, num_kept, peaks_Uk.amax(dim=1))
-
-
-def _wanda(problem: PruneProblem, num_kept: int) -> PrunedLayer:
-    return _by_score(problem, num_kept, _wanda_scores(problem))
-
-
-def _wanda_with_refit(problem: PruneProblem, num_kept: int) -> PrunedLayer:
-    return _with_refit(problem, choose_kept(_wanda_scores(problem), num_kept), {})
-
-
-def _magnitude_with_refit(problem: PruneProblem, num_kept: int) -> PrunedLayer:
-    kept_U = choose_kept(problem.sum_per_group(magnitude(problem.weight_OI)), num_kept)
-    return _with_refit(problem, kept_U, {})
+    return _without_refit(problem, choose_kept(_random_scores(problem), num_kept), {})
 
 
 def _osscar(problem: PruneProblem, num_kept: int) -> PrunedLayer:
@@ -216,14 +254,16 @@ def _osscar_search(problem: PruneProblem, num_kept: int) -> PrunedLayer:
 
 
 METHODS: dict[str, PruningMethod] = {
-    "random": PruningMethod(_random, uses_seed=True),
-    "magnitude": PruningMethod(_magnitude),
-    "peak_magnitude": PruningMethod(_peak_magnitude),
-    "refit": PruningMethod(_magnitude_with_refit, needs_data=True),
-    "wanda": PruningMethod(_wanda, needs_data=True),
-    "wanda_refit": PruningMethod(_wanda_with_refit, needs_data=True),
+    "random": PruningMethod(_random, _random_scores, uses_seed=True),
+    "magnitude": PruningMethod(_unchanged(_magnitude_scores), _magnitude_scores),
+    "peak_magnitude": PruningMethod(_unchanged(_peak_scores), _peak_scores),
+    "refit": PruningMethod(_refitted(_magnitude_scores), _magnitude_scores, needs_data=True),
+    "wanda": PruningMethod(_unchanged(_wanda_scores), _wanda_scores, needs_data=True),
+    "wanda_refit": PruningMethod(_refitted(_wanda_scores), _wanda_scores, needs_data=True),
     # The lost hidden states are noisier than a layer's own outputs, so their fit needs more damping.
-    "wanda_residual": PruningMethod(_wanda_with_refit, needs_data=True, target="residual", damping=0.1),
+    "wanda_residual": PruningMethod(
+        _refitted(_wanda_scores), _wanda_scores, needs_data=True, target="residual", damping=0.1
+    ),
     "osscar": PruningMethod(_osscar, needs_data=True),
     "osscar_search": PruningMethod(_osscar_search, needs_data=True),
 }
@@ -236,18 +276,6 @@ DEFAULT_METHODS = {"mlp": "wanda_refit", "attention": "osscar_search"}
 def _hessian(problem: PruneProblem) -> Tensor:
     assert problem.hessian_II is not None, "this method needs calibration data"
     return problem.hessian_II
-
-
-def _wanda_scores(problem: PruneProblem) -> Tensor:
-    """Return each column's magnitude times its input's (arXiv 2306.11695, eq. 1), squared and summed per group."""
-    return problem.sum_per_group(_hessian(problem).diagonal() * magnitude(problem.weight_OI))
-
-
-def _by_score(problem: PruneProblem, num_kept: int, scores_U: Tensor) -> PrunedLayer:
-    kept_U = choose_kept(scores_U, num_kept)
-    total = float(scores_U.sum())
-    removed_frac = 1 - float(scores_U[kept_U].sum()) / total if total > 0 else 0.0
-    return _without_refit(problem, kept_U, {"removed_score_frac": removed_frac})
 
 
 def _without_refit(problem: PruneProblem, kept_U: Tensor, detail: dict[str, Any]) -> PrunedLayer:

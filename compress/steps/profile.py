@@ -28,11 +28,8 @@ class ErrorProfile:
     wants_short = False
 
     def __init__(self, step: Prune, config: Mapping[str, Any], roles: Mapping[Kind, PruneRole]) -> None:
-        self._decoder, self._roles, self._damping = (
-            decoder_of(config),
-            roles,
-            step.damping or prune.METHODS["osscar"].damping,
-        )
+        self._decoder, self._roles, self._damping = decoder_of(config), roles, step.damping
+        self._methods = {kind: prune.pruning_method(step.method or prune.DEFAULT_METHODS[kind]) for kind in roles}
         self._sizes = profile_sizes(config)
 
     def on_block(self, index: int, block: Block, stream: Stream | None, dense: Stream | None) -> tuple[Block, Detail]:
@@ -41,15 +38,16 @@ class ErrorProfile:
         for sublayer in self._decoder.sublayers[index]:
             role = self._roles.get("attention" if sublayer.is_attention else "mlp")
             if role is not None:
+                method = self._methods[role.kind]
                 hessian_II = stream.consumer_hessian(sublayer, block).mean().double()
                 problem = prune.PruneProblem(
                     weight_OI=block[f"{role.consumer}.weight"].double(),
                     hessian_II=hessian_II,
                     target_IO=None,
                     group_size=role.columns,
-                    damping=self._damping,
+                    damping=self._damping or method.damping,
                 )
-                losses[role.kind] = prune.loss_curve(problem, self._sizes[role.kind])
+                losses[role.kind] = prune.loss_curve(problem, self._sizes[role.kind], method)
             stream.advance(sublayer, block)
         change, inverse_norm = _relative_change(stream)
         curves: Detail = {

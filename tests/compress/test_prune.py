@@ -12,6 +12,7 @@ from slimserve.compress.prune import (
     PruneProblem,
     choose_kept,
     dense_target,
+    loss_curve,
     magnitude,
     output_error,
     peak_magnitude,
@@ -272,6 +273,33 @@ def test_zero_inputs_fall_back_to_magnitude_and_the_detail_says_so(method: str) 
     assert torch.equal(pruned.weight_OK, expected.weight_OK)
     assert "magnitude" in pruned.detail["fallback"]
     assert "fallback" not in expected.detail
+
+
+@pytest.mark.parametrize("group_size", [1, 3])
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_the_loss_curve_is_the_error_of_a_refit_on_the_groups_that_the_method_keeps(
+    method: str, group_size: int
+) -> None:
+    problem = make_problem(make_inputs(11, 300, 24), 7, group_size)
+    sizes = [num for num in (24, 20, 15, 9, 6, 3, 2, 1) if num <= problem.num_groups]
+    curve = loss_curve(problem, sizes, METHODS[method])
+    weight_OI = problem.weight_OI
+    hessian_II = hessian_of(problem) + ridge_of(problem) * torch.eye(24, dtype=torch.float64)
+    # Methods that search have the curve of greedy removal, which takes single columns in fewer batches than `osscar`.
+    searches = METHODS[method].scores is None
+    tolerance = 0.25 if searches and group_size == 1 else 1e-9
+    for size, loss in zip(sizes, curve, strict=True):
+        kept = METHODS["osscar" if searches else method](problem, size).kept_I
+        refitted_KO = torch.linalg.solve(hessian_II[kept][:, kept], hessian_II[kept] @ weight_OI.T)
+        error_IO = weight_OI.T.clone()
+        error_IO[kept] -= refitted_KO
+        expected = float((error_IO * (hessian_II @ error_IO)).sum())
+        assert loss == pytest.approx(expected, rel=tolerance, abs=1e-9)
+
+
+def test_the_loss_curve_of_inputs_that_are_all_zero_is_zero() -> None:
+    problem = make_problem(torch.zeros(5, 6, dtype=torch.float64), 3)
+    assert loss_curve(problem, [6, 2], METHODS["wanda_refit"]) == [0.0, 0.0]
 
 
 def test_a_cut_mlp_equals_a_masked_mlp() -> None:
