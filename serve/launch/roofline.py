@@ -14,14 +14,16 @@ from slimserve.serve.policy.engine_log import chosen_kernels, start_phases
 
 def describe_start(directory: Path, log: Path) -> list[str]:
     """Return what the engine's log tells about its start, and the roofline of the model in `directory`."""
-    text = log.read_text(encoding="utf-8", errors="replace")
-    phases = ", ".join(f"{phase} after {seconds} s" for phase, seconds in start_phases(text))
-    lines = [f"start: {phases}"] if phases else []
+    lines = []
     try:
+        text = log.read_text(encoding="utf-8", errors="replace")
+        phases = ", ".join(f"{phase} after {seconds} s" for phase, seconds in start_phases(text))
+        if phases:
+            lines.append(f"start: {phases}")
         roofline = load_roofline(measure=False)
         return lines + describe_roofline(read_model_cost(directory, probe_hardware()), roofline, chosen_kernels(text))
     except (OSError, UserError, KeyError) as error:  # these lines are information only; serving continues
-        return [*lines, f"the roofline is unknown: the model's cost could not be read ({error})"]
+        return [*lines, f"the roofline is unknown: the log or the model's cost could not be read ({error})"]
 
 
 def describe_roofline(cost: ModelCost, hardware: Roofline | None, kernels: Mapping[str, str]) -> list[str]:

@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 
 from slimserve.compare.backend import Backend, ServedVariant
-from slimserve.compare.quality import read_answers
+from slimserve.compare.quality import ask_quality, read_answers
 from slimserve.compare.results import Comparison, Preset, VariantResult, load_comparison
 from slimserve.compare.run import compare as run_comparison
 from slimserve.compare.settings import CompareSettings, Endpoint, ExistingModel
 from slimserve.core.errors import UserError
-from slimserve.core.openai_client import Target
+from slimserve.core.openai_client import CONCURRENCY, ENGINE_CONCURRENCY, Target
 from slimserve.loadtest.rows import Row, encode_row
 from slimserve.loadtest.settings import LoadSettings
 from slimserve.loadtest.summary import LoadSummary, summarize
@@ -228,6 +228,22 @@ def test_an_external_endpoint_is_a_row_that_is_never_started(
     assert other.quality["recommendation"]["auc"].value == 0.5
     assert len(other.at_rate("recommendation", 2.0)) == 1
     assert "start other" not in machine.events
+
+
+def test_engines_that_a_comparison_starts_get_more_prompts_at_a_time_than_endpoints(
+    machine: FakeMachine, compare: Compare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, int] = {}
+
+    def record(target: Target, workload: str, *arguments: Any) -> Any:
+        asked[machine.running or "other"] = arguments[-1]
+        return ask_quality(target, workload, *arguments)
+
+    monkeypatch.setattr("slimserve.compare.rounds.ask_quality", record)
+    endpoint = Endpoint("other", machine.url, "good")
+    compare(tmp_path / "out", recipes=["dense"], endpoints=[endpoint], preset=replace(PRESET, num_rounds=1))
+    assert asked == {"dense": ENGINE_CONCURRENCY, "other": CONCURRENCY}
+    assert ENGINE_CONCURRENCY > CONCURRENCY
 
 
 def test_a_loss_against_a_baseline_fails_and_the_old_variant_runs_in_the_same_rounds(

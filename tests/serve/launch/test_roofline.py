@@ -37,3 +37,8 @@ def test_a_start_lists_its_phases_and_an_unreadable_model_is_no_error(tmp_path: 
     assert "config.json" in roofline
     log.write_text("")
     assert describe_start(tmp_path, log) == [roofline]
+
+
+def test_a_deleted_log_is_no_error(tmp_path: Path) -> None:
+    (line,) = describe_start(tmp_path, tmp_path / "deleted.log")
+    assert "deleted.log" in line
