@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any
 
@@ -383,10 +384,10 @@ def test_an_unusual_but_valid_body_reaches_the_engine_unchanged(body: bytes) -> 
 def test_a_hostile_string_is_checked_in_linear_time() -> None:
     async def test() -> None:
         async with client(protected(App())) as http:
-            begin = asyncio.get_running_loop().time()
+            begin = time.process_time()  # of the processor, which other tests on the same cores do not lengthen
             for body in (b'"' + b'\\"' * 1_000_000 + b"[" * 200, b'"\\ud83d\\ude00' * 300_000, b"[]" * 500_000):
                 await http.post("/v1/score", content=body)
-            assert asyncio.get_running_loop().time() - begin < 3
+            assert time.process_time() - begin < 3
 
     run(test)
 
