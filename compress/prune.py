@@ -5,7 +5,7 @@ adjacent columns; K kept columns; C rows of one chunk. Before a down projection 
 Before an attention's output projection it is a KV group: one KV head with its query heads (k = their total width).
 
 A new pruning method is one row in `METHODS`, with a function from a `PruneProblem` and the number of groups to keep to
-a `PrunedLayer`. `_unchanged` and `_refitted` make this function from scores of the groups. All tensors are float64. The
+a `PrunedLayer`. `_unchanged` and `_refitted` make the row from scores of the groups. All tensors are float64. The
 mathematics of OSSCAR is in `osscar.py`.
 """
 
@@ -220,7 +220,7 @@ def _wanda_scores(problem: PruneProblem) -> Tensor:
     return problem.sum_per_group(_hessian(problem).diagonal() * magnitude(problem.weight_OI))
 
 
-def _unchanged(scores: Scores) -> Callable[[PruneProblem, int], PrunedLayer]:
+def _unchanged(scores: Scores, **settings: Any) -> PruningMethod:
     """Return a method that keeps the groups of the highest scores, with the layer's own weight."""
 
     def prune(problem: PruneProblem, num_kept: int) -> PrunedLayer:
@@ -229,12 +229,16 @@ def _unchanged(scores: Scores) -> Callable[[PruneProblem, int], PrunedLayer]:
         removed_frac = 1 - float(scores_U[kept_U].sum()) / total if total > 0 else 0.0
         return _without_refit(problem, kept_U, {"removed_score_frac": removed_frac})
 
-    return prune
+    return PruningMethod(prune, scores, **settings)
 
 
-def _refitted(scores: Scores) -> Callable[[PruneProblem, int], PrunedLayer]:
-    """Return a method that keeps the groups of the highest scores, with a refitted weight."""
-    return lambda problem, num_kept: _with_refit(problem, choose_kept(scores(problem), num_kept), {})
+def _refitted(scores: Scores, **settings: Any) -> PruningMethod:
+    """Return a method that keeps the groups of the highest scores, with a refitted weight. It reads the Hessian."""
+
+    def prune(problem: PruneProblem, num_kept: int) -> PrunedLayer:
+        return _with_refit(problem, choose_kept(scores(problem), num_kept), {})
+
+    return PruningMethod(prune, scores, needs_data=True, **settings)
 
 
 def _random(problem: PruneProblem, num_kept: int) -> PrunedLayer:
@@ -255,15 +259,13 @@ def _osscar_search(problem: PruneProblem, num_kept: int) -> PrunedLayer:
 
 METHODS: dict[str, PruningMethod] = {
     "random": PruningMethod(_random, _random_scores, uses_seed=True),
-    "magnitude": PruningMethod(_unchanged(_magnitude_scores), _magnitude_scores),
-    "peak_magnitude": PruningMethod(_unchanged(_peak_scores), _peak_scores),
-    "refit": PruningMethod(_refitted(_magnitude_scores), _magnitude_scores, needs_data=True),
-    "wanda": PruningMethod(_unchanged(_wanda_scores), _wanda_scores, needs_data=True),
-    "wanda_refit": PruningMethod(_refitted(_wanda_scores), _wanda_scores, needs_data=True),
+    "magnitude": _unchanged(_magnitude_scores),
+    "peak_magnitude": _unchanged(_peak_scores),
+    "refit": _refitted(_magnitude_scores),
+    "wanda": _unchanged(_wanda_scores, needs_data=True),
+    "wanda_refit": _refitted(_wanda_scores),
     # The lost hidden states are noisier than a layer's own outputs, so their fit needs more damping.
-    "wanda_residual": PruningMethod(
-        _refitted(_wanda_scores), _wanda_scores, needs_data=True, target="residual", damping=0.1
-    ),
+    "wanda_residual": _refitted(_wanda_scores, target="residual", damping=0.1),
     "osscar": PruningMethod(_osscar, needs_data=True),
     "osscar_search": PruningMethod(_osscar_search, needs_data=True),
 }
